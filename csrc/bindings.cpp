@@ -1,0 +1,82 @@
+// The pybind11 module neuroada_kernels._C: how the extension was built, what this processor can do,
+// and the index planner. It knows nothing of torch: arrays come through the buffer protocol.
+#include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+
+#include <stdexcept>
+#include <string>
+#include <utility>
+#include <vector>
+
+#include "cpu/cpu_features.h"
+#include "neuroada/planner.h"
+
+namespace py = pybind11;
+
+namespace {
+
+// The int32 values behind a one-dimensional buffer of exactly `count` of them.
+int32_t* int32_values(const char* name, const py::buffer_info& info, int64_t count) {
+  if (info.itemsize != 4 || info.ndim != 1 || info.size != count || (count > 1 && info.strides[0] != 4)) {
+    throw std::invalid_argument(std::string(name) + ": " + std::to_string(info.size) + " elements of " +
+                                std::to_string(info.itemsize) + " bytes, expected " + std::to_string(count) +
+                                " contiguous int32 values");
+  }
+  return static_cast<int32_t*>(info.ptr);
+}
+
+std::pair<int64_t, std::string> check_index(const py::buffer& index, int64_t d_out, int64_t k, int64_t d_in) {
+  const py::buffer_info info = index.request();
+  const int32_t* values = int32_values("index", info, d_out * k);
+  std::string error;
+  const int64_t live = neuroada::check_index(values, d_out, k, d_in, error);
+  return {live, error};
+}
+
+void plan_index(const py::buffer& index, int64_t d_out, int64_t k, int64_t d_in, const py::buffer& plan) {
+  const py::buffer_info index_info = index.request(), plan_info = plan.request(/*writable=*/true);
+  const int32_t* values = int32_values("index", index_info, d_out * k);
+  int64_t live = 0;
+  for (int64_t e = 0; e < d_out * k; ++e) {
+    if (values[e] < -1 || values[e] >= d_in) {
+      throw std::invalid_argument("index: column " + std::to_string(values[e]) + " is out of range for a weight with " +
+                                  std::to_string(d_in) + " inputs");
+    }
+    live += values[e] >= 0;
+  }
+  neuroada::plan_index(values, d_out, k, d_in, int32_values("plan", plan_info, neuroada::plan_size(d_in, live)));
+}
+
+py::dict build_facts() {
+  py::dict facts;
+  facts["version"] = NEUROADA_VERSION;
+  facts["compiler"] = NEUROADA_COMPILER;
+  facts["flags"] = NEUROADA_FLAGS;
+  facts["build_type"] = NEUROADA_BUILD_TYPE;
+  facts["torch"] = NEUROADA_TORCH_VERSION;
+  facts["instruction_sets"] = NEUROADA_ISAS;
+  facts["cuda_archs"] = NEUROADA_CUDA_ARCHS;
+  return facts;
+}
+
+std::vector<std::string> cpu_features() {
+  std::vector<std::string> features;
+  if (neuroada::cpu::has_avx2()) features.push_back("avx2");
+  if (neuroada::cpu::has_avx512()) features.push_back("avx512");
+#if defined(__aarch64__)
+  features.push_back("neon");
+#endif
+  return features;
+}
+
+}  // namespace
+
+PYBIND11_MODULE(_C, m) {
+  m.doc() = "Build facts, CPU features and the index planner of neuroada_kernels.";
+  m.def("build_facts", &build_facts, "How the extension was built.");
+  m.def("cpu_features", &cpu_features, "The instruction sets with kernels that this processor runs.");
+  m.def("check_index", &check_index, "The number of connections and an error text, empty if valid.", py::arg("index"),
+        py::arg("d_out"), py::arg("k"), py::arg("d_in"));
+  m.def("plan_index", &plan_index, "Writes the plan of an index into plan.", py::arg("index"), py::arg("d_out"),
+        py::arg("k"), py::arg("d_in"), py::arg("plan"));
+}

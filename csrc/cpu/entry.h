@@ -1,0 +1,13 @@
+// The entry points that every instruction set's copy of the kernels has.
+#pragma once
+
+#include "kernels.h"
+
+namespace neuroada::cpu::NEUROADA_ISA {
+
+void bypass_fwd(const BypassFwd&, const Executor&);
+void bypass_bwd_input(const BypassBwdInput&, const Executor&);
+void sddmm(const Sddmm&, const Executor&);
+void merge(const Merge&, const Executor&);
+
+}  // namespace neuroada::cpu::NEUROADA_ISA

@@ -1,0 +1,87 @@
+// The C++ kernels for the CPU, as plain functions over pointers, sizes and strides. Matrices are
+// row-major with unit stride along a row; strides count elements between rows. Each kernel exists
+// once per instruction set, and `kernels()` gives the best that this processor runs.
+#pragma once
+
+#include <cstdint>
+
+#include "neuroada/dtype.h"
+
+namespace neuroada::cpu {
+
+// Who runs the tasks of a kernel: torch's pool in the op library, a loop or std::thread in tests.
+struct Executor {
+  int64_t threads;
+  void (*run)(int64_t tasks, void (*body)(void* context, int64_t task), void* context);
+
+  template <class F>
+  void parallel(int64_t tasks, F&& f) const {
+    run(tasks, [](void* context, int64_t task) { (*static_cast<F*>(context))(task); }, &f);
+  }
+};
+
+// out[t, j] = base[t, j] + bias[j] + sum_s delta[j, s] x[t, index[j, s]]
+struct BypassFwd {
+  DType dtype;           // of x, base, bias and out
+  int64_t tokens, d_in, d_out, k;
+  const void* x;         // [tokens, d_in]
+  int64_t x_stride;
+  const int32_t* index;  // [d_out, k], -1 where a slot has no connection
+  const void* delta;     // [d_out, k], in the accumulate type
+  const void* base;      // [tokens, d_out], or null for zero
+  int64_t base_stride;
+  const void* bias;      // [d_out], or null for zero
+  void* out;             // [tokens, d_out], may be base itself
+  int64_t out_stride;
+};
+
+// out[t, c] = sum over (j, s) with index[j, s] = c of delta[j, s] grad[t, j]
+struct BypassBwdInput {
+  DType dtype;          // of grad and out
+  int64_t tokens, d_in, d_out, k;
+  const void* grad;     // [tokens, d_out]
+  int64_t grad_stride;
+  const int32_t* plan;  // see planner.h
+  const void* delta;    // [d_out, k], in the accumulate type
+  void* out;            // [tokens, d_in]
+  int64_t out_stride;
+};
+
+// out[j, s] = sum_t grad[t, j] x[t, index[j, s]], and zero where index[j, s] is -1
+struct Sddmm {
+  DType dtype;  // of grad and x
+  int64_t tokens, d_in, d_out, k;
+  const void* grad;  // [tokens, d_out]
+  int64_t grad_stride;
+  const void* x;  // [tokens, d_in]
+  int64_t x_stride;
+  const int32_t* index;  // [d_out, k]
+  void* out;             // [d_out, k], in the accumulate type
+};
+
+// original[j, s] = weight[j, index[j, s]], then weight[j, index[j, s]] += delta[j, s]
+struct Merge {
+  DType dtype;  // of weight and original
+  int64_t d_out, k;
+  void* weight;  // [d_out, d_in]
+  int64_t weight_stride;
+  const int32_t* index;  // [d_out, k]
+  const void* delta;     // [d_out, k], in the accumulate type
+  void* original;        // [d_out, k]
+};
+
+struct Kernels {
+  const char* isa;
+  void (*bypass_fwd)(const BypassFwd&, const Executor&);
+  void (*bypass_bwd_input)(const BypassBwdInput&, const Executor&);
+  void (*sddmm)(const Sddmm&, const Executor&);
+  void (*merge)(const Merge&, const Executor&);
+};
+
+// The kernels of one instruction set by name, or null where it was not built or does not run here.
+const Kernels* kernels_for(const char* isa);
+
+// The best that runs here; NEUROADA_CPU_ISA (generic, avx2, avx512) lowers the choice.
+const Kernels& kernels();
+
+}  // namespace neuroada::cpu

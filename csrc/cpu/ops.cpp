@@ -1,0 +1,153 @@
+// Torch glue of the CPU kernels: checks, pointers, and torch's own threads. See library.cpp for the
+// schemas and kernels.h for what each computes.
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+
+#include <algorithm>
+#include <optional>
+
+#include "kernels.h"
+#include "neuroada/check.h"
+#include "neuroada/planner.h"
+
+namespace neuroada::cpu {
+namespace {
+
+Executor torch_executor() {
+  return {static_cast<int64_t>(torch::stable::get_num_threads()),
+          [](int64_t tasks, void (*body)(void*, int64_t), void* context) {
+            torch::stable::parallel_for(0, tasks, 1, [=](int64_t begin, int64_t end) {
+              for (int64_t task = begin; task < end; ++task) body(context, task);
+            });
+          }};
+}
+
+void check_delta(const char* name, const Tensor& delta, DType dtype) {
+  const bool is_double = dtype == DType::f64;
+  check_dtype(name, delta, is_double ? ScalarType::Double : ScalarType::Float, is_double ? "float64" : "float32");
+  check_contiguous(name, delta);
+}
+
+// One pass over the index, a vector compare an element: what keeps a call with a wrong index from
+// reading outside x costs microseconds, and nothing has been written when it raises.
+void check_index(const Tensor& index, int64_t d_in) {
+  check_matrix("index", index, -1, -1);
+  check_dtype("index", index, ScalarType::Int, "int32");
+  check_contiguous("index", index);
+  const int32_t* values = static_cast<const int32_t*>(index.const_data_ptr());
+  int32_t lowest = -1, highest = -1;
+  for (int64_t e = 0, count = index.numel(); e < count; ++e) {
+    lowest = std::min(lowest, values[e]);
+    highest = std::max(highest, values[e]);
+  }
+  STD_TORCH_CHECK(lowest >= -1 && highest < d_in, "index: column ", lowest < -1 ? lowest : highest,
+                  " is out of range for a weight with ", d_in, " inputs");
+}
+
+// base + bias + bypass(x) into out, which may be base.
+void bypass_fwd_op(const Tensor& x, const Tensor& index, const Tensor& delta, std::optional<Tensor> bias,
+                   std::optional<Tensor> base, Tensor out) {
+  check_matrix("x", x, -1, -1);
+  check_index(index, x.size(1));
+  const int64_t tokens = x.size(0), d_in = x.size(1), d_out = index.size(0), k = index.size(1);
+  const DType dtype = dtype_of("x", x);
+  check_matrix("delta", delta, d_out, k);
+  check_delta("delta", delta, dtype);
+  check_matrix("out", out, tokens, d_out);
+  STD_TORCH_CHECK(dtype_of("out", out) == dtype, "out: dtype differs from that of x");
+  if (base) {
+    check_matrix("base", *base, tokens, d_out);
+    STD_TORCH_CHECK(dtype_of("base", *base) == dtype, "base: dtype differs from that of x");
+  }
+  if (bias) {
+    STD_TORCH_CHECK(bias->dim() == 1 && bias->size(0) == d_out && bias->is_cpu(), "bias: shape ", shape_of(*bias),
+                    ", expected [", d_out, "] on the CPU");
+    STD_TORCH_CHECK(dtype_of("bias", *bias) == dtype, "bias: dtype differs from that of x");
+    check_contiguous("bias", *bias);
+  }
+  kernels().bypass_fwd(
+      {dtype, tokens, d_in, d_out, k, x.const_data_ptr(), x.stride(0),
+       static_cast<const int32_t*>(index.const_data_ptr()), delta.const_data_ptr(),
+       base ? base->const_data_ptr() : nullptr, base ? base->stride(0) : 0, bias ? bias->const_data_ptr() : nullptr,
+       out.mutable_data_ptr(), out.stride(0)},
+      torch_executor());
+}
+
+// Every offset of the plan is checked, so that a plan of another index cannot reach outside.
+void check_plan(const Tensor& plan, int64_t d_in, int64_t entries) {
+  STD_TORCH_CHECK(plan.dim() == 1 && plan.is_cpu() && plan.size(0) >= plan_size(d_in, 0), "plan: shape ",
+                  shape_of(plan), ", expected at least [", plan_size(d_in, 0), "] on the CPU");
+  check_dtype("plan", plan, ScalarType::Int, "int32");
+  check_contiguous("plan", plan);
+  const PlanView view(static_cast<const int32_t*>(plan.const_data_ptr()), d_in);
+  bool valid = view.column_start[0] == 0 && plan.size(0) == plan_size(d_in, view.live());
+  for (int64_t c = 0; c < d_in; ++c) valid &= view.column_start[c] <= view.column_start[c + 1];
+  valid &= view.split[0] == 0 && view.split[kSplits] == d_in;
+  for (int64_t i = 0; i < kSplits; ++i) valid &= view.split[i] <= view.split[i + 1];
+  STD_TORCH_CHECK(valid, "plan: not the plan of an index into ", d_in, " columns");
+  uint32_t highest = 0;
+  for (int64_t e = 0; e < view.live(); ++e) highest = std::max(highest, static_cast<uint32_t>(view.entry[e]));
+  STD_TORCH_CHECK(view.live() == 0 || highest < entries, "plan: entry ", highest, " is out of range for ", entries,
+                  " bypasses");
+}
+
+// bypass(grad) transposed, into out, which is written whole.
+void bypass_bwd_input_op(const Tensor& grad, const Tensor& plan, const Tensor& delta, Tensor out) {
+  check_matrix("delta", delta, -1, -1);
+  const int64_t d_out = delta.size(0), k = delta.size(1);
+  check_matrix("grad", grad, -1, d_out);
+  const int64_t tokens = grad.size(0);
+  check_matrix("out", out, tokens, -1);
+  const int64_t d_in = out.size(1);
+  const DType dtype = dtype_of("grad", grad);
+  STD_TORCH_CHECK(dtype_of("out", out) == dtype, "out: dtype differs from that of grad");
+  check_delta("delta", delta, dtype);
+  check_plan(plan, d_in, d_out * k);
+  kernels().bypass_bwd_input({dtype, tokens, d_in, d_out, k, grad.const_data_ptr(), grad.stride(0),
+                              static_cast<const int32_t*>(plan.const_data_ptr()), delta.const_data_ptr(),
+                              out.mutable_data_ptr(), out.stride(0)},
+                             torch_executor());
+}
+
+Tensor sddmm_op(const Tensor& grad, const Tensor& x, const Tensor& index) {
+  check_matrix("x", x, -1, -1);
+  check_index(index, x.size(1));
+  const int64_t tokens = x.size(0), d_in = x.size(1), d_out = index.size(0), k = index.size(1);
+  check_matrix("grad", grad, tokens, d_out);
+  const DType dtype = dtype_of("x", x);
+  STD_TORCH_CHECK(dtype_of("grad", grad) == dtype, "grad: dtype differs from that of x");
+  Tensor out = torch::stable::new_empty(x, {d_out, k}, dtype == DType::f64 ? ScalarType::Double : ScalarType::Float);
+  kernels().sddmm({dtype, tokens, d_in, d_out, k, grad.const_data_ptr(), grad.stride(0), x.const_data_ptr(),
+                   x.stride(0), static_cast<const int32_t*>(index.const_data_ptr()), out.mutable_data_ptr()},
+                  torch_executor());
+  return out;
+}
+
+Tensor merge_op(Tensor weight, const Tensor& index, const Tensor& delta) {
+  check_matrix("weight", weight, -1, -1);
+  const int64_t d_out = weight.size(0), d_in = weight.size(1);
+  check_index(index, d_in);
+  const int64_t k = index.size(1);
+  check_matrix("index", index, d_out, k);
+  const DType dtype = dtype_of("weight", weight);
+  check_matrix("delta", delta, d_out, k);
+  check_delta("delta", delta, dtype);
+  Tensor original = torch::stable::new_empty(weight, {d_out, k});
+  kernels().merge({dtype, d_out, k, weight.mutable_data_ptr(), weight.stride(0),
+                   static_cast<const int32_t*>(index.const_data_ptr()), delta.const_data_ptr(),
+                   original.mutable_data_ptr()},
+                  torch_executor());
+  return original;
+}
+
+}  // namespace
+
+STABLE_TORCH_LIBRARY_IMPL(neuroada_C, CPU, m) {
+  m.impl("bypass_fwd", TORCH_BOX(&bypass_fwd_op));
+  m.impl("bypass_bwd_input", TORCH_BOX(&bypass_bwd_input_op));
+  m.impl("sddmm", TORCH_BOX(&sddmm_op));
+  m.impl("merge", TORCH_BOX(&merge_op));
+}
+
+}  // namespace neuroada::cpu

@@ -1,0 +1,54 @@
+// Argument checks for the op library: a failed one names the argument, what it was and what was
+// expected, before anything is written.
+#pragma once
+
+#include <torch/csrc/stable/tensor.h>
+#include <torch/headeronly/util/Exception.h>
+
+#include <cstdint>
+#include <string>
+
+#include "neuroada/dtype.h"
+
+namespace neuroada {
+
+using torch::headeronly::ScalarType;
+using torch::stable::Tensor;
+
+inline std::string shape_of(const Tensor& tensor) {
+  std::string text = "[";
+  for (int64_t i = 0; i < tensor.dim(); ++i) text += (i ? ", " : "") + std::to_string(tensor.size(i));
+  return text + "]";
+}
+
+// A matrix of the given shape with unit stride along a row; -1 accepts any size.
+inline void check_matrix(const char* name, const Tensor& tensor, int64_t rows, int64_t columns) {
+  STD_TORCH_CHECK(tensor.dim() == 2, name, ": shape ", shape_of(tensor), ", expected a matrix");
+  STD_TORCH_CHECK((rows < 0 || tensor.size(0) == rows) && (columns < 0 || tensor.size(1) == columns), name, ": shape ",
+                  shape_of(tensor), ", expected [", rows, ", ", columns, "]");
+  STD_TORCH_CHECK(tensor.is_cpu(), name, ": not on the CPU, expected a CPU tensor");
+  STD_TORCH_CHECK(tensor.size(1) <= 1 || tensor.stride(1) == 1, name, ": stride ", tensor.stride(1),
+                  " along a row, expected 1");
+}
+
+inline DType dtype_of(const char* name, const Tensor& tensor) {
+  switch (tensor.scalar_type()) {
+    case ScalarType::Float: return DType::f32;
+    case ScalarType::Double: return DType::f64;
+    case ScalarType::BFloat16: return DType::bf16;
+    case ScalarType::Half: return DType::f16;
+    default: STD_TORCH_CHECK(false, name, ": dtype is not float32, float64, bfloat16 or float16");
+  }
+  return DType::f32;
+}
+
+inline void check_dtype(const char* name, const Tensor& tensor, ScalarType expected, const char* expected_name) {
+  STD_TORCH_CHECK(tensor.scalar_type() == expected, name, ": dtype is not the expected ", expected_name);
+}
+
+// A dense int32 or accumulate-type array, as index and delta are handed to the kernels.
+inline void check_contiguous(const char* name, const Tensor& tensor) {
+  STD_TORCH_CHECK(tensor.is_contiguous(), name, ": not contiguous, expected a contiguous tensor");
+}
+
+}  // namespace neuroada

@@ -1,0 +1,41 @@
+// The index planner: from index [d_out, k], the entries sorted by column, for the transposed product.
+//
+// A plan is one int32 array, so that it travels as one tensor:
+//   column_start [d_in + 1]   the entries of column c are entry[column_start[c] .. column_start[c + 1])
+//   split [kSplits + 1]       columns at which the work falls into kSplits parts of equal size
+//   entry [live]              j * k + s of each connection, by column, and in rising order within one
+#pragma once
+
+#include <algorithm>
+#include <cstdint>
+#include <string>
+
+namespace neuroada {
+
+inline constexpr int64_t kSplits = 64;
+
+struct PlanView {
+  const int32_t* column_start;
+  const int32_t* split;
+  const int32_t* entry;
+  int64_t d_in;
+
+  PlanView(const int32_t* plan, int64_t d_in)
+      : column_start(plan), split(plan + d_in + 1), entry(plan + d_in + 1 + kSplits + 1), d_in(d_in) {}
+
+  int64_t live() const { return column_start[d_in]; }
+
+  // The first column of part `part` of `parts`, from the nearest of the stored splits.
+  int64_t boundary(int64_t part, int64_t parts) const { return split[kSplits * part / parts]; }
+};
+
+inline int64_t plan_size(int64_t d_in, int64_t live) { return d_in + 1 + kSplits + 1 + live; }
+
+// The number of connections in index [d_out, k]; -1 marks a slot without one. Where a column is out
+// of range or stands twice in its row, `error` says so, and the result is -1.
+int64_t check_index(const int32_t* index, int64_t d_out, int64_t k, int64_t d_in, std::string& error);
+
+// Writes the plan_size(d_in, live) values of the plan of a checked index.
+void plan_index(const int32_t* index, int64_t d_out, int64_t k, int64_t d_in, int32_t* plan);
+
+}  // namespace neuroada

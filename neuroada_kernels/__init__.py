@@ -1,0 +1,32 @@
+"""NeuroAda for PyTorch: k trainable bypass connections a neuron, beside a frozen linear.
+
+``NeuroAdaLinear`` replaces ``nn.Linear``; its kernels build neither ``W + delta`` nor a gradient
+of W's shape. Zhang et al., NeuroAda, EMNLP 2025 (arXiv 2510.18940).
+"""
+
+from neuroada_kernels import backends as _backends
+from neuroada_kernels import functional, reference
+from neuroada_kernels._registry import BackendError, available_backends, use_backend
+from neuroada_kernels._version import __version__
+from neuroada_kernels.model import AdaptSummary, adapt, merge, unmerge
+from neuroada_kernels.nn import NeuroAdaLinear, ReferenceNeuroAdaLinear
+from neuroada_kernels.plan import check_index, make_plan
+from neuroada_kernels.selection import select
+
+__all__ = [
+    "AdaptSummary",
+    "BackendError",
+    "NeuroAdaLinear",
+    "ReferenceNeuroAdaLinear",
+    "__version__",
+    "adapt",
+    "available_backends",
+    "check_index",
+    "functional",
+    "make_plan",
+    "merge",
+    "reference",
+    "select",
+    "unmerge",
+    "use_backend",
+]

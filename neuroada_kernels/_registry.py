@@ -1,0 +1,133 @@
+"""Which backend serves a call: the backends, their priority, and their reasons for declining.
+
+A leaf: ops ask it, backends register with it, and neither knows the other.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+
+class BackendError(RuntimeError):
+    """A backend that was asked for by name does not serve the call; the message lists why."""
+
+
+@dataclass(frozen=True)
+class Implementation:
+    """One op of one backend.
+
+    ``unsupported`` takes the op's arguments and returns the reasons, in words, for not serving
+    them; an empty list serves.
+    """
+
+    run: Callable[..., Any]
+    unsupported: Callable[..., list[str]]
+
+
+@dataclass(frozen=True)
+class Backend:
+    """A set of implementations, and where they are chosen without being named.
+
+    ``priority`` maps a device type to a rank, the highest served first; a device type that it
+    lacks is served only by name. ``"*"`` stands for every device type. ``unavailable`` is None,
+    or why nothing of this backend can run in this process.
+    """
+
+    name: str
+    priority: Mapping[str, int]
+    implementations: Mapping[str, Implementation]
+    unavailable: str | None = None
+
+
+_backends: dict[str, Backend] = {}
+_order: dict[str, list[Backend]] = {}
+_named: str | None = os.environ.get("NEUROADA_BACKEND") or None
+
+
+def register(backend: Backend) -> None:
+    """Add a backend, or replace the one of its name."""
+    _backends[backend.name] = backend
+    _order.clear()
+
+
+def available_backends() -> dict[str, str | None]:
+    """Each backend's name, with None where it can run here or the reason, in words, where not."""
+    return {name: backend.unavailable for name, backend in _backends.items()}
+
+
+@contextlib.contextmanager
+def use_backend(name: str | None) -> Iterator[None]:
+    """Within the block, calls are served by the backend ``name``, or raise with its reasons.
+
+    The choice holds for the whole process, backward passes that run inside the block included.
+    ``None`` returns to the automatic choice. ``NEUROADA_BACKEND`` does the same from outside.
+
+    Raises
+    ------
+    ValueError
+        If no backend has that name.
+    BackendError
+        If the backend cannot run in this process.
+    """
+    global _named
+    if name is not None:
+        _check_named(name)
+    previous, _named = _named, name
+    try:
+        yield
+    finally:
+        _named = previous
+
+
+def resolve(op: str, *args: Any) -> Callable[..., Any]:
+    """The function that serves ``op`` with these arguments; the first is a tensor on its device.
+
+    Raises
+    ------
+    BackendError
+        If the named backend, or without one every backend, declines.
+    """
+    if _named is not None:
+        _check_named(_named)
+        candidates = [_backends[_named]]
+    else:
+        candidates = _candidates(args[0].device.type)
+    for backend in candidates:
+        implementation = backend.implementations.get(op)
+        if implementation is not None and not implementation.unsupported(*args):
+            return implementation.run
+    raise BackendError(
+        f"no backend serves neuroada::{op} here: "
+        + "; ".join(f"{backend.name}: {_why_not(backend, op, args)}" for backend in candidates)
+    )
+
+
+def _candidates(device_type: str) -> list[Backend]:
+    order = _order.get(device_type)
+    if order is None:
+
+        def rank(backend: Backend) -> int:
+            return backend.priority.get(device_type, backend.priority.get("*", -1))
+
+        usable = [b for b in _backends.values() if b.unavailable is None and rank(b) >= 0]
+        order = _order[device_type] = sorted(usable, key=rank, reverse=True)
+    return order
+
+
+def _check_named(name: str) -> None:
+    if name not in _backends:
+        raise ValueError(f"backend: {name!r} is unknown, expected one of {sorted(_backends)}")
+    reason = _backends[name].unavailable
+    if reason is not None:
+        raise BackendError(f"backend {name!r} cannot run here: {reason}")
+
+
+def _why_not(backend: Backend, op: str, args: tuple[Any, ...]) -> str:
+    implementation = backend.implementations.get(op)
+    if implementation is None:
+        return f"has no {op}"
+    return ", ".join(implementation.unsupported(*args))

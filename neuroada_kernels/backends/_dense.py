@@ -1,0 +1,87 @@
+"""The dense product, added onto a y that holds the bypass already.
+
+The bypass goes first so that y is rounded once where the product accumulates: what is rounded
+early is only the small bypass, and an update far below one unit in the last place of y still acts.
+"""
+
+from __future__ import annotations
+
+import functools
+
+import torch
+from torch import Tensor
+
+#: Bytes of float32 weight, or of output, that the blocked forms hold beside y.
+_BLOCK_BYTES = 8 << 20
+
+
+def bias_for_bypass(bias: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
+    """``(early, late)``: where the bias joins, the bypass or the dense product.
+
+    A wide sum takes the bias for free. Sixteen bits do not: the bypass would be rounded to the
+    bias's unit in the last place, and a small update lost.
+    """
+    wide = bias is not None and bias.dtype in (torch.float32, torch.float64)
+    return (bias, None) if wide else (None, bias)
+
+
+def add_dense(y: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """``y + x @ weight + bias``, rounded once; ``y`` is consumed.
+
+    Parameters
+    ----------
+    y : Tensor
+        Shape ``[tokens, n]``.
+    x : Tensor
+        Shape ``[tokens, m]``.
+    weight : Tensor
+        Shape ``[m, n]``, any strides.
+    bias : Tensor, optional
+        Shape ``[n]``.
+    """
+    if y.dtype in (torch.float32, torch.float64) or not y.is_cpu:
+        torch.addmm(y, x, weight, out=y)
+        return y if bias is None else y.add_(bias)
+    if not _native(y.dtype):
+        return _add_dense_widened(y, x, weight, bias)
+    if bias is None:
+        return torch.addmm(y, x, weight, out=y)
+    return _add_dense_with_bias(y, x, weight, bias)
+
+
+@functools.cache
+def _native(dtype: torch.dtype) -> bool:
+    """Whether oneDNN multiplies matrices of this 16-bit dtype on this processor."""
+    if not torch.backends.mkldnn.is_available():
+        return False
+    if dtype == torch.bfloat16:
+        return bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
+    return bool(torch.ops.mkldnn._is_mkldnn_fp16_supported())
+
+
+def _add_dense_with_bias(y: Tensor, x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    """Product, bias and bypass in oneDNN's float32 accumulator, by blocks of tokens."""
+    tokens = max(1, _BLOCK_BYTES // (y.shape[1] * y.element_size()))
+    fused = torch.ops.mkldnn._linear_pointwise.binary
+    if y.shape[0] <= tokens:
+        return fused(x, y, weight.t(), bias, "add") if y.shape[0] else y
+    for part, rows in zip(y.split(tokens), x.split(tokens), strict=True):
+        part.copy_(fused(rows, part, weight.t(), bias, "add"))
+    return y
+
+
+def _add_dense_widened(y: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """In float32, by blocks of output columns.
+
+    Where the processor does not know the dtype, torch's own product takes a hundred times as long
+    as widening the weight block by block.
+    """
+    columns = max(1, _BLOCK_BYTES // (4 * max(1, weight.shape[0] + y.shape[0])))
+    wide_x = x.float()
+    for first in range(0, y.shape[1], columns):
+        part = slice(first, first + columns)
+        total = torch.addmm(y[:, part].float(), wide_x, weight[:, part].float())
+        if bias is not None:
+            total += bias[part]
+        y[:, part] = total
+    return y

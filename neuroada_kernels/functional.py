@@ -1,0 +1,174 @@
+"""The public functions: the NeuroAda linear, and the bypass alone, with every argument checked."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from neuroada_kernels import ops, reference
+
+_FLOATING = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+
+
+def neuroada_linear(
+    x: Tensor,
+    weight: Tensor,
+    index: Tensor,
+    delta: Tensor,
+    bias: Tensor | None = None,
+    *,
+    plan: Tensor | None = None,
+) -> Tensor:
+    """A frozen linear with k trainable bypass connections a neuron.
+
+    ``y[t, j] = sum_c x[t, c] W[j, c] + b[j] + sum_s delta[j, s] x[t, index[j, s]]``
+    (Zhang et al., NeuroAda, EMNLP 2025). Neither ``W + delta`` nor a gradient of W's shape is
+    built. Differentiable in ``x``, ``delta`` and ``bias``, once; under ``torch.func`` transforms
+    the formula in plain PyTorch runs instead.
+
+    Parameters
+    ----------
+    x : Tensor
+        Shape ``[..., d_in]``; float32, float64, bfloat16 or float16. Under autocast it is cast.
+    weight : Tensor
+        Shape ``[d_out, d_in]``, the dtype of ``x``, frozen.
+    index : Tensor
+        int32, shape ``[d_out, k]``: distinct columns within a row; -1 marks a slot without a
+        connection. The values are not checked here beyond what keeps memory safe, see
+        :func:`neuroada_kernels.check_index`.
+    delta : Tensor
+        Shape ``[d_out, k]``, any floating dtype; float32 is best.
+    bias : Tensor, optional
+        Shape ``[d_out]``, the dtype of ``x``.
+    plan : Tensor, optional
+        From :func:`neuroada_kernels.make_plan`; made anew in each backward where it is missing.
+
+    Returns
+    -------
+    Tensor
+        Shape ``[..., d_out]``, the dtype of ``x``.
+
+    Raises
+    ------
+    TypeError
+        If a dtype is not the expected one.
+    ValueError
+        If a shape or a device is not, or if ``weight`` requires grad.
+    """
+    _check_bypass(x, index, delta)
+    if weight.dim() != 2 or weight.shape[1] != x.shape[-1] or weight.shape[0] != index.shape[0]:
+        raise ValueError(
+            f"weight: shape {list(weight.shape)}, expected [d_out, d_in] = "
+            f"[{index.shape[0]}, {x.shape[-1]}]"
+        )
+    if bias is not None and bias.shape != (weight.shape[0],):
+        raise ValueError(f"bias: shape {list(bias.shape)}, expected [{weight.shape[0]}]")
+    for name, tensor in (("weight", weight), ("bias", bias)):
+        if tensor is not None and tensor.device != x.device:
+            raise ValueError(f"{name}: on {tensor.device}, expected {x.device}, as x")
+    if weight.requires_grad and torch.is_grad_enabled():
+        raise ValueError("weight: requires grad, expected a frozen weight")
+    return apply_linear(x, weight, index, delta, bias, plan)
+
+
+def apply_linear(
+    x: Tensor,
+    weight: Tensor,
+    index: Tensor,
+    delta: Tensor,
+    bias: Tensor | None,
+    plan: Tensor | None,
+) -> Tensor:
+    """:func:`neuroada_linear` for tensors whose shapes and devices are known to fit."""
+    autocast = _autocast_dtype(x)
+    if autocast is not None:
+        x = x.to(autocast)
+        bias = None if bias is None else bias.to(autocast)
+    else:
+        for name, tensor in (("weight", weight), ("bias", bias)):
+            if tensor is not None and tensor.dtype != x.dtype:
+                raise TypeError(f"{name}: dtype {tensor.dtype}, expected {x.dtype}, as x")
+    if _is_transformed():
+        return reference.neuroada_linear(x, weight, index, delta, bias)
+    return ops.linear(x, weight, index, delta, bias, plan)
+
+
+def neuroada_bypass(
+    y: Tensor, x: Tensor, index: Tensor, delta: Tensor, *, plan: Tensor | None = None
+) -> Tensor:
+    """``y`` plus the bypass, for a base layer that is quantised, sharded or somebody else's.
+
+    ``out[t, j] = y[t, j] + sum_s delta[j, s] x[t, index[j, s]]``, summed in float32 (float64 for
+    float64) and rounded once. Differentiable in ``y``, ``x`` and ``delta``, once.
+
+    Parameters
+    ----------
+    y : Tensor
+        Shape ``[..., d_out]``; not changed.
+    x : Tensor
+        Shape ``[..., d_in]``, the dtype of ``y`` and the same leading dimensions.
+    index, delta, plan
+        As in :func:`neuroada_linear`.
+
+    Returns
+    -------
+    Tensor
+        The shape and dtype of ``y``.
+
+    Raises
+    ------
+    TypeError
+        If a dtype is not the expected one.
+    ValueError
+        If a shape or a device is not.
+    """
+    _check_bypass(x, index, delta)
+    if y.shape != (*x.shape[:-1], index.shape[0]):
+        raise ValueError(
+            f"y: shape {list(y.shape)}, expected {[*x.shape[:-1], index.shape[0]]}, as x and index"
+        )
+    if y.device != x.device:
+        raise ValueError(f"y: on {y.device}, expected {x.device}, as x")
+    if _autocast_dtype(x) is not None:
+        x = x.to(y.dtype)
+    elif y.dtype != x.dtype:
+        raise TypeError(f"y: dtype {y.dtype}, expected {x.dtype}, as x")
+    if _is_transformed():
+        return reference.neuroada_bypass(y, x, index, delta)
+    return ops.bypass_add(y, x, index, delta, plan)
+
+
+def _check_bypass(x: Tensor, index: Tensor, delta: Tensor) -> None:
+    if x.dtype not in _FLOATING:
+        raise TypeError(f"x: dtype {x.dtype}, expected float32, float64, bfloat16 or float16")
+    if x.dim() == 0:
+        raise ValueError("x: a scalar, expected shape [..., d_in]")
+    if index.dtype != torch.int32:
+        raise TypeError(f"index: dtype {index.dtype}, expected torch.int32")
+    if index.dim() != 2 or not 1 <= index.shape[1] <= x.shape[-1]:
+        raise ValueError(
+            f"index: shape {list(index.shape)}, expected [d_out, k] with k from 1 to "
+            f"{x.shape[-1]}, the inputs"
+        )
+    if delta.shape != index.shape:
+        raise ValueError(
+            f"delta: shape {list(delta.shape)}, expected {list(index.shape)}, as index"
+        )
+    if not delta.is_floating_point():
+        raise TypeError(f"delta: dtype {delta.dtype}, expected a floating dtype")
+    for name, tensor in (("index", index), ("delta", delta)):
+        if tensor.device != x.device:
+            raise ValueError(f"{name}: on {tensor.device}, expected {x.device}, as x")
+
+
+def _autocast_dtype(x: Tensor) -> torch.dtype | None:
+    """The dtype that autocast asks of a matrix product of ``x``, or None."""
+    kind = x.device.type
+    if not torch.is_autocast_enabled(kind) or x.dtype == torch.float64:
+        return None
+    return torch.get_autocast_dtype(kind)
+
+
+def _is_transformed() -> bool:
+    """Whether a ``torch.func`` transform is at work, which our backward cannot follow."""
+    return not torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active()

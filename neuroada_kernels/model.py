@@ -1,0 +1,178 @@
+"""Whole models: replace their linears, merge, unmerge, count."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from neuroada_kernels.nn._base import BypassLinear
+from neuroada_kernels.nn.linear import NeuroAdaLinear
+
+
+@dataclass(frozen=True)
+class AdaptSummary:
+    """What :func:`adapt` did.
+
+    ``modules`` are the replaced names; ``trainable`` counts connections (and nothing else trains),
+    ``total`` all parameters of the model, ``delta`` included.
+    """
+
+    modules: tuple[str, ...]
+    trainable: int
+    total: int
+
+    @property
+    def share(self) -> float:
+        """Trainable share of all parameters, from 0 to 1."""
+        return self.trainable / self.total
+
+    def __str__(self) -> str:
+        return (
+            f"{len(self.modules)} modules adapted; {self.trainable:,} of {self.total:,} "
+            f"parameters train ({self.share:.3%})"
+        )
+
+
+def adapt(
+    model: nn.Module,
+    k: int = 1,
+    target_modules: Sequence[str] | str = "all-linear",
+    *,
+    selection: str = "magnitude",
+    scores: Mapping[str, Tensor] | None = None,
+    generator: torch.Generator | None = None,
+    neuron_fraction: float = 1.0,
+    delta_dtype: torch.dtype = torch.float32,
+    layer_type: type[BypassLinear] = NeuroAdaLinear,
+) -> AdaptSummary:
+    """Replace matching ``nn.Linear`` modules in place, and freeze everything but their deltas.
+
+    Parameters
+    ----------
+    model : nn.Module
+        The model; its tensors are shared with the new layers, never copied.
+    k : int
+        Connections a neuron.
+    target_modules : sequence of str, or "all-linear"
+        Names, or their last parts (``"q_proj"`` matches ``"layers.0.attn.q_proj"``);
+        ``"all-linear"`` takes every ``nn.Linear``.
+    selection, generator, neuron_fraction, delta_dtype
+        As in :class:`NeuroAdaLinear`.
+    scores : mapping, optional
+        Module name to scores of its weight's shape, for ``selection="scores"``.
+    layer_type : type
+        The layer to put in, :class:`ReferenceNeuroAdaLinear` for comparisons.
+
+    Returns
+    -------
+    AdaptSummary
+
+    Raises
+    ------
+    TypeError, ValueError
+        If a target matches nothing or something that is no ``nn.Linear``, if a matched module is
+        read by its parent in a way that would pass the bypass by, or if an argument is not as
+        expected. The model is unchanged then.
+    """
+    targets = _find_targets(model, target_modules)
+    layers: dict[nn.Linear, BypassLinear] = {}
+    with _grad_flags_kept_on_error(model):
+        for name, linear in targets.items():
+            if linear in layers:
+                continue
+            try:
+                layers[linear] = layer_type.from_linear(
+                    linear,
+                    k,
+                    selection=selection,
+                    scores=None if scores is None else scores.get(name),
+                    generator=generator,
+                    neuron_fraction=neuron_fraction,
+                    delta_dtype=delta_dtype,
+                )
+            except (TypeError, ValueError) as error:
+                raise type(error)(f"{name}: {error}") from error
+    for name, linear in targets.items():
+        parent, _, child = name.rpartition(".")
+        setattr(model.get_submodule(parent), child, layers[linear])
+    for parameter in model.parameters():
+        parameter.requires_grad_(False)
+    for layer in layers.values():
+        layer.delta.requires_grad_(True)
+    return AdaptSummary(
+        modules=tuple(targets),
+        trainable=sum(int((layer.index >= 0).sum()) for layer in layers.values()),
+        total=sum(parameter.numel() for parameter in model.parameters()),
+    )
+
+
+def merge(model: nn.Module) -> None:
+    """Merge every NeuroAda layer of ``model`` into its weight; see ``NeuroAdaLinear.merge``."""
+    for layer in _layers(model):
+        layer.merge()
+
+
+def unmerge(model: nn.Module) -> None:
+    """Undo :func:`merge`, bit for bit."""
+    # In reverse, so that weights which two layers share unwind as they were merged.
+    for layer in reversed(list(_layers(model))):
+        layer.unmerge()
+
+
+def _layers(model: nn.Module) -> Iterator[BypassLinear]:
+    return (module for module in model.modules() if isinstance(module, BypassLinear))
+
+
+def _find_targets(
+    model: nn.Module, target_modules: Sequence[str] | str
+) -> dict[str, nn.Linear]:
+    """Matching modules by every name they have, each found to be a linear that can be replaced."""
+    if isinstance(target_modules, str) and target_modules != "all-linear":
+        raise TypeError(
+            f"target_modules: {target_modules!r}, expected a list of names or 'all-linear'"
+        )
+    named = dict(model.named_modules(remove_duplicate=False))
+    linears = {name: m for name, m in named.items() if isinstance(m, nn.Linear) and name}
+    if target_modules == "all-linear":
+        found: dict[str, nn.Module] = dict(linears)
+    else:
+        found = {}
+        for target in target_modules:
+            matches = [n for n in named if n and (n == target or n.endswith("." + target))]
+            if not matches:
+                ends = sorted({name.rpartition(".")[2] for name in linears})
+                raise ValueError(f"target_modules: {target!r} matches nothing, expected of {ends}")
+            found.update((name, named[name]) for name in matches)
+    if not found:
+        raise ValueError("target_modules: the model has no torch.nn.Linear inside")
+    targets = {}
+    for name, module in found.items():
+        if not isinstance(module, nn.Linear):
+            raise TypeError(f"{name}: {type(module).__name__}, expected torch.nn.Linear")
+        _check_parent(name, named[name.rpartition(".")[0]])
+        targets[name] = module
+    return targets
+
+
+def _check_parent(name: str, parent: nn.Module) -> None:
+    """Refuse where a fused path of torch reads the weight itself and would skip the bypass."""
+    if isinstance(parent, nn.MultiheadAttention | nn.TransformerEncoderLayer):
+        raise ValueError(
+            f"{name}: its parent {type(parent).__name__} reads the weight without calling the "
+            "module, expected a parent that calls it"
+        )
+
+
+@contextlib.contextmanager
+def _grad_flags_kept_on_error(model: nn.Module) -> Iterator[None]:
+    flags = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
+    try:
+        yield
+    except BaseException:
+        for parameter, flag in flags:
+            parameter.requires_grad_(flag)
+        raise

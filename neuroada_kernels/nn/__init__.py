@@ -1,0 +1,6 @@
+"""The layers."""
+
+from neuroada_kernels.nn.linear import NeuroAdaLinear
+from neuroada_kernels.nn.reference import ReferenceNeuroAdaLinear
+
+__all__ = ["NeuroAdaLinear", "ReferenceNeuroAdaLinear"]

@@ -1,0 +1,253 @@
+"""What both layers are: a frozen linear's tensors, an index, a delta, and the merged state."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.nn.utils import parametrize
+
+from neuroada_kernels.plan import check_index
+from neuroada_kernels.selection import check_weight, select
+
+_Self = TypeVar("_Self", bound="BypassLinear")
+
+
+class BypassLinear(nn.Module):
+    """A frozen linear with k trainable bypass connections a neuron.
+
+    ``y[t, j] = sum_c x[t, c] W[j, c] + b[j] + sum_s delta[j, s] x[t, index[j, s]]``
+    (Zhang et al., NeuroAda, EMNLP 2025). Only ``delta`` trains, and the bias after
+    ``layer.bias.requires_grad_()``.
+
+    Parameters
+    ----------
+    in_features, out_features : int
+        As in ``nn.Linear``.
+    k : int
+        Connections a neuron, from 1 to ``in_features``.
+    bias : bool
+        As in ``nn.Linear``.
+    selection : str
+        The method of :func:`neuroada_kernels.select`: ``"magnitude"``, ``"smallest"``,
+        ``"random"`` or ``"scores"``.
+    scores, generator, neuron_fraction
+        Passed to :func:`neuroada_kernels.select`.
+    delta_dtype : torch.dtype
+        Dtype of ``delta``. It stays when the layer is cast by ``.to(dtype)`` or ``.half()``.
+    device, dtype
+        As in ``nn.Linear``.
+
+    Attributes
+    ----------
+    weight : nn.Parameter
+        Shape ``[out_features, in_features]``, frozen.
+    bias : nn.Parameter or None
+        Shape ``[out_features]``, frozen.
+    index : Tensor
+        Buffer, int32, shape ``[out_features, k]``: distinct columns within a row, -1 in a slot
+        without a connection. Checked whenever it is set or loaded.
+    delta : nn.Parameter
+        Shape ``[out_features, k]``, zeros at first.
+    original : Tensor or None
+        Buffer, shape ``[out_features, k]``: while merged, the values that ``weight`` had.
+    """
+
+    weight: nn.Parameter
+    bias: nn.Parameter | None
+    index: Tensor
+    delta: nn.Parameter
+    original: Tensor | None
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        k: int = 1,
+        bias: bool = True,
+        *,
+        selection: str = "magnitude",
+        scores: Tensor | None = None,
+        generator: torch.Generator | None = None,
+        neuron_fraction: float = 1.0,
+        delta_dtype: torch.dtype = torch.float32,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        linear = nn.Linear(in_features, out_features, bias, device, dtype)
+        index = select(
+            linear.weight, k, selection, scores, generator, neuron_fraction=neuron_fraction
+        )
+        self._adopt(linear, index, delta_dtype)
+
+    @classmethod
+    def from_linear(
+        cls: type[_Self],
+        linear: nn.Linear,
+        k: int = 1,
+        *,
+        selection: str = "magnitude",
+        scores: Tensor | None = None,
+        generator: torch.Generator | None = None,
+        neuron_fraction: float = 1.0,
+        delta_dtype: torch.dtype = torch.float32,
+        index: Tensor | None = None,
+    ) -> _Self:
+        """The layer over the very tensors of ``linear``: shared, never copied, and frozen.
+
+        Parameters
+        ----------
+        linear : nn.Linear
+            Its weight and bias stop requiring grad; nothing else of it changes.
+        k, selection, scores, generator, neuron_fraction, delta_dtype
+            As in the constructor.
+        index : Tensor, optional
+            int32, shape ``[out_features, k]``: the connections, instead of selecting them.
+
+        Raises
+        ------
+        TypeError, ValueError
+            If ``linear`` is no ``nn.Linear`` with a floating weight of its own, or an argument is
+            not as expected; then ``linear`` is unchanged.
+        """
+        if not isinstance(linear, nn.Linear):
+            raise TypeError(f"linear: {type(linear).__name__}, expected torch.nn.Linear")
+        if parametrize.is_parametrized(linear):
+            raise ValueError("linear: has parametrizations, expected a weight of its own")
+        check_weight(linear.weight)
+        if index is None:
+            index = select(
+                linear.weight, k, selection, scores, generator, neuron_fraction=neuron_fraction
+            )
+        else:
+            index = index.to(linear.weight.device, copy=True)
+        layer = cls.__new__(cls)
+        nn.Module.__init__(layer)
+        layer._adopt(linear, index, delta_dtype)
+        return layer
+
+    def _adopt(self, linear: nn.Linear, index: Tensor, delta_dtype: torch.dtype) -> None:
+        if not (isinstance(delta_dtype, torch.dtype) and delta_dtype.is_floating_point):
+            raise TypeError(f"delta_dtype: {delta_dtype}, expected a floating torch.dtype")
+        self.out_features, self.in_features = linear.weight.shape
+        self._check_index(index)
+        self.weight = linear.weight.requires_grad_(False)
+        self.bias = None if linear.bias is None else linear.bias.requires_grad_(False)
+        self.register_buffer("index", index)
+        self.delta = nn.Parameter(torch.zeros(index.shape, dtype=delta_dtype, device=index.device))
+        self.register_buffer("original", None)
+        self.train(linear.training)
+
+    @property
+    def k(self) -> int:
+        """Connections a neuron."""
+        return self.index.shape[1]
+
+    @property
+    def merged(self) -> bool:
+        """Whether ``weight`` holds the bypass, so that the layer is a plain linear."""
+        return self.original is not None
+
+    def merge(self) -> None:
+        """Add ``delta`` into the chosen entries of ``weight``; the values they had are kept.
+
+        Where another module shares the weight, it sees the change. Merging twice changes nothing.
+        """
+        if not self.merged:
+            with torch.no_grad():
+                self.original = self._fold()
+
+    def unmerge(self) -> None:
+        """Write the kept values back: ``weight`` is what it was before merging, bit for bit."""
+        if self.original is not None:
+            with torch.no_grad():
+                self._unfold(self.original)
+            self.original = None
+
+    def forward(self, x: Tensor) -> Tensor:
+        """``y [..., out_features]`` of ``x [..., in_features]``."""
+        if x.shape[-1:] != (self.in_features,):
+            raise ValueError(f"x: shape {list(x.shape)}, expected [..., {self.in_features}]")
+        if self.merged:
+            return F.linear(x, self.weight, self.bias)
+        return self._bypass_forward(x)
+
+    def extra_repr(self) -> str:
+        return (
+            f"in_features={self.in_features}, out_features={self.out_features}, k={self.k}, "
+            f"bias={self.bias is not None}, delta_dtype={str(self.delta.dtype).split('.')[-1]}"
+            + (", merged" if self.merged else "")
+        )
+
+    def _bypass_forward(self, x: Tensor) -> Tensor:
+        raise NotImplementedError
+
+    def _fold(self) -> Tensor:
+        raise NotImplementedError
+
+    def _unfold(self, original: Tensor) -> None:
+        raise NotImplementedError
+
+    def _check_index(self, index: Tensor) -> None:
+        if index.shape[:1] != (self.out_features,):
+            raise ValueError(
+                f"index: shape {list(index.shape)}, expected [{self.out_features}, k]"
+            )
+        check_index(index, self.in_features)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name == "index" and "index" in self.__dict__.get("_buffers", ()):
+            self._check_index(value)
+        super().__setattr__(name, value)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
+        """Move everything, but cast neither ``delta``, whose dtype is chosen, nor an index."""
+
+        def move(tensor: Tensor) -> Tensor:
+            moved = fn(tensor)
+            return moved if moved.dtype == tensor.dtype else tensor.to(moved.device)
+
+        keeper = nn.Module()
+        keeper.delta = self._parameters.pop("delta")
+        kept = [name for name in ("index", "plan") if name in self._buffers]
+        for name in kept:
+            keeper.register_buffer(name, self._buffers.pop(name))
+        try:
+            keeper._apply(move)
+            super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        finally:
+            self._parameters["delta"] = keeper.delta
+            for name in kept:
+                self._buffers[name] = keeper._buffers[name]
+        return self
+
+    def _load_from_state_dict(
+        self,
+        state_dict: dict[str, Any],
+        prefix: str,
+        local_metadata: dict[str, Any],
+        strict: bool,
+        missing_keys: list[str],
+        unexpected_keys: list[str],
+        error_msgs: list[str],
+    ) -> None:
+        """Load, the index checked first and the merged state as it was saved."""
+        index = state_dict.get(prefix + "index")
+        if index is not None and index.shape == self.index.shape:
+            try:
+                self._check_index(index)
+            except (TypeError, ValueError) as error:
+                error_msgs.append(f"{prefix.rstrip('.') or type(self).__name__}: {error}")
+                return
+        if prefix + "original" in state_dict:
+            if self.original is None:
+                self.original = torch.zeros_like(self.delta, dtype=self.weight.dtype)
+        elif prefix + "weight" in state_dict:
+            self.original = None
+        super()._load_from_state_dict(
+            state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
+        )

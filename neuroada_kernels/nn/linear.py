@@ -1,0 +1,51 @@
+"""The drop-in layer, backed by the kernels."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from neuroada_kernels import functional, ops
+from neuroada_kernels.nn._base import BypassLinear
+from neuroada_kernels.plan import make_plan
+
+
+class NeuroAdaLinear(BypassLinear):
+    __doc__ = BypassLinear.__doc__
+
+    plan: Tensor  # of the index, for the backward; see neuroada_kernels.plan
+    _planned_version: int | None
+
+    def _adopt(self, linear: nn.Linear, index: Tensor, delta_dtype: torch.dtype) -> None:
+        super()._adopt(linear, index, delta_dtype)
+        self._make_plan()
+
+    def _make_plan(self) -> None:
+        self.register_buffer("plan", make_plan(self.index, self.in_features), persistent=False)
+        self._planned_version = _version(self.index)
+
+    def _bypass_forward(self, x: Tensor) -> Tensor:
+        if not torch.compiler.is_compiling() and _version(self.index) != self._planned_version:
+            self._check_index(self.index)
+            self._make_plan()
+        return functional.apply_linear(
+            x, self.weight, self.index, self.delta, self.bias, self.plan
+        )
+
+    def _fold(self) -> Tensor:
+        return ops.merge_(self.weight, self.index, self.delta)
+
+    def _unfold(self, original: Tensor) -> None:
+        ops.unmerge_(self.weight, self.index, original)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        super().__setattr__(name, value)
+        if name == "index" and "plan" in self._buffers:
+            self._make_plan()
+
+
+def _version(tensor: Tensor) -> int | None:
+    """How often the tensor was written in place; an inference tensor does not count."""
+    return None if tensor.is_inference() else tensor._version

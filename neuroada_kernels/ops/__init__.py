@@ -1,0 +1,10 @@
+"""The public ops of ``torch.library`` namespace ``neuroada``: schema, fake and autograd of each.
+
+An op asks :mod:`neuroada_kernels._registry` who serves it; it never imports a backend.
+"""
+
+from neuroada_kernels.ops.bypass_add import bypass_add
+from neuroada_kernels.ops.linear import linear
+from neuroada_kernels.ops.merge import merge_, unmerge_
+
+__all__ = ["bypass_add", "linear", "merge_", "unmerge_"]

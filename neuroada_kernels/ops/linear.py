@@ -1,0 +1,170 @@
+"""``neuroada::linear``: dense product and bypass in one, and its backward.
+
+    y[t, j]      = sum_c x[t, c] W[j, c] + b[j] + sum_s delta[j, s] x[t, index[j, s]]
+    dx[t, c]     = sum_j dy[t, j] W[j, c] + sum over (j, s) with index[j, s] = c of delta[j, s] dy[t, j]
+    ddelta[j, s] = sum_t dy[t, j] x[t, index[j, s]]
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from neuroada_kernels import _registry
+from neuroada_kernels.ops._library import (
+    LIBRARY,
+    as_matrix,
+    define,
+    is_plain_eager,
+    refuse_double_backward,
+)
+
+
+def linear(
+    x: Tensor,
+    weight: Tensor,
+    index: Tensor,
+    delta: Tensor,
+    bias: Tensor | None,
+    plan: Tensor | None,
+) -> Tensor:
+    """Call the op, without the dispatcher where nobody would see the difference.
+
+    Shapes: ``x [..., d_in]``, ``weight [d_out, d_in]``, ``index`` and ``delta`` ``[d_out, k]``,
+    ``bias [d_out]``, ``plan`` of :func:`neuroada_kernels.plan.make_plan`. A weight of another
+    dtype than ``x`` is cast for the duration of the call, as under autocast.
+    """
+    if is_plain_eager(x):
+        if not torch.is_grad_enabled():
+            return _forward(x, weight, index, delta, bias, plan)
+        return _Linear.apply(x, weight, index, delta, bias, plan)  # type: ignore[no-any-return]
+    return torch.ops.neuroada.linear.default(x, weight, index, delta, bias, plan)  # type: ignore[no-any-return]
+
+
+def _forward(
+    x: Tensor,
+    weight: Tensor,
+    index: Tensor,
+    delta: Tensor,
+    bias: Tensor | None,
+    plan: Tensor | None,
+) -> Tensor:
+    matrix = as_matrix(x)
+    if weight.dtype != x.dtype:
+        weight = weight.to(x.dtype)
+    run = _registry.resolve("linear", matrix, weight, index, delta, bias)
+    y: Tensor = run(matrix, weight, index, delta, bias)
+    return y if x.dim() == 2 else y.view(*x.shape[:-1], y.shape[1])
+
+
+def _backward(
+    grad_output: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    index: Tensor,
+    delta: Tensor,
+    plan: Tensor | None,
+    output_mask: list[bool],
+) -> tuple[Tensor, Tensor]:
+    grad, matrix = as_matrix(grad_output), as_matrix(x)
+    if weight.dtype != grad.dtype:
+        weight = weight.to(grad.dtype)
+    run = _registry.resolve(
+        "linear_backward", grad, matrix, weight, index, delta, plan, output_mask
+    )
+    grad_x, grad_delta = run(grad, matrix, weight, index, delta, plan, output_mask)
+    return (
+        grad.new_empty(0) if grad_x is None else grad_x.view(x.shape),
+        delta.new_empty(0) if grad_delta is None else grad_delta,
+    )
+
+
+def _fake_forward(
+    x: Tensor,
+    weight: Tensor,
+    index: Tensor,
+    delta: Tensor,
+    bias: Tensor | None = None,
+    plan: Tensor | None = None,
+) -> Tensor:
+    return x.new_empty([*x.shape[:-1], weight.shape[0]])
+
+
+def _fake_backward(
+    grad_output: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    index: Tensor,
+    delta: Tensor,
+    plan: Tensor | None,
+    output_mask: list[bool],
+) -> tuple[Tensor, Tensor]:
+    return (
+        grad_output.new_empty(x.shape if output_mask[0] else [0]),
+        delta.new_empty(delta.shape if output_mask[1] else [0]),
+    )
+
+
+define(
+    "linear(Tensor x, Tensor weight, Tensor index, Tensor delta, Tensor? bias=None, "
+    "Tensor? plan=None) -> Tensor",
+    _forward,
+    _fake_forward,
+)
+define(
+    "linear_backward(Tensor grad_output, Tensor x, Tensor weight, Tensor index, Tensor delta, "
+    "Tensor? plan, bool[2] output_mask) -> (Tensor, Tensor)",
+    _backward,
+    _fake_backward,
+)
+
+
+def _save(ctx: Any, inputs: tuple[Any, ...], output: Tensor | None) -> None:
+    """Keep x and references to what the module holds already, never a tensor of W's size."""
+    x, weight, index, delta, bias, plan = inputs
+    ctx.save_for_backward(x, weight, index, delta, plan)
+    ctx.bias_dtype = None if bias is None else bias.dtype
+
+
+def _differentiate(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
+    x, weight, index, delta, plan = ctx.saved_tensors
+    need_x, need_weight, _, need_delta, need_bias, _ = ctx.needs_input_grad
+    if need_weight:
+        raise RuntimeError("weight: requires grad, expected a frozen weight")
+    grad_x = grad_delta = grad_bias = None
+    if need_x or need_delta:
+        args = (grad_output, x, weight, index, delta, plan, [need_x, need_delta])
+        # With grad mode on, somebody may differentiate again: only the op can refuse that.
+        if is_plain_eager(grad_output) and not torch.is_grad_enabled():
+            grad_x, grad_delta = _backward(*args)
+        else:
+            grad_x, grad_delta = torch.ops.neuroada.linear_backward.default(*args)
+    if need_bias:
+        grad_bias = grad_output.reshape(-1, grad_output.shape[-1]).sum(0).to(ctx.bias_dtype)
+    return (
+        grad_x if need_x else None,
+        None,
+        None,
+        grad_delta if need_delta else None,
+        grad_bias,
+        None,
+    )
+
+
+class _Linear(torch.autograd.Function):
+    """The same autograd as the op's, a third of its cost."""
+
+    @staticmethod
+    def forward(ctx: Any, *inputs: Any) -> Tensor:
+        _save(ctx, inputs, None)
+        return _forward(*inputs)
+
+    backward = staticmethod(_differentiate)
+
+
+torch.library.register_autograd(
+    "neuroada::linear", _differentiate, setup_context=_save, lib=LIBRARY
+)
+torch.library.register_autograd("neuroada::linear_backward", refuse_double_backward, lib=LIBRARY)

@@ -1,0 +1,101 @@
+"""The index: its checks, and the plan that sorts its entries by column.
+
+A plan is one int32 tensor ``[d_in + 1 + SPLITS + 1 + live]``, so that it travels as one argument:
+``column_start [d_in + 1]``, ``split [SPLITS + 1]`` (columns at which the work falls into equal
+parts) and ``entry [live]`` (``j * k + s`` of every connection, by column, in rising order within
+one). ``csrc/include/neuroada/planner.h`` says the same for C++.
+"""
+
+from __future__ import annotations
+
+import ctypes
+
+import torch
+from torch import Tensor
+
+from neuroada_kernels import _extension
+
+SPLITS = 64
+
+
+def check_index(index: Tensor, d_in: int) -> int:
+    """The number of connections in ``index [d_out, k]``, once it is found to be valid.
+
+    Raises
+    ------
+    TypeError
+        If ``index`` is not an int32 tensor.
+    ValueError
+        If it is no matrix, is on the meta device, or has a column that is out of range or stands
+        twice in its row. -1 marks a slot without a connection and may repeat.
+    """
+    check_index_form(index, d_in)
+    if index.device.type == "cpu" and _extension.module is not None:
+        live, error = _extension.module.check_index(_buffer(index), *index.shape, d_in)
+        if error:
+            raise ValueError(f"index: {error}")
+        return int(live)
+    wrong = (index < -1) | (index >= d_in)
+    if wrong.any():
+        row, slot = (int(i) for i in wrong.nonzero()[0])
+        raise ValueError(
+            f"index: column {int(index[row, slot])} in row {row} is out of range for a weight "
+            f"with {d_in} inputs"
+        )
+    ordered = index.sort(dim=1).values
+    twice = (ordered[:, 1:] == ordered[:, :-1]) & (ordered[:, 1:] >= 0)
+    if twice.any():
+        row, slot = (int(i) for i in twice.nonzero()[0])
+        raise ValueError(
+            f"index: column {int(ordered[row, slot])} stands twice in row {row}, "
+            "expected distinct columns"
+        )
+    return int((index >= 0).sum())
+
+
+def check_index_form(index: Tensor, d_in: int) -> None:
+    """The part of :func:`check_index` that reads no value of the index."""
+    if index.dtype != torch.int32:
+        raise TypeError(f"index: dtype {index.dtype}, expected torch.int32")
+    if index.dim() != 2:
+        raise ValueError(f"index: shape {list(index.shape)}, expected [d_out, k]")
+    if not 1 <= index.shape[1] <= d_in:
+        raise ValueError(
+            f"index: {index.shape[1]} connections a neuron, expected 1 to {d_in}, the inputs"
+        )
+    if index.is_meta:
+        raise ValueError("index: is on the meta device, expected values")
+
+
+def make_plan(index: Tensor, d_in: int) -> Tensor:
+    """The plan of a checked index, on its device.
+
+    Parameters
+    ----------
+    index : Tensor
+        int32, shape ``[d_out, k]``.
+    d_in : int
+        Number of inputs of the weight.
+    """
+    if index.device.type == "cpu" and _extension.module is not None:
+        live = int((index >= 0).sum())
+        plan = torch.empty(d_in + 1 + SPLITS + 1 + live, dtype=torch.int32)
+        _extension.module.plan_index(_buffer(index), *index.shape, d_in, _buffer(plan))
+        return plan
+    columns = index.flatten().long()
+    entry = torch.argsort(columns, stable=True)[int((columns < 0).sum()) :]
+    counts = torch.bincount(columns[columns >= 0], minlength=d_in)
+    column_start = torch.cat([counts.new_zeros(1), counts.cumsum(0)])  # [d_in + 1]
+    work = column_start + torch.arange(d_in + 1, device=index.device)
+    parts = torch.arange(SPLITS + 1, device=index.device) * work[-1]
+    split = torch.searchsorted(work * SPLITS, parts)
+    split[-1] = d_in
+    return torch.cat([column_start, split, entry]).int()
+
+
+def _buffer(tensor: Tensor) -> ctypes.Array[ctypes.c_int32]:
+    """The values of a CPU tensor through the buffer protocol, with their bounds and no copy."""
+    dense = tensor.contiguous()
+    view = (ctypes.c_int32 * dense.numel()).from_address(dense.data_ptr())
+    view.owner = dense  # type: ignore[attr-defined]
+    return view

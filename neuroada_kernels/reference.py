@@ -1,0 +1,77 @@
+"""The method's formulas in plain PyTorch, to read and to compare with; never fast.
+
+Zhang et al., "NeuroAda: Activating Each Neuron's Potential for Parameter-Efficient Fine-Tuning",
+EMNLP 2025 (arXiv 2510.18940). Everything here is differentiable by autograd, to any order.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def _accumulate_dtype(dtype: torch.dtype) -> torch.dtype:
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def bypass(x: Tensor, index: Tensor, delta: Tensor) -> Tensor:
+    """``out[..., j] = sum_s delta[j, s] x[..., index[j, s]]``, in float32 (float64 for float64).
+
+    Parameters
+    ----------
+    x : Tensor
+        Shape ``[..., d_in]``.
+    index : Tensor
+        Shape ``[d_out, k]``; -1 marks a slot without a connection.
+    delta : Tensor
+        Shape ``[d_out, k]``.
+    """
+    dtype = _accumulate_dtype(x.dtype)
+    connected = index >= 0
+    gathered = x.to(dtype)[..., index.clamp(min=0).long()]  # [..., d_out, k]
+    products = gathered * delta.to(dtype)
+    return torch.where(connected, products, torch.zeros_like(products)).sum(-1)
+
+
+def neuroada_linear(
+    x: Tensor, weight: Tensor, index: Tensor, delta: Tensor, bias: Tensor | None = None
+) -> Tensor:
+    """``y[t, j] = sum_c x[t, c] W[j, c] + b[j] + sum_s delta[j, s] x[t, index[j, s]]``.
+
+    Computed in float32 (float64 for float64) and rounded once, to the dtype of ``x``.
+
+    Parameters
+    ----------
+    x : Tensor
+        Shape ``[..., d_in]``.
+    weight : Tensor
+        Shape ``[d_out, d_in]``.
+    index, delta : Tensor
+        Shape ``[d_out, k]``.
+    bias : Tensor, optional
+        Shape ``[d_out]``.
+
+    Returns
+    -------
+    Tensor
+        Shape ``[..., d_out]``, dtype of ``x``.
+    """
+    dtype = _accumulate_dtype(x.dtype)
+    y = x.to(dtype) @ weight.to(dtype).t() + bypass(x, index, delta)
+    if bias is not None:
+        y = y + bias.to(dtype)
+    return y.to(x.dtype)
+
+
+def neuroada_bypass(y: Tensor, x: Tensor, index: Tensor, delta: Tensor) -> Tensor:
+    """``y[t, j] + sum_s delta[j, s] x[t, index[j, s]]``, rounded once, to the dtype of ``y``."""
+    dtype = _accumulate_dtype(y.dtype)
+    return (y.to(dtype) + bypass(x, index, delta)).to(y.dtype)
+
+
+def merged_weight(weight: Tensor, index: Tensor, delta: Tensor) -> Tensor:
+    """A copy of ``weight`` with ``W[j, index[j, s]] += delta[j, s]``, rounded once."""
+    dtype = _accumulate_dtype(weight.dtype)
+    update = torch.where(index >= 0, delta.to(dtype), torch.zeros_like(delta, dtype=dtype))
+    dense = torch.zeros_like(weight, dtype=dtype).scatter_add(1, index.clamp(min=0).long(), update)
+    return (weight.to(dtype) + dense).to(weight.dtype)

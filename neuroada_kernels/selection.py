@@ -1,0 +1,154 @@
+"""Which connections of each neuron get a bypass."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+#: Elements of the weight that are looked at together, so that no mask of its size is made.
+_BLOCK_ELEMENTS = 1 << 22
+
+METHODS = ("magnitude", "smallest", "random", "scores")
+
+
+def select(
+    weight: Tensor,
+    k: int,
+    method: str = "magnitude",
+    scores: Tensor | None = None,
+    generator: torch.Generator | None = None,
+    *,
+    neuron_fraction: float = 1.0,
+) -> Tensor:
+    """Choose ``k`` input connections of every neuron (row) of ``weight``.
+
+    Ties go to the lower column, so that a choice repeats across devices; columns rise within a
+    row. Works block by block: nothing of the weight's size is allocated.
+
+    Parameters
+    ----------
+    weight : Tensor
+        Shape ``[d_out, d_in]``, floating.
+    k : int
+        Connections a neuron, from 1 to ``d_in``.
+    method : str
+        ``"magnitude"`` (largest \\|W\\|, the paper's choice), ``"smallest"`` (smallest \\|W\\|),
+        ``"random"``, or ``"scores"`` (largest of ``scores``). ``scores`` given implies the last.
+    scores : Tensor, optional
+        Shape of ``weight``, any real dtype: magnitudes of gradients, activation-aware scores.
+    generator : torch.Generator, optional
+        For ``"random"`` and ``neuron_fraction``.
+    neuron_fraction : float
+        Share of the neurons, drawn at random, that get bypasses, in (0, 1]; at least one does.
+        The rows of the others are filled with -1.
+
+    Returns
+    -------
+    Tensor
+        int32, shape ``[d_out, k]``, on the device of ``weight``.
+
+    Raises
+    ------
+    TypeError
+        If ``weight`` or ``scores`` is not a real tensor, or ``k`` no integer.
+    ValueError
+        If a shape, ``k``, ``method`` or ``neuron_fraction`` is not as expected, if values are
+        NaN, or if ``weight`` is on the meta device.
+    """
+    check_weight(weight)
+    check_k(k, weight.shape[1])
+    if scores is not None and method == "magnitude":
+        method = "scores"
+    score = _scorer(weight, method, scores, generator)
+    if not 0 < neuron_fraction <= 1:
+        raise ValueError(f"neuron_fraction: {neuron_fraction}, expected a share in (0, 1]")
+
+    d_out, d_in = weight.shape
+    index = torch.empty(d_out, k, dtype=torch.int32, device=weight.device)
+    step = max(1, _BLOCK_ELEMENTS // d_in)
+    for first in range(0, d_out, step):
+        rows = slice(first, min(first + step, d_out))
+        index[rows] = _largest(score(rows), k)
+    if neuron_fraction < 1:
+        index[~_drawn_neurons(d_out, neuron_fraction, generator).to(weight.device)] = -1
+    return index
+
+
+def check_weight(weight: Tensor) -> None:
+    """Raise unless ``weight`` is a floating matrix with values."""
+    if not isinstance(weight, Tensor):
+        raise TypeError(f"weight: {type(weight).__name__}, expected a tensor")
+    if not weight.is_floating_point():
+        raise TypeError(f"weight: dtype {weight.dtype}, expected a floating dtype")
+    if weight.dim() != 2 or 0 in weight.shape:
+        raise ValueError(f"weight: shape {list(weight.shape)}, expected [d_out, d_in]")
+    if weight.is_meta:
+        raise ValueError("weight: is on the meta device, expected values")
+
+
+def check_k(k: int, d_in: int) -> None:
+    """Raise unless ``k`` is an integer from 1 to ``d_in``."""
+    if not isinstance(k, int) or isinstance(k, bool):
+        raise TypeError(f"k: {k!r}, expected an integer")
+    if not 1 <= k <= d_in:
+        raise ValueError(f"k: {k}, expected 1 to {d_in}, the inputs of the weight")
+
+
+def _scorer(
+    weight: Tensor, method: str, scores: Tensor | None, generator: torch.Generator | None
+) -> Callable[[slice], Tensor]:
+    """The function from a range of rows to the scores of which the largest are chosen."""
+    if method not in METHODS:
+        raise ValueError(f"method: {method!r}, expected one of {', '.join(METHODS)}")
+    if (scores is not None) != (method == "scores"):
+        raise ValueError(
+            f"scores: {'given' if scores is not None else 'missing'} with method {method!r}"
+        )
+    if scores is not None:
+        if scores.is_complex() or scores.dtype == torch.bool:
+            raise TypeError(f"scores: dtype {scores.dtype}, expected a real dtype")
+        if scores.shape != weight.shape:
+            raise ValueError(
+                f"scores: shape {list(scores.shape)}, expected {list(weight.shape)}, as weight"
+            )
+        if scores.is_meta:
+            raise ValueError("scores: is on the meta device, expected values")
+        return lambda rows: _without_nan("scores", scores.detach()[rows].to(weight.device))
+    if method == "random":
+        device = weight.device if generator is None else generator.device
+
+        def draw(rows: slice) -> Tensor:
+            shape = (rows.stop - rows.start, weight.shape[1])
+            return torch.rand(shape, generator=generator, device=device).to(weight.device)
+
+        return draw
+    sign = -1 if method == "smallest" else 1
+    return lambda rows: sign * _without_nan("weight", weight.detach()[rows]).abs()
+
+
+def _without_nan(name: str, block: Tensor) -> Tensor:
+    if block.is_floating_point() and bool(block.isnan().any()):
+        raise ValueError(f"{name}: has NaN, expected numbers")
+    return block
+
+
+def _largest(score: Tensor, k: int) -> Tensor:
+    """Columns of the ``k`` largest of each row, rising; of equal ones the lower columns."""
+    if score.dtype in (torch.float16, torch.bfloat16):
+        score = score.float()
+    least = score.topk(k, dim=1).values[:, -1:]
+    above = score > least
+    equal = score == least
+    room = k - above.sum(1, keepdim=True)
+    chosen = above | (equal & (equal.cumsum(1) <= room))
+    return chosen.nonzero()[:, 1].view(-1, k).int()
+
+
+def _drawn_neurons(d_out: int, fraction: float, generator: torch.Generator | None) -> Tensor:
+    device = "cpu" if generator is None else generator.device
+    order = torch.randperm(d_out, generator=generator, device=device)
+    drawn = torch.zeros(d_out, dtype=torch.bool, device=device)
+    drawn[order[: max(1, round(fraction * d_out))]] = True
+    return drawn

@@ -1,0 +1,115 @@
+"""The frozen table of cases, and the inputs of one."""
+
+from __future__ import annotations
+
+import zlib
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from neuroada_kernels.selection import select
+
+IndexKind = Literal["magnitude", "random", "one_column", "half_the_neurons", "ragged"]
+
+
+@dataclass(frozen=True)
+class Case:
+    """A shape and how its index is chosen.
+
+    ``index``: ``magnitude`` and ``random`` as in :func:`neuroada_kernels.select`; ``one_column``
+    has every neuron choose column 0 (and its neighbours); ``half_the_neurons`` leaves the others
+    without bypasses; ``ragged`` empties single slots.
+    """
+
+    tokens: int
+    d_in: int
+    d_out: int
+    k: int
+    bias: bool = False
+    index: IndexKind = "magnitude"
+
+    @property
+    def name(self) -> str:
+        kind = "" if self.index == "magnitude" else f"-{self.index}"
+        return f"T{self.tokens}-{self.d_in}to{self.d_out}-k{self.k}{'-bias' * self.bias}{kind}"
+
+
+#: Every test that runs over shapes runs over these.
+CASES: tuple[Case, ...] = (
+    Case(tokens=17, d_in=64, d_out=48, k=1),
+    Case(tokens=17, d_in=64, d_out=48, k=8, bias=True),
+    Case(tokens=1, d_in=64, d_out=48, k=2),
+    Case(tokens=1, d_in=67, d_out=101, k=20, bias=True, index="random"),
+    Case(tokens=0, d_in=64, d_out=48, k=8),
+    Case(tokens=0, d_in=13, d_out=7, k=1, bias=True),
+    Case(tokens=512, d_in=96, d_out=257, k=2, bias=True),
+    Case(tokens=512, d_in=257, d_out=96, k=8),
+    Case(tokens=101, d_in=127, d_out=61, k=20, bias=True),
+    Case(tokens=37, d_in=61, d_out=127, k=20, index="random"),
+    Case(tokens=17, d_in=13, d_out=31, k=13, bias=True),
+    Case(tokens=17, d_in=1, d_out=5, k=1),
+    Case(tokens=33, d_in=5, d_out=1, k=2, bias=True),
+    Case(tokens=65, d_in=128, d_out=200, k=1, index="one_column"),
+    Case(tokens=17, d_in=96, d_out=300, k=8, bias=True, index="one_column"),
+    Case(tokens=33, d_in=72, d_out=90, k=2, bias=True, index="half_the_neurons"),
+    Case(tokens=49, d_in=90, d_out=72, k=8, index="ragged"),
+)
+
+#: The shapes that benchmarks measure; k of 1, 8 and 20 each.
+BENCH_CASES: tuple[Case, ...] = tuple(
+    Case(tokens=tokens, d_in=d_in, d_out=d_out, k=k)
+    for tokens, d_in, d_out in (
+        (512, 2048, 2048),
+        (512, 1024, 4096),
+        (512, 4096, 1024),
+        (16, 2048, 2048),
+    )
+    for k in (1, 8, 20)
+)
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """Tensors of a case; ``grad_output`` is the gradient that arrives from above."""
+
+    x: Tensor  # [tokens, d_in]
+    weight: Tensor  # [d_out, d_in]
+    index: Tensor  # [d_out, k]
+    delta: Tensor  # [d_out, k], float32 (float64 for float64)
+    bias: Tensor | None  # [d_out]
+    grad_output: Tensor  # [tokens, d_out]
+
+
+def make_inputs(
+    case: Case, dtype: torch.dtype, *, device: torch.device | str = "cpu", seed: int = 0
+) -> Inputs:
+    """The inputs of a case: the same for the same case, dtype and seed."""
+    generator = torch.Generator().manual_seed(zlib.crc32(case.name.encode()) + seed)
+
+    def normal(*shape: int, scale: float = 1.0) -> Tensor:
+        return torch.randn(*shape, generator=generator, dtype=torch.float64) * scale
+
+    weight = normal(case.d_out, case.d_in, scale=case.d_in**-0.5)
+    index = _make_index(case, weight, generator)
+    wide = torch.float64 if dtype == torch.float64 else torch.float32
+    return Inputs(
+        x=normal(case.tokens, case.d_in).to(device, dtype),
+        weight=weight.to(device, dtype),
+        index=index.to(device),
+        delta=normal(case.d_out, case.k, scale=0.1 * case.d_in**-0.5).to(device, wide),
+        bias=normal(case.d_out).to(device, dtype) if case.bias else None,
+        grad_output=normal(case.tokens, case.d_out).to(device, dtype),
+    )
+
+
+def _make_index(case: Case, weight: Tensor, generator: torch.Generator) -> Tensor:
+    if case.index == "one_column":
+        return torch.arange(case.k, dtype=torch.int32).expand(case.d_out, case.k).contiguous()
+    if case.index == "half_the_neurons":
+        return select(weight, case.k, generator=generator, neuron_fraction=0.5)
+    if case.index == "ragged":
+        index = select(weight, case.k, "random", generator=generator)
+        return index.where(torch.rand(index.shape, generator=generator) < 0.7, -1)
+    return select(weight, case.k, case.index, generator=generator)

@@ -1,0 +1,81 @@
+"""Builds the compiled parts with CMake and ninja; see NEUROADA_BUILD below.
+
+``NEUROADA_BUILD`` says what to build: ``auto`` (the C++ kernels, and CUDA where nvcc is found),
+``cpu``, ``cuda`` (fails without nvcc) or ``none`` (a pure-Python install).
+"""
+
+from __future__ import annotations
+
+import os
+import platform
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+from setuptools import Extension, setup
+from setuptools.command.build_ext import build_ext
+
+ROOT = Path(__file__).parent.resolve()
+MODES = ("auto", "cpu", "cuda", "none")
+
+
+def build_mode() -> str:
+    mode = os.environ.get("NEUROADA_BUILD", "auto").lower()
+    if mode not in MODES:
+        sys.exit(f"NEUROADA_BUILD: {mode!r}, expected one of {', '.join(MODES)}")
+    return mode
+
+
+def version() -> str:
+    namespace: dict[str, str] = {}
+    exec((ROOT / "neuroada_kernels" / "_version.py").read_text(), namespace)
+    return namespace["__version__"]
+
+
+class CMakeBuild(build_ext):
+    """Runs CMake once and copies what it built to where setuptools expects each part."""
+
+    def run(self) -> None:
+        if self.extensions:
+            self.cmake()
+        super().run()
+
+    def cmake(self) -> None:
+        cmake = shutil.which("cmake") or sys.exit("cmake is not found: pip install cmake ninja")
+        mode = build_mode()
+        options = {
+            "CMAKE_BUILD_TYPE": "Debug" if self.debug else "Release",
+            "Python_EXECUTABLE": sys.executable,
+            "NEUROADA_CUDA": {"auto": "AUTO", "cuda": "ON"}.get(mode, "OFF"),
+            "NEUROADA_VERSION": version(),
+            "NEUROADA_PYTHON": "ON",
+            "NEUROADA_TESTS": "OFF",
+        }
+        settings = [f"-D{name}={value}" for name, value in options.items()]
+        jobs = os.environ.get("MAX_JOBS", str(os.cpu_count() or 1))
+        build = ["-B", self.build_temp]
+        subprocess.run([cmake, "-G", "Ninja", "-S", str(ROOT), *build, *settings], check=True)
+        subprocess.run([cmake, "--build", self.build_temp, "--parallel", jobs], check=True)
+
+    def build_extension(self, ext: Extension) -> None:
+        target = Path(self.get_ext_fullpath(ext.name))
+        target.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy2(Path(self.build_temp) / target.name, target)
+
+    def get_ext_filename(self, fullname: str) -> str:
+        # The op library has no Python in it, and so no Python version in its name.
+        if fullname.rpartition(".")[2] == "libneuroada":
+            return os.path.join(*fullname.split(".")) + ".so"
+        return super().get_ext_filename(fullname)
+
+
+def extensions() -> list[Extension]:
+    if build_mode() == "none":
+        return []
+    if platform.system() != "Linux":
+        sys.exit(f"the compiled parts are for Linux, not {platform.system()}: NEUROADA_BUILD=none")
+    return [Extension(f"neuroada_kernels.{part}", sources=[]) for part in ("_C", "libneuroada")]
+
+
+setup(ext_modules=extensions(), cmdclass={"build_ext": CMakeBuild})
