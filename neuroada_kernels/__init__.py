@@ -4,7 +4,7 @@
 of W's shape. Zhang et al., NeuroAda, EMNLP 2025 (arXiv 2510.18940).
 """
 
-from neuroada_kernels import backends as _backends
+from neuroada_kernels import backends as _backends  # noqa: F401 - registers them
 from neuroada_kernels import functional, reference
 from neuroada_kernels._registry import BackendError, available_backends, use_backend
 from neuroada_kernels._version import __version__

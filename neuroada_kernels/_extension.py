@@ -18,6 +18,12 @@ _PACKAGE = Path(__file__).parent
 _PURE = "this is a pure-Python install (built with NEUROADA_BUILD=none)"
 
 
+def _in_words(error: BaseException) -> str:
+    """The error with what caused it, which torch keeps apart: there stands what is wrong."""
+    words = f"{type(error).__name__}: {error}"
+    return words if error.__cause__ is None else f"{words} ({_in_words(error.__cause__)})"
+
+
 def _load_module() -> tuple[ModuleType | None, str | None]:
     if os.environ.get("NEUROADA_DISABLE_EXTENSION"):
         return None, "NEUROADA_DISABLE_EXTENSION is set"
@@ -26,7 +32,7 @@ def _load_module() -> tuple[ModuleType | None, str | None]:
     try:
         return importlib.import_module("neuroada_kernels._C"), None
     except Exception as error:
-        return None, f"{type(error).__name__}: {error}"
+        return None, _in_words(error)
 
 
 def _load_library() -> str | None:
@@ -39,7 +45,7 @@ def _load_library() -> str | None:
         torch.ops.load_library(str(path))
         return None
     except Exception as error:
-        return f"{type(error).__name__}: {error}"
+        return _in_words(error)
 
 
 #: The pybind11 module, or None.

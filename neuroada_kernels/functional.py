@@ -80,14 +80,13 @@ def apply_linear(
     plan: Tensor | None,
 ) -> Tensor:
     """:func:`neuroada_linear` for tensors whose shapes and devices are known to fit."""
-    autocast = _autocast_dtype(x)
+    autocast = autocast_dtype(x)
     if autocast is not None:
         x = x.to(autocast)
         bias = None if bias is None else bias.to(autocast)
-    else:
-        for name, tensor in (("weight", weight), ("bias", bias)):
-            if tensor is not None and tensor.dtype != x.dtype:
-                raise TypeError(f"{name}: dtype {tensor.dtype}, expected {x.dtype}, as x")
+    elif weight.dtype != x.dtype or (bias is not None and bias.dtype != x.dtype):
+        name, tensor = ("weight", weight) if weight.dtype != x.dtype else ("bias", bias)
+        raise TypeError(f"{name}: dtype {tensor.dtype}, expected {x.dtype}, as x")  # type: ignore[union-attr]
     if _is_transformed():
         return reference.neuroada_linear(x, weight, index, delta, bias)
     return ops.linear(x, weight, index, delta, bias, plan)
@@ -129,7 +128,7 @@ def neuroada_bypass(
         )
     if y.device != x.device:
         raise ValueError(f"y: on {y.device}, expected {x.device}, as x")
-    if _autocast_dtype(x) is not None:
+    if autocast_dtype(x) is not None:
         x = x.to(y.dtype)
     elif y.dtype != x.dtype:
         raise TypeError(f"y: dtype {y.dtype}, expected {x.dtype}, as x")
@@ -161,12 +160,12 @@ def _check_bypass(x: Tensor, index: Tensor, delta: Tensor) -> None:
             raise ValueError(f"{name}: on {tensor.device}, expected {x.device}, as x")
 
 
-def _autocast_dtype(x: Tensor) -> torch.dtype | None:
+def autocast_dtype(x: Tensor) -> torch.dtype | None:
     """The dtype that autocast asks of a matrix product of ``x``, or None."""
-    kind = x.device.type
-    if not torch.is_autocast_enabled(kind) or x.dtype == torch.float64:
+    if not torch._C._is_any_autocast_enabled() or x.dtype == torch.float64:
         return None
-    return torch.get_autocast_dtype(kind)
+    kind = x.device.type
+    return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None
 
 
 def _is_transformed() -> bool:

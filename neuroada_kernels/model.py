@@ -12,6 +12,8 @@ from torch import Tensor, nn
 from neuroada_kernels.nn._base import BypassLinear
 from neuroada_kernels.nn.linear import NeuroAdaLinear
 
+_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+
 
 @dataclass(frozen=True)
 class AdaptSummary:
@@ -79,6 +81,8 @@ def adapt(
         expected. The model is unchanged then.
     """
     targets = _find_targets(model, target_modules)
+    if scores is not None:
+        selection = _check_scores(scores, targets, selection)
     layers: dict[nn.Linear, BypassLinear] = {}
     with _grad_flags_kept_on_error(model):
         for name, linear in targets.items():
@@ -89,7 +93,7 @@ def adapt(
                     linear,
                     k,
                     selection=selection,
-                    scores=None if scores is None else scores.get(name),
+                    scores=None if scores is None else scores[name],
                     generator=generator,
                     neuron_fraction=neuron_fraction,
                     delta_dtype=delta_dtype,
@@ -99,10 +103,10 @@ def adapt(
     for name, linear in targets.items():
         parent, _, child = name.rpartition(".")
         setattr(model.get_submodule(parent), child, layers[linear])
+    trained_before = {id(layer.delta) for layer in _layers(model)}
     for parameter in model.parameters():
-        parameter.requires_grad_(False)
-    for layer in layers.values():
-        layer.delta.requires_grad_(True)
+        if id(parameter) not in trained_before:
+            parameter.requires_grad_(False)
     return AdaptSummary(
         modules=tuple(targets),
         trainable=sum(int((layer.index >= 0).sum()) for layer in layers.values()),
@@ -127,9 +131,7 @@ def _layers(model: nn.Module) -> Iterator[BypassLinear]:
     return (module for module in model.modules() if isinstance(module, BypassLinear))
 
 
-def _find_targets(
-    model: nn.Module, target_modules: Sequence[str] | str
-) -> dict[str, nn.Linear]:
+def _find_targets(model: nn.Module, target_modules: Sequence[str] | str) -> dict[str, nn.Linear]:
     """Matching modules by every name they have, each found to be a linear that can be replaced."""
     if isinstance(target_modules, str) and target_modules != "all-linear":
         raise TypeError(
@@ -146,7 +148,9 @@ def _find_targets(
             if not matches:
                 ends = sorted({name.rpartition(".")[2] for name in linears})
                 raise ValueError(f"target_modules: {target!r} matches nothing, expected of {ends}")
-            found.update((name, named[name]) for name in matches)
+            chosen = {id(named[name]) for name in matches}
+            # A module that stands under several names stays one module.
+            found.update((name, m) for name, m in named.items() if id(m) in chosen)
     if not found:
         raise ValueError("target_modules: the model has no torch.nn.Linear inside")
     targets = {}
@@ -154,8 +158,23 @@ def _find_targets(
         if not isinstance(module, nn.Linear):
             raise TypeError(f"{name}: {type(module).__name__}, expected torch.nn.Linear")
         _check_parent(name, named[name.rpartition(".")[0]])
+        if any(getattr(module, hooks) for hooks in _HOOKS):
+            raise ValueError(f"{name}: has hooks, which its replacement would lose")
         targets[name] = module
     return targets
+
+
+def _check_scores(
+    scores: Mapping[str, Tensor], targets: Mapping[str, nn.Linear], selection: str
+) -> str:
+    """The selection method that goes with scores, once every target has its own."""
+    if selection not in ("magnitude", "scores"):
+        raise ValueError(f"scores: given with selection {selection!r}, expected 'scores'")
+    missing = sorted(targets.keys() - scores.keys())
+    unknown = sorted(scores.keys() - targets.keys())
+    if missing or unknown:
+        raise ValueError(f"scores: missing for targets {missing}, given for others {unknown}")
+    return "scores"
 
 
 def _check_parent(name: str, parent: nn.Module) -> None:

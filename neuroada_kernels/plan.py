@@ -35,26 +35,33 @@ def check_index(index: Tensor, d_in: int) -> int:
         if error:
             raise ValueError(f"index: {error}")
         return int(live)
-    wrong = (index < -1) | (index >= d_in)
-    if wrong.any():
-        row, slot = (int(i) for i in wrong.nonzero()[0])
-        raise ValueError(
-            f"index: column {int(index[row, slot])} in row {row} is out of range for a weight "
-            f"with {d_in} inputs"
-        )
     ordered = index.sort(dim=1).values
-    twice = (ordered[:, 1:] == ordered[:, :-1]) & (ordered[:, 1:] >= 0)
-    if twice.any():
-        row, slot = (int(i) for i in twice.nonzero()[0])
-        raise ValueError(
-            f"index: column {int(ordered[row, slot])} stands twice in row {row}, "
-            "expected distinct columns"
-        )
+    out_of_range = ((index < -1) | (index >= d_in)).any(1)
+    repeated = ((ordered[:, 1:] == ordered[:, :-1]) & (ordered[:, 1:] >= 0)).any(1)
+    wrong_rows = (out_of_range | repeated).nonzero()
+    if len(wrong_rows):
+        row = int(wrong_rows[0])
+        raise ValueError(f"index: {_first_fault(index[row].tolist(), row, d_in)}")
     return int((index >= 0).sum())
+
+
+def _first_fault(columns: list[int], row: int, d_in: int) -> str:
+    """What is wrong with a row, in the words of the C++ planner."""
+    seen: set[int] = set()
+    for column in columns:
+        if column < -1 or column >= d_in:
+            return f"column {column} in row {row} is out of range for a weight with {d_in} inputs"
+        if column in seen:
+            return f"column {column} stands twice in row {row}, expected distinct columns"
+        if column >= 0:
+            seen.add(column)
+    raise AssertionError(f"row {row} has no fault")
 
 
 def check_index_form(index: Tensor, d_in: int) -> None:
     """The part of :func:`check_index` that reads no value of the index."""
+    if not isinstance(index, Tensor):
+        raise TypeError(f"index: {type(index).__name__}, expected an int32 tensor")
     if index.dtype != torch.int32:
         raise TypeError(f"index: dtype {index.dtype}, expected torch.int32")
     if index.dim() != 2:

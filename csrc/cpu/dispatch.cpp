@@ -6,12 +6,12 @@
 #include "cpu_features.h"
 #include "kernels.h"
 
-#define NEUROADA_DECLARE(isa)                              \
-  namespace neuroada::cpu::isa {                           \
-  void bypass_fwd(const BypassFwd&, const Executor&);      \
+#define NEUROADA_DECLARE(isa)                                    \
+  namespace neuroada::cpu::isa {                                 \
+  void bypass_fwd(const BypassFwd&, const Executor&);            \
   void bypass_bwd_input(const BypassBwdInput&, const Executor&); \
-  void sddmm(const Sddmm&, const Executor&);               \
-  void merge(const Merge&, const Executor&);               \
+  void sddmm(const Sddmm&, const Executor&);                     \
+  void merge(const Merge&, const Executor&);                     \
   }
 #define NEUROADA_KERNELS(isa) \
   Kernels { #isa, &isa::bypass_fwd, &isa::bypass_bwd_input, &isa::sddmm, &isa::merge }

@@ -3,6 +3,7 @@
 // once per instruction set, and `kernels()` gives the best that this processor runs.
 #pragma once
 
+#include <algorithm>
 #include <cstdint>
 
 #include "neuroada/dtype.h"
@@ -13,33 +14,41 @@ namespace neuroada::cpu {
 struct Executor {
   int64_t threads;
   void (*run)(int64_t tasks, void (*body)(void* context, int64_t task), void* context);
+  int64_t grain = 1 << 16;  // multiply-adds that are worth waking a thread, about 10 microseconds
+
+  // With no more threads than the work is worth.
+  Executor limited(int64_t work) const { return {std::min(threads, work / grain + 1), run, grain}; }
 
   template <class F>
   void parallel(int64_t tasks, F&& f) const {
+    if (threads == 1 || tasks <= 1) {
+      for (int64_t task = 0; task < tasks; ++task) f(task);
+      return;
+    }
     run(tasks, [](void* context, int64_t task) { (*static_cast<F*>(context))(task); }, &f);
   }
 };
 
 // out[t, j] = base[t, j] + bias[j] + sum_s delta[j, s] x[t, index[j, s]]
 struct BypassFwd {
-  DType dtype;           // of x, base, bias and out
+  DType dtype;  // of x, base, bias and out
   int64_t tokens, d_in, d_out, k;
-  const void* x;         // [tokens, d_in]
+  const void* x;  // [tokens, d_in]
   int64_t x_stride;
   const int32_t* index;  // [d_out, k], -1 where a slot has no connection
   const void* delta;     // [d_out, k], in the accumulate type
   const void* base;      // [tokens, d_out], or null for zero
   int64_t base_stride;
-  const void* bias;      // [d_out], or null for zero
-  void* out;             // [tokens, d_out], may be base itself
+  const void* bias;  // [d_out], or null for zero
+  void* out;         // [tokens, d_out], may be base itself
   int64_t out_stride;
 };
 
 // out[t, c] = sum over (j, s) with index[j, s] = c of delta[j, s] grad[t, j]
 struct BypassBwdInput {
-  DType dtype;          // of grad and out
+  DType dtype;  // of grad and out
   int64_t tokens, d_in, d_out, k;
-  const void* grad;     // [tokens, d_out]
+  const void* grad;  // [tokens, d_out]
   int64_t grad_stride;
   const int32_t* plan;  // see planner.h
   const void* delta;    // [d_out, k], in the accumulate type

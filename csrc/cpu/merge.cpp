@@ -9,9 +9,10 @@ namespace neuroada::cpu::NEUROADA_ISA {
 namespace {
 
 template <class T>
-void run(const Merge& a, const Executor& executor) {
+void run(const Merge& a, const Executor& all) {
   using A = accumulate_t<T>;
-  const int64_t parts = std::min(executor.threads, a.d_out * a.k / 1024 + 1);
+  const Executor executor = all.limited(8 * a.d_out * a.k);
+  const int64_t parts = executor.threads;
   executor.parallel(parts, [&](int64_t part) {
     for (int64_t j = a.d_out * part / parts; j < a.d_out * (part + 1) / parts; ++j) {
       T* row = static_cast<T*>(a.weight) + j * a.weight_stride;

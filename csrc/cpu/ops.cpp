@@ -66,12 +66,11 @@ void bypass_fwd_op(const Tensor& x, const Tensor& index, const Tensor& delta, st
     STD_TORCH_CHECK(dtype_of("bias", *bias) == dtype, "bias: dtype differs from that of x");
     check_contiguous("bias", *bias);
   }
-  kernels().bypass_fwd(
-      {dtype, tokens, d_in, d_out, k, x.const_data_ptr(), x.stride(0),
-       static_cast<const int32_t*>(index.const_data_ptr()), delta.const_data_ptr(),
-       base ? base->const_data_ptr() : nullptr, base ? base->stride(0) : 0, bias ? bias->const_data_ptr() : nullptr,
-       out.mutable_data_ptr(), out.stride(0)},
-      torch_executor());
+  kernels().bypass_fwd({dtype, tokens, d_in, d_out, k, x.const_data_ptr(), x.stride(0),
+                        static_cast<const int32_t*>(index.const_data_ptr()), delta.const_data_ptr(),
+                        base ? base->const_data_ptr() : nullptr, base ? base->stride(0) : 0,
+                        bias ? bias->const_data_ptr() : nullptr, out.mutable_data_ptr(), out.stride(0)},
+                       torch_executor());
 }
 
 // Every offset of the plan is checked, so that a plan of another index cannot reach outside.
@@ -134,10 +133,10 @@ Tensor merge_op(Tensor weight, const Tensor& index, const Tensor& delta) {
   check_matrix("delta", delta, d_out, k);
   check_delta("delta", delta, dtype);
   Tensor original = torch::stable::new_empty(weight, {d_out, k});
-  kernels().merge({dtype, d_out, k, weight.mutable_data_ptr(), weight.stride(0),
-                   static_cast<const int32_t*>(index.const_data_ptr()), delta.const_data_ptr(),
-                   original.mutable_data_ptr()},
-                  torch_executor());
+  kernels().merge(
+      {dtype, d_out, k, weight.mutable_data_ptr(), weight.stride(0),
+       static_cast<const int32_t*>(index.const_data_ptr()), delta.const_data_ptr(), original.mutable_data_ptr()},
+      torch_executor());
   return original;
 }
 

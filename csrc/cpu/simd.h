@@ -101,16 +101,15 @@ inline void store(BFloat16* target, Vec<float> value) {
 
 inline void store(Half* target, Vec<float> value) {
 #if defined(__AVX512F__)
-  _mm256_storeu_si256(reinterpret_cast<__m256i*>(target),
-                      _mm512_cvtps_ph((__m512)value, _MM_FROUND_TO_NEAREST_INT));
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(target), _mm512_cvtps_ph((__m512)value, _MM_FROUND_TO_NEAREST_INT));
 #elif defined(__F16C__)
-  _mm_storeu_si128(reinterpret_cast<__m128i*>(target),
-                   _mm256_cvtps_ph((__m256)value, _MM_FROUND_TO_NEAREST_INT));
+  _mm_storeu_si128(reinterpret_cast<__m128i*>(target), _mm256_cvtps_ph((__m256)value, _MM_FROUND_TO_NEAREST_INT));
 #else
   for (int lane = 0; lane < kLanes<float>; ++lane) narrow(value[lane], target[lane]);
 #endif
 }
 
+// Lanes 0 to kLanes - 1 come from a, those above from b.
 template <class A, int... lane>
 inline Vec<A> shuffle(Vec<A> a, Vec<A> b, std::integer_sequence<int, lane...>) {
 #if __has_builtin(__builtin_shufflevector)
@@ -157,8 +156,7 @@ inline Vec<A> sum_rows(Vec<A>* rows) {
     for (int i = 0; i < step; ++i) {
       const Vec<A> a = rows[i], b = rows[i + step];
       // Lanes without the bit `step` go on summing a, those with it b.
-      rows[i] = exchange_low<A, step>(a, b, LaneSequence<A>{}) +
-                exchange_high<A, step>(a, b, LaneSequence<A>{});
+      rows[i] = exchange_low<A, step>(a, b, LaneSequence<A>{}) + exchange_high<A, step>(a, b, LaneSequence<A>{});
     }
     return sum_rows<A, step / 2>(rows);
   }

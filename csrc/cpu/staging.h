@@ -7,16 +7,28 @@
 #include <cstdlib>
 #include <memory>
 #include <new>
+#include <type_traits>
 
 #include "kernels.h"
 #include "simd.h"
 
 namespace neuroada::cpu::NEUROADA_ISA {
 
-// Tokens in a block: at least one vector; `vectors` of them run side by side to hide latency and
-// share each entry's index and delta.
-template <class A, int vectors>
-inline constexpr int kBlock = vectors * kLanes<A>;
+// Tokens in a block. A long one shares each entry's index and delta among more tokens; a short one
+// wastes less on few tokens, and keeps more columns in the second cache.
+template <class A>
+inline constexpr int kLongBlock = 128 / sizeof(A);
+template <class A>
+inline constexpr int kShortBlock = 64 / sizeof(A);
+inline constexpr int64_t kLongBlockBytes = 256 << 10;
+
+// Calls f with the block's length as a constant, chosen by the shape alone.
+template <class A, class F>
+void with_block(int64_t tokens, int64_t columns, F&& f) {
+  const bool fits = columns * kLongBlock<A> * static_cast<int64_t>(sizeof(A)) <= kLongBlockBytes;
+  if (tokens > kShortBlock<A> && fits) return f(std::integral_constant<int, kLongBlock<A>>{});
+  return f(std::integral_constant<int, kShortBlock<A>>{});
+}
 
 struct FreeAligned {
   void operator()(void* p) const { std::free(p); }
@@ -33,22 +45,43 @@ Scratch<A> make_scratch(int64_t count) {
   return Scratch<A>(static_cast<A*>(p));
 }
 
+// Vectors of the accumulate type that hold one cache line of T.
+template <class T>
+inline constexpr int kLineVectors = 64 / sizeof(T) / kLanes<accumulate_t<T>>;
+
+// Transposes `line` vectors of kLanes rows each into staged. A row's cache line is read once: rows
+// often lie a power of two apart, and then push each other out of the first cache.
+template <class A, int block, int line, class T>
+inline void stage_tile(const T* source, int64_t stride, int64_t tokens, A* staged) {
+  constexpr int lanes = kLanes<A>;
+  Vec<A> tile[line][lanes];
+#pragma GCC unroll 16
+  for (int i = 0; i < lanes; ++i) {
+#pragma GCC unroll 16
+    for (int g = 0; g < line; ++g) tile[g][i] = i < tokens ? load(source + i * stride + g * lanes) : zero<A>();
+  }
+#pragma GCC unroll 16
+  for (int g = 0; g < line; ++g) {
+    transpose<A>(tile[g]);
+#pragma GCC unroll 16
+    for (int i = 0; i < lanes; ++i) store(staged + (g * lanes + i) * block, tile[g][i]);
+  }
+}
+
 // staged[c - first][i] = source[i, c] for the columns [first, last) and `tokens` <= block rows;
 // the rest of the block becomes zero.
 template <class A, int block, class T>
 void stage_transposed(const T* source, int64_t stride, int64_t tokens, int64_t first, int64_t last, A* staged) {
-  constexpr int lanes = kLanes<A>;
+  constexpr int lanes = kLanes<A>, line = kLineVectors<T>;
   int64_t c = first;
+  for (; c + line * lanes <= last; c += line * lanes) {
+    for (int64_t row = 0; row < block; row += lanes) {
+      stage_tile<A, block, line>(source + row * stride + c, stride, tokens - row, staged + (c - first) * block + row);
+    }
+  }
   for (; c + lanes <= last; c += lanes) {
     for (int64_t row = 0; row < block; row += lanes) {
-      Vec<A> tile[lanes];
-#pragma GCC unroll 16
-      for (int i = 0; i < lanes; ++i) {
-        tile[i] = row + i < tokens ? load(source + (row + i) * stride + c) : zero<A>();
-      }
-      transpose<A>(tile);
-#pragma GCC unroll 16
-      for (int i = 0; i < lanes; ++i) store(staged + (c - first + i) * block + row, tile[i]);
+      stage_tile<A, block, 1>(source + row * stride + c, stride, tokens - row, staged + (c - first) * block + row);
     }
   }
   for (; c < last; ++c) {
@@ -78,60 +111,74 @@ struct CsrRows {
   int64_t end(int64_t row) const { return start[row + 1]; }
 };
 
+// target[j] = onto[j] + the j-th of `width` values, vector g of which is line[g * lanes].
+template <class T>
+inline void write_line(const Vec<accumulate_t<T>>* line, int width, const T* onto, T* target) {
+  using A = accumulate_t<T>;
+  constexpr int lanes = kLanes<A>;
+  for (int g = 0; g < kLineVectors<T>; ++g) {
+    const Vec<A> value = line[g * lanes];
+    const int from = g * lanes;
+    if (from + lanes <= width) {
+      store(target + from, onto == nullptr ? value : value + load(onto + from));
+    } else {
+      for (int j = from; j < width; ++j) {
+        narrow(onto == nullptr ? value[j - from] : value[j - from] + widen(onto[j]), target[j]);
+      }
+    }
+  }
+}
+
 // out[t, r] = base[t, r] + bias[r] + sum over the entries (c, v) of row r of v staged[c][t], for the
 // rows [first, last) and the first `tokens` of the block. Entries are added in their order.
 template <class T, int block, class Rows>
 void gather_rows(const Rows& rows, const accumulate_t<T>* staged, int64_t first, int64_t last, int64_t tokens,
                  const T* base, int64_t base_stride, const T* bias, T* out, int64_t out_stride) {
   using A = accumulate_t<T>;
-  constexpr int lanes = kLanes<A>, vectors = block / lanes;
-  for (int64_t r = first; r < last; r += lanes) {
-    const int width = static_cast<int>(std::min<int64_t>(lanes, last - r));
-    Vec<A> tile[vectors][lanes];
-    for (int i = 0; i < lanes; ++i) {
+  constexpr int lanes = kLanes<A>, vectors = block / lanes, line = kLineVectors<T>;
+  Vec<A> tile[vectors][line * lanes];  // [block][a cache line of out]
+  for (int64_t r = first; r < last; r += line * lanes) {
+    const int width = static_cast<int>(std::min<int64_t>(line * lanes, last - r));
+    for (int i = 0; i < width; ++i) {
       Vec<A> sum[vectors];
-      const A start = i < width && bias != nullptr ? widen(bias[r + i]) : A{0};
+      const A start = bias != nullptr ? widen(bias[r + i]) : A{0};
       for (int v = 0; v < vectors; ++v) sum[v] = broadcast(start);
-      if (i < width) {
-        for (int64_t e = rows.begin(r + i), end = rows.end(r + i); e < end; ++e) {
-          const int32_t column = rows.column[e];
-          if (column < 0) continue;
-          const A* gathered = staged + int64_t{column} * block;
-          const Vec<A> value = broadcast(rows.value[e]);
+      for (int64_t e = rows.begin(r + i), end = rows.end(r + i); e < end; ++e) {
+        const int32_t column = rows.column[e];
+        if (column < 0) continue;
+        const A* gathered = staged + int64_t{column} * block;
+        const Vec<A> value = broadcast(rows.value[e]);
 #pragma GCC unroll 8
-          for (int v = 0; v < vectors; ++v) sum[v] += value * load(gathered + v * lanes);
-        }
+        for (int v = 0; v < vectors; ++v) sum[v] += value * load(gathered + v * lanes);
       }
       for (int v = 0; v < vectors; ++v) tile[v][i] = sum[v];
     }
-    for (int v = 0; v < vectors; ++v) {
-      transpose<A>(tile[v]);
+    for (int v = 0; v < vectors && v * lanes < tokens; ++v) {
+      for (int g = 0; g < line; ++g) transpose<A>(tile[v] + g * lanes);
       for (int i = 0; i < lanes && v * lanes + i < tokens; ++i) {
         const int64_t t = v * lanes + i;
-        T* target = out + t * out_stride + r;
         const T* onto = base == nullptr ? nullptr : base + t * base_stride + r;
-        if (width == lanes) {
-          store(target, onto == nullptr ? tile[v][i] : tile[v][i] + load(onto));
-        } else {
-          for (int j = 0; j < width; ++j) {
-            narrow(onto == nullptr ? tile[v][i][j] : tile[v][i][j] + widen(onto[j]), target[j]);
-          }
-        }
+        write_line<T>(tile[v] + i, width, onto, out + t * out_stride + r);
       }
     }
   }
 }
 
-// How a gather over `tokens` tokens and `rows` rows is cut into tasks: by blocks of tokens, and
-// where these are fewer than the threads, by ranges of rows too.
+// How a gather over `tokens` tokens and `rows` rows is cut into tasks: by runs of blocks of tokens,
+// and where the blocks are fewer than the threads, by ranges of rows too.
 struct GatherTasks {
-  int64_t blocks, ranges;
+  int64_t blocks, runs, ranges;
+
   GatherTasks(int64_t tokens, int64_t rows, int64_t block, int64_t threads)
-      : blocks((tokens + block - 1) / block),
-        ranges(blocks == 0 || blocks >= threads ? 1 : std::min((threads + blocks - 1) / blocks, (rows + 63) / 64)) {
-    ranges = std::max<int64_t>(ranges, 1);
+      : blocks((tokens + block - 1) / block), runs(std::min(blocks, threads)), ranges(1) {
+    constexpr int64_t fewest_rows = 64;
+    if (blocks > 0 && blocks < threads) ranges = std::min((threads + blocks - 1) / blocks, rows / fewest_rows + 1);
   }
-  int64_t count() const { return blocks * ranges; }
+
+  int64_t count() const { return runs * ranges; }
+  int64_t range(int64_t task) const { return task % ranges; }
+  int64_t first_block(int64_t task) const { return blocks * (task / ranges) / runs; }
+  int64_t last_block(int64_t task) const { return blocks * (task / ranges + 1) / runs; }
 };
 
 }  // namespace neuroada::cpu::NEUROADA_ISA

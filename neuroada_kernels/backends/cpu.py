@@ -14,9 +14,7 @@ _DTYPES = {torch.float32, torch.float64, torch.bfloat16, torch.float16}
 _C = torch.ops.neuroada_C
 
 
-def _linear(
-    x: Tensor, weight: Tensor, index: Tensor, delta: Tensor, bias: Tensor | None
-) -> Tensor:
+def _linear(x: Tensor, weight: Tensor, index: Tensor, delta: Tensor, bias: Tensor | None) -> Tensor:
     early, late = bias_for_bypass(bias)
     y = x.new_empty(x.shape[0], weight.shape[0])
     _C.bypass_fwd.default(x, index, _wide(delta, x), early, None, y)
@@ -82,6 +80,13 @@ def _unsupported(first: Tensor, *rest: object) -> list[str]:
     return reasons
 
 
+def _merge_unsupported(weight: Tensor, *rest: object) -> list[str]:
+    reasons = _unsupported(weight)
+    if weight.stride(1) != 1:
+        reasons.append(f"weight with stride {weight.stride(1)} along a row, expected 1")
+    return reasons
+
+
 register(
     Backend(
         name="cpu",
@@ -92,7 +97,7 @@ register(
             "linear_backward": Implementation(_linear_backward, _unsupported),
             "bypass_add": Implementation(_bypass_add, _unsupported),
             "bypass_backward": Implementation(_bypass_backward, _unsupported),
-            "merge_": Implementation(_merge, _unsupported),
+            "merge_": Implementation(_merge, _merge_unsupported),
         },
     )
 )

@@ -17,9 +17,7 @@ from neuroada_kernels.backends._dense import add_dense, bias_for_bypass
 _BLOCK_BYTES = 8 << 20
 
 
-def _linear(
-    x: Tensor, weight: Tensor, index: Tensor, delta: Tensor, bias: Tensor | None
-) -> Tensor:
+def _linear(x: Tensor, weight: Tensor, index: Tensor, delta: Tensor, bias: Tensor | None) -> Tensor:
     early, late = bias_for_bypass(bias)
     y = x.new_empty(x.shape[0], weight.shape[0])
     _bypass_into(y, x, index, delta, early)
@@ -47,9 +45,7 @@ def _bypass_add(x: Tensor, y: Tensor, index: Tensor, delta: Tensor) -> Tensor:
     return out
 
 
-def _bypass_into(
-    out: Tensor, x: Tensor, index: Tensor, delta: Tensor, onto: Tensor | None
-) -> None:
+def _bypass_into(out: Tensor, x: Tensor, index: Tensor, delta: Tensor, onto: Tensor | None) -> None:
     """``out[t, j] = onto[t, j] + sum_s delta[j, s] x[t, index[j, s]]``; ``onto`` may be ``out``."""
     slots = _Slots(index, delta, x.dtype)
     for part in _blocks(x.shape[0], x.shape[1] + 3 * index.shape[0]):

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
-from neuroada_kernels.plan import check_index
+from neuroada_kernels.plan import check_index, check_index_form
 from neuroada_kernels.selection import check_weight, select
 
 _Self = TypeVar("_Self", bound="BypassLinear")
@@ -61,6 +61,7 @@ class BypassLinear(nn.Module):
     index: Tensor
     delta: nn.Parameter
     original: Tensor | None
+    _loading = False  # a state dict that was checked as a whole
 
     def __init__(
         self,
@@ -124,6 +125,7 @@ class BypassLinear(nn.Module):
                 linear.weight, k, selection, scores, generator, neuron_fraction=neuron_fraction
             )
         else:
+            check_index_form(index, linear.weight.shape[1])
             index = index.to(linear.weight.device, copy=True)
         layer = cls.__new__(cls)
         nn.Module.__init__(layer)
@@ -135,9 +137,12 @@ class BypassLinear(nn.Module):
             raise TypeError(f"delta_dtype: {delta_dtype}, expected a floating torch.dtype")
         self.out_features, self.in_features = linear.weight.shape
         self._check_index(index)
-        self.weight = linear.weight.requires_grad_(False)
-        self.bias = None if linear.bias is None else linear.bias.requires_grad_(False)
-        self.register_buffer("index", index)
+        for name in ("weight", "bias"):
+            parameter = linear._parameters[name]
+            if parameter is not None:
+                parameter.requires_grad_(False)
+            self.register_parameter(name, parameter)
+        self.register_buffer("index", index.contiguous())
         self.delta = nn.Parameter(torch.zeros(index.shape, dtype=delta_dtype, device=index.device))
         self.register_buffer("original", None)
         self.train(linear.training)
@@ -170,9 +175,10 @@ class BypassLinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """``y [..., out_features]`` of ``x [..., in_features]``."""
-        if x.shape[-1:] != (self.in_features,):
+        if not x.dim() or x.shape[-1] != self.in_features:
             raise ValueError(f"x: shape {list(x.shape)}, expected [..., {self.in_features}]")
-        if self.merged:
+        # Module.__getattr__ costs half a microsecond a look, which adds up at one token.
+        if self._buffers["original"] is not None:
             return F.linear(x, self.weight, self.bias)
         return self._bypass_forward(x)
 
@@ -193,15 +199,17 @@ class BypassLinear(nn.Module):
         raise NotImplementedError
 
     def _check_index(self, index: Tensor) -> None:
+        check_index_form(index, self.in_features)
         if index.shape[:1] != (self.out_features,):
-            raise ValueError(
-                f"index: shape {list(index.shape)}, expected [{self.out_features}, k]"
-            )
+            raise ValueError(f"index: shape {list(index.shape)}, expected [{self.out_features}, k]")
         check_index(index, self.in_features)
 
     def __setattr__(self, name: str, value: Any) -> None:
         if name == "index" and "index" in self.__dict__.get("_buffers", ()):
             self._check_index(value)
+            if self.merged and not self._loading:
+                raise RuntimeError("index: cannot change while merged, unmerge first")
+            value = value.contiguous()
         super().__setattr__(name, value)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
@@ -212,7 +220,7 @@ class BypassLinear(nn.Module):
             return moved if moved.dtype == tensor.dtype else tensor.to(moved.device)
 
         keeper = nn.Module()
-        keeper.delta = self._parameters.pop("delta")
+        keeper.register_parameter("delta", self._parameters.pop("delta"))
         kept = [name for name in ("index", "plan") if name in self._buffers]
         for name in kept:
             keeper.register_buffer(name, self._buffers.pop(name))
@@ -220,7 +228,7 @@ class BypassLinear(nn.Module):
             keeper._apply(move)
             super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         finally:
-            self._parameters["delta"] = keeper.delta
+            self._parameters["delta"] = keeper._parameters["delta"]
             for name in kept:
                 self._buffers[name] = keeper._buffers[name]
         return self
@@ -235,19 +243,51 @@ class BypassLinear(nn.Module):
         unexpected_keys: list[str],
         error_msgs: list[str],
     ) -> None:
-        """Load, the index checked first and the merged state as it was saved."""
-        index = state_dict.get(prefix + "index")
-        if index is not None and index.shape == self.index.shape:
-            try:
-                self._check_index(index)
-            except (TypeError, ValueError) as error:
-                error_msgs.append(f"{prefix.rstrip('.') or type(self).__name__}: {error}")
-                return
-        if prefix + "original" in state_dict:
+        """Load, everything checked first and the merged state as it was saved."""
+        incoming = {
+            name: state_dict[prefix + name]
+            for name in ("weight", "index", "original")
+            if prefix + name in state_dict
+        }
+        try:
+            self._check_incoming(incoming)
+        except (TypeError, ValueError) as error:
+            error_msgs.append(f"{prefix.rstrip('.') or type(self).__name__}: {error}")
+            return
+        if "original" in incoming:
             if self.original is None:
                 self.original = torch.zeros_like(self.delta, dtype=self.weight.dtype)
-        elif prefix + "weight" in state_dict:
+        elif "weight" in incoming:
             self.original = None
-        super()._load_from_state_dict(
-            state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
-        )
+        self._loading = True
+        try:
+            super()._load_from_state_dict(
+                state_dict,
+                prefix,
+                local_metadata,
+                strict,
+                missing_keys,
+                unexpected_keys,
+                error_msgs,
+            )
+        finally:
+            del self._loading
+
+    def _check_incoming(self, incoming: dict[str, Tensor]) -> None:
+        """Raise where loading these would leave the layer with a wrong index or a wrong W."""
+        index, original = incoming.get("index"), incoming.get("original")
+        if index is not None:
+            if index.shape != self.index.shape:
+                raise ValueError(
+                    f"index: shape {list(index.shape)}, expected {list(self.index.shape)}"
+                )
+            self._check_index(index)
+        if original is not None:
+            if original.shape != self.index.shape:
+                raise ValueError(
+                    f"original: shape {list(original.shape)}, expected {list(self.index.shape)}"
+                )
+            if "weight" not in incoming:
+                raise ValueError("original: without weight, expected both of a merged layer")
+        elif self.merged and index is not None and "weight" not in incoming:
+            raise ValueError("index: cannot change while merged, unmerge first")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -16,7 +17,7 @@ class NeuroAdaLinear(BypassLinear):
     __doc__ = BypassLinear.__doc__
 
     plan: Tensor  # of the index, for the backward; see neuroada_kernels.plan
-    _planned_version: int | None
+    _planned_version: int | None  # of the index; _UNPLANNED where the plan may be another's
 
     def _adopt(self, linear: nn.Linear, index: Tensor, delta_dtype: torch.dtype) -> None:
         super()._adopt(linear, index, delta_dtype)
@@ -26,12 +27,20 @@ class NeuroAdaLinear(BypassLinear):
         self.register_buffer("plan", make_plan(self.index, self.in_features), persistent=False)
         self._planned_version = _version(self.index)
 
-    def _bypass_forward(self, x: Tensor) -> Tensor:
-        if not torch.compiler.is_compiling() and _version(self.index) != self._planned_version:
+    def _replan(self) -> None:
+        """Check and plan an index that was written in place, copied or moved."""
+        if not self.index.is_meta:
             self._check_index(self.index)
             self._make_plan()
+
+    def _bypass_forward(self, x: Tensor) -> Tensor:
+        buffers, parameters = self._buffers, self._parameters
+        index = buffers["index"]
+        assert index is not None
+        if not torch.compiler.is_compiling() and _version(index) != self._planned_version:
+            self._replan()
         return functional.apply_linear(
-            x, self.weight, self.index, self.delta, self.bias, self.plan
+            x, self.weight, index, self.delta, parameters["bias"], buffers["plan"]
         )
 
     def _fold(self) -> Tensor:
@@ -40,10 +49,28 @@ class NeuroAdaLinear(BypassLinear):
     def _unfold(self, original: Tensor) -> None:
         ops.unmerge_(self.weight, self.index, original)
 
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        self._planned_version = _UNPLANNED
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
+        super()._apply(fn, recurse)
+        self._planned_version = _UNPLANNED
+        return self
+
+    def _load_from_state_dict(self, *args: Any) -> None:
+        super()._load_from_state_dict(*args)
+        # Now, since a compiled forward cannot.
+        if _version(self.index) != self._planned_version:
+            self._replan()
+
     def __setattr__(self, name: str, value: Any) -> None:
         super().__setattr__(name, value)
         if name == "index" and "plan" in self._buffers:
             self._make_plan()
+
+
+_UNPLANNED = -1
 
 
 def _version(tensor: Tensor) -> int | None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from neuroada_kernels import reference
+from neuroada_kernels import functional, reference
 from neuroada_kernels.nn._base import BypassLinear
 
 
@@ -12,6 +12,8 @@ class ReferenceNeuroAdaLinear(BypassLinear):
     __doc__ = BypassLinear.__doc__
 
     def _bypass_forward(self, x: Tensor) -> Tensor:
+        autocast = functional.autocast_dtype(x)
+        x = x if autocast is None else x.to(autocast)
         return reference.neuroada_linear(x, self.weight, self.index, self.delta, self.bias)
 
     def _fold(self) -> Tensor:

@@ -11,7 +11,6 @@ from torch import Tensor
 LIBRARY = torch.library.Library("neuroada", "DEF")
 
 _PLAIN_TYPES = (Tensor, torch.nn.Parameter)
-_functorch_active: Callable[[], bool] = torch._C._are_functorch_transforms_active
 _dispatch_modes: Callable[[], int] = torch._C._len_torch_dispatch_stack
 
 
@@ -23,7 +22,7 @@ def define(schema: str, implementation: Callable[..., Any], fake: Callable[..., 
 
 
 def is_plain_eager(x: Tensor) -> bool:
-    """Whether a call can skip torch's dispatcher: nobody is tracing, transforming or intercepting.
+    """Whether a call can skip torch's dispatcher: nobody is tracing or intercepting.
 
     The dispatcher's way through a Python op with autograd costs 20 microseconds more than an
     ``autograd.Function``, which at one token is more than the kernel.
@@ -32,7 +31,6 @@ def is_plain_eager(x: Tensor) -> bool:
         not torch.compiler.is_compiling()
         and type(x) in _PLAIN_TYPES
         and _dispatch_modes() == 0
-        and not _functorch_active()
         and not x.is_meta
     )
 

@@ -1,8 +1,8 @@
 """``neuroada::bypass_add``: the bypass added to a given y, for a base layer that is not ours.
 
-    out[t, j]    = y[t, j] + sum_s delta[j, s] x[t, index[j, s]]
-    dx[t, c]     = sum over (j, s) with index[j, s] = c of delta[j, s] dout[t, j]
-    ddelta[j, s] = sum_t dout[t, j] x[t, index[j, s]]
+out[t, j]    = y[t, j] + sum_s delta[j, s] x[t, index[j, s]]
+dx[t, c]     = sum over (j, s) with index[j, s] = c of delta[j, s] dout[t, j]
+ddelta[j, s] = sum_t dout[t, j] x[t, index[j, s]]
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ def bypass_add(y: Tensor, x: Tensor, index: Tensor, delta: Tensor, plan: Tensor 
     if is_plain_eager(x) and is_plain_eager(y):
         if not torch.is_grad_enabled():
             return _forward(y, x, index, delta, plan)
-        return _BypassAdd.apply(y, x, index, delta, plan)  # type: ignore[no-any-return]
+        return _BypassAdd.apply(y, x, index, delta, plan)  # type: ignore[no-any-return,no-untyped-call]
     return torch.ops.neuroada.bypass_add.default(y, x, index, delta, plan)  # type: ignore[no-any-return]
 
 

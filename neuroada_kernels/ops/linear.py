@@ -1,8 +1,9 @@
 """``neuroada::linear``: dense product and bypass in one, and its backward.
 
-    y[t, j]      = sum_c x[t, c] W[j, c] + b[j] + sum_s delta[j, s] x[t, index[j, s]]
-    dx[t, c]     = sum_j dy[t, j] W[j, c] + sum over (j, s) with index[j, s] = c of delta[j, s] dy[t, j]
-    ddelta[j, s] = sum_t dy[t, j] x[t, index[j, s]]
+y[t, j]      = sum_c x[t, c] W[j, c] + b[j] + sum_s delta[j, s] x[t, index[j, s]]
+dx[t, c]     = sum_j dy[t, j] W[j, c]
+               + sum over (j, s) with index[j, s] = c of delta[j, s] dy[t, j]
+ddelta[j, s] = sum_t dy[t, j] x[t, index[j, s]]
 """
 
 from __future__ import annotations
@@ -39,7 +40,7 @@ def linear(
     if is_plain_eager(x):
         if not torch.is_grad_enabled():
             return _forward(x, weight, index, delta, bias, plan)
-        return _Linear.apply(x, weight, index, delta, bias, plan)  # type: ignore[no-any-return]
+        return _Linear.apply(x, weight, index, delta, bias, plan)  # type: ignore[no-any-return,no-untyped-call]
     return torch.ops.neuroada.linear.default(x, weight, index, delta, bias, plan)  # type: ignore[no-any-return]
 
 

@@ -28,6 +28,8 @@ def unmerge_(weight: Tensor, index: Tensor, original: Tensor) -> None:
 def _merge(weight: Tensor, index: Tensor, delta: Tensor) -> Tensor:
     run = _registry.resolve("merge_", weight, index, delta)
     original: Tensor = run(weight, index, delta)
+    # A kernel writes behind autograd's back; a backward that saved the weight must notice.
+    torch.autograd.graph.increment_version(weight)
     return original
 
 
@@ -45,6 +47,4 @@ def _fake_unmerge(weight: Tensor, index: Tensor, original: Tensor) -> None:
 
 
 define("merge_(Tensor(a!) weight, Tensor index, Tensor delta) -> Tensor", _merge, _fake_merge)
-define(
-    "unmerge_(Tensor(a!) weight, Tensor index, Tensor original) -> ()", _unmerge, _fake_unmerge
-)
+define("unmerge_(Tensor(a!) weight, Tensor index, Tensor original) -> ()", _unmerge, _fake_unmerge)

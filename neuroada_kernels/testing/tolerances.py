@@ -40,6 +40,7 @@ def tolerance(dtype: torch.dtype, reduction: int, output: torch.dtype | None = N
 
 def rms_error(value: Tensor, reference: Tensor) -> float:
     """``||value - reference|| / ||reference||``; of two empty or all-zero tensors 0."""
-    error = (value.double() - reference.double()).norm().item()
-    norm = reference.double().norm().item()
+    value, reference = value.detach().double(), reference.detach().double()
+    error = float((value - reference).norm())
+    norm = float(reference.norm())
     return error / norm if norm > 0 else error

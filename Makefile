@@ -1,0 +1,78 @@
+# Two commands do everything: `make demo` and `make test`. All of it lives in .venv and build/.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+# torch comes first and pinned: any looser range may draw gigabytes of CUDA.
+TORCH ?= torch==2.13.0
+BUILD ?= auto
+CPP_BUILD := build/cpp
+SOURCES := $(shell find csrc -type f) CMakeLists.txt setup.py pyproject.toml
+
+.PHONY: demo test bench lint format clean dist install test-python test-cpp fuzz smoke
+
+demo: install
+	$(BIN)/neuroada demo
+
+test: test-python test-cpp
+
+bench: install
+	$(BIN)/neuroada bench
+
+install: $(VENV)/installed
+
+$(VENV)/torch:
+	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10) and "Python 3.10 or newer is needed")'
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet "$(TORCH)"
+	touch $@
+
+# No build isolation: an isolated build would fetch its own, newest torch.
+$(VENV)/installed: $(VENV)/torch $(SOURCES)
+	$(BIN)/python -m pip install --quiet 'setuptools>=77' wheel 'pybind11>=2.13' 'cmake>=3.22' ninja
+	PATH="$(CURDIR)/$(BIN):$$PATH" NEUROADA_BUILD=$(BUILD) $(BIN)/python -m pip install --quiet --no-build-isolation --editable '.[dev]'
+	touch $@
+
+test-python: install
+	$(BIN)/python -m pytest --cov --cov-report=term-missing:skip-covered --cov-fail-under=90
+
+test-cpp: install
+	$(BIN)/cmake -G Ninja -S . -B $(CPP_BUILD) -DNEUROADA_PYTHON=OFF -DCMAKE_MAKE_PROGRAM=$(CURDIR)/$(BIN)/ninja
+	$(BIN)/cmake --build $(CPP_BUILD)
+	$(BIN)/ctest --test-dir $(CPP_BUILD) --output-on-failure
+
+# The C++ tests and the fuzzer again, under AddressSanitizer and UndefinedBehaviorSanitizer.
+fuzz: install
+	$(BIN)/cmake -G Ninja -S . -B build/sanitized -DNEUROADA_PYTHON=OFF -DNEUROADA_SANITIZE=address,undefined -DCMAKE_MAKE_PROGRAM=$(CURDIR)/$(BIN)/ninja
+	$(BIN)/cmake --build build/sanitized
+	$(BIN)/ctest --test-dir build/sanitized --output-on-failure
+
+lint: install
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/clang-format --dry-run --Werror $$(git ls-files '*.cpp' '*.h' '*.cu' '*.cuh')
+
+format: install
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+	$(BIN)/clang-format -i $$(git ls-files '*.cpp' '*.h' '*.cu' '*.cuh')
+
+dist: install
+	rm -rf dist
+	PATH="$(CURDIR)/$(BIN):$$PATH" NEUROADA_BUILD=$(BUILD) $(BIN)/python -m build --no-isolation --outdir dist
+
+# In an environment with nothing else: the wheel, then a pure-Python one over it.
+smoke: dist
+	rm -rf build/empty build/pure
+	$(PYTHON) -m venv build/empty
+	build/empty/bin/python -m pip install --quiet "$(TORCH)"
+	build/empty/bin/python -m pip install --quiet dist/*.whl
+	cd build && empty/bin/python ../tests/smoke.py cpu
+	PATH="$(CURDIR)/$(BIN):$$PATH" NEUROADA_BUILD=none $(BIN)/python -m build --wheel --no-isolation --outdir build/pure
+	build/empty/bin/python -m pip install --quiet --force-reinstall --no-deps build/pure/*.whl
+	cd build && empty/bin/python ../tests/smoke.py eager
+
+clean:
+	rm -rf build dist demo-output *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis .coverage
+	rm -f neuroada_kernels/*.so
+	rm -rf $(VENV)

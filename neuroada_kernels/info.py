@@ -1,0 +1,82 @@
+"""What is installed, how it was built, which backends can run here, and why the others cannot.
+
+Run as ``python -m neuroada_kernels.info`` or ``neuroada info``.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import sys
+from typing import Any
+
+import torch
+
+from neuroada_kernels import _extension
+from neuroada_kernels._registry import available_backends
+from neuroada_kernels._version import __version__
+
+
+def facts() -> dict[str, Any]:
+    """Everything that :func:`main` shows, as plain data."""
+    module = _extension.module
+    return {
+        "version": __version__,
+        "python": platform.python_version(),
+        "platform": f"{platform.system()} {platform.machine()}",
+        "torch": torch.__version__,
+        "threads": torch.get_num_threads(),
+        "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
+        "op_library": _extension.library_error or "loaded",
+        "extension": _extension.module_error or "loaded",
+        "build": None if module is None else dict(module.build_facts()),
+        "cpu_features": None if module is None else list(module.cpu_features()),
+        "backends": {name: why or "available" for name, why in available_backends().items()},
+        "environment": {n: v for n, v in sorted(os.environ.items()) if n.startswith("NEUROADA_")},
+    }
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Print the facts; the exit status is 0 also where only plain PyTorch is left."""
+    parser = argparse.ArgumentParser(prog="neuroada info", description=__doc__.splitlines()[0])
+    parser.add_argument("--json", action="store_true", help="print the facts as JSON")
+    known = facts()
+    if parser.parse_args(argv).json:
+        print(json.dumps(known, indent=2))
+        return 0
+    for line in _lines(known):
+        print(line)
+    return 0
+
+
+def _lines(known: dict[str, Any]) -> list[str]:
+    lines = [
+        f"neuroada_kernels {known['version']} on Python {known['python']}, {known['platform']}",
+        f"torch {known['torch']}, {known['threads']} threads, "
+        f"GPU: {known['gpu'] or 'none visible'}",
+        f"op library (libneuroada): {known['op_library']}",
+        f"extension module (_C): {known['extension']}",
+    ]
+    if known["build"] is not None:
+        build = known["build"]
+        lines.append(
+            f"  built by {build['compiler']}, {build['build_type']} ({build['flags']}), "
+            f"against torch {build['torch']}"
+        )
+        lines.append(f"  instruction sets built: {build['instruction_sets']}")
+        lines.append(f"  this processor runs: {' '.join(['generic', *known['cpu_features']])}")
+        lines.append(f"  CUDA architectures: {build['cuda_archs'] or 'none, built without CUDA'}")
+    lines.append("backends:")
+    lines += [f"  {name}: {why}" for name, why in known["backends"].items()]
+    if known["op_library"] != "loaded":
+        lines.append("Calls are served by plain PyTorch: right, and slower.")
+    if known["environment"]:
+        lines.append("environment:")
+        lines += [f"  {name}={value}" for name, value in known["environment"].items()]
+    return lines
+
+
+if __name__ == "__main__":
+    sys.exit(main())

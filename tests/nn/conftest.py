@@ -1,0 +1,31 @@
+"""Every test here runs on both layers: what one promises, the other does too."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from neuroada_kernels import NeuroAdaLinear, ReferenceNeuroAdaLinear
+
+
+@pytest.fixture(autouse=True)
+def _seed() -> None:
+    torch.manual_seed(0)
+
+
+@pytest.fixture(params=[NeuroAdaLinear, ReferenceNeuroAdaLinear], ids=lambda t: t.__name__)
+def layer_type(request):
+    return request.param
+
+
+@pytest.fixture
+def trained(layer_type):
+    """A factory of layers whose ``delta`` is away from zero, empty slots included."""
+
+    def make(d_in=24, d_out=16, k=3, **options):
+        layer = layer_type(d_in, d_out, k, **options)
+        with torch.no_grad():
+            layer.delta.normal_(std=0.1)
+        return layer
+
+    return make

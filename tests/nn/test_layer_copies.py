@@ -1,0 +1,152 @@
+"""Casting, moving, copying and pickling a layer."""
+
+from __future__ import annotations
+
+import copy
+import io
+import pickle
+
+import pytest
+import torch
+from layer_facts import assert_state, effective_weight, input_gradient, other_index, state_of
+
+from neuroada_kernels.testing import rms_error, tolerance
+
+
+def pickled(layer):
+    return pickle.loads(pickle.dumps(layer))
+
+
+def saved(layer):
+    file = io.BytesIO()
+    torch.save(layer, file)
+    file.seek(0)
+    return torch.load(file, weights_only=False)
+
+
+def emptied(layer):
+    """As after deferred initialisation: memory without values."""
+    return copy.deepcopy(layer).to("meta").to_empty(device="cpu")
+
+
+COPIES = [copy.deepcopy, pickled, saved]
+
+
+@pytest.mark.parametrize(
+    ("cast", "dtype"),
+    [
+        (lambda layer: layer.to(torch.bfloat16), torch.bfloat16),
+        (lambda layer: layer.half(), torch.float16),
+        (lambda layer: layer.double(), torch.float64),
+        (lambda layer: layer.type(torch.float16), torch.float16),
+    ],
+    ids=["to-bfloat16", "half", "double", "type"],
+)
+@pytest.mark.parametrize("delta_dtype", [torch.float32, torch.bfloat16])
+def test_cast_changes_weight_and_bias_alone(trained, cast, dtype, delta_dtype):
+    layer = trained(delta_dtype=delta_dtype)
+    index, delta = layer.index.clone(), layer.delta.detach().clone()
+    weight, parameter = layer.weight.detach().clone(), layer.delta
+    assert cast(layer) is layer
+    assert layer.weight.dtype == layer.bias.dtype == dtype
+    assert torch.equal(layer.weight, weight.to(dtype))
+    assert layer.delta is parameter, "an optimiser would hold a stale delta"
+    assert layer.delta.requires_grad
+    assert layer.delta.dtype == delta_dtype
+    assert torch.equal(layer.delta, delta)
+    assert layer.index.dtype == torch.int32
+    assert torch.equal(layer.index, index)
+    x = torch.randn(9, 24, dtype=dtype)
+    expected = x.double() @ effective_weight(layer).t() + layer.bias.double()
+    assert rms_error(layer(x), expected) <= tolerance(dtype, 24)
+    assert rms_error(*input_gradient(layer)) <= tolerance(dtype, 16)
+
+
+def test_cast_leaves_the_gradient_of_delta_alone(trained):
+    layer = trained()
+    layer(torch.randn(9, 24)).sum().backward()
+    gradient = layer.delta.grad.clone()
+    layer.half()
+    assert layer.delta.grad.dtype == torch.float32
+    assert torch.equal(layer.delta.grad, gradient)
+
+
+def test_cast_while_merged_can_be_unmerged(trained):
+    layer = trained()
+    weight = layer.weight.clone()
+    layer.merge()
+    layer.to(torch.bfloat16)
+    layer.unmerge()
+    assert torch.equal(layer.weight, weight.bfloat16())
+
+
+def test_meta_layer_keeps_shapes_and_dtypes(trained):
+    layer = trained(dtype=torch.bfloat16)
+    before = state_of(layer)
+    layer.to("meta")
+    assert all(tensor.is_meta for tensor in (*layer.parameters(), *layer.buffers()))
+    for name, tensor in layer.state_dict().items():
+        assert tensor.shape == before[name].shape, name
+        assert tensor.dtype == before[name].dtype, name
+    assert layer.delta.requires_grad
+
+
+def test_meta_layer_answers_shapes(trained):
+    y = trained().to("meta")(torch.randn(2, 5, 24, device="meta"))
+    assert y.is_meta
+    assert y.shape == (2, 5, 16)
+
+
+@pytest.mark.parametrize("make_copy", COPIES)
+@pytest.mark.parametrize("merged", [False, True])
+def test_copy_is_equal_and_independent(trained, make_copy, merged):
+    layer = trained(neuron_fraction=0.5)
+    if merged:
+        layer.merge()
+    before = state_of(layer)
+    twin = make_copy(layer)
+    assert type(twin) is type(layer)
+    assert_state(twin, before)
+    assert [p.requires_grad for p in twin.parameters()] == [
+        p.requires_grad for p in layer.parameters()
+    ]
+    owned = {tensor.data_ptr() for tensor in (*layer.parameters(), *layer.buffers())}
+    assert all(t.data_ptr() not in owned for t in (*twin.parameters(), *twin.buffers()))
+
+    x = torch.randn(9, 24)
+    assert torch.equal(twin(x), layer(x))
+    twin.unmerge()
+    assert rms_error(*input_gradient(twin)) <= tolerance(torch.float32, 16)
+    with torch.no_grad():
+        for tensor in (*twin.parameters(), *twin.buffers()):
+            tensor.zero_()
+    assert_state(layer, before)
+
+
+@pytest.mark.parametrize("make_copy", COPIES)
+def test_copy_of_a_layer_whose_index_was_just_written(trained, make_copy):
+    layer = trained()
+    layer.index.copy_(other_index(layer))
+    twin = make_copy(layer)
+    assert rms_error(*input_gradient(twin)) <= tolerance(torch.float32, 16)
+
+
+@pytest.mark.parametrize("make_copy", [*COPIES, emptied])
+@pytest.mark.parametrize("assign", [False, True])
+def test_copy_that_loads_another_state_at_once_follows_it(trained, make_copy, assign):
+    source = trained()
+    source.index = other_index(source)
+    twin = make_copy(trained())
+    twin.load_state_dict(source.state_dict(), assign=assign)
+    assert torch.equal(twin.index, source.index)
+    x = torch.randn(9, 24)
+    assert torch.equal(twin(x), source(x))
+    assert rms_error(*input_gradient(twin)) <= tolerance(torch.float32, 16)
+
+
+def test_meta_layer_takes_its_values_by_assignment(trained):
+    source = trained()
+    layer = trained().to("meta")
+    layer.load_state_dict(source.state_dict(), assign=True)
+    assert not any(tensor.is_meta for tensor in (*layer.parameters(), *layer.buffers()))
+    assert rms_error(*input_gradient(layer)) <= tolerance(torch.float32, 16)
