@@ -9,6 +9,7 @@
 #include <vector>
 
 #include "cpu/cpu_features.h"
+#include "cpu/kernels.h"
 #include "neuroada/planner.h"
 
 namespace py = pybind11;
@@ -75,6 +76,9 @@ PYBIND11_MODULE(_C, m) {
   m.doc() = "Build facts, CPU features and the index planner of neuroada_kernels.";
   m.def("build_facts", &build_facts, "How the extension was built.");
   m.def("cpu_features", &cpu_features, "The instruction sets with kernels that this processor runs.");
+  m.def(
+      "cpu_isa", [] { return std::string(neuroada::cpu::kernels().isa); },
+      "The instruction set whose kernels run; raises where NEUROADA_CPU_ISA names one that cannot.");
   m.def("check_index", &check_index, "The number of connections and an error text, empty if valid.", py::arg("index"),
         py::arg("d_out"), py::arg("k"), py::arg("d_in"));
   m.def("plan_index", &plan_index, "Writes the plan of an index into plan.", py::arg("index"), py::arg("d_out"),

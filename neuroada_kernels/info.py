@@ -32,10 +32,21 @@ def facts() -> dict[str, Any]:
         "op_library": _extension.library_error or "loaded",
         "extension": _extension.module_error or "loaded",
         "build": None if module is None else dict(module.build_facts()),
+        "cpu_isa": _cpu_isa(),
         "cpu_features": None if module is None else list(module.cpu_features()),
         "backends": {name: why or "available" for name, why in available_backends().items()},
         "environment": {n: v for n, v in sorted(os.environ.items()) if n.startswith("NEUROADA_")},
     }
+
+
+def _cpu_isa() -> str | None:
+    """The instruction set in use, or why there is none."""
+    if _extension.module is None:
+        return None
+    try:
+        return str(_extension.module.cpu_isa())
+    except ValueError as error:
+        return str(error)
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -67,6 +78,7 @@ def _lines(known: dict[str, Any]) -> list[str]:
         )
         lines.append(f"  instruction sets built: {build['instruction_sets']}")
         lines.append(f"  this processor runs: {' '.join(['generic', *known['cpu_features']])}")
+        lines.append(f"  its kernels run with: {known['cpu_isa']}")
         lines.append(f"  CUDA architectures: {build['cuda_archs'] or 'none, built without CUDA'}")
     lines.append("backends:")
     lines += [f"  {name}: {why}" for name, why in known["backends"].items()]

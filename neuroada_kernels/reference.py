@@ -27,10 +27,10 @@ def bypass(x: Tensor, index: Tensor, delta: Tensor) -> Tensor:
         Shape ``[d_out, k]``.
     """
     dtype = _accumulate_dtype(x.dtype)
-    connected = index >= 0
+    empty = index < 0
     gathered = x.to(dtype)[..., index.clamp(min=0).long()]  # [..., d_out, k]
-    products = gathered * delta.to(dtype)
-    return torch.where(connected, products, torch.zeros_like(products)).sum(-1)
+    # Both factors are masked, so that neither the product nor a gradient has 0 times infinity.
+    return (gathered.masked_fill(empty, 0) * delta.to(dtype).masked_fill(empty, 0)).sum(-1)
 
 
 def neuroada_linear(

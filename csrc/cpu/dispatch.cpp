@@ -2,6 +2,8 @@
 // processor has, or a lower one that NEUROADA_CPU_ISA names.
 #include <cstdlib>
 #include <cstring>
+#include <stdexcept>
+#include <string>
 
 #include "cpu_features.h"
 #include "kernels.h"
@@ -42,6 +44,8 @@ const Kernels& choose() {
   const char* named = std::getenv("NEUROADA_CPU_ISA");
   if (named != nullptr) {
     if (const Kernels* kernels = kernels_for(named)) return *kernels;
+    throw std::invalid_argument(std::string("NEUROADA_CPU_ISA: '") + named +
+                                "' was not built or does not run here; neuroada info lists what does");
   }
   for (const Candidate& candidate : kCandidates) {
     if (candidate.runs_here()) return candidate.kernels;

@@ -141,8 +141,7 @@ void gather_rows(const Rows& rows, const accumulate_t<T>* staged, int64_t first,
     const int width = static_cast<int>(std::min<int64_t>(line * lanes, last - r));
     for (int i = 0; i < width; ++i) {
       Vec<A> sum[vectors];
-      const A start = bias != nullptr ? widen(bias[r + i]) : A{0};
-      for (int v = 0; v < vectors; ++v) sum[v] = broadcast(start);
+      for (int v = 0; v < vectors; ++v) sum[v] = zero<A>();
       for (int64_t e = rows.begin(r + i), end = rows.end(r + i); e < end; ++e) {
         const int32_t column = rows.column[e];
         if (column < 0) continue;
@@ -151,7 +150,9 @@ void gather_rows(const Rows& rows, const accumulate_t<T>* staged, int64_t first,
 #pragma GCC unroll 8
         for (int v = 0; v < vectors; ++v) sum[v] += value * load(gathered + v * lanes);
       }
-      for (int v = 0; v < vectors; ++v) tile[v][i] = sum[v];
+      // The bias comes last: summed onto it, each product would be rounded at its scale.
+      const Vec<A> last_term = broadcast(bias != nullptr ? widen(bias[r + i]) : A{0});
+      for (int v = 0; v < vectors; ++v) tile[v][i] = sum[v] + last_term;
     }
     for (int v = 0; v < vectors && v * lanes < tokens; ++v) {
       for (int g = 0; g < line; ++g) transpose<A>(tile[v] + g * lanes);

@@ -80,7 +80,8 @@ def _add_dense_widened(y: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None
     wide_x = x.float()
     for first in range(0, y.shape[1], columns):
         part = slice(first, first + columns)
-        total = torch.addmm(y[:, part].float(), wide_x, weight[:, part].float())
+        with torch.autocast("cpu", enabled=False):
+            total = torch.addmm(y[:, part].float(), wide_x, weight[:, part].float())
         if bias is not None:
             total += bias[part]
         y[:, part] = total

@@ -50,7 +50,7 @@ class NeuroAdaLinear(BypassLinear):
         ops.unmerge_(self.weight, self.index, original)
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        super().__setstate__(state)
+        super().__setstate__(state)  # type: ignore[no-untyped-call]
         self._planned_version = _UNPLANNED
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:

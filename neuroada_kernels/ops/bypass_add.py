@@ -59,7 +59,7 @@ def _backward(
 
 
 def _fake_forward(
-    y: Tensor, x: Tensor, index: Tensor, delta: Tensor, plan: Tensor | None = None
+    y: Tensor, x: Tensor, index: Tensor, delta: Tensor, plan: Tensor | None
 ) -> Tensor:
     return y.new_empty(y.shape)
 
@@ -79,7 +79,7 @@ def _fake_backward(
 
 
 define(
-    "bypass_add(Tensor y, Tensor x, Tensor index, Tensor delta, Tensor? plan=None) -> Tensor",
+    "bypass_add(Tensor y, Tensor x, Tensor index, Tensor delta, Tensor? plan) -> Tensor",
     _forward,
     _fake_forward,
 )

@@ -87,8 +87,8 @@ def _fake_forward(
     weight: Tensor,
     index: Tensor,
     delta: Tensor,
-    bias: Tensor | None = None,
-    plan: Tensor | None = None,
+    bias: Tensor | None,
+    plan: Tensor | None,
 ) -> Tensor:
     return x.new_empty([*x.shape[:-1], weight.shape[0]])
 
@@ -109,8 +109,8 @@ def _fake_backward(
 
 
 define(
-    "linear(Tensor x, Tensor weight, Tensor index, Tensor delta, Tensor? bias=None, "
-    "Tensor? plan=None) -> Tensor",
+    "linear(Tensor x, Tensor weight, Tensor index, Tensor delta, Tensor? bias, "
+    "Tensor? plan) -> Tensor",
     _forward,
     _fake_forward,
 )

@@ -1,0 +1,216 @@
+"""The results on the screen, as JSON and as a chart, with all that it takes to repeat them."""
+
+from __future__ import annotations
+
+import json
+import platform
+import re
+import subprocess
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
+from datetime import datetime, timezone
+from itertools import groupby
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.box import SIMPLE_HEAD
+from rich.console import Console
+from rich.table import Table
+
+from neuroada_kernels._version import __version__
+from neuroada_kernels.benchmarks.bars import Verdict
+from neuroada_kernels.benchmarks.measurement import Measurement
+from neuroada_kernels.benchmarks.timing import HostCost, Quartiles
+
+_HEADINGS = (
+    "forward\nms",
+    "backward\nms",
+    "both\nms",
+    "of\nfrozen",
+    "quartiles",
+    "\nGFLOP/s",
+    "\nGB/s",
+    "peak\nMiB",
+    "kept\nMiB",
+)
+_OPENMP = re.compile(r"/(lib(?:gomp|iomp5|omp)[^/]*\.so[^/]*)$")
+
+
+@dataclass
+class Results:
+    """Everything that one run of the suite found out."""
+
+    rounds: int
+    measurements: list[Measurement] = field(default_factory=list)
+    skipped: list[dict[str, str]] = field(default_factory=list)  # case, dtype, candidate, reason
+    host: HostCost | None = None
+    verdicts: list[Verdict] = field(default_factory=list)
+
+    def as_dict(self) -> dict[str, Any]:
+        return {
+            **environment(),
+            "rounds": self.rounds,
+            "results": [m.as_dict() for m in self.measurements],
+            "skipped": self.skipped,
+            "host_cost": None if self.host is None else asdict(self.host),
+            "bars": [
+                {**asdict(v.bar), "meaning": v.bar.meaning, "value": v.value, "outcome": v.outcome}
+                for v in self.verdicts
+            ],
+        }
+
+
+def environment() -> dict[str, Any]:
+    """What ran, and on what; ``commit`` is None outside of a checkout of this package."""
+    commit, changed = _commit(Path(__file__).resolve().parent)
+    return {
+        "package": __version__,
+        "commit": commit,
+        "uncommitted_changes": changed,
+        "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "device": "cpu",
+        "cpu": _cpu_model(),
+        "cpu_capability": torch.backends.cpu.get_cpu_capability(),
+        "threads": torch.get_num_threads(),
+        "openmp": _openmp_runtimes(),
+    }
+
+
+def write_json(results: Results, path: Path) -> None:
+    path.write_text(json.dumps(results.as_dict(), indent=1) + "\n")
+
+
+def print_environment(console: Console) -> None:
+    facts = environment()
+    console.print(
+        f"neuroada_kernels {facts['package']}, torch {facts['torch']}, {facts['cpu']} "
+        f"({facts['cpu_capability']}), {facts['threads']} threads, "
+        f"OpenMP: {', '.join(facts['openmp']) or 'none found'}",
+        highlight=False,
+    )
+    if len(facts["openmp"]) > 1:
+        console.print("[red]More than one OpenMP runtime: their threads compete.[/red]")
+
+
+def print_results(results: Results, console: Console) -> None:
+    """A table for every case and dtype, then what was left out, the host cost and the bars."""
+    for (case, dtype), rows in groupby(results.measurements, lambda m: (m.case.name, m.dtype)):
+        console.print(_table(f"{case} {dtype}", list(rows)))
+    for skip in results.skipped:
+        console.print(
+            "not timed: {candidate}, {case} {dtype}: {reason}".format(**skip), markup=False
+        )
+    if results.host is not None:
+        _print_host_cost(results.host, console)
+    for verdict in results.verdicts:
+        if verdict.outcome != "not measured":
+            _print_verdict(verdict, console)
+    unmeasured = sum(v.outcome == "not measured" for v in results.verdicts)
+    if unmeasured:
+        console.print(f"bars without a measurement in this run: {unmeasured}")
+
+
+def write_png(measurements: Sequence[Measurement], path: Path) -> None:
+    """Bars of the ratio to frozen, a panel for each dtype, quartiles as whiskers."""
+    from matplotlib.figure import Figure
+
+    dtypes = list(dict.fromkeys(m.dtype for m in measurements))
+    names = [n for n in dict.fromkeys(m.candidate for m in measurements) if n != "frozen"]
+    cases = list(dict.fromkeys(m.case.name for m in measurements))
+    size = (3 + 0.12 * len(cases) * len(names), 3.5 * len(dtypes))
+    figure = Figure(figsize=(max(6.0, size[0]), size[1]), layout="constrained")
+    width = 0.8 / max(1, len(names))
+    for axes, dtype in zip(figure.subplots(len(dtypes), squeeze=False)[:, 0], dtypes, strict=True):
+        for position, name in enumerate(names):
+            rows = [m for m in measurements if (m.dtype, m.candidate) == (dtype, name)]
+            at = [cases.index(m.case.name) + (position + 0.5) * width - 0.4 for m in rows]
+            middle = [m.ratio.median for m in rows]
+            below = [m.ratio.median - m.ratio.lower for m in rows]
+            above = [m.ratio.upper - m.ratio.median for m in rows]
+            whiskers = {"yerr": (below, above), "error_kw": {"lw": 0.8}}
+            axes.bar(at, [m - 1 for m in middle], width, bottom=1, label=name, **whiskers)
+        axes.axhline(1, color="black", lw=0.8, label="frozen")
+        axes.set_yscale("log", base=2)
+        axes.yaxis.set_major_formatter(lambda value, _: f"{value:g}")
+        axes.set_xticks(range(len(cases)), cases, rotation=30, ha="right")
+        axes.set_ylabel("forward + backward, ratio to frozen")
+        axes.set_title(f"{dtype}, {torch.get_num_threads()} threads, {_cpu_model()}")
+    figure.legend(*axes.get_legend_handles_labels(), loc="outside right upper")
+    figure.savefig(path, dpi=150)
+
+
+def _table(title: str, rows: list[Measurement]) -> Table:
+    table = Table(title=title, title_justify="left", box=SIMPLE_HEAD, padding=0)
+    table.add_column("candidate", no_wrap=True)
+    for heading in _HEADINGS:
+        table.add_column(heading, justify="right", no_wrap=True)
+    for row in rows:
+        table.add_row(
+            row.candidate + " *" * row.automatic,
+            f"{row.forward_us.median / 1e3:.4g}",
+            f"{row.backward_us.median / 1e3:.4g}",
+            f"{row.total_us.median / 1e3:.4g}",
+            f"{row.ratio.median:.3f}",
+            f"{row.ratio.lower:.2f}-{row.ratio.upper:.2f}",
+            f"{row.gflop_per_s:.0f}",
+            f"{row.gb_per_s:.1f}",
+            f"{row.memory.peak / 2**20:.1f}",
+            f"{row.memory.kept / 2**20:.1f}",
+        )
+    return table
+
+
+def _print_host_cost(host: HostCost, console: Console) -> None:
+    console.print(
+        f"host time of one forward call at T = 1: frozen {_spread(host.frozen_us, 1)} us, "
+        f"NeuroAda {_spread(host.neuroada_us, 1)} us, "
+        f"difference {_spread(host.over_frozen_us, 1)} us",
+        markup=False,
+    )
+
+
+def _print_verdict(verdict: Verdict, console: Console) -> None:
+    assert verdict.value is not None
+    colour = "green" if verdict.outcome == "met" else "red"
+    digits = f"{verdict.value:.3f}"
+    console.print(f"[{colour}]{verdict.outcome}[/{colour}] {verdict.bar.meaning}: {digits}")
+
+
+def _spread(values: Quartiles, digits: int) -> str:
+    return f"{values.median:.{digits}f} [{values.lower:.{digits}f}, {values.upper:.{digits}f}]"
+
+
+def _commit(folder: Path) -> tuple[str | None, bool | None]:
+    """The commit of the checkout that tracks this package, and whether files differ from it."""
+
+    def git(*arguments: str) -> str:
+        command = ["git", "-C", str(folder), *arguments]
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+
+    try:
+        # An environment inside of somebody else's checkout is ignored there, not tracked.
+        git("ls-files", "--error-unmatch", "__init__.py")
+        return git("rev-parse", "HEAD"), bool(git("status", "--porcelain"))
+    except (OSError, subprocess.CalledProcessError):
+        return None, None
+
+
+def _cpu_model() -> str:
+    try:
+        text = Path("/proc/cpuinfo").read_text()
+    except OSError:
+        text = ""
+    found = re.search(r"^model name\s*:\s*(.+)$", text, re.MULTILINE)
+    return found[1] if found else platform.processor() or platform.machine()
+
+
+def _openmp_runtimes() -> list[str]:
+    """File names of the OpenMP runtimes in this process; there should be one, torch's."""
+    try:
+        lines = Path("/proc/self/maps").read_text().splitlines()
+    except OSError:
+        return []
+    return sorted({found[1] for line in lines if (found := _OPENMP.search(line))})

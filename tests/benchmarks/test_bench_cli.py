@@ -1,0 +1,210 @@
+"""The command ``neuroada bench``: what it runs, writes and returns."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+import neuroada_kernels as nk
+from neuroada_kernels.benchmarks import linear, report
+from neuroada_kernels.benchmarks.bars import Bar, Verdict
+from neuroada_kernels.benchmarks.candidates import table
+from neuroada_kernels.testing import BENCH_CASES, Case
+
+TINY = tuple(Case(tokens=16, d_in=64, d_out=d_out, k=k) for d_out in (64, 48) for k in (1, 8))
+
+
+@pytest.fixture(autouse=True)
+def tiny_cases_on_one_thread(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    monkeypatch.setattr(linear, "BENCH_CASES", TINY)
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+def test_json_holds_what_it_takes_to_judge_and_repeat_a_run(tmp_path: Path, capsys) -> None:
+    path = tmp_path / "bench.json"
+    arguments = ["--cases", "64to48", "--k", "2", "--rounds", "3", "--host-cost"]
+    assert linear.main([*arguments, "--json", str(path)]) == 0
+    found = json.loads(path.read_text())
+    assert found["package"] == nk.__version__
+    assert found["torch"] == torch.__version__
+    assert found["threads"] == torch.get_num_threads()
+    assert found["rounds"] == 3
+    assert found["bars"] == found["skipped"] == []
+    assert found["host_cost"]["over_frozen_us"].keys() == {"lower", "median", "upper"}
+    assert {"commit", "uncommitted_changes", "date", "cpu", "openmp", "python"} <= found.keys()
+
+    rows = {(row["dtype"], row["candidate"]): row for row in found["results"]}
+    assert rows.keys() == {(dtype, name) for dtype in ("float32", "bfloat16") for name in table()}
+    for (_, name), row in rows.items():
+        assert row["case"]["name"] == "T16-64to48-k2"
+        assert row["backend"] == table()[name].backend
+        samples = row["samples_ns"]
+        assert len(samples["forward"]) == len(samples["backward"]) == 3
+        total = sorted(f + b for f, b in zip(*samples.values(), strict=True))
+        assert row["total_us"]["median"] == total[1] / 1000
+        for key in ("forward_us", "backward_us", "total_us", "ratio_to_frozen"):
+            assert 0 < row[key]["lower"] <= row[key]["median"] <= row[key]["upper"]
+        assert row["gb_per_s"] > 0
+        assert row["gflop_per_s"] > 0
+        assert row["peak_bytes"] >= row["peak_bytes_beyond_y_and_dx"] >= 0
+        assert row["kept_bytes"] >= 0
+    assert rows["float32", "frozen"]["ratio_to_frozen"]["median"] == 1
+    chosen = [row["candidate"] for row in rows.values() if row["automatic"]]
+    assert len(chosen) == 2
+    assert len(set(chosen)) == 1
+
+    shown = capsys.readouterr().out
+    assert all(name in shown for name in table())
+    assert "host time of one forward call" in shown
+
+
+def test_the_ratio_is_that_of_the_samples_round_by_round(tmp_path: Path) -> None:
+    path = tmp_path / "bench.json"
+    linear.main(["--quick", "--candidates", "lora-r8", "--rounds", "1", "--json", str(path)])
+    frozen, lora = json.loads(path.read_text())["results"]
+    total = [
+        sum(row["samples_ns"][part][0] for part in ("forward", "backward"))
+        for row in (frozen, lora)
+    ]
+    assert lora["ratio_to_frozen"]["median"] == total[1] / total[0]
+
+
+def test_a_png_is_written(tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib")
+    path = tmp_path / "bench.png"
+    linear.main(["--candidates", "lora-r8", "--rounds", "2", "--png", str(path)])
+    assert path.read_bytes().startswith(b"\x89PNG")
+
+
+def test_matplotlib_is_imported_only_when_a_chart_is_asked_for() -> None:
+    code = "import sys, neuroada_kernels.benchmarks.linear; sys.exit('matplotlib' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+def test_a_chart_without_matplotlib_is_refused_before_anything_is_timed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys
+) -> None:
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    monkeypatch.setattr(linear, "measure_case", lambda *args, **kwargs: pytest.fail("timed"))
+    with pytest.raises(SystemExit):
+        linear.main(["--png", str(tmp_path / "bench.png")])
+    assert "matplotlib is missing" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(("limit", "expected"), [(1e9, 0), (0.0, 1)])
+def test_assert_bars_gives_the_exit_status(limit, expected, monkeypatch, capsys) -> None:
+    bar = Bar(limit, "frozen", "T16-64to64-k8")
+    judge = linear.judge
+    monkeypatch.setattr(linear, "judge", lambda rows, host: judge(rows, host, [bar]))
+    assert linear.main(["--quick", "--assert-bars"]) == expected
+    shown = " ".join(capsys.readouterr().out.split())
+    assert f"{'missed' if expected else 'met'} {bar.meaning}" in shown
+
+
+def test_assert_bars_measures_the_host_cost(monkeypatch: pytest.MonkeyPatch, capsys) -> None:
+    seen = []
+
+    def judge(rows, host):
+        seen.append(host)
+        return [Verdict(Bar(1.0, "frozen"), None)]
+
+    monkeypatch.setattr(linear, "judge", judge)
+    assert linear.main(["--quick", "--candidates", "lora-r8", "--assert-bars"]) == 1
+    assert seen[0] is not None
+    assert "bars without a measurement in this run: 1" in capsys.readouterr().out
+
+
+def test_threads_are_set_for_the_run_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    before = torch.get_num_threads()
+    seen = []
+    monkeypatch.setattr(
+        linear, "measure_case", lambda *args, **kwargs: seen.append(torch.get_num_threads())
+    )
+    linear.main(["--quick", "--threads", "2"])
+    assert seen == [2]
+    assert torch.get_num_threads() == before
+
+
+def test_cases_are_those_of_the_shared_table(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(linear, "BENCH_CASES", BENCH_CASES)
+    assert set(linear._cases(False, None, None)) == set(BENCH_CASES)
+    assert [case.name for case in linear._cases(True, None, None)] == [
+        "T512-2048to2048-k8",
+        "T16-2048to2048-k8",
+    ]
+    assert linear._cases(False, [4], ["T16"]) == [replace(BENCH_CASES[-1], k=4)]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--cases", "nothing"], "--cases: none has such a name"),
+        (["--candidates", "qlora"], "invalid choice: 'qlora'"),
+        (["--k", "0"], "0, expected at least 1"),
+        (["--json", "/nowhere/bench.json"], "/nowhere is no directory"),
+        (["--assert-bars", "--rounds", "8"], "--rounds: 8, expected at least 9"),
+    ],
+)
+def test_arguments_that_would_measure_nothing_are_refused(arguments, message, capsys) -> None:
+    with pytest.raises(SystemExit) as exit_:
+        linear.main(arguments)
+    assert exit_.value.code == 2
+    assert message in capsys.readouterr().err
+
+
+def test_the_commit_is_that_of_the_checkout_which_tracks_the_package(tmp_path: Path) -> None:
+    assert report._commit(tmp_path) == (None, None)
+
+    def git(*arguments: str) -> str:
+        identity = ["-c", "user.name=a", "-c", "user.email=a@b"]
+        command = ["git", "-C", str(tmp_path), *identity, *arguments]
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+
+    git("init", "--quiet")
+    (tmp_path / "other.py").touch()
+    git("add", "other.py")
+    git("commit", "--quiet", "--message", "other")
+    (tmp_path / "__init__.py").touch()
+    assert report._commit(tmp_path) == (None, None)
+    git("add", "__init__.py")
+    git("commit", "--quiet", "--message", "package")
+    assert report._commit(tmp_path) == (git("rev-parse", "HEAD"), False)
+    (tmp_path / "other.py").write_text("changed")
+    assert report._commit(tmp_path) == (git("rev-parse", "HEAD"), True)
+
+
+def test_the_processor_and_the_openmp_runtimes_are_unknown_where_proc_is_missing(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def missing(self: Path) -> str:
+        raise FileNotFoundError(self)
+
+    monkeypatch.setattr(Path, "read_text", missing)
+    assert report._openmp_runtimes() == []
+    assert report._cpu_model()
+
+
+def test_more_than_one_openmp_runtime_is_pointed_out(monkeypatch, capsys) -> None:
+    monkeypatch.setattr(report, "_openmp_runtimes", lambda: ["libgomp.so.1", "libiomp5.so"])
+    monkeypatch.setattr(linear, "measure_case", lambda *args, **kwargs: None)
+    linear.main(["--quick"])
+    assert "More than one OpenMP runtime" in capsys.readouterr().out
+
+
+def test_what_was_not_timed_is_shown_with_its_reason(capsys) -> None:
+    results = report.Results(rounds=1)
+    results.skipped.append(
+        {"case": "T1", "dtype": "float32", "candidate": "neuroada-x", "reason": "shape [1, 2]"}
+    )
+    report.print_results(results, report.Console())
+    assert "not timed: neuroada-x, T1 float32: shape [1, 2]" in capsys.readouterr().out
