@@ -242,3 +242,24 @@ def test_every_instruction_set_meets_the_tolerances(isa):
     )
     assert run.returncode == 0, run.stdout
     assert " passed" in run.stdout
+
+
+@pytest.mark.parametrize("isa", LOWER_ISAS)
+def test_the_named_instruction_set_runs(isa):
+    assert _cpu_isa(isa).stdout.strip() == isa
+
+
+@pytest.mark.skipif(_extension.module is None, reason="the extension is not built")
+def test_an_instruction_set_that_cannot_run_is_refused():
+    assert "NEUROADA_CPU_ISA: 'mmx' was not built" in _cpu_isa("mmx").stderr
+
+
+def _cpu_isa(named: str) -> subprocess.CompletedProcess[str]:
+    code = "from neuroada_kernels import _extension; print(_extension.module.cpu_isa())"
+    return subprocess.run(
+        [sys.executable, "-c", code],
+        env=os.environ | {"NEUROADA_CPU_ISA": named},
+        capture_output=True,
+        text=True,
+        check=False,
+    )

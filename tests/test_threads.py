@@ -21,10 +21,10 @@ import neuroada_kernels as nk
 from neuroada_kernels.testing import CASES, Case, Inputs, make_inputs, rms_error, tolerance
 
 # Few tokens are cut by rows, many by blocks and chunks; column 0 chosen by all is the hardest to
-# balance.
+# balance. All are large enough that the kernels take more than one thread.
 SHAPES = [
-    Case(1, 96, 300, 8),
-    Case(17, 96, 300, 8, bias=True, index="one_column"),
+    Case(1, 96, 9000, 8),
+    Case(17, 96, 900, 8, bias=True, index="one_column"),
     Case(129, 64, 72, 20, index="ragged"),
     Case(700, 96, 257, 2, bias=True),
     Case(2100, 40, 24, 8),

@@ -12,7 +12,7 @@ namespace {
 // x / divisor by one multiplication (Lemire, Kaser, Kurz 2019), for 32-bit x.
 struct FastDivide {
   uint64_t reciprocal;
-  explicit FastDivide(uint32_t divisor) : reciprocal(UINT64_MAX / divisor + 1) {}
+  explicit FastDivide(uint32_t divisor) : reciprocal(UINT64_MAX / std::max(divisor, 1u) + 1) {}
   uint32_t operator()(uint32_t x) const {
     return reciprocal == 0 ? x : static_cast<uint32_t>((static_cast<unsigned __int128>(reciprocal) * x) >> 64);
   }

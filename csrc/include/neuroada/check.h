@@ -27,8 +27,8 @@ inline void check_matrix(const char* name, const Tensor& tensor, int64_t rows, i
   STD_TORCH_CHECK((rows < 0 || tensor.size(0) == rows) && (columns < 0 || tensor.size(1) == columns), name, ": shape ",
                   shape_of(tensor), ", expected [", rows, ", ", columns, "]");
   STD_TORCH_CHECK(tensor.is_cpu(), name, ": not on the CPU, expected a CPU tensor");
-  STD_TORCH_CHECK(tensor.numel() == 0 || tensor.size(1) == 1 || tensor.stride(1) == 1, name, ": stride ", tensor.stride(1),
-                  " along a row, expected 1");
+  STD_TORCH_CHECK(tensor.numel() == 0 || tensor.size(1) == 1 || tensor.stride(1) == 1, name, ": stride ",
+                  tensor.stride(1), " along a row, expected 1");
 }
 
 inline DType dtype_of(const char* name, const Tensor& tensor) {

@@ -83,7 +83,7 @@ static inline void narrow(float value, Half& out) {
   const uint32_t magnitude = bits & 0x7fffffffu;
   uint32_t half;
   if (magnitude > 0x7f800000u) {
-    half = 0x7e00u;
+    half = 0x7e00u | ((magnitude >> 13) & 0x3ffu);
   } else if (magnitude >= 0x477ff000u) {
     half = 0x7c00u;  // 65520 and above round to infinity
   } else if (magnitude < 0x38800000u) {

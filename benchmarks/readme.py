@@ -1,0 +1,77 @@
+"""Writes the README's table from a results file of ``neuroada bench --json``.
+
+python -m neuroada_kernels.benchmarks.readme benchmarks/results/cpu/linear.json README.md
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import re
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+_BEGIN, _END = "<!-- benchmark table -->", "<!-- end of benchmark table -->"
+
+
+def table(results: dict[str, Any]) -> str:
+    """A Markdown table of the ratios to frozen, ours in bold, and how they were taken."""
+    rows = results["results"]
+    names = [n for n in dict.fromkeys(r["candidate"] for r in rows) if n != "frozen"]
+    ours = {r["candidate"] for r in rows if r["automatic"]}
+    headings = ["T", "d_in × d_out", "dtype", "k", *(_heading(n, n in ours) for n in names)]
+    lines = ["| " + " | ".join(headings) + " |", "|" + "---|" * 4 + "---:|" * len(names)]
+    lines += ["| " + " | ".join(cells) + " |" for cells in _rows(rows, names, ours)]
+    host = results["host_cost"]
+    measured = (
+        f"Forward and backward as a ratio to the frozen linear (`F.linear` and dx alone), medians "
+        f"of {results['rounds']} interleaved rounds, ratio taken round by round; "
+        f"{results['threads']} threads of an {results['cpu']} "
+        f"({results['cpu_capability']}), torch {results['torch']}. `neuroada bench` repeats it."
+    )
+    if host is not None:
+        measured += (
+            f" One call at T = 1 costs {host['over_frozen_us']['median']:.0f} µs of host time "
+            f"more than the frozen linear's {host['frozen_us']['median']:.0f} µs."
+        )
+    return "\n".join([*lines, "", measured])
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Replace what stands between the README's two markers."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("results", type=Path)
+    parser.add_argument("readme", type=Path)
+    options = parser.parse_args(argv)
+    text = options.readme.read_text()
+    if _BEGIN not in text or _END not in text:
+        parser.error(f"readme: {options.readme} has no {_BEGIN} and {_END}")
+    new = f"{_BEGIN}\n{table(json.loads(options.results.read_text()))}\n{_END}"
+    pattern = re.escape(_BEGIN) + ".*?" + re.escape(_END)
+    options.readme.write_text(re.sub(pattern, lambda _: new, text, count=1, flags=re.DOTALL))
+    return 0
+
+
+def _heading(name: str, ours: bool) -> str:
+    return f"**{name}**" if ours else name
+
+
+def _rows(rows: list[dict[str, Any]], names: list[str], ours: set[str]) -> Iterator[list[str]]:
+    ratios = {
+        (r["case"]["name"], r["dtype"], r["candidate"]): r["ratio_to_frozen"]["median"]
+        for r in rows
+    }
+    cases = {(r["dtype"], r["case"]["name"]): r["case"] for r in rows}
+    for (dtype, name), case in cases.items():
+        cells = [str(case["tokens"]), f"{case['d_in']} × {case['d_out']}", dtype, str(case["k"])]
+        for candidate in names:
+            ratio = ratios.get((name, dtype, candidate))
+            text = "" if ratio is None else f"{ratio:.2f}"
+            cells.append(f"**{text}**" if candidate in ours and text else text)
+        yield cells
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,59 @@
+"""The README's table says what the results file says, and nothing else of the README changes."""
+
+import json
+
+import pytest
+
+from neuroada_kernels.benchmarks import readme
+
+
+def _row(candidate: str, ratio: float, automatic: bool = False) -> dict:
+    case = {"name": "a", "tokens": 16, "d_in": 8, "d_out": 4, "k": 2}
+    return {
+        "case": case,
+        "dtype": "float32",
+        "candidate": candidate,
+        "automatic": automatic,
+        "ratio_to_frozen": {"median": ratio},
+    }
+
+
+RESULTS = {
+    "rounds": 9,
+    "threads": 2,
+    "cpu": "a processor",
+    "cpu_capability": "AVX2",
+    "torch": "2.13.0",
+    "host_cost": {"over_frozen_us": {"median": 14.4}, "frozen_us": {"median": 3.1}},
+    "results": [_row("frozen", 1.0), _row("neuroada-cpu", 1.043, True), _row("lora-r8", 1.127)],
+}
+
+
+def test_the_table_has_a_row_a_case_with_ours_in_bold():
+    lines = readme.table(RESULTS).splitlines()
+    assert lines[0] == "| T | d_in × d_out | dtype | k | **neuroada-cpu** | lora-r8 |"
+    assert lines[2] == "| 16 | 8 × 4 | float32 | 2 | **1.04** | 1.13 |"
+    assert "9 interleaved rounds" in lines[-1]
+    assert "costs 14 µs of host time more" in lines[-1]
+
+
+def test_only_what_stands_between_the_markers_is_replaced(tmp_path):
+    path, results = tmp_path / "README.md", tmp_path / "results.json"
+    results.write_text(json.dumps(RESULTS))
+    path.write_text(f"before\n{readme._BEGIN}\nold\n{readme._END}\nafter\n")
+    assert readme.main([str(results), str(path)]) == 0
+    text = path.read_text()
+    assert text.startswith("before\n")
+    assert text.endswith("\nafter\n")
+    assert readme.table(RESULTS) in text
+    assert "old" not in text
+
+
+def test_a_readme_without_markers_is_refused_and_kept(tmp_path, capsys):
+    path, results = tmp_path / "README.md", tmp_path / "results.json"
+    results.write_text(json.dumps(RESULTS))
+    path.write_text("nothing here\n")
+    with pytest.raises(SystemExit):
+        readme.main([str(results), str(path)])
+    assert "has no <!-- benchmark table -->" in capsys.readouterr().err
+    assert path.read_text() == "nothing here\n"

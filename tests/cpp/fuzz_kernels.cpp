@@ -1,0 +1,112 @@
+// Random shapes, strides, dtypes, indices and thread counts through every kernel, and garbage through
+// the planner:  fuzz_kernels [iterations] [seed].  Iteration i draws from seed + i alone, and a failure
+// names it, so `fuzz_kernels 1 <that seed>` repeats it. Meant for AddressSanitizer: every buffer ends
+// with its last element.
+#include <csignal>
+#include <cstdlib>
+
+#include "plan_checks.h"
+#include "problem.h"
+
+extern "C" __attribute__((weak)) void __sanitizer_set_death_callback(void (*callback)());
+
+using namespace neuroada;
+using namespace neuroada::testing;
+
+namespace {
+
+uint64_t current_seed;
+
+void name_seed() { std::fprintf(stderr, "failed with seed %llu\n", static_cast<unsigned long long>(current_seed)); }
+
+void name_seed_at_a_crash() {
+  if (__sanitizer_set_death_callback != nullptr) {
+    __sanitizer_set_death_callback(&name_seed);
+    return;
+  }
+  for (int signal : {SIGSEGV, SIGBUS, SIGILL, SIGFPE, SIGABRT}) {
+    std::signal(signal, [](int caught) {
+      name_seed();
+      std::signal(caught, SIG_DFL);
+      std::raise(caught);
+    });
+  }
+}
+
+// Mostly small, with the sizes at which vectors and blocks begin and end well represented.
+int64_t draw_size(Random& random, int64_t limit) {
+  if (random.one_in(3))
+    return std::min(limit, (int64_t{4} << random.below(4)) * (1 + random.below(3)) + random.below(3) - 1);
+  return random.below(random.one_in(4) ? limit + 1 : std::min<int64_t>(limit, 12) + 1);
+}
+
+Case draw_case(Random& random) {
+  Case c{draw_size(random, 200), draw_size(random, 150), draw_size(random, 130), 0};
+  c.k = random.below(std::min<int64_t>(random.one_in(8) ? 130 : 9, c.d_in + 2) + 1);
+  c.index = static_cast<IndexKind>(random.below(4));
+  c.bias = random.one_in(2);
+  c.base = static_cast<Base>(random.below(3));
+  c.gap = random.one_in(2) ? random.below(20) : 0;
+  // Now and then past the width up to which blocks of tokens are long.
+  if (random.one_in(50)) {
+    (random.one_in(2) ? c.d_in : c.d_out) += 2048;
+    c.tokens %= 60;
+    c.k %= 4;
+  }
+  c.values = random.one_in(2) ? Values::real : Values::grid;
+  return c;
+}
+
+template <class T>
+void fuzz_kernels(const Case& c, Random& random) {
+  const Problem<T> problem(c, random);
+  const int64_t threads = 1 + random.below(9);
+  each_isa([&](const cpu::Kernels& kernels) {
+    const std::string where = label<T>(kernels) + ", " + c.name() + ", threads " + std::to_string(threads);
+    const Outputs<T> outputs = run(problem, kernels, in_turn(threads));
+    if (c.values == Values::grid) {
+      check_outputs(outputs, reference(problem), where);
+    } else {
+      CHECK(outputs.same_bits(run(problem, kernels, in_turn(1))), where + ": not the bits of one thread");
+    }
+  });
+}
+
+int32_t draw_column(int64_t d_in, int64_t disorder, Random& random) {
+  if (random.below(100) >= disorder) return static_cast<int32_t>(random.below(d_in + 1) - 1);
+  if (random.one_in(2)) return static_cast<int32_t>(random.below(5) - 2 + (random.one_in(2) ? d_in : 0));
+  return static_cast<int32_t>(static_cast<uint32_t>(random.next()));
+}
+
+// Anything at all as an index is counted or refused; what is counted has a right plan.
+void fuzz_planner(Random& random) {
+  const int64_t d_in = draw_size(random, 300), d_out = draw_size(random, 40), k = random.below(6);
+  const int64_t disorder = random.one_in(2) ? 0 : random.below(20);  // in percent
+  std::vector<int32_t> index(static_cast<size_t>(d_out * k));
+  for (int32_t& column : index) column = draw_column(d_in, disorder, random);
+  const std::string where = "planner, d_in " + std::to_string(d_in) + ", d_out " + std::to_string(d_out);
+
+  std::string error;
+  const int64_t live = check_index(index.data(), d_out, k, d_in, error);
+  CHECK(live == count_connections(index, d_out, k, d_in), where + ": check_index finds " + std::to_string(live));
+  CHECK((live < 0) == !error.empty(), where + ": error text " + error);
+  if (live >= 0) check_plan(index, d_out, k, d_in, where);
+}
+
+}  // namespace
+
+int main(int argc, char** argv) {
+  const uint64_t iterations = argc > 1 ? std::strtoull(argv[1], nullptr, 10) : 1000;
+  const uint64_t first_seed = argc > 2 ? std::strtoull(argv[2], nullptr, 10) : 1;
+  name_seed_at_a_crash();
+  for (uint64_t i = 0; i < iterations && failures == 0; ++i) {
+    current_seed = first_seed + i;
+    Random random(current_seed);
+    const Case c = draw_case(random);
+    constexpr DType kDTypes[] = {DType::f32, DType::f64, DType::bf16, DType::f16};
+    with_dtype(kDTypes[random.below(4)], [&](auto element) { fuzz_kernels<decltype(element)>(c, random); });
+    fuzz_planner(random);
+  }
+  if (failures > 0) name_seed();
+  return exit_status();
+}

@@ -1,0 +1,72 @@
+// Row-major matrices whose every stray access shows, and the random numbers to fill them with.
+#pragma once
+
+#include <cstdint>
+#include <cstring>
+#include <vector>
+
+#include "neuroada/dtype.h"
+
+namespace neuroada::testing {
+
+// splitmix64: the same numbers with every standard library.
+class Random {
+ public:
+  explicit Random(uint64_t seed) : state_(seed) {}
+
+  uint64_t next() {
+    uint64_t z = state_ += 0x9e3779b97f4a7c15u;
+    z = (z ^ (z >> 30)) * 0xbf58476d1ce4e5b9u;
+    z = (z ^ (z >> 27)) * 0x94d049bb133111ebu;
+    return z ^ (z >> 31);
+  }
+  int64_t below(int64_t count) { return static_cast<int64_t>(next() % static_cast<uint64_t>(count)); }
+  bool one_in(int64_t count) { return below(count) == 0; }
+
+ private:
+  uint64_t state_;
+};
+
+// The allocation ends with the last element of the last row, so that AddressSanitizer sees whatever
+// lies past it, and all of it starts as NaN (0xff in each byte), the gaps between the rows included.
+template <class T>
+class Matrix {
+ public:
+  Matrix(int64_t rows, int64_t columns, int64_t gap = 0)
+      : rows_(rows), columns_(columns), stride_(columns + gap), values_(rows > 0 ? (rows - 1) * stride_ + columns : 0) {
+    if (!values_.empty()) std::memset(values_.data(), 0xff, bytes());
+  }
+
+  int64_t rows() const { return rows_; }
+  int64_t columns() const { return columns_; }
+  int64_t stride() const { return stride_; }
+  T* data() { return values_.data(); }
+  const T* data() const { return values_.data(); }
+  T& operator()(int64_t row, int64_t column) { return values_[static_cast<size_t>(row * stride_ + column)]; }
+  const T& operator()(int64_t row, int64_t column) const {
+    return values_[static_cast<size_t>(row * stride_ + column)];
+  }
+
+  bool gaps_untouched() const {
+    for (int64_t row = 0; row + 1 < rows_; ++row) {
+      const auto* gap = reinterpret_cast<const unsigned char*>(data() + row * stride_ + columns_);
+      for (size_t i = 0; i < static_cast<size_t>(stride_ - columns_) * sizeof(T); ++i) {
+        if (gap[i] != 0xff) return false;
+      }
+    }
+    return true;
+  }
+
+  bool same_bits(const Matrix& other) const {
+    return values_.size() == other.values_.size() &&
+           (values_.empty() || std::memcmp(data(), other.data(), bytes()) == 0);
+  }
+
+ private:
+  size_t bytes() const { return values_.size() * sizeof(T); }
+
+  int64_t rows_, columns_, stride_;
+  std::vector<T> values_;
+};
+
+}  // namespace neuroada::testing

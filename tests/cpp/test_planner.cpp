@@ -1,0 +1,90 @@
+// The planner: which indices it refuses and with what words, and that a plan is the stable sort of
+// the entries by column with splits of equal work.
+#include <limits>
+
+#include "matrix.h"
+#include "plan_checks.h"
+
+using namespace neuroada;
+using namespace neuroada::testing;
+
+namespace {
+
+using Index = std::vector<int32_t>;
+
+int64_t connections(const Index& index, int64_t d_out, int64_t k, int64_t d_in, std::string* error = nullptr) {
+  std::string text;
+  const int64_t live = check_index(index.data(), d_out, k, d_in, text);
+  CHECK((live < 0) == !text.empty(), "an error text without an error, or the reverse: " + text);
+  if (error != nullptr) *error = text;
+  return live;
+}
+
+void valid_indices_are_counted() {
+  CHECK(connections({0, 1, 2, 0}, 2, 2, 3) == 4, "distinct columns");
+  CHECK(connections({-1, 1, -1, -1}, 2, 2, 3) == 1, "slots without a connection");
+  CHECK(connections({2, -1, -1, 2}, 2, 2, 3) == 2, "one column in two rows");
+  CHECK(connections({}, 0, 4, 3) == 0, "no rows");
+  CHECK(connections({}, 4, 0, 3) == 0, "no slots");
+  CHECK(connections({-1, -1}, 2, 1, 0) == 0, "no inputs");
+}
+
+void invalid_indices_are_refused_by_name() {
+  std::string error;
+  CHECK(connections({0, 3}, 1, 2, 3, &error) == -1, "column d_in");
+  CHECK(error == "column 3 in row 0 is out of range for a weight with 3 inputs", error);
+  CHECK(connections({0, 1, -2, 1}, 2, 2, 3, &error) == -1, "column -2");
+  CHECK(error == "column -2 in row 1 is out of range for a weight with 3 inputs", error);
+  CHECK(connections({0, 1, 2, 2}, 2, 2, 3, &error) == -1, "a column twice");
+  CHECK(error == "column 2 stands twice in row 1, expected distinct columns", error);
+  CHECK(connections({1, -1, 1}, 1, 3, 3) == -1, "a column twice, apart");
+  CHECK(connections({0}, 1, 1, 0) == -1, "a column of no inputs");
+  for (int32_t column : {std::numeric_limits<int32_t>::min(), std::numeric_limits<int32_t>::max()}) {
+    CHECK(connections({column}, 1, 1, 3) == -1, "column " + std::to_string(column));
+  }
+}
+
+void plans_are_stable_sorts_with_even_splits() {
+  check_plan({}, 0, 0, 0, "nothing");
+  check_plan({-1, -1, -1}, 3, 1, 5, "no connections");
+  check_plan({2, 0, 2, 1, 0, 2}, 3, 2, 3, "fewer columns than splits");
+
+  Random random(1);
+  for (int64_t d_in : {1, 63, 64, 65, 1000}) {
+    Index even, all_on_one, skewed;
+    for (int64_t j = 0; j < 500; ++j) {
+      even.push_back(static_cast<int32_t>(j % d_in));
+      all_on_one.push_back(static_cast<int32_t>(d_in / 2));
+      skewed.push_back(static_cast<int32_t>(random.below(1 + random.below(d_in))));
+    }
+    const std::string where = "d_in " + std::to_string(d_in);
+    check_plan(even, 500, 1, d_in, where + ", even");
+    check_plan(all_on_one, 500, 1, d_in, where + ", all on one column");
+    check_plan(skewed, 500, 1, d_in, where + ", skewed");
+  }
+}
+
+// The boundaries for any number of parts start at 0, end at d_in and do not run back.
+void boundaries_cover_the_columns() {
+  Index index;
+  for (int32_t j = 0; j < 300; ++j) index.push_back(j * 7 % 100);
+  std::vector<int32_t> values(static_cast<size_t>(plan_size(100, 300)));
+  plan_index(index.data(), 300, 1, 100, values.data());
+  const PlanView plan(values.data(), 100);
+  for (int64_t parts : {1, 2, 3, 7, 63, 64, 65, 200}) {
+    CHECK(plan.boundary(0, parts) == 0 && plan.boundary(parts, parts) == 100, std::to_string(parts) + " parts");
+    for (int64_t part = 0; part < parts; ++part) {
+      CHECK(plan.boundary(part, parts) <= plan.boundary(part + 1, parts), std::to_string(parts) + " parts");
+    }
+  }
+}
+
+}  // namespace
+
+int main() {
+  valid_indices_are_counted();
+  invalid_indices_are_refused_by_name();
+  plans_are_stable_sorts_with_even_splits();
+  boundaries_cover_the_columns();
+  return exit_status();
+}
