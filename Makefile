@@ -18,7 +18,7 @@ test: test-python test-cpp
 bench: install
 	$(BIN)/neuroada bench
 
-install: $(VENV)/installed
+install: $(VENV)/installed-$(BUILD)
 
 $(VENV)/torch:
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10) and "Python 3.10 or newer is needed")'
@@ -27,7 +27,8 @@ $(VENV)/torch:
 	touch $@
 
 # No build isolation: an isolated build would fetch its own, newest torch.
-$(VENV)/installed: $(VENV)/torch $(SOURCES)
+$(VENV)/installed-$(BUILD): $(VENV)/torch $(SOURCES)
+	rm -f $(VENV)/installed-* neuroada_kernels/*.so
 	$(BIN)/python -m pip install --quiet 'setuptools>=77' wheel 'pybind11>=2.13' 'cmake>=3.22' ninja
 	PATH="$(CURDIR)/$(BIN):$$PATH" NEUROADA_BUILD=$(BUILD) $(BIN)/python -m pip install --quiet --no-build-isolation --editable '.[dev]'
 	touch $@

@@ -26,9 +26,19 @@ int32_t* int32_values(const char* name, const py::buffer_info& info, int64_t cou
   return static_cast<int32_t*>(info.ptr);
 }
 
+// d_out * k, once it is known to fit where the kernels count entries.
+int64_t entries(int64_t d_out, int64_t k, int64_t d_in) {
+  int64_t count = 0;
+  if (d_out < 0 || k < 0 || d_in < 0 || __builtin_mul_overflow(d_out, k, &count) || count > INT32_MAX) {
+    throw std::invalid_argument("index: sizes " + std::to_string(d_out) + ", " + std::to_string(k) + ", " +
+                                std::to_string(d_in) + ", expected 0 or more, and fewer than 2^31 entries");
+  }
+  return count;
+}
+
 std::pair<int64_t, std::string> check_index(const py::buffer& index, int64_t d_out, int64_t k, int64_t d_in) {
   const py::buffer_info info = index.request();
-  const int32_t* values = int32_values("index", info, d_out * k);
+  const int32_t* values = int32_values("index", info, entries(d_out, k, d_in));
   std::string error;
   const int64_t live = neuroada::check_index(values, d_out, k, d_in, error);
   return {live, error};
@@ -36,7 +46,7 @@ std::pair<int64_t, std::string> check_index(const py::buffer& index, int64_t d_o
 
 void plan_index(const py::buffer& index, int64_t d_out, int64_t k, int64_t d_in, const py::buffer& plan) {
   const py::buffer_info index_info = index.request(), plan_info = plan.request(/*writable=*/true);
-  const int32_t* values = int32_values("index", index_info, d_out * k);
+  const int32_t* values = int32_values("index", index_info, entries(d_out, k, d_in));
   int64_t live = 0;
   for (int64_t e = 0; e < d_out * k; ++e) {
     if (values[e] < -1 || values[e] >= d_in) {

@@ -15,7 +15,7 @@ from types import ModuleType
 import torch
 
 _PACKAGE = Path(__file__).parent
-_PURE = "this is a pure-Python install (built with NEUROADA_BUILD=none)"
+_PURE = "not beside the package: a pure-Python install (NEUROADA_BUILD=none), or never built"
 
 
 def _in_words(error: BaseException) -> str:

@@ -8,6 +8,8 @@ from torch import Tensor
 from neuroada_kernels import ops, reference
 
 _FLOATING = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+_AUTOCAST = (torch.float32, torch.bfloat16, torch.float16)
+_WRONG_X = "x: dtype {}, expected float32, float64, bfloat16 or float16"
 
 
 def neuroada_linear(
@@ -63,11 +65,9 @@ def neuroada_linear(
         )
     if bias is not None and bias.shape != (weight.shape[0],):
         raise ValueError(f"bias: shape {list(bias.shape)}, expected [{weight.shape[0]}]")
-    for name, tensor in (("weight", weight), ("bias", bias)):
-        if tensor is not None and tensor.device != x.device:
-            raise ValueError(f"{name}: on {tensor.device}, expected {x.device}, as x")
-    if weight.requires_grad and torch.is_grad_enabled():
-        raise ValueError("weight: requires grad, expected a frozen weight")
+    if bias is not None and bias.device != x.device:
+        raise ValueError(f"bias: on {bias.device}, expected {x.device}, as x")
+    _check_plan(plan, x)
     return apply_linear(x, weight, index, delta, bias, plan)
 
 
@@ -79,11 +79,17 @@ def apply_linear(
     bias: Tensor | None,
     plan: Tensor | None,
 ) -> Tensor:
-    """:func:`neuroada_linear` for tensors whose shapes and devices are known to fit."""
+    """:func:`neuroada_linear` for tensors of a layer, whose shapes are known to fit."""
+    if weight.device != x.device:
+        raise ValueError(f"weight: on {weight.device}, expected {x.device}, as x")
+    if weight.requires_grad and torch.is_grad_enabled():
+        raise ValueError("weight: requires grad, expected a frozen weight")
     autocast = autocast_dtype(x)
     if autocast is not None:
         x = x.to(autocast)
         bias = None if bias is None else bias.to(autocast)
+    elif x.dtype not in _FLOATING:
+        raise TypeError(_WRONG_X.format(x.dtype))
     elif weight.dtype != x.dtype or (bias is not None and bias.dtype != x.dtype):
         name, tensor = ("weight", weight) if weight.dtype != x.dtype else ("bias", bias)
         raise TypeError(f"{name}: dtype {tensor.dtype}, expected {x.dtype}, as x")  # type: ignore[union-attr]
@@ -126,6 +132,7 @@ def neuroada_bypass(
         raise ValueError(
             f"y: shape {list(y.shape)}, expected {[*x.shape[:-1], index.shape[0]]}, as x and index"
         )
+    _check_plan(plan, x)
     if y.device != x.device:
         raise ValueError(f"y: on {y.device}, expected {x.device}, as x")
     if autocast_dtype(x) is not None:
@@ -138,8 +145,11 @@ def neuroada_bypass(
 
 
 def _check_bypass(x: Tensor, index: Tensor, delta: Tensor) -> None:
+    for name, tensor in (("x", x), ("index", index), ("delta", delta)):
+        if not isinstance(tensor, Tensor):
+            raise TypeError(f"{name}: {type(tensor).__name__}, expected a tensor")
     if x.dtype not in _FLOATING:
-        raise TypeError(f"x: dtype {x.dtype}, expected float32, float64, bfloat16 or float16")
+        raise TypeError(_WRONG_X.format(x.dtype))
     if x.dim() == 0:
         raise ValueError("x: a scalar, expected shape [..., d_in]")
     if index.dtype != torch.int32:
@@ -160,9 +170,16 @@ def _check_bypass(x: Tensor, index: Tensor, delta: Tensor) -> None:
             raise ValueError(f"{name}: on {tensor.device}, expected {x.device}, as x")
 
 
+def _check_plan(plan: Tensor | None, x: Tensor) -> None:
+    if plan is not None and (plan.dtype != torch.int32 or plan.device != x.device):
+        raise ValueError(
+            f"plan: {plan.dtype} on {plan.device}, expected torch.int32 on {x.device}, as x"
+        )
+
+
 def autocast_dtype(x: Tensor) -> torch.dtype | None:
     """The dtype that autocast asks of a matrix product of ``x``, or None."""
-    if not torch._C._is_any_autocast_enabled() or x.dtype == torch.float64:
+    if not torch._C._is_any_autocast_enabled() or x.dtype not in _AUTOCAST:
         return None
     kind = x.device.type
     return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None

@@ -158,6 +158,8 @@ def _find_targets(model: nn.Module, target_modules: Sequence[str] | str) -> dict
         if not isinstance(module, nn.Linear):
             raise TypeError(f"{name}: {type(module).__name__}, expected torch.nn.Linear")
         _check_parent(name, named[name.rpartition(".")[0]])
+        if type(module).forward is not nn.Linear.forward or "forward" in vars(module):
+            raise ValueError(f"{name}: {type(module).__name__} has a forward of its own")
         if any(getattr(module, hooks) for hooks in _HOOKS):
             raise ValueError(f"{name}: has hooks, which its replacement would lose")
         targets[name] = module

@@ -70,6 +70,8 @@ def check_index_form(index: Tensor, d_in: int) -> None:
         raise ValueError(
             f"index: {index.shape[1]} connections a neuron, expected 1 to {d_in}, the inputs"
         )
+    if index.numel() >= 2**31:
+        raise ValueError(f"index: {index.numel()} connections, expected fewer than 2^31")
     if index.is_meta:
         raise ValueError("index: is on the meta device, expected values")
 
@@ -84,6 +86,7 @@ def make_plan(index: Tensor, d_in: int) -> Tensor:
     d_in : int
         Number of inputs of the weight.
     """
+    check_index_form(index, d_in)
     if index.device.type == "cpu" and _extension.module is not None:
         live = int((index >= 0).sum())
         plan = torch.empty(d_in + 1 + SPLITS + 1 + live, dtype=torch.int32)

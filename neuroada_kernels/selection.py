@@ -107,6 +107,8 @@ def _scorer(
             f"scores: {'given' if scores is not None else 'missing'} with method {method!r}"
         )
     if scores is not None:
+        if not isinstance(scores, Tensor):
+            raise TypeError(f"scores: {type(scores).__name__}, expected a tensor")
         if scores.is_complex() or scores.dtype == torch.bool:
             raise TypeError(f"scores: dtype {scores.dtype}, expected a real dtype")
         if scores.shape != weight.shape:

@@ -21,7 +21,7 @@ void run(const BypassFwd& a, const Executor& all) {
       const int64_t t = b * block, tokens = std::min<int64_t>(block, a.tokens - t);
       const T* x = static_cast<const T*>(a.x) + t * a.x_stride;
       const T* base = a.base == nullptr ? nullptr : static_cast<const T*>(a.base) + t * a.base_stride;
-      stage_transposed<A, block>(x, a.x_stride, tokens, 0, a.d_in, staged.get());
+      stage_transposed<A, block>(x, a.x_stride, tokens, 0, a.d_in, a.d_in, staged.get());
       gather_rows<T, block>(rows, staged.get(), first, last, tokens, base, a.base_stride, static_cast<const T*>(a.bias),
                             static_cast<T*>(a.out) + t * a.out_stride, a.out_stride);
     }

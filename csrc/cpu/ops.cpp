@@ -65,6 +65,7 @@ void bypass_fwd_op(const Tensor& x, const Tensor& index, const Tensor& delta, st
                     ", expected [", d_out, "] on the CPU");
     STD_TORCH_CHECK(dtype_of("bias", *bias) == dtype, "bias: dtype differs from that of x");
     check_contiguous("bias", *bias);
+    check_storage("bias", *bias);
   }
   kernels().bypass_fwd({dtype, tokens, d_in, d_out, k, x.const_data_ptr(), x.stride(0),
                         static_cast<const int32_t*>(index.const_data_ptr()), delta.const_data_ptr(),
@@ -75,10 +76,12 @@ void bypass_fwd_op(const Tensor& x, const Tensor& index, const Tensor& delta, st
 
 // Every offset of the plan is checked, so that a plan of another index cannot reach outside.
 void check_plan(const Tensor& plan, int64_t d_in, int64_t entries) {
+  STD_TORCH_CHECK(entries <= INT32_MAX, "delta: ", entries, " bypasses, expected fewer than 2^31");
   STD_TORCH_CHECK(plan.dim() == 1 && plan.is_cpu() && plan.size(0) >= plan_size(d_in, 0), "plan: shape ",
                   shape_of(plan), ", expected at least [", plan_size(d_in, 0), "] on the CPU");
   check_dtype("plan", plan, ScalarType::Int, "int32");
   check_contiguous("plan", plan);
+  check_storage("plan", plan);
   const PlanView view(static_cast<const int32_t*>(plan.const_data_ptr()), d_in);
   bool valid = view.column_start[0] == 0 && plan.size(0) == plan_size(d_in, view.live());
   for (int64_t c = 0; c < d_in; ++c) valid &= view.column_start[c] <= view.column_start[c + 1];

@@ -62,12 +62,12 @@ void sum_chunk(const Sddmm& a, const Partial<accumulate_t<T>>& partial, int64_t 
     const int64_t tokens = std::min<int64_t>(block, end - t);
     const T* x = static_cast<const T*>(a.x) + t * a.x_stride;
     const T* grad = static_cast<const T*>(a.grad) + t * a.grad_stride;
-    stage_transposed<A, block>(x, a.x_stride, tokens, 0, a.d_in, staged.get());
+    stage_transposed<A, block>(x, a.x_stride, tokens, 0, a.d_in, a.d_in, staged.get());
     for (int64_t group = first; group < last; ++group) {
       const int64_t j = group * lanes;
       const int width = static_cast<int>(std::min<int64_t>(lanes, a.d_out - j));
       alignas(64) A grad_staged[lanes * block];
-      stage_transposed<A, block>(grad, a.grad_stride, tokens, j, j + width, grad_staged);
+      stage_transposed<A, block>(grad, a.grad_stride, tokens, j, j + width, a.d_out, grad_staged);
       add_block<A, block>(grad_staged, staged.get(), a.index + j * a.k, width, a.k, partial.at(chunk, group));
     }
   }
@@ -95,8 +95,9 @@ void run(const Sddmm& a, const Executor& all) {
     const int64_t range = task % ranges;
     sum_chunk<T, block>(a, partial, task / ranges, groups * range / ranges, groups * (range + 1) / ranges);
   });
-  const int64_t parts = std::min(threads, groups);
-  executor.parallel(parts, [&](int64_t part) {
+  const Executor adding = all.limited(chunks * groups * a.k * kLanes<A>);
+  const int64_t parts = std::min(adding.threads, groups);
+  adding.parallel(parts, [&](int64_t part) {
     for (int64_t group = groups * part / parts; group < groups * (part + 1) / parts; ++group) {
       add_chunks(partial, group, a.d_out, static_cast<A*>(a.out));
     }

@@ -68,18 +68,29 @@ inline void stage_tile(const T* source, int64_t stride, int64_t tokens, A* stage
   }
 }
 
-// staged[c - first][i] = source[i, c] for the columns [first, last) and `tokens` <= block rows;
-// the rest of the block becomes zero.
+// Asks for the cache line at `column` of each of `tokens` rows. The rows are too many streams for the
+// processor to guess, and too far apart for the first cache: into the second.
+template <int for_writing, class T>
+inline void prefetch_rows(const T* rows, int64_t stride, int64_t tokens, int64_t column) {
+  for (int64_t t = 0; t < tokens; ++t) __builtin_prefetch(rows + t * stride + column, for_writing, 2);
+}
+
+// staged[c - first][i] = source[i, c] for the columns [first, last) and `tokens` <= block rows; the
+// rest of the block becomes zero. `columns` is the length of a row, up to where reading goes on.
 template <class A, int block, class T>
-void stage_transposed(const T* source, int64_t stride, int64_t tokens, int64_t first, int64_t last, A* staged) {
+void stage_transposed(const T* source, int64_t stride, int64_t tokens, int64_t first, int64_t last, int64_t columns,
+                      A* staged) {
   constexpr int lanes = kLanes<A>, line = kLineVectors<T>;
+  constexpr int64_t ahead = 4 * line * lanes;
   int64_t c = first;
   for (; c + line * lanes <= last; c += line * lanes) {
+    if (c + ahead < columns) prefetch_rows<0>(source, stride, tokens, c + ahead);
     for (int64_t row = 0; row < block; row += lanes) {
       stage_tile<A, block, line>(source + row * stride + c, stride, tokens - row, staged + (c - first) * block + row);
     }
   }
   for (; c + lanes <= last; c += lanes) {
+    if (c % (line * lanes) == 0 && c + ahead < columns) prefetch_rows<0>(source, stride, tokens, c + ahead);
     for (int64_t row = 0; row < block; row += lanes) {
       stage_tile<A, block, 1>(source + row * stride + c, stride, tokens - row, staged + (c - first) * block + row);
     }
@@ -94,21 +105,13 @@ void stage_transposed(const T* source, int64_t stride, int64_t tokens, int64_t f
 // The rows of a sparse matrix in ELL format, as index and delta hold them.
 template <class A>
 struct EllRows {
-  const int32_t* column;
-  const A* value;
+  const int32_t* columns;
+  const A* values;
   int64_t k;
+  int32_t column(int64_t entry) const { return columns[entry]; }
+  A value(int64_t entry) const { return values[entry]; }
   int64_t begin(int64_t row) const { return row * k; }
   int64_t end(int64_t row) const { return (row + 1) * k; }
-};
-
-// The rows of a sparse matrix in CSR format.
-template <class A>
-struct CsrRows {
-  const int32_t* column;
-  const A* value;
-  const int32_t* start;
-  int64_t begin(int64_t row) const { return start[row]; }
-  int64_t end(int64_t row) const { return start[row + 1]; }
 };
 
 // target[j] = onto[j] + the j-th of `width` values, vector g of which is line[g * lanes].
@@ -139,14 +142,15 @@ void gather_rows(const Rows& rows, const accumulate_t<T>* staged, int64_t first,
   Vec<A> tile[vectors][line * lanes];  // [block][a cache line of out]
   for (int64_t r = first; r < last; r += line * lanes) {
     const int width = static_cast<int>(std::min<int64_t>(line * lanes, last - r));
+    prefetch_rows<1>(out, out_stride, tokens, r);
     for (int i = 0; i < width; ++i) {
       Vec<A> sum[vectors];
       for (int v = 0; v < vectors; ++v) sum[v] = zero<A>();
       for (int64_t e = rows.begin(r + i), end = rows.end(r + i); e < end; ++e) {
-        const int32_t column = rows.column[e];
+        const int32_t column = rows.column(e);
         if (column < 0) continue;
         const A* gathered = staged + int64_t{column} * block;
-        const Vec<A> value = broadcast(rows.value[e]);
+        const Vec<A> value = broadcast(rows.value(e));
 #pragma GCC unroll 8
         for (int v = 0; v < vectors; ++v) sum[v] += value * load(gathered + v * lanes);
       }

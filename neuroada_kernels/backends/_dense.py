@@ -26,7 +26,9 @@ def bias_for_bypass(bias: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
 
 
 def add_dense(y: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """``y + x @ weight + bias``, rounded once; ``y`` is consumed.
+    """``y + x @ weight + bias``; ``y`` is consumed.
+
+    Rounded once, but for a 16-bit bias on an accelerator, which is added to the rounded sum.
 
     Parameters
     ----------
@@ -39,6 +41,8 @@ def add_dense(y: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None = None) 
     bias : Tensor, optional
         Shape ``[n]``.
     """
+    if y.numel() == 0:
+        return y
     if y.dtype in (torch.float32, torch.float64) or not y.is_cpu:
         torch.addmm(y, x, weight, out=y)
         return y if bias is None else y.add_(bias)
@@ -61,10 +65,10 @@ def _native(dtype: torch.dtype) -> bool:
 
 def _add_dense_with_bias(y: Tensor, x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     """Product, bias and bypass in oneDNN's float32 accumulator, by blocks of tokens."""
-    tokens = max(1, _BLOCK_BYTES // (y.shape[1] * y.element_size()))
+    tokens = max(1, _BLOCK_BYTES // max(1, y.shape[1] * y.element_size()))
     fused = torch.ops.mkldnn._linear_pointwise.binary
     if y.shape[0] <= tokens:
-        return fused(x, y, weight.t(), bias, "add") if y.shape[0] else y
+        return fused(x, y, weight.t(), bias, "add")  # type: ignore[no-any-return]
     for part, rows in zip(y.split(tokens), x.split(tokens), strict=True):
         part.copy_(fused(rows, part, weight.t(), bias, "add"))
     return y

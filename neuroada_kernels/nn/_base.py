@@ -49,7 +49,8 @@ class BypassLinear(nn.Module):
         Shape ``[out_features]``, frozen.
     index : Tensor
         Buffer, int32, shape ``[out_features, k]``: distinct columns within a row, -1 in a slot
-        without a connection. Checked whenever it is set or loaded.
+        without a connection. Checked when it is set or loaded. One that is written in place is
+        noticed by the next forward that is not compiled.
     delta : nn.Parameter
         Shape ``[out_features, k]``, zeros at first.
     original : Tensor or None
@@ -61,6 +62,7 @@ class BypassLinear(nn.Module):
     index: Tensor
     delta: nn.Parameter
     original: Tensor | None
+    merged_index: Tensor | None
     _loading = False  # a state dict that was checked as a whole
 
     def __init__(
@@ -145,6 +147,8 @@ class BypassLinear(nn.Module):
         self.register_buffer("index", index.contiguous())
         self.delta = nn.Parameter(torch.zeros(index.shape, dtype=delta_dtype, device=index.device))
         self.register_buffer("original", None)
+        # Where W was changed, whatever is written into index meanwhile.
+        self.register_buffer("merged_index", None, persistent=False)
         self.train(linear.training)
 
     @property
@@ -163,15 +167,17 @@ class BypassLinear(nn.Module):
         Where another module shares the weight, it sees the change. Merging twice changes nothing.
         """
         if not self.merged:
+            self._check_index(self.index)
             with torch.no_grad():
+                self.merged_index = self.index.clone()
                 self.original = self._fold()
 
     def unmerge(self) -> None:
         """Write the kept values back: ``weight`` is what it was before merging, bit for bit."""
-        if self.original is not None:
+        if self.original is not None and self.merged_index is not None:
             with torch.no_grad():
-                self._unfold(self.original)
-            self.original = None
+                self._unfold(self.merged_index, self.original)
+            self.original = self.merged_index = None
 
     def forward(self, x: Tensor) -> Tensor:
         """``y [..., out_features]`` of ``x [..., in_features]``."""
@@ -195,13 +201,16 @@ class BypassLinear(nn.Module):
     def _fold(self) -> Tensor:
         raise NotImplementedError
 
-    def _unfold(self, original: Tensor) -> None:
+    def _unfold(self, index: Tensor, original: Tensor) -> None:
         raise NotImplementedError
 
     def _check_index(self, index: Tensor) -> None:
         check_index_form(index, self.in_features)
-        if index.shape[:1] != (self.out_features,):
-            raise ValueError(f"index: shape {list(index.shape)}, expected [{self.out_features}, k]")
+        delta = self._parameters.get("delta")
+        k = index.shape[1] if delta is None else delta.shape[1]
+        if index.shape != (self.out_features, k):
+            expected = f"[{self.out_features}, {'k' if delta is None else k}]"
+            raise ValueError(f"index: shape {list(index.shape)}, expected {expected}")
         check_index(index, self.in_features)
 
     def __setattr__(self, name: str, value: Any) -> None:
@@ -221,7 +230,7 @@ class BypassLinear(nn.Module):
 
         keeper = nn.Module()
         keeper.register_parameter("delta", self._parameters.pop("delta"))
-        kept = [name for name in ("index", "plan") if name in self._buffers]
+        kept = [name for name in ("index", "merged_index", "plan") if name in self._buffers]
         for name in kept:
             keeper.register_buffer(name, self._buffers.pop(name))
         try:
@@ -246,7 +255,7 @@ class BypassLinear(nn.Module):
         """Load, everything checked first and the merged state as it was saved."""
         incoming = {
             name: state_dict[prefix + name]
-            for name in ("weight", "index", "original")
+            for name in ("weight", "bias", "index", "delta", "original")
             if prefix + name in state_dict
         }
         try:
@@ -258,7 +267,7 @@ class BypassLinear(nn.Module):
             if self.original is None:
                 self.original = torch.zeros_like(self.delta, dtype=self.weight.dtype)
         elif "weight" in incoming:
-            self.original = None
+            self.original = self.merged_index = None
         self._loading = True
         try:
             super()._load_from_state_dict(
@@ -272,22 +281,23 @@ class BypassLinear(nn.Module):
             )
         finally:
             del self._loading
+        if "original" in incoming:
+            self.merged_index = self.index.clone()
 
     def _check_incoming(self, incoming: dict[str, Tensor]) -> None:
         """Raise where loading these would leave the layer with a wrong index or a wrong W."""
-        index, original = incoming.get("index"), incoming.get("original")
-        if index is not None:
-            if index.shape != self.index.shape:
-                raise ValueError(
-                    f"index: shape {list(index.shape)}, expected {list(self.index.shape)}"
-                )
-            self._check_index(index)
-        if original is not None:
-            if original.shape != self.index.shape:
-                raise ValueError(
-                    f"original: shape {list(original.shape)}, expected {list(self.index.shape)}"
-                )
-            if "weight" not in incoming:
-                raise ValueError("original: without weight, expected both of a merged layer")
-        elif self.merged and index is not None and "weight" not in incoming:
-            raise ValueError("index: cannot change while merged, unmerge first")
+        for name, tensor in incoming.items():
+            held = self.index if name == "original" else getattr(self, name)
+            if held is not None and tensor.shape != held.shape:
+                raise ValueError(f"{name}: shape {list(tensor.shape)}, expected {list(held.shape)}")
+        if "index" in incoming:
+            self._check_index(incoming["index"])
+        if "original" in incoming:
+            missing = {"weight", "index", "delta"} - incoming.keys()
+            if missing:
+                names = ", ".join(sorted(missing))
+                raise ValueError(f"original: without {names}, expected all of a merged layer")
+        elif self.merged and "weight" not in incoming:
+            for name in ("index", "delta"):
+                if name in incoming:
+                    raise ValueError(f"{name}: cannot change while merged, unmerge first")

@@ -17,7 +17,7 @@ class NeuroAdaLinear(BypassLinear):
     __doc__ = BypassLinear.__doc__
 
     plan: Tensor  # of the index, for the backward; see neuroada_kernels.plan
-    _planned_version: int | None  # of the index; _UNPLANNED where the plan may be another's
+    _planned: tuple[int, ...] | None  # the index that the plan is of; None if not known
 
     def _adopt(self, linear: nn.Linear, index: Tensor, delta_dtype: torch.dtype) -> None:
         super()._adopt(linear, index, delta_dtype)
@@ -25,10 +25,10 @@ class NeuroAdaLinear(BypassLinear):
 
     def _make_plan(self) -> None:
         self.register_buffer("plan", make_plan(self.index, self.in_features), persistent=False)
-        self._planned_version = _version(self.index)
+        self._planned = _identity(self.index)
 
     def _replan(self) -> None:
-        """Check and plan an index that was written in place, copied or moved."""
+        """Check and plan an index that was replaced, written in place, copied or moved."""
         if not self.index.is_meta:
             self._check_index(self.index)
             self._make_plan()
@@ -37,7 +37,7 @@ class NeuroAdaLinear(BypassLinear):
         buffers, parameters = self._buffers, self._parameters
         index = buffers["index"]
         assert index is not None
-        if not torch.compiler.is_compiling() and _version(index) != self._planned_version:
+        if not torch.compiler.is_compiling() and _identity(index) != self._planned:
             self._replan()
         return functional.apply_linear(
             x, self.weight, index, self.delta, parameters["bias"], buffers["plan"]
@@ -46,22 +46,22 @@ class NeuroAdaLinear(BypassLinear):
     def _fold(self) -> Tensor:
         return ops.merge_(self.weight, self.index, self.delta)
 
-    def _unfold(self, original: Tensor) -> None:
-        ops.unmerge_(self.weight, self.index, original)
+    def _unfold(self, index: Tensor, original: Tensor) -> None:
+        ops.unmerge_(self.weight, index, original)
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)  # type: ignore[no-untyped-call]
-        self._planned_version = _UNPLANNED
+        self._planned = None
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
         super()._apply(fn, recurse)
-        self._planned_version = _UNPLANNED
+        self._planned = None
         return self
 
-    def _load_from_state_dict(self, *args: Any) -> None:
-        super()._load_from_state_dict(*args)
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+        super()._load_from_state_dict(state_dict, prefix, *args)
         # Now, since a compiled forward cannot.
-        if _version(self.index) != self._planned_version:
+        if prefix + "index" in state_dict and _identity(self.index) != self._planned:
             self._replan()
 
     def __setattr__(self, name: str, value: Any) -> None:
@@ -70,9 +70,8 @@ class NeuroAdaLinear(BypassLinear):
             self._make_plan()
 
 
-_UNPLANNED = -1
-
-
-def _version(tensor: Tensor) -> int | None:
-    """How often the tensor was written in place; an inference tensor does not count."""
-    return None if tensor.is_inference() else tensor._version
+def _identity(tensor: Tensor) -> tuple[int, ...]:
+    """Which tensor it is, and how often it was written in place; inference tensors do not count."""
+    if tensor.is_meta:
+        return (id(tensor),)
+    return id(tensor), tensor.data_ptr(), -1 if tensor.is_inference() else tensor._version

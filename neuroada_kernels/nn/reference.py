@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
 from neuroada_kernels import functional, reference
@@ -17,12 +18,14 @@ class ReferenceNeuroAdaLinear(BypassLinear):
         return reference.neuroada_linear(x, self.weight, self.index, self.delta, self.bias)
 
     def _fold(self) -> Tensor:
-        connected = self.index >= 0
-        columns = self.index.clamp(min=0).long()
-        original = self.weight.gather(1, columns).masked_fill(~connected, 0)
-        self.weight.copy_(reference.merged_weight(self.weight, self.index, self.delta))
+        original = torch.zeros(self.index.shape, dtype=self.weight.dtype, device=self.index.device)
+        row, slot = (self.index >= 0).nonzero(as_tuple=True)
+        column = self.index[row, slot].long()
+        merged = reference.merged_weight(self.weight, self.index, self.delta)
+        original[row, slot] = self.weight[row, column]
+        self.weight[row, column] = merged[row, column]
         return original
 
-    def _unfold(self, original: Tensor) -> None:
-        row, slot = (self.index >= 0).nonzero(as_tuple=True)
-        self.weight[row, self.index[row, slot].long()] = original[row, slot]
+    def _unfold(self, index: Tensor, original: Tensor) -> None:
+        row, slot = (index >= 0).nonzero(as_tuple=True)
+        self.weight[row, index[row, slot].long()] = original[row, slot]

@@ -21,6 +21,11 @@ inline std::string shape_of(const Tensor& tensor) {
   return text + "]";
 }
 
+// A tensor whose storage was freed keeps its shape.
+inline void check_storage(const char* name, const Tensor& tensor) {
+  STD_TORCH_CHECK(tensor.numel() == 0 || tensor.const_data_ptr() != nullptr, name, ": its storage is empty");
+}
+
 // A matrix of the given shape with unit stride along a row; -1 accepts any size.
 inline void check_matrix(const char* name, const Tensor& tensor, int64_t rows, int64_t columns) {
   STD_TORCH_CHECK(tensor.dim() == 2, name, ": shape ", shape_of(tensor), ", expected a matrix");
@@ -29,6 +34,7 @@ inline void check_matrix(const char* name, const Tensor& tensor, int64_t rows, i
   STD_TORCH_CHECK(tensor.is_cpu(), name, ": not on the CPU, expected a CPU tensor");
   STD_TORCH_CHECK(tensor.numel() == 0 || tensor.size(1) == 1 || tensor.stride(1) == 1, name, ": stride ",
                   tensor.stride(1), " along a row, expected 1");
+  check_storage(name, tensor);
 }
 
 inline DType dtype_of(const char* name, const Tensor& tensor) {
