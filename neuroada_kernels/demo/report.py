@@ -11,8 +11,8 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from neuroada_kernels.benchmarks.allocations import UNSEEN
 from neuroada_kernels.demo.experiment import Results
-from neuroada_kernels.demo.memory import UNSEEN
 from neuroada_kernels.info import facts
 
 MASK_NOTE = "Masked dense holds its mask as float32: a bool one, a quarter of it, is slower."

@@ -8,8 +8,9 @@ import pytest
 import torch
 
 from neuroada_kernels.benchmarks import timing
+from neuroada_kernels.benchmarks.allocations import highest_alive
 from neuroada_kernels.benchmarks.candidates import Run, bench_inputs, table
-from neuroada_kernels.benchmarks.memory import _highest, measure_memory
+from neuroada_kernels.benchmarks.memory import measure_memory
 from neuroada_kernels.benchmarks.timing import Quartiles, Timings, host_cost, measure, paired_ratio
 from neuroada_kernels.testing import Case
 
@@ -117,8 +118,8 @@ def test_host_cost_times_real_calls() -> None:
 def test_the_peak_is_the_most_that_is_alive_at_once() -> None:
     # Address 9 was allocated before; 1 is freed, and its address is used again.
     events = [(1, 100), (9, -1000), (2, 50), (1, -100), (1, 60), (2, -50), (1, -60)]
-    assert _highest(events) == 150
-    assert _highest([]) == 0
+    assert highest_alive(events) == 150
+    assert highest_alive([]) == 0
 
 
 def memory_of(name: str):

@@ -14,7 +14,6 @@ from neuroada_kernels import demo
 from neuroada_kernels.demo import compare, merging
 from neuroada_kernels.demo.data import documentation, python_source
 from neuroada_kernels.demo.experiment import Experiment, Settings
-from neuroada_kernels.demo.memory import highest
 
 #: Made before a test replaces ``Settings.quick``.
 QUICK = Settings.quick(0)
@@ -119,12 +118,6 @@ def test_the_losses_repeat_with_the_seed() -> None:
         return [run.loss_after for run in experiment.results.adapted.values()]
 
     assert losses() == losses()
-
-
-def test_the_peak_is_the_most_alive_at_once() -> None:
-    """Frees of what was there before count for nothing."""
-    events = [(1, 100), (9, -50), (2, 30), (1, -100), (3, 80), (2, -30), (3, -80)]
-    assert highest(events) == 130
 
 
 def _tiny() -> Settings:
