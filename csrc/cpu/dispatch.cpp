@@ -8,21 +8,20 @@
 #include "cpu_features.h"
 #include "kernels.h"
 
-#define NEUROADA_DECLARE(isa)                                    \
-  namespace neuroada::cpu::isa {                                 \
-  void bypass_fwd(const BypassFwd&, const Executor&);            \
-  void bypass_bwd_input(const BypassBwdInput&, const Executor&); \
-  void sddmm(const Sddmm&, const Executor&);                     \
-  void merge(const Merge&, const Executor&);                     \
-  }
+#define NEUROADA_ISA generic
+#include "entry.h"
+#undef NEUROADA_ISA
+#ifdef NEUROADA_X86
+#define NEUROADA_ISA avx2
+#include "entry.h"
+#undef NEUROADA_ISA
+#define NEUROADA_ISA avx512
+#include "entry.h"
+#undef NEUROADA_ISA
+#endif
+
 #define NEUROADA_KERNELS(isa) \
   Kernels { #isa, &isa::bypass_fwd, &isa::bypass_bwd_input, &isa::sddmm, &isa::merge }
-
-NEUROADA_DECLARE(generic)
-#ifdef NEUROADA_X86
-NEUROADA_DECLARE(avx2)
-NEUROADA_DECLARE(avx512)
-#endif
 
 namespace neuroada::cpu {
 namespace {

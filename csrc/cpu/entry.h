@@ -1,5 +1,5 @@
-// The entry points that every instruction set's copy of the kernels has.
-#pragma once
+// The entry points that every instruction set's copy of the kernels has. No include guard: who
+// chooses among the copies includes it once for each.
 
 #include "kernels.h"
 
