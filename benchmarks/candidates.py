@@ -9,6 +9,7 @@ from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from functools import cached_property
+from importlib.util import find_spec
 
 import torch
 from torch import Tensor, nn
@@ -26,11 +27,13 @@ from neuroada_kernels.benchmarks.baselines import (
     LoRALinear,
     MaskedDenseLinear,
     MaterialisedLinear,
+    PeftLoRALinear,
 )
 from neuroada_kernels.reference import merged_weight
 from neuroada_kernels.testing import Case, Inputs, make_inputs, rms_error, tolerance
 
 LORA_RANK = 8
+PEFT_LORA_RANK = 16
 
 
 class WrongCandidateError(RuntimeError):
@@ -86,7 +89,7 @@ class Exact:
         return replace(self.bypass, grads=(grad_weight,))
 
     def lora(self, layer: nn.Module) -> Expected:
-        assert isinstance(layer, LoRALinear)
+        assert isinstance(layer, LoRALinear | PeftLoRALinear)
         a, b = layer.lora_A.detach().double(), layer.lora_B.detach().double() * layer.scaling
         hidden, grad_hidden = self.x @ a.t(), self.grad_output @ b
         grad_b = self.grad_output.t() @ hidden * layer.scaling
@@ -163,8 +166,24 @@ def table() -> dict[str, Candidate]:
             "masked-dense", MaskedDenseLinear, lambda exact, _: exact.masked, _bypass_work, 2
         ),
         # A(x), then B of it, then the sum.
-        Candidate(f"lora-r{LORA_RANK}", _lora, Exact.lora, _lora_work, 3),
+        Candidate(
+            f"lora-r{LORA_RANK}",
+            lambda inputs: LoRALinear(inputs, LORA_RANK),
+            Exact.lora,
+            lambda inputs: _lora_work(inputs, LORA_RANK),
+            3,
+        ),
     ]
+    if find_spec("peft") is not None:
+        rows.append(
+            Candidate(
+                f"peft-lora-r{PEFT_LORA_RANK}",
+                lambda inputs: PeftLoRALinear(inputs, PEFT_LORA_RANK),
+                Exact.lora,
+                lambda inputs: _lora_work(inputs, PEFT_LORA_RANK),
+                3,
+            )
+        )
     return {row.name: row for row in rows}
 
 
@@ -183,12 +202,12 @@ def automatic(inputs: Inputs) -> str:
     raise AssertionError("the registry chose a backend that it does not list")
 
 
-def bench_inputs(case: Case, dtype: torch.dtype) -> Inputs:
+def bench_inputs(case: Case, dtype: torch.dtype, device: str = "cpu") -> Inputs:
     """The inputs of a case with a bypass as large as the dense product.
 
     A trained bypass is so small that, in 16 bits, the check of a layer without one would pass.
     """
-    inputs = make_inputs(case, dtype)
+    inputs = make_inputs(case, dtype, device=device)
     rms = inputs.delta.square().mean().sqrt()
     return replace(inputs, delta=inputs.delta / (rms * case.k**0.5))
 
@@ -279,11 +298,6 @@ def _reference(inputs: Inputs) -> nn.Module:
     return layer
 
 
-def _lora(inputs: Inputs) -> nn.Module:
-    layer: nn.Module = LoRALinear(inputs, LORA_RANK)
-    return layer
-
-
 def _frozen_work(inputs: Inputs) -> Work:
     """Two products; W read for each, and x, y, dy and dx passed once."""
     tokens, (d_out, d_in) = inputs.x.shape[0], inputs.weight.shape
@@ -300,9 +314,9 @@ def _bypass_work(inputs: Inputs) -> Work:
     return Work(flops, frozen.bytes + inputs.x.nbytes + entries)
 
 
-def _lora_work(inputs: Inputs) -> Work:
+def _lora_work(inputs: Inputs, rank: int) -> Work:
     """Three products with A and with B; x once more, A and B for each direction, dA and dB."""
     frozen = _frozen_work(inputs)
-    values = LORA_RANK * sum(inputs.weight.shape)
+    values = rank * sum(inputs.weight.shape)
     flops = frozen.flops + 6 * inputs.x.shape[0] * values
     return Work(flops, frozen.bytes + inputs.x.nbytes + 3 * values * inputs.x.element_size())

@@ -37,7 +37,8 @@ from neuroada_kernels.benchmarks.report import (
     write_png,
 )
 from neuroada_kernels.benchmarks.timing import MIN_ROUNDS, host_cost, measure, paired_ratio
-from neuroada_kernels.testing import BENCH_CASES, Case
+from neuroada_kernels.benchmarks.timing_gpu import measure_on_gpu
+from neuroada_kernels.testing import BENCH_CASES, GPU_BENCH_CASES, Case
 
 _DTYPES = ("float32", "bfloat16", "float16", "float64")
 _ROUNDS = 15
@@ -50,6 +51,7 @@ def measure_case(
     candidates: Iterable[Candidate],
     rounds: int,
     *,
+    device: str = "cpu",
     results: Results,
     between: Callable[[], None] = lambda: None,
 ) -> None:
@@ -60,7 +62,7 @@ def measure_case(
     WrongCandidateError
         If a candidate is wrong; then nothing of the case is timed.
     """
-    inputs = bench_inputs(case, getattr(torch, dtype))
+    inputs = bench_inputs(case, getattr(torch, dtype), device)
     exact = Exact(inputs)
     runs: dict[str, Run] = {}
     for candidate in candidates:
@@ -77,7 +79,8 @@ def measure_case(
             )
     del exact
     chosen = automatic(inputs)
-    timings = measure(runs, rounds, warmup=_WARMUP, between=between)
+    timed = measure_on_gpu if device == "cuda" else measure
+    timings = timed(runs, rounds, warmup=_WARMUP, between=between)
     for name, run in runs.items():
         results.measurements.append(
             Measurement(
@@ -101,17 +104,17 @@ def main(argv: list[str] | None = None) -> int:
     _complete(options, parser)
     console = Console()
     with _threads(options.threads):
-        print_environment(console)
+        print_environment(console, options.device)
         results = _measure_all(options, console)
         if options.host_cost:
-            results.host = host_cost(options.rounds)
+            results.host = host_cost(options.rounds, device=options.device)
         if options.assert_bars:
             results.verdicts = judge(results.measurements, results.host)
         print_results(results, console)
         if options.json is not None:
             write_json(results, options.json)
         if options.png is not None:
-            write_png(results.measurements, options.png)
+            write_png(results.measurements, options.png, options.device)
     return status(results.verdicts) if options.assert_bars else 0
 
 
@@ -123,6 +126,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     known = [name for name in table() if name != "frozen"]
     add = parser.add_argument
+    add("--device", choices=("cpu", "cuda"), default="cpu", help="default: cpu")
     add("--quick", action="store_true", help=f"two cases, float32, {MIN_ROUNDS} rounds")
     add("--cases", nargs="+", metavar="TEXT", help="only cases with one of these in their name")
     add("--dtypes", nargs="+", choices=_DTYPES, help="default: float32 bfloat16")
@@ -144,28 +148,40 @@ def _complete(options: argparse.Namespace, parser: argparse.ArgumentParser) -> N
         options.host_cost = True
         if options.rounds < MIN_ROUNDS:
             parser.error(f"--rounds: {options.rounds}, expected at least {MIN_ROUNDS} for bars")
+    if options.device == "cuda" and not torch.cuda.is_available():
+        parser.error("--device cuda: no GPU is visible")
+    if options.device == "cuda" and options.assert_bars:
+        parser.error("--assert-bars: the bars are those of a CPU")
     if options.png is not None:
         _require_matplotlib(parser)
-    options.dtypes = options.dtypes or (["float32"] if options.quick else ["float32", "bfloat16"])
-    options.cases = _cases(options.quick, options.k, options.cases)
+    on_gpu = options.device == "cuda"
+    every_dtype = ["bfloat16"] if on_gpu else ["float32", "bfloat16"]
+    options.dtypes = options.dtypes or (["float32"] if options.quick else every_dtype)
+    known = GPU_BENCH_CASES if on_gpu else BENCH_CASES
+    options.cases = _cases(known, options.quick, options.k, options.cases)
     if not options.cases:
         parser.error("--cases: none has such a name")
     names = set(options.candidates or table())
     options.candidates = [c for c in table().values() if c.name in names | {"frozen"}]
 
 
-def _cases(quick: bool, k: Sequence[int] | None, filters: Sequence[str] | None) -> list[Case]:
+def _cases(
+    known: Sequence[Case],
+    quick: bool,
+    k: Sequence[int] | None,
+    filters: Sequence[str] | None,
+) -> list[Case]:
     """The cases of the shared table, at other k where asked for."""
-    shapes = list(dict.fromkeys(replace(case, k=1) for case in BENCH_CASES))
+    shapes = list(dict.fromkeys(replace(case, k=1) for case in known))
     if quick:
         shapes = [shape for shape in shapes if shape.d_in == shape.d_out]
-    every_k = k or ([8] if quick else list(dict.fromkeys(case.k for case in BENCH_CASES)))
+    every_k = k or ([8] if quick else list(dict.fromkeys(case.k for case in known)))
     cases = [replace(shape, k=k) for shape in shapes for k in every_k if k <= shape.d_in]
     return [c for c in cases if filters is None or any(text in c.name for text in filters)]
 
 
 def _measure_all(options: argparse.Namespace, console: Console) -> Results:
-    results = Results(options.rounds)
+    results = Results(options.rounds, options.device)
     work = [(case, dtype) for case in options.cases for dtype in options.dtypes]
     columns = (
         TextColumn("{task.description}"),
@@ -188,6 +204,7 @@ def _measure_all(options: argparse.Namespace, console: Console) -> Results:
                 dtype,
                 options.candidates,
                 options.rounds,
+                device=options.device,
                 results=results,
                 between=between,
             )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -21,7 +22,7 @@ class Memory:
 
 
 def measure_memory(run: Run) -> Memory:
-    """Run two steps: one under the profiler, one under saved-tensor hooks."""
+    """Run a step that counts allocations, and a forward under saved-tensor hooks."""
     peak = _peak(run)
     outputs = run.grad_output.nbytes + run.x.nbytes  # y and dx have their shapes
     return Memory(peak, max(0, peak - outputs), _kept(run))
@@ -34,8 +35,17 @@ def _peak(run: Run) -> int:
 
     with run.serving():
         step()  # threads started and libraries' caches filled, none of which is this step's
-        peak: int = allocated_peak(step)
+        peak: int = allocated_peak(step) if run.x.is_cpu else _peak_on_gpu(step)
     return peak
+
+
+def _peak_on_gpu(step: Callable[[], object]) -> int:
+    torch.cuda.synchronize()
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    step()
+    torch.cuda.synchronize()
+    return torch.cuda.max_memory_allocated() - before
 
 
 def _kept(run: Run) -> int:

@@ -9,6 +9,7 @@ import subprocess
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from datetime import datetime, timezone
+from importlib import metadata
 from itertools import groupby
 from pathlib import Path
 from typing import Any
@@ -42,6 +43,7 @@ class Results:
     """Everything that one run of the suite found out."""
 
     rounds: int
+    device: str = "cpu"
     measurements: list[Measurement] = field(default_factory=list)
     skipped: list[dict[str, str]] = field(default_factory=list)  # case, dtype, candidate, reason
     host: HostCost | None = None
@@ -49,7 +51,7 @@ class Results:
 
     def as_dict(self) -> dict[str, Any]:
         return {
-            **environment(),
+            **environment(self.device),
             "rounds": self.rounds,
             "results": [m.as_dict() for m in self.measurements],
             "skipped": self.skipped,
@@ -61,7 +63,7 @@ class Results:
         }
 
 
-def environment() -> dict[str, Any]:
+def environment(device: str = "cpu") -> dict[str, Any]:
     """What ran, and on what; ``commit`` is None outside of a checkout of this package."""
     commit, changed = _commit(Path(__file__).resolve().parent)
     return {
@@ -71,22 +73,52 @@ def environment() -> dict[str, Any]:
         "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
         "python": platform.python_version(),
         "torch": torch.__version__,
-        "device": "cpu",
+        "device": device,
         "cpu": _cpu_model(),
         "cpu_capability": torch.backends.cpu.get_cpu_capability(),
         "threads": torch.get_num_threads(),
         "openmp": _openmp_runtimes(),
+        **(_gpu() if device == "cuda" else {}),
     }
+
+
+def _gpu() -> dict[str, Any]:
+    """The GPU, its driver, and the versions of what compiled for it."""
+    return {
+        "gpu": torch.cuda.get_device_name(),
+        "capability": torch.cuda.get_device_capability(),
+        "driver": _driver(),
+        "cuda": torch.version.cuda,
+        "triton": _version("triton"),
+        "peft": _version("peft"),
+    }
+
+
+def _driver() -> str | None:
+    command = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
+    try:
+        said = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    except (OSError, subprocess.CalledProcessError):
+        return None
+    return said.splitlines()[0].strip()
+
+
+def _version(package: str) -> str | None:
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return None
 
 
 def write_json(results: Results, path: Path) -> None:
     path.write_text(json.dumps(results.as_dict(), indent=1) + "\n")
 
 
-def print_environment(console: Console) -> None:
-    facts = environment()
+def print_environment(console: Console, device: str = "cpu") -> None:
+    facts = environment(device)
+    gpu = f"{facts['gpu']} (driver {facts['driver']}), " if device == "cuda" else ""
     console.print(
-        f"neuroada_kernels {facts['package']}, torch {facts['torch']}, {facts['cpu']} "
+        f"neuroada_kernels {facts['package']}, torch {facts['torch']}, {gpu}{facts['cpu']} "
         f"({facts['cpu_capability']}), {facts['threads']} threads, "
         f"OpenMP: {', '.join(facts['openmp']) or 'none found'}",
         highlight=False,
@@ -113,7 +145,7 @@ def print_results(results: Results, console: Console) -> None:
         console.print(f"bars without a measurement in this run: {unmeasured}")
 
 
-def write_png(measurements: Sequence[Measurement], path: Path) -> None:
+def write_png(measurements: Sequence[Measurement], path: Path, device: str = "cpu") -> None:
     """Bars of the ratio to frozen, a panel for each dtype, quartiles as whiskers."""
     from matplotlib.figure import Figure
 
@@ -123,6 +155,8 @@ def write_png(measurements: Sequence[Measurement], path: Path) -> None:
     size = (3 + 0.12 * len(cases) * len(names), 3.5 * len(dtypes))
     figure = Figure(figsize=(max(6.0, size[0]), size[1]), layout="constrained")
     width = 0.8 / max(1, len(names))
+    on_cpu = device == "cpu"
+    where = f"{torch.get_num_threads()} threads, {_cpu_model()}" if on_cpu else _gpu()["gpu"]
     for axes, dtype in zip(figure.subplots(len(dtypes), squeeze=False)[:, 0], dtypes, strict=True):
         for position, name in enumerate(names):
             rows = [m for m in measurements if (m.dtype, m.candidate) == (dtype, name)]
@@ -137,7 +171,7 @@ def write_png(measurements: Sequence[Measurement], path: Path) -> None:
         axes.yaxis.set_major_formatter(lambda value, _: f"{value:g}")
         axes.set_xticks(range(len(cases)), cases, rotation=30, ha="right")
         axes.set_ylabel("forward + backward, ratio to frozen")
-        axes.set_title(f"{dtype}, {torch.get_num_threads()} threads, {_cpu_model()}")
+        axes.set_title(f"{dtype}, {where}")
     figure.legend(*axes.get_legend_handles_labels(), loc="outside right upper")
     figure.savefig(path, dpi=150)
 

@@ -107,14 +107,14 @@ class HostCost:
     over_frozen_us: Quartiles  # differences round by round
 
 
-def host_cost(rounds: int = 15, calls: int = 1000) -> HostCost:
+def host_cost(rounds: int = 15, calls: int = 1000, device: str = "cpu") -> HostCost:
     """Time a forward at T = 1 through a 64 x 64 layer with k = 1, grad mode on, x requiring grad.
 
     ``nn.Linear`` frozen against ``NeuroAdaLinear`` with the backend chosen automatically. A call
     includes dropping the graph that the one before it built.
     """
-    x = torch.randn(1, 64, requires_grad=True)
-    linear = nn.Linear(64, 64, bias=False)
+    x = torch.randn(1, 64, device=device, requires_grad=True)
+    linear = nn.Linear(64, 64, bias=False, device=device)
     layers = (linear, NeuroAdaLinear.from_linear(linear, k=1))
     samples: list[tuple[float, float]] = []
     with torch.enable_grad(), _without_gc():

@@ -1,11 +1,19 @@
 """The one table of shapes that tests and benchmarks share, and what error is allowed where."""
 
-from neuroada_kernels.testing.cases import BENCH_CASES, CASES, Case, Inputs, make_inputs
+from neuroada_kernels.testing.cases import (
+    BENCH_CASES,
+    CASES,
+    GPU_BENCH_CASES,
+    Case,
+    Inputs,
+    make_inputs,
+)
 from neuroada_kernels.testing.tolerances import rms_error, tolerance
 
 __all__ = [
     "BENCH_CASES",
     "CASES",
+    "GPU_BENCH_CASES",
     "Case",
     "Inputs",
     "make_inputs",

@@ -69,6 +69,14 @@ BENCH_CASES: tuple[Case, ...] = tuple(
     for k in (1, 8, 20)
 )
 
+#: The linears of a Llama-3-8B block (q and o; k and v; gate and up; down), for GPUs.
+GPU_BENCH_CASES: tuple[Case, ...] = tuple(
+    Case(tokens=tokens, d_in=d_in, d_out=d_out, k=k)
+    for tokens in (1024, 8192, 16384)
+    for d_in, d_out in ((4096, 4096), (4096, 1024), (4096, 14336), (14336, 4096))
+    for k in (1, 8, 20)
+)
+
 
 @dataclass(frozen=True)
 class Inputs:
@@ -85,31 +93,35 @@ class Inputs:
 def make_inputs(
     case: Case, dtype: torch.dtype, *, device: torch.device | str = "cpu", seed: int = 0
 ) -> Inputs:
-    """The inputs of a case: the same for the same case, dtype and seed."""
-    generator = torch.Generator().manual_seed(zlib.crc32(case.name.encode()) + seed)
+    """The inputs of a case: the same for the same case, dtype, seed and kind of device."""
+    device = torch.device(device)
+    generator = torch.Generator(device).manual_seed(zlib.crc32(case.name.encode()) + seed)
 
     def normal(*shape: int, scale: float = 1.0) -> Tensor:
-        return torch.randn(*shape, generator=generator, dtype=torch.float64) * scale
+        values = torch.randn(shape, generator=generator, device=device, dtype=torch.float64)
+        return values * scale
 
     weight = normal(case.d_out, case.d_in, scale=case.d_in**-0.5)
     index = _make_index(case, weight, generator)
     wide = torch.float64 if dtype == torch.float64 else torch.float32
     return Inputs(
-        x=normal(case.tokens, case.d_in).to(device, dtype),
-        weight=weight.to(device, dtype),
-        index=index.to(device),
-        delta=normal(case.d_out, case.k, scale=0.1 * case.d_in**-0.5).to(device, wide),
-        bias=normal(case.d_out).to(device, dtype) if case.bias else None,
-        grad_output=normal(case.tokens, case.d_out).to(device, dtype),
+        x=normal(case.tokens, case.d_in).to(dtype),
+        weight=weight.to(dtype),
+        index=index,
+        delta=normal(case.d_out, case.k, scale=0.1 * case.d_in**-0.5).to(wide),
+        bias=normal(case.d_out).to(dtype) if case.bias else None,
+        grad_output=normal(case.tokens, case.d_out).to(dtype),
     )
 
 
 def _make_index(case: Case, weight: Tensor, generator: torch.Generator) -> Tensor:
     if case.index == "one_column":
-        return torch.arange(case.k, dtype=torch.int32).expand(case.d_out, case.k).contiguous()
+        row = torch.arange(case.k, dtype=torch.int32, device=weight.device)
+        return row.expand(case.d_out, case.k).contiguous()
     if case.index == "half_the_neurons":
         return select(weight, case.k, generator=generator, neuron_fraction=0.5)
     if case.index == "ragged":
         index = select(weight, case.k, "random", generator=generator)
-        return index.where(torch.rand(index.shape, generator=generator) < 0.7, -1)
+        kept = torch.rand(index.shape, generator=generator, device=weight.device) < 0.7
+        return index.where(kept, -1)
     return select(weight, case.k, case.index, generator=generator)

@@ -16,7 +16,7 @@ import neuroada_kernels as nk
 from neuroada_kernels.benchmarks import linear, report
 from neuroada_kernels.benchmarks.bars import Bar, Verdict
 from neuroada_kernels.benchmarks.candidates import table
-from neuroada_kernels.testing import BENCH_CASES, Case
+from neuroada_kernels.testing import BENCH_CASES, GPU_BENCH_CASES, Case
 
 TINY = tuple(Case(tokens=16, d_in=64, d_out=d_out, k=k) for d_out in (64, 48) for k in (1, 8))
 
@@ -137,12 +137,13 @@ def test_threads_are_set_for_the_run_alone(monkeypatch: pytest.MonkeyPatch) -> N
 
 def test_cases_are_those_of_the_shared_table(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(linear, "BENCH_CASES", BENCH_CASES)
-    assert set(linear._cases(False, None, None)) == set(BENCH_CASES)
-    assert [case.name for case in linear._cases(True, None, None)] == [
+    for known in (BENCH_CASES, GPU_BENCH_CASES):
+        assert set(linear._cases(known, False, None, None)) == set(table)
+    assert [case.name for case in linear._cases(BENCH_CASES, True, None, None)] == [
         "T512-2048to2048-k8",
         "T16-2048to2048-k8",
     ]
-    assert linear._cases(False, [4], ["T16"]) == [replace(BENCH_CASES[-1], k=4)]
+    assert linear._cases(BENCH_CASES, False, [4], ["T16-"]) == [replace(BENCH_CASES[-1], k=4)]
 
 
 @pytest.mark.parametrize(
