@@ -8,12 +8,12 @@ BUILD ?= auto
 CPP_BUILD := build/cpp
 SOURCES := $(shell find csrc -type f) CMakeLists.txt setup.py pyproject.toml
 
-.PHONY: demo test bench lint format clean dist install test-python test-cpp fuzz smoke
+.PHONY: demo test bench lint format clean dist install test-python test-triton test-cpp fuzz smoke
 
 demo: install
 	$(BIN)/neuroada demo
 
-test: test-python test-cpp
+test: test-triton test-python test-cpp
 
 bench: install
 	$(BIN)/neuroada bench
@@ -32,6 +32,12 @@ $(VENV)/installed-$(BUILD): $(VENV)/torch $(SOURCES)
 	$(BIN)/python -m pip install --quiet 'setuptools>=77' wheel 'pybind11>=2.13' 'cmake>=3.22' ninja
 	PATH="$(CURDIR)/$(BIN):$$PATH" NEUROADA_BUILD=$(BUILD) $(BIN)/python -m pip install --quiet --no-build-isolation --editable '.[dev]'
 	touch $@
+
+# The kernels in Triton's interpreter, in a process of their own: it replaces the compiler as a whole.
+# Left out are the tests of threads and of host memory, and what is large.
+INTERPRETED := tests/triton_kernels tests/ops tests/test_compile.py tests/test_functional.py tests/test_numerics.py
+test-triton: install
+	TRITON_INTERPRET=1 NEUROADA_REQUIRE=triton $(BIN)/python -m pytest -m on_backend $(INTERPRETED)
 
 test-python: install
 	$(BIN)/python -m pytest --cov --cov-report=term-missing:skip-covered --cov-fail-under=90

@@ -33,14 +33,16 @@ class Backend:
     """A set of implementations, and where they are chosen without being named.
 
     ``priority`` maps a device type to a rank, the highest served first; a device type that it
-    lacks is served only by name. ``"*"`` stands for every device type. ``unavailable`` is None,
-    or why nothing of this backend can run in this process.
+    lacks is served only by name. ``"*"`` stands for every device type. ``unavailable`` gives None,
+    or why nothing of this backend can run in this process. An ``experimental`` backend, one whose
+    tests have not run on its own device, is served only by name.
     """
 
     name: str
     priority: Mapping[str, int]
     implementations: Mapping[str, Implementation]
-    unavailable: str | None = None
+    unavailable: Callable[[], str | None] = lambda: None
+    experimental: bool = False
 
 
 _backends: dict[str, Backend] = {}
@@ -56,7 +58,12 @@ def register(backend: Backend) -> None:
 
 def available_backends() -> dict[str, str | None]:
     """Each backend's name, with None where it can run here or the reason, in words, where not."""
-    return {name: backend.unavailable for name, backend in _backends.items()}
+    return {name: backend.unavailable() for name, backend in _backends.items()}
+
+
+def experimental_backends() -> set[str]:
+    """The names of those that are served only when named."""
+    return {name for name, backend in _backends.items() if backend.experimental}
 
 
 @contextlib.contextmanager
@@ -111,9 +118,11 @@ def _candidates(device_type: str) -> list[Backend]:
     if order is None:
 
         def rank(backend: Backend) -> int:
+            if backend.experimental:
+                return -1
             return backend.priority.get(device_type, backend.priority.get("*", -1))
 
-        usable = [b for b in _backends.values() if b.unavailable is None and rank(b) >= 0]
+        usable = [b for b in _backends.values() if rank(b) >= 0 and b.unavailable() is None]
         order = _order[device_type] = sorted(usable, key=rank, reverse=True)
     return order
 
@@ -121,7 +130,7 @@ def _candidates(device_type: str) -> list[Backend]:
 def _check_named(name: str) -> None:
     if name not in _backends:
         raise ValueError(f"backend: {name!r} is unknown, expected one of {sorted(_backends)}")
-    reason = _backends[name].unavailable
+    reason = _backends[name].unavailable()
     if reason is not None:
         raise BackendError(f"backend {name!r} cannot run here: {reason}")
 

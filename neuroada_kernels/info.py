@@ -15,13 +15,14 @@ from typing import Any
 import torch
 
 from neuroada_kernels import _extension
-from neuroada_kernels._registry import available_backends
+from neuroada_kernels._registry import available_backends, experimental_backends
 from neuroada_kernels._version import __version__
 
 
 def facts() -> dict[str, Any]:
     """Everything that :func:`main` shows, as plain data."""
     module = _extension.module
+    experimental = experimental_backends()
     return {
         "version": __version__,
         "python": platform.python_version(),
@@ -34,7 +35,10 @@ def facts() -> dict[str, Any]:
         "build": None if module is None else dict(module.build_facts()),
         "cpu_isa": _cpu_isa(),
         "cpu_features": None if module is None else list(module.cpu_features()),
-        "backends": {name: why or "available" for name, why in available_backends().items()},
+        "backends": {
+            name: why or ("available, when named" if name in experimental else "available")
+            for name, why in available_backends().items()
+        },
         "environment": {n: v for n, v in sorted(os.environ.items()) if n.startswith("NEUROADA_")},
     }
 

@@ -9,6 +9,7 @@ one). ``csrc/include/neuroada/planner.h`` says the same for C++.
 from __future__ import annotations
 
 import ctypes
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -101,6 +102,30 @@ def make_plan(index: Tensor, d_in: int) -> Tensor:
     split = torch.searchsorted(work * SPLITS, parts)
     split[-1] = d_in
     return torch.cat([column_start, split, entry]).int()
+
+
+class PlanParts(NamedTuple):
+    """Views into a plan."""
+
+    column_start: Tensor  # [d_in + 1]
+    split: Tensor  # [SPLITS + 1]
+    entry: Tensor  # [live]
+
+
+def plan_parts(plan: Tensor, d_in: int) -> PlanParts:
+    """A plan taken apart.
+
+    Raises
+    ------
+    ValueError
+        If ``plan`` is too short for a weight with ``d_in`` inputs.
+    """
+    sizes = [d_in + 1, SPLITS + 1, plan.shape[0] - (d_in + 1) - (SPLITS + 1)]
+    if sizes[-1] < 0:
+        raise ValueError(
+            f"plan: {plan.shape[0]} values, expected at least {sum(sizes[:2])} for {d_in} inputs"
+        )
+    return PlanParts(*plan.split(sizes))
 
 
 def _buffer(tensor: Tensor) -> ctypes.Array[ctypes.c_int32]:

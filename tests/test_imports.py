@@ -14,7 +14,11 @@ import pytest
 ROOT = Path(__file__).parents[1]
 NAME = "neuroada_kernels"
 #: Where the modules of a dotted name lie; the longest name that fits is taken.
-SOURCES = {NAME: ROOT / NAME, f"{NAME}.benchmarks": ROOT / "benchmarks"}
+SOURCES = {
+    NAME: ROOT / NAME,
+    f"{NAME}.benchmarks": ROOT / "benchmarks",
+    f"{NAME}.triton_kernels": ROOT / "triton_kernels",
+}
 
 #: What the modules of each part may import, besides their own part. The package itself is "".
 BELOW = {
@@ -24,7 +28,8 @@ BELOW = {
     "reference": set(),
     "selection": set(),
     "plan": {"_extension"},
-    "backends": {"_registry", "_extension", "plan", "reference"},
+    "triton_kernels": set(),
+    "backends": {"_registry", "_extension", "plan", "reference", "triton_kernels"},
     "ops": {"_registry"},
     "functional": {"ops", "reference"},
     "nn": {"functional", "ops", "selection", "plan", "reference"},
@@ -51,7 +56,7 @@ BELOW["cli"] = LIBRARY | {"benchmarks", "info", "demo"}
 #: Parts that only the package's own ``__init__`` imports, though they lie below others.
 REGISTERED = {"backends"}
 #: Modules of a part that serve its other modules; those do not import one another.
-SHARED = {"backends": {"_dense"}, "ops": {"_library"}}
+SHARED = {"backends": {"_dense", "_entries"}, "ops": {"_library"}}
 
 
 def modules() -> dict[str, Path]:
@@ -161,6 +166,8 @@ def test_no_module_imports_itself_by_way_of_others():
         ("nn._base", "backends"),
         ("selection", "plan"),
         ("plan", "_registry"),
+        ("triton_kernels.merge", "plan"),
+        ("ops.linear", "triton_kernels"),
         ("reference", "selection"),
         ("model", "benchmarks"),
         ("benchmarks.linear", "cli"),
@@ -209,6 +216,15 @@ import torch.nn
 def test_a_ring_is_found():
     assert cycle({"a": {"b"}, "b": {"c"}, "c": {"b"}}) == ["b", "c", "b"]
     assert cycle({"a": {"b", "c"}, "b": {"c"}, "c": set()}) is None
+
+
+def test_triton_kernels_need_torch_and_triton_alone():
+    for path in SOURCES[f"{NAME}.triton_kernels"].glob("*.py"):
+        nodes = list(ast.walk(ast.parse(path.read_text())))
+        names = [a.name for node in nodes if isinstance(node, ast.Import) for a in node.names]
+        names += [node.module for node in nodes if isinstance(node, ast.ImportFrom)]
+        found = {name.partition(".")[0] for name in names} - set(sys.stdlib_module_names)
+        assert found <= {"torch", "triton", NAME}, path
 
 
 def test_importing_the_package_loads_nothing_optional():

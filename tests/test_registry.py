@@ -174,8 +174,17 @@ def test_named_backend_without_the_op_says_so(layer):
             y.sum().backward()
 
 
+def test_an_experimental_backend_serves_only_when_named():
+    expected = serving()
+    fake(experimental=True, run=test_an_experimental_backend_serves_only_when_named)
+    assert serving() == expected
+    assert "fake" in _registry.experimental_backends()
+    with use_backend("fake"):
+        assert serving() == "test_registry"
+
+
 def test_unavailable_backend_tells_why(layer):
-    fake(unavailable="no such processor")
+    fake(unavailable=lambda: "no such processor")
     assert available_backends()["fake"] == "no such processor"
     assert available_backends()["eager"] is None
     x = torch.randn(5, 8)

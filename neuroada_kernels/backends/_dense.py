@@ -11,8 +11,10 @@ import functools
 import torch
 from torch import Tensor
 
-#: Bytes of float32 weight, or of output, that the blocked forms hold beside y.
+#: Bytes of output that the product with a 16-bit bias holds beside y.
 _BLOCK_BYTES = 8 << 20
+#: Bytes of float32 weight that the widening product holds: a share of W's, within these bounds.
+_WIDENED_BYTES = (256 << 10, 2 << 20)
 
 
 def bias_for_bypass(bias: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
@@ -80,7 +82,9 @@ def _add_dense_widened(y: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None
     Where the processor does not know the dtype, torch's own product takes a hundred times as long
     as widening the weight block by block.
     """
-    columns = max(1, _BLOCK_BYTES // (4 * max(1, weight.shape[0] + y.shape[0])))
+    smallest, largest = _WIDENED_BYTES
+    block = max(smallest, min(largest, weight.nbytes // 8))
+    columns = max(1, block // (4 * max(1, weight.shape[0] + y.shape[0])))
     wide_x = x.float()
     for first in range(0, y.shape[1], columns):
         part = slice(first, first + columns)

@@ -8,6 +8,7 @@ from torch import Tensor
 from neuroada_kernels import _extension
 from neuroada_kernels._registry import Backend, Implementation, register
 from neuroada_kernels.backends._dense import add_dense, bias_for_bypass
+from neuroada_kernels.backends._entries import assign_entries
 from neuroada_kernels.plan import make_plan
 
 _DTYPES = {torch.float32, torch.float64, torch.bfloat16, torch.float16}
@@ -91,13 +92,14 @@ register(
     Backend(
         name="cpu",
         priority={"cpu": 2},
-        unavailable=_extension.library_error,
+        unavailable=lambda: _extension.library_error,
         implementations={
             "linear": Implementation(_linear, _unsupported),
             "linear_backward": Implementation(_linear_backward, _unsupported),
             "bypass_add": Implementation(_bypass_add, _unsupported),
             "bypass_backward": Implementation(_bypass_backward, _unsupported),
             "merge_": Implementation(_merge, _merge_unsupported),
+            "unmerge_": Implementation(assign_entries, _unsupported),
         },
     )
 )

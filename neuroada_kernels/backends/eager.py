@@ -12,6 +12,7 @@ from torch import Tensor
 
 from neuroada_kernels._registry import Backend, Implementation, register
 from neuroada_kernels.backends._dense import add_dense, bias_for_bypass
+from neuroada_kernels.backends._entries import assign_entries
 
 #: Bytes of transposed blocks held at a time.
 _BLOCK_BYTES = 8 << 20
@@ -141,6 +142,7 @@ register(
             "bypass_add": Implementation(_bypass_add, _serves_all),
             "bypass_backward": Implementation(_bypass_backward, _serves_all),
             "merge_": Implementation(_merge, _serves_all),
+            "unmerge_": Implementation(assign_entries, _serves_all),
         },
     )
 )

@@ -34,8 +34,9 @@ def _merge(weight: Tensor, index: Tensor, delta: Tensor) -> Tensor:
 
 
 def _unmerge(weight: Tensor, index: Tensor, original: Tensor) -> None:
-    row, slot = (index >= 0).nonzero(as_tuple=True)
-    weight[row, index[row, slot].long()] = original[row, slot]
+    run = _registry.resolve("unmerge_", weight, index, original)
+    run(weight, index, original)
+    torch.autograd.graph.increment_version(weight)
 
 
 def _fake_merge(weight: Tensor, index: Tensor, delta: Tensor) -> Tensor:

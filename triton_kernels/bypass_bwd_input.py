@@ -1,0 +1,109 @@
+"""The bypass of the input gradient: the transposed product, from entries sorted by column."""
+
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from neuroada_kernels.triton_kernels.configs import (
+    TransposedConfig,
+    accumulator,
+    transposed_configs,
+)
+from neuroada_kernels.triton_kernels.tiles import transposed_bypass_tile
+from neuroada_kernels.triton_kernels.tuning import pick, problem
+
+
+@triton.jit
+def bypass_bwd_input_kernel(
+    grad_t,
+    column_start,
+    split,
+    entry,
+    delta,
+    grad_x,
+    tokens,
+    entries,
+    splits_a_program,
+    stride_grad_t,
+    stride_grad_x,
+    k: tl.constexpr,
+    ROUNDS: tl.constexpr,
+    BLOCK_T: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+    BLOCK_E: tl.constexpr,
+    ACC: tl.constexpr,
+):
+    """``dx[t, c] = sum over (j, s) with index[j, s] = c of delta[j, s] dy_t[j, t]``, rounded once.
+
+    grad_t [d_out, padded tokens], column_start [d_in + 1], split [splits + 1], entry [live],
+    delta [d_out, k], grad_x [tokens, d_in]. The planner split the columns so that every part has as
+    many entries and columns; a program has a block of tokens and a few neighbouring parts.
+    """
+    t = tl.program_id(0) * BLOCK_T + tl.arange(0, BLOCK_T)
+    first_split = split + tl.program_id(1) * splits_a_program
+    c_end = tl.load(first_split + splits_a_program)
+    row = t.to(tl.int64)[:, None]
+    for start in range(tl.load(first_split), c_end, BLOCK_C):
+        c = start + tl.arange(0, BLOCK_C)
+        out = transposed_bypass_tile(
+            grad_t,
+            column_start,
+            entry,
+            delta,
+            c,
+            c_end,
+            t,
+            stride_grad_t,
+            entries,
+            k,
+            ROUNDS,
+            BLOCK_E,
+            ACC,
+        )
+        inside = (t < tokens)[:, None] & (c < c_end)[None, :]
+        values = tl.trans(out).to(grad_x.dtype.element_ty)
+        tl.store(grad_x + row * stride_grad_x + c[None, :], values, mask=inside)
+
+
+def bypass_bwd_input(
+    grad_t: Tensor,
+    column_start: Tensor,
+    split: Tensor,
+    entry: Tensor,
+    delta: Tensor,
+    grad_x: Tensor,
+    config: TransposedConfig | None = None,
+) -> None:
+    """Write ``grad_x [tokens, d_in]``, rows of unit stride; ``grad_t`` of :func:`transpose`."""
+    tokens, d_in = grad_x.shape
+    if config is None:
+        config = pick(
+            "bypass_bwd_input",
+            problem(tokens, d_in, delta, grad_x.dtype),
+            transposed_configs(tokens, grad_x.dtype),
+            lambda c: bypass_bwd_input(grad_t, column_start, split, entry, delta, grad_x, c),
+            grad_x.device,
+        )
+    splits = split.shape[0] - 1
+    splits_a_program = config.splits_a_program(splits, d_in)
+    grid = (triton.cdiv(tokens, config.block_t), splits // splits_a_program)
+    bypass_bwd_input_kernel[grid](
+        grad_t,
+        column_start,
+        split,
+        entry,
+        delta,
+        grad_x,
+        tokens,
+        delta.numel(),
+        splits_a_program,
+        grad_t.stride(0),
+        grad_x.stride(0),
+        k=delta.shape[1],
+        ROUNDS=config.rounds,
+        BLOCK_T=config.block_t,
+        BLOCK_C=config.block_c,
+        BLOCK_E=config.block_e,
+        ACC=accumulator(grad_x.dtype),
+        num_warps=config.num_warps,
+    )

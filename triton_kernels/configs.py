@@ -1,0 +1,240 @@
+"""Block sizes and choices, by shape, dtype and GPU: the heuristic ones, and all candidates.
+
+Every figure here is a prediction until a measurement in ``benchmarks/results/`` corrects it.
+"""
+
+from __future__ import annotations
+
+import functools
+import os
+from dataclasses import dataclass, replace
+
+import torch
+import triton
+import triton.language as tl
+
+#: Bytes of transposed input that a call holds at most, but for one block of tokens.
+WORKSPACE_BYTES = 32 << 20
+#: Entries a program of the merge kernels.
+MERGE_BLOCK = 256
+
+_MIN_BLOCK_T, _MAX_BLOCK_T = 16, 128
+
+
+@dataclass(frozen=True)
+class Gpu:
+    """What the choices depend on: FLOP/s of the dense product in 16 bits, bytes/s of memory."""
+
+    multiprocessors: int
+    capability: tuple[int, int]
+    shared_bytes: int  # that one program may have
+    flops: float
+    bandwidth: float
+
+
+#: An H200 as measured; what tests compile for, and the interpreter pretends to be.
+H200 = Gpu(132, (9, 0), 227 << 10, 790e12, 4.3e12)
+KNOWN_GPUS = {
+    (8, 0): Gpu(108, (8, 0), 163 << 10, 250e12, 1.6e12),
+    (8, 9): Gpu(128, (8, 9), 99 << 10, 160e12, 0.9e12),
+    (9, 0): H200,
+    (10, 0): Gpu(148, (10, 0), 227 << 10, 1600e12, 7e12),
+}
+
+
+@functools.cache
+def gpu_of(device: torch.device) -> Gpu:
+    """The GPU that serves tensors on ``device``; for the interpreter, on a CPU, an H200."""
+    if device.type != "cuda":
+        return H200
+    known = torch.cuda.get_device_properties(device)
+    capability = (known.major, known.minor)
+    nearest = (
+        KNOWN_GPUS.get(capability)
+        or KNOWN_GPUS[max(c for c in KNOWN_GPUS if c[0] <= max(8, known.major))]
+    )
+    shared = getattr(known, "shared_memory_per_block_optin", nearest.shared_bytes)
+    if torch.version.hip is not None:
+        shared = 64 << 10  # of a workgroup on AMD's CDNA
+    return replace(
+        nearest,
+        multiprocessors=known.multi_processor_count,
+        capability=capability,
+        shared_bytes=shared,
+    )
+
+
+@dataclass(frozen=True)
+class TransposeConfig:
+    block_t: int
+    block_c: int
+    num_warps: int
+
+
+@dataclass(frozen=True)
+class BypassConfig:
+    block_t: int
+    block_n: int
+    num_warps: int
+
+
+@dataclass(frozen=True)
+class TransposedConfig:
+    """``rounds``: entries up to which a column is light. ``block_e``: of a heavy one, at once."""
+
+    block_t: int
+    block_c: int
+    block_e: int
+    rounds: int
+    num_warps: int
+
+    def splits_a_program(self, splits: int, d_in: int) -> int:
+        """How many of the plan's splits, a power of two, fill a block of columns."""
+        columns_a_split = max(1, d_in // splits)
+        return min(splits, triton.next_power_of_2(triton.cdiv(self.block_c, columns_a_split)))
+
+
+@dataclass(frozen=True)
+class SddmmConfig:
+    block_e: int
+    block_t: int
+    num_warps: int
+
+
+@dataclass(frozen=True)
+class GemmConfig:
+    """A tile of the product, and of the bypass that it starts from (``rounds``, ``block_e``)."""
+
+    block_m: int
+    block_n: int
+    block_k: int
+    group_m: int
+    num_warps: int
+    num_stages: int
+    max_programs: int
+    rounds: int = 16
+    block_e: int = 32
+
+    def programs(self, rows: int, columns: int) -> int:
+        """How many programs share the tiles of a ``[rows, columns]`` output."""
+        tiles = triton.cdiv(rows, self.block_m) * triton.cdiv(columns, self.block_n)
+        return min(tiles, self.max_programs)
+
+
+def padding(tokens: int) -> int:
+    """The number of tokens to a multiple of which a transposed input is padded."""
+    return min(max(triton.next_power_of_2(tokens), _MIN_BLOCK_T), _MAX_BLOCK_T)
+
+
+def tokens_a_chunk(bytes_a_token: int) -> int:
+    """How many tokens of transposed inputs fit into the workspace, a multiple of every block."""
+    return max(WORKSPACE_BYTES // bytes_a_token // _MAX_BLOCK_T, 1) * _MAX_BLOCK_T
+
+
+def transpose_config(tokens: int) -> TransposeConfig:
+    """Blocks of the padding's length."""
+    return TransposeConfig(padding(tokens), 64, 4)
+
+
+def bypass_configs(tokens: int, dtype: torch.dtype) -> list[BypassConfig]:
+    """The heuristic choice first, then what tuning tries beside it."""
+    block_t = min(padding(tokens), 64)
+    warps = (8, 4) if dtype == torch.float64 else (4, 8)
+    return [BypassConfig(block_t, n, w) for w in warps for n in (64, 32)]
+
+
+def transposed_configs(tokens: int, dtype: torch.dtype) -> list[TransposedConfig]:
+    """As :func:`bypass_configs`, for the input gradient."""
+    block_t = min(padding(tokens), 64)
+    warps = 8 if dtype == torch.float64 else 4
+    return [
+        TransposedConfig(block_t, block_c, 32, rounds, warps)
+        for block_c in (64, 32)
+        for rounds in (16, 8, 32)
+    ]
+
+
+def sddmm_configs(tokens: int, dtype: torch.dtype) -> list[SddmmConfig]:
+    """As :func:`bypass_configs`, for the sampled gradient."""
+    block_t = padding(tokens)
+    warps = (8, 4) if dtype == torch.float64 else (4, 8)
+    return [SddmmConfig(e, block_t, w) for w in warps for e in (32, 16)]
+
+
+def sddmm_parts(entries: int, tokens: int, gpu: Gpu) -> int:
+    """Into how many parts the tokens of a chunk are split, so that the GPU has enough programs."""
+    programs = triton.cdiv(entries, 32)
+    wanted = triton.cdiv(4 * gpu.multiprocessors, programs)
+    return max(1, min(wanted, triton.cdiv(tokens, padding(tokens))))
+
+
+def gemm_configs(tokens: int, dtype: torch.dtype, gpu: Gpu) -> list[GemmConfig]:
+    """The heuristic choice first; each fits the shared memory of ``gpu``."""
+    block_m = padding(tokens)
+    # Up to 32 rows a tile are one warp's rows: wider tiles then feed the other warps.
+    shapes = [(128, 64), (64, 64), (128, 32)] if block_m >= 64 else [(64, 128), (128, 64), (64, 64)]
+    warps = 8 if block_m == 128 else 4
+    size = dtype.itemsize
+    found = []
+    for block_n, depth in shapes:
+        block_k = depth * 2 // size
+        stage = (block_m + block_n) * block_k * size
+        # The accumulator passes through shared memory once when it is turned.
+        stages = min(4, (gpu.shared_bytes - (8 << 10)) // stage)
+        if stages >= 2:
+            found.append(
+                GemmConfig(block_m, block_n, block_k, 8, warps, stages, gpu.multiprocessors)
+            )
+    return found
+
+
+#: Share of the FLOP/s of torch's product that the kernels here are expected to reach.
+_GEMM_EFFICIENCY = 0.75
+_LAUNCH_SECONDS = 3e-6
+
+
+def prefer_fused(
+    tokens: int, d_in: int, d_out: int, dtype: torch.dtype, gpu: Gpu, *, bias16: bool
+) -> bool:
+    """Whether one kernel for product and bypass is expected to beat torch's product onto a bypass.
+
+    What differs: torch's product reaches more FLOP/s; the one kernel saves writing the bypass,
+    reading it, and a launch. ``d_out`` is the width of the output, y or dx. A bias in 16 bits
+    always takes the one kernel: torch would round y twice.
+    ``NEUROADA_TRITON_FUSED=0|1`` decides instead.
+    """
+    if dtype == torch.float64:
+        return False
+    forced = os.environ.get("NEUROADA_TRITON_FUSED")
+    if forced is not None:
+        if forced not in ("0", "1"):
+            raise ValueError(f"NEUROADA_TRITON_FUSED: {forced!r}, expected 0 or 1")
+        return forced == "1"
+    if dtype == torch.float32:
+        return False  # torch's products are far ahead in float32, and TF32 is not the default
+    if bias16:
+        return True
+    if 0 in (tokens, d_in, d_out) or d_in % 16 or d_out % 16:
+        return False  # nothing to do, or rows so far apart that loads are of single values
+    size = dtype.itemsize
+    dense = max(
+        2 * tokens * d_in * d_out / gpu.flops,
+        size * (tokens * (d_in + d_out) + d_in * d_out) / gpu.bandwidth,
+    )
+    config = gemm_configs(tokens, dtype, gpu)[0]
+    tiles = triton.cdiv(tokens, config.block_m) * triton.cdiv(d_out, config.block_n)
+    waves = triton.cdiv(tiles, gpu.multiprocessors)
+    occupied = tiles / (waves * gpu.multiprocessors)
+    fused = dense / (_GEMM_EFFICIENCY * occupied)
+    return fused < dense + 2 * size * tokens * d_out / gpu.bandwidth + _LAUNCH_SECONDS
+
+
+def accumulator(dtype: torch.dtype) -> tl.dtype:
+    """The dtype in which sums are taken."""
+    return tl.float64 if dtype == torch.float64 else tl.float32
+
+
+def dot_precision(dtype: torch.dtype) -> str:
+    """How a float32 dense product may round its inputs, by torch's own setting."""
+    allowed = torch.backends.cuda.matmul.fp32_precision == "tf32"
+    return "tf32" if dtype == torch.float32 and allowed else "ieee"

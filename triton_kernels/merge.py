@@ -1,0 +1,89 @@
+"""The bypass folded into W, and taken out of it again: both touch the chosen entries alone."""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from neuroada_kernels.triton_kernels.configs import MERGE_BLOCK, accumulator
+
+
+@triton.jit
+def merge_kernel(
+    weight,
+    index,
+    delta,
+    original,
+    entries,
+    d_in,
+    stride_row,
+    stride_column,
+    k: tl.constexpr,
+    BLOCK: tl.constexpr,
+    ACC: tl.constexpr,
+):
+    """``original[e] = W[j, index[e]]``, then ``W[j, index[e]] += delta[e]``, with ``j = e // k``.
+
+    weight [d_out, d_in] of any strides; index, delta and original [d_out, k] as entries e. An
+    entry without a connection has the original 0.
+    """
+    e = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    column = tl.load(index + e, mask=e < entries, other=-1)
+    live = (column >= 0) & (column < d_in)
+    place = weight + (e // k).to(tl.int64) * stride_row + column.to(tl.int64) * stride_column
+    before = tl.load(place, mask=live, other=0)
+    tl.store(original + e, before, mask=e < entries)
+    after = before.to(ACC) + tl.load(delta + e, mask=live, other=0).to(ACC)
+    tl.store(place, after.to(weight.dtype.element_ty), mask=live)
+
+
+@triton.jit
+def unmerge_kernel(
+    weight,
+    index,
+    original,
+    entries,
+    d_in,
+    stride_row,
+    stride_column,
+    k: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """``W[j, index[e]] = original[e]``, bit for bit, with ``j = e // k``; shapes as for merging."""
+    e = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    column = tl.load(index + e, mask=e < entries, other=-1)
+    live = (column >= 0) & (column < d_in)
+    place = weight + (e // k).to(tl.int64) * stride_row + column.to(tl.int64) * stride_column
+    tl.store(place, tl.load(original + e, mask=live, other=0), mask=live)
+
+
+def merge(weight: Tensor, index: Tensor, delta: Tensor) -> Tensor:
+    """Add ``delta [d_out, k]`` into ``weight`` in place; the values it had, ``[d_out, k]``."""
+    original = torch.empty(index.shape, dtype=weight.dtype, device=weight.device)
+    merge_kernel[(triton.cdiv(index.numel(), MERGE_BLOCK),)](
+        weight,
+        index,
+        delta,
+        original,
+        index.numel(),
+        weight.shape[1],
+        *weight.stride(),
+        k=index.shape[1],
+        BLOCK=MERGE_BLOCK,
+        ACC=accumulator(weight.dtype),
+    )
+    return original
+
+
+def unmerge(weight: Tensor, index: Tensor, original: Tensor) -> None:
+    """Write ``original [d_out, k]`` back into ``weight``."""
+    unmerge_kernel[(triton.cdiv(index.numel(), MERGE_BLOCK),)](
+        weight,
+        index,
+        original,
+        index.numel(),
+        weight.shape[1],
+        *weight.stride(),
+        k=index.shape[1],
+        BLOCK=MERGE_BLOCK,
+    )

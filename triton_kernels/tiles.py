@@ -1,0 +1,153 @@
+"""What the kernels share: the bypass of a tile, in both directions, and a tile of a dense product.
+
+The bypass tiles are made transposed, [neuron or column, token], from a transposed input: there
+each gathered row is contiguous along the tokens, so that a gather is a coalesced load of whole
+lines, however the columns are scattered.
+"""
+
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def bypass_tile(
+    x_t, index, delta, j, t, d_in, d_out, stride_x_t, k: tl.constexpr, ACC: tl.constexpr
+):
+    """``out[j, t] = sum_s delta[j, s] x_t[index[j, s], t]``  # [BN, BT], dtype ACC
+
+    x_t [d_in, padded tokens], index and delta [d_out, k], j [BN] and t [BT] of the tile.
+    """
+    out = tl.zeros([j.shape[0], t.shape[0]], dtype=ACC)
+    for s in range(k):
+        column = tl.load(index + j * k + s, mask=j < d_out, other=-1)  # [BN]
+        # What has no connection, or one that is out of range, adds nothing and reads nothing.
+        live = (column >= 0) & (column < d_in)
+        value = tl.load(delta + j * k + s, mask=live, other=0).to(ACC)  # [BN]
+        row = x_t + column.to(tl.int64) * stride_x_t
+        chosen = tl.load(row[:, None] + t[None, :], mask=live[:, None], other=0)  # [BN, BT]
+        out += value[:, None] * chosen.to(ACC)
+    return out
+
+
+@triton.jit
+def transposed_bypass_tile(
+    grad_t,
+    column_start,
+    entry,
+    delta,
+    c,
+    c_end,
+    t,
+    stride_grad_t,
+    entries,
+    k: tl.constexpr,
+    ROUNDS: tl.constexpr,
+    BLOCK_E: tl.constexpr,
+    ACC: tl.constexpr,
+):
+    """``out[c, t] = sum over (j, s) with index[j, s] = c of delta[j, s] grad_t[j, t]``  # [BC, BT]
+
+    grad_t [d_out, padded tokens]; entry lists ``j * k + s`` by column, that of column c from
+    column_start[c] on; c [BC] and t [BT] of the tile, columns from c_end on are not in it.
+
+    One column may be chosen by hundreds of neurons. So columns of at most ROUNDS entries are
+    summed side by side, one entry of each a round, and each heavier one by itself, BLOCK_E
+    entries side by side. Either way the order is fixed by the index.
+    """
+    first = tl.load(column_start + c, mask=c < c_end, other=0)  # [BC]
+    count = tl.load(column_start + c + 1, mask=c < c_end, other=0) - first
+    heavy = count > ROUNDS
+    light_count = tl.where(heavy, 0, count)
+
+    out = tl.zeros([c.shape[0], t.shape[0]], dtype=ACC)
+    for r in range(tl.max(light_count)):
+        out += _entry_products(
+            grad_t, entry, delta, first + r, r < light_count, t, stride_grad_t, entries, k, ACC
+        )
+
+    column = -1
+    for _ in range(tl.sum(heavy.to(tl.int32))):
+        column = tl.min(tl.where(heavy & (c > column), c, 0x7FFFFFFF))
+        last = tl.load(column_start + column + 1)
+        partial = tl.zeros([BLOCK_E, t.shape[0]], dtype=ACC)
+        for start in range(tl.load(column_start + column), last, BLOCK_E):
+            position = start + tl.arange(0, BLOCK_E)
+            partial += _entry_products(
+                grad_t, entry, delta, position, position < last, t, stride_grad_t, entries, k, ACC
+            )
+        out = tl.where((c == column)[:, None], tl.sum(partial, axis=0)[None, :], out)
+    return out
+
+
+@triton.jit
+def _entry_products(
+    grad_t,
+    entry,
+    delta,
+    position,
+    live,
+    t,
+    stride_grad_t,
+    entries,
+    k: tl.constexpr,
+    ACC: tl.constexpr,
+):
+    """``delta[e] grad_t[e // k, t]`` for the entries e at these positions of the plan  # [., BT]"""
+    e = tl.load(entry + position, mask=live, other=0)
+    live = live & (e >= 0) & (e < entries)
+    value = tl.load(delta + e, mask=live, other=0).to(ACC)
+    row = grad_t + (e // k).to(tl.int64) * stride_grad_t
+    chosen = tl.load(row[:, None] + t[None, :], mask=live[:, None], other=0)
+    return value[:, None] * chosen.to(ACC)
+
+
+@triton.jit
+def add_product(
+    out,
+    a,
+    b,
+    row,
+    column,
+    rows,
+    columns,
+    depth,
+    stride_a_row,
+    stride_a_depth,
+    stride_b_depth,
+    stride_b_column,
+    BLOCK_K: tl.constexpr,
+    EVEN_K: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """``out[row, column] + sum_d a[row, d] b[d, column]``  # [BM, BN], float32
+
+    Masks, not clamped positions, keep what lies outside away: a clamped position would no longer
+    be known to be contiguous, and its loads be of single values.
+    """
+    d = tl.arange(0, BLOCK_K)
+    a_tile = a + row.to(tl.int64)[:, None] * stride_a_row + d[None, :] * stride_a_depth
+    b_tile = b + d[:, None] * stride_b_depth + column.to(tl.int64)[None, :] * stride_b_column
+    a_inside = (row < rows)[:, None]  # [BM, BK]
+    b_inside = (column < columns)[None, :]  # [BK, BN]
+    for start in range(0, depth, BLOCK_K):
+        if EVEN_K:
+            a_values = tl.load(a_tile, mask=a_inside, other=0)
+            b_values = tl.load(b_tile, mask=b_inside, other=0)
+        else:
+            inside = d < depth - start
+            a_values = tl.load(a_tile, mask=a_inside & inside[None, :], other=0)
+            b_values = tl.load(b_tile, mask=b_inside & inside[:, None], other=0)
+        out = tl.dot(a_values, b_values, out, input_precision=PRECISION)
+        a_tile += BLOCK_K * stride_a_depth
+        b_tile += BLOCK_K * stride_b_depth
+    return out
+
+
+@triton.jit
+def tile_position(tile, tiles_m, tiles_n, GROUP_M: tl.constexpr):
+    """Row and column of a tile, GROUP_M rows at a time so that neighbours share their inputs."""
+    group = tile // (GROUP_M * tiles_n)
+    first = group * GROUP_M
+    height = min(tiles_m - first, GROUP_M)
+    within = tile % (GROUP_M * tiles_n)
+    return first + within % height, within // height

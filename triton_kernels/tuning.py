@@ -1,0 +1,125 @@
+"""Tuning, opt-in: ``NEUROADA_AUTOTUNE=1`` times the candidates of a kernel once for each problem.
+
+What won is kept in one JSON file for each GPU name in the user's cache folder.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import json
+import os
+import re
+import tempfile
+from collections.abc import Callable, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor
+
+Config = TypeVar("Config")
+Timer = Callable[[Callable[[], object]], float]
+
+
+def enabled() -> bool:
+    """Whether the environment asks for tuning."""
+    return os.environ.get("NEUROADA_AUTOTUNE") == "1"
+
+
+def problem(tokens: int, d_in: int, entries: Tensor, dtype: torch.dtype) -> tuple[object, ...]:
+    """What a choice depends on, the tokens as the next power of two; ``entries`` is [d_out, k]."""
+    return (1 << max(tokens - 1, 0).bit_length(), d_in, *entries.shape, dtype)
+
+
+def cache_file(gpu_name: str) -> Path:
+    """Where the results for a GPU lie, under ``XDG_CACHE_HOME`` or ``~/.cache``."""
+    root = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    return root / "neuroada_kernels" / f"{re.sub(r'[^A-Za-z0-9]+', '-', gpu_name)}.json"
+
+
+def pick(
+    kernel: str,
+    problem: Sequence[object],
+    candidates: Sequence[Config],
+    run: Callable[[Config], object],
+    device: torch.device,
+) -> Config:
+    """The first candidate, or with tuning on the fastest of them.
+
+    Parameters
+    ----------
+    kernel : str
+        Name of the kernel.
+    problem : sequence
+        Of :func:`problem`.
+    candidates : sequence of configs
+        Frozen dataclasses, the heuristic choice first.
+    run : callable
+        Launches the kernel with a config; called many times, so it must not accumulate.
+    device : torch.device
+        Of the tensors. Nothing is timed while a CUDA graph is being captured.
+    """
+    if not enabled() or device.type != "cuda":
+        return candidates[0]
+    return _Results(cache_file(torch.cuda.get_device_name(device))).pick(
+        f"{kernel} {' '.join(map(str, problem))}", candidates, run, _time
+    )
+
+
+class _Results:
+    """A file of results, read when first asked for and replaced whole."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def pick(
+        self, key: str, candidates: Sequence[Config], run: Callable[[Config], object], time: Timer
+    ) -> Config:
+        known = _read(self.path)
+        for candidate in candidates:
+            if asdict(candidate) == known.get(key):  # type: ignore[call-overload]
+                return candidate
+        if torch.cuda.is_available() and torch.cuda.is_current_stream_capturing():
+            return candidates[0]
+        seconds = {}
+        for candidate in candidates:
+            # A candidate that needs more than this GPU has is no candidate.
+            with contextlib.suppress(_out_of_resources()):
+                seconds[candidate] = time(functools.partial(run, candidate))
+        best = min(seconds, key=seconds.__getitem__, default=candidates[0])
+        known[key] = asdict(best)  # type: ignore[call-overload]
+        _write(self.path, known)
+        return best
+
+
+_loaded: dict[Path, dict[str, Any]] = {}
+
+
+def _read(path: Path) -> dict[str, Any]:
+    if path not in _loaded:
+        try:
+            _loaded[path] = dict(json.loads(path.read_text()))
+        except (OSError, ValueError):  # none yet, or not ours: tune again
+            _loaded[path] = {}
+    return _loaded[path]
+
+
+def _write(path: Path, known: dict[str, Any]) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.NamedTemporaryFile("w", dir=path.parent, delete=False) as file:
+        json.dump(known, file, indent=1, sort_keys=True)
+    os.replace(file.name, path)
+
+
+def _time(run: Callable[[], object]) -> float:
+    from triton.testing import do_bench
+
+    return float(do_bench(run, return_mode="median"))
+
+
+def _out_of_resources() -> type[Exception]:
+    from triton.runtime.errors import OutOfResources
+
+    return OutOfResources
