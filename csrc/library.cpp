@@ -8,5 +8,7 @@ STABLE_TORCH_LIBRARY(neuroada_C, m) {
       "Tensor(a!) out) -> ()");
   m.def("bypass_bwd_input(Tensor grad, Tensor plan, Tensor delta, Tensor(a!) out) -> ()");
   m.def("sddmm(Tensor grad, Tensor x, Tensor index) -> Tensor");
+  m.def("linear_fwd(Tensor x, Tensor weight, Tensor index, Tensor delta, Tensor? bias) -> Tensor");
+  m.def("linear_bwd_input(Tensor grad, Tensor weight, Tensor plan, Tensor delta) -> Tensor");
   m.def("merge(Tensor(a!) weight, Tensor index, Tensor delta) -> Tensor");
 }

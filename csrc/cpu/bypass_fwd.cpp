@@ -12,6 +12,7 @@ void run(const BypassFwd& a, const Executor& all) {
   using A = accumulate_t<T>;
   const Executor executor = all.limited(a.tokens * (a.d_in + a.d_out * (a.k + 1)));
   const EllRows<A> rows{a.index, static_cast<const A*>(a.delta), a.k};
+  const BiasTerm<T> bias{static_cast<const T*>(a.bias)};
   const GatherTasks tasks(a.tokens, a.d_out, block, executor.threads);
   executor.parallel(tasks.count(), [&](int64_t task) {
     const int64_t range = tasks.range(task);
@@ -21,9 +22,9 @@ void run(const BypassFwd& a, const Executor& all) {
       const int64_t t = b * block, tokens = std::min<int64_t>(block, a.tokens - t);
       const T* x = static_cast<const T*>(a.x) + t * a.x_stride;
       const T* base = a.base == nullptr ? nullptr : static_cast<const T*>(a.base) + t * a.base_stride;
-      stage_transposed<A, block>(x, a.x_stride, tokens, 0, a.d_in, a.d_in, staged.get());
-      gather_rows<T, block>(rows, staged.get(), first, last, tokens, base, a.base_stride, static_cast<const T*>(a.bias),
-                            static_cast<T*>(a.out) + t * a.out_stride, a.out_stride);
+      stage_transposed<WideCell<T>, block>(x, a.x_stride, tokens, 0, a.d_in, a.d_in, staged.get());
+      gather_rows<T, WideCell<T>, block>(rows, staged.get(), first, last, tokens, base, a.base_stride, bias,
+                                         static_cast<T*>(a.out) + t * a.out_stride, a.out_stride);
     }
   });
 }

@@ -22,4 +22,13 @@ inline bool has_avx512() {
 #endif
 }
 
+// With the product of pairs of bfloat16 too.
+inline bool has_avx512_bf16() {
+#if defined(__x86_64__)
+  return has_avx512() && __builtin_cpu_supports("avx512bf16");
+#else
+  return false;
+#endif
+}
+
 }  // namespace neuroada::cpu

@@ -18,10 +18,15 @@
 #define NEUROADA_ISA avx512
 #include "entry.h"
 #undef NEUROADA_ISA
+#define NEUROADA_ISA avx512_bf16
+#include "entry.h"
+#undef NEUROADA_ISA
 #endif
 
-#define NEUROADA_KERNELS(isa) \
-  Kernels { #isa, &isa::bypass_fwd, &isa::bypass_bwd_input, &isa::sddmm, &isa::merge }
+#define NEUROADA_KERNELS(isa)                                                                                          \
+  Kernels {                                                                                                            \
+    #isa, &isa::bypass_fwd, &isa::bypass_bwd_input, &isa::sddmm, &isa::merge, &isa::linear_fwd, &isa::linear_bwd_input \
+  }
 
 namespace neuroada::cpu {
 namespace {
@@ -33,6 +38,7 @@ struct Candidate {
 
 const Candidate kCandidates[] = {
 #ifdef NEUROADA_X86
+    {NEUROADA_KERNELS(avx512_bf16), &has_avx512_bf16},
     {NEUROADA_KERNELS(avx512), &has_avx512},
     {NEUROADA_KERNELS(avx2), &has_avx2},
 #endif

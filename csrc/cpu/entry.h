@@ -9,5 +9,7 @@ void bypass_fwd(const BypassFwd&, const Executor&);
 void bypass_bwd_input(const BypassBwdInput&, const Executor&);
 void sddmm(const Sddmm&, const Executor&);
 void merge(const Merge&, const Executor&);
+void linear_fwd(const LinearFwd&, const Executor&);
+void linear_bwd_input(const LinearBwdInput&, const Executor&);
 
 }  // namespace neuroada::cpu::NEUROADA_ISA

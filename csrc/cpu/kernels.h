@@ -68,6 +68,20 @@ struct Sddmm {
   void* out;             // [d_out, k], in the accumulate type
 };
 
+// out[t, j] = sum_c x[t, c] W[j, c] + bias[j] + sum_s delta[j, s] x[t, index[j, s]]
+struct LinearFwd {
+  BypassFwd bypass;    // without a base
+  const void* weight;  // [d_out, d_in], of the same dtype
+  int64_t weight_stride;
+};
+
+// out[t, c] = sum_j grad[t, j] W[j, c] + sum over (j, s) with index[j, s] = c of delta[j, s] grad[t, j]
+struct LinearBwdInput {
+  BypassBwdInput bypass;
+  const void* weight;  // [d_out, d_in], of the same dtype
+  int64_t weight_stride;
+};
+
 // original[j, s] = weight[j, index[j, s]], then weight[j, index[j, s]] += delta[j, s]
 struct Merge {
   DType dtype;  // of weight and original
@@ -85,12 +99,14 @@ struct Kernels {
   void (*bypass_bwd_input)(const BypassBwdInput&, const Executor&);
   void (*sddmm)(const Sddmm&, const Executor&);
   void (*merge)(const Merge&, const Executor&);
+  void (*linear_fwd)(const LinearFwd&, const Executor&);
+  void (*linear_bwd_input)(const LinearBwdInput&, const Executor&);
 };
 
 // The kernels of one instruction set by name, or null where it was not built or does not run here.
 const Kernels* kernels_for(const char* isa);
 
-// The best that runs here, or the one that NEUROADA_CPU_ISA (generic, avx2, avx512) names; throws
+// The best that runs here, or the one that NEUROADA_CPU_ISA (generic, avx2, avx512, avx512_bf16) names; throws
 // where that one does not run.
 const Kernels& kernels();
 

@@ -45,9 +45,18 @@ void check_index(const Tensor& index, int64_t d_in) {
                   " is out of range for a weight with ", d_in, " inputs");
 }
 
-// base + bias + bypass(x) into out, which may be base.
-void bypass_fwd_op(const Tensor& x, const Tensor& index, const Tensor& delta, std::optional<Tensor> bias,
-                   std::optional<Tensor> base, Tensor out) {
+void check_same_dtype(const char* name, const Tensor& tensor, DType dtype, const char* other) {
+  STD_TORCH_CHECK(dtype_of(name, tensor) == dtype, name, ": dtype differs from that of ", other);
+}
+
+void check_weight(const Tensor& weight, int64_t d_out, int64_t d_in, DType dtype, const char* other) {
+  check_matrix("weight", weight, d_out, d_in);
+  check_same_dtype("weight", weight, dtype, other);
+}
+
+// The arguments of a forward pass into out, once they are found to be valid.
+BypassFwd forward_args(const Tensor& x, const Tensor& index, const Tensor& delta, const std::optional<Tensor>& bias,
+                       const std::optional<Tensor>& base, Tensor& out) {
   check_matrix("x", x, -1, -1);
   check_index(index, x.size(1));
   const int64_t tokens = x.size(0), d_in = x.size(1), d_out = index.size(0), k = index.size(1);
@@ -55,23 +64,50 @@ void bypass_fwd_op(const Tensor& x, const Tensor& index, const Tensor& delta, st
   check_matrix("delta", delta, d_out, k);
   check_delta("delta", delta, dtype);
   check_matrix("out", out, tokens, d_out);
-  STD_TORCH_CHECK(dtype_of("out", out) == dtype, "out: dtype differs from that of x");
+  check_same_dtype("out", out, dtype, "x");
   if (base) {
     check_matrix("base", *base, tokens, d_out);
-    STD_TORCH_CHECK(dtype_of("base", *base) == dtype, "base: dtype differs from that of x");
+    check_same_dtype("base", *base, dtype, "x");
   }
   if (bias) {
     STD_TORCH_CHECK(bias->dim() == 1 && bias->size(0) == d_out && bias->is_cpu(), "bias: shape ", shape_of(*bias),
                     ", expected [", d_out, "] on the CPU");
-    STD_TORCH_CHECK(dtype_of("bias", *bias) == dtype, "bias: dtype differs from that of x");
+    check_same_dtype("bias", *bias, dtype, "x");
     check_contiguous("bias", *bias);
     check_storage("bias", *bias);
   }
-  kernels().bypass_fwd({dtype, tokens, d_in, d_out, k, x.const_data_ptr(), x.stride(0),
-                        static_cast<const int32_t*>(index.const_data_ptr()), delta.const_data_ptr(),
-                        base ? base->const_data_ptr() : nullptr, base ? base->stride(0) : 0,
-                        bias ? bias->const_data_ptr() : nullptr, out.mutable_data_ptr(), out.stride(0)},
-                       torch_executor());
+  return {dtype,
+          tokens,
+          d_in,
+          d_out,
+          k,
+          x.const_data_ptr(),
+          x.stride(0),
+          static_cast<const int32_t*>(index.const_data_ptr()),
+          delta.const_data_ptr(),
+          base ? base->const_data_ptr() : nullptr,
+          base ? base->stride(0) : 0,
+          bias ? bias->const_data_ptr() : nullptr,
+          out.mutable_data_ptr(),
+          out.stride(0)};
+}
+
+// base + bias + bypass(x) into out, which may be base.
+void bypass_fwd_op(const Tensor& x, const Tensor& index, const Tensor& delta, std::optional<Tensor> bias,
+                   std::optional<Tensor> base, Tensor out) {
+  kernels().bypass_fwd(forward_args(x, index, delta, bias, base, out), torch_executor());
+}
+
+// x W^T + bias + bypass(x)
+Tensor linear_fwd_op(const Tensor& x, const Tensor& weight, const Tensor& index, const Tensor& delta,
+                     std::optional<Tensor> bias) {
+  check_matrix("x", x, -1, -1);
+  check_weight(weight, -1, x.size(1), dtype_of("x", x), "x");
+  check_matrix("index", index, weight.size(0), -1);
+  Tensor out = torch::stable::new_empty(x, {x.size(0), weight.size(0)});
+  const BypassFwd bypass = forward_args(x, index, delta, bias, std::nullopt, out);
+  kernels().linear_fwd({bypass, weight.const_data_ptr(), weight.stride(0)}, torch_executor());
+  return out;
 }
 
 // Every offset of the plan is checked, so that a plan of another index cannot reach outside.
@@ -94,8 +130,8 @@ void check_plan(const Tensor& plan, int64_t d_in, int64_t entries) {
                   " bypasses");
 }
 
-// bypass(grad) transposed, into out, which is written whole.
-void bypass_bwd_input_op(const Tensor& grad, const Tensor& plan, const Tensor& delta, Tensor out) {
+// The arguments of a backward pass into out, once they are found to be valid.
+BypassBwdInput backward_args(const Tensor& grad, const Tensor& plan, const Tensor& delta, Tensor& out) {
   check_matrix("delta", delta, -1, -1);
   const int64_t d_out = delta.size(0), k = delta.size(1);
   check_matrix("grad", grad, -1, d_out);
@@ -103,13 +139,35 @@ void bypass_bwd_input_op(const Tensor& grad, const Tensor& plan, const Tensor& d
   check_matrix("out", out, tokens, -1);
   const int64_t d_in = out.size(1);
   const DType dtype = dtype_of("grad", grad);
-  STD_TORCH_CHECK(dtype_of("out", out) == dtype, "out: dtype differs from that of grad");
+  check_same_dtype("out", out, dtype, "grad");
   check_delta("delta", delta, dtype);
   check_plan(plan, d_in, d_out * k);
-  kernels().bypass_bwd_input({dtype, tokens, d_in, d_out, k, grad.const_data_ptr(), grad.stride(0),
-                              static_cast<const int32_t*>(plan.const_data_ptr()), delta.const_data_ptr(),
-                              out.mutable_data_ptr(), out.stride(0)},
-                             torch_executor());
+  return {dtype,
+          tokens,
+          d_in,
+          d_out,
+          k,
+          grad.const_data_ptr(),
+          grad.stride(0),
+          static_cast<const int32_t*>(plan.const_data_ptr()),
+          delta.const_data_ptr(),
+          out.mutable_data_ptr(),
+          out.stride(0)};
+}
+
+// bypass(grad) transposed, into out, which is written whole.
+void bypass_bwd_input_op(const Tensor& grad, const Tensor& plan, const Tensor& delta, Tensor out) {
+  kernels().bypass_bwd_input(backward_args(grad, plan, delta, out), torch_executor());
+}
+
+// grad W + bypass(grad) transposed
+Tensor linear_bwd_input_op(const Tensor& grad, const Tensor& weight, const Tensor& plan, const Tensor& delta) {
+  check_matrix("grad", grad, -1, -1);
+  check_weight(weight, grad.size(1), -1, dtype_of("grad", grad), "grad");
+  Tensor out = torch::stable::new_empty(grad, {grad.size(0), weight.size(1)});
+  const BypassBwdInput bypass = backward_args(grad, plan, delta, out);
+  kernels().linear_bwd_input({bypass, weight.const_data_ptr(), weight.stride(0)}, torch_executor());
+  return out;
 }
 
 Tensor sddmm_op(const Tensor& grad, const Tensor& x, const Tensor& index) {
@@ -118,7 +176,7 @@ Tensor sddmm_op(const Tensor& grad, const Tensor& x, const Tensor& index) {
   const int64_t tokens = x.size(0), d_in = x.size(1), d_out = index.size(0), k = index.size(1);
   check_matrix("grad", grad, tokens, d_out);
   const DType dtype = dtype_of("x", x);
-  STD_TORCH_CHECK(dtype_of("grad", grad) == dtype, "grad: dtype differs from that of x");
+  check_same_dtype("grad", grad, dtype, "x");
   Tensor out = torch::stable::new_empty(x, {d_out, k}, dtype == DType::f64 ? ScalarType::Double : ScalarType::Float);
   kernels().sddmm({dtype, tokens, d_in, d_out, k, grad.const_data_ptr(), grad.stride(0), x.const_data_ptr(),
                    x.stride(0), static_cast<const int32_t*>(index.const_data_ptr()), out.mutable_data_ptr()},
@@ -149,6 +207,8 @@ STABLE_TORCH_LIBRARY_IMPL(neuroada_C, CPU, m) {
   m.impl("bypass_fwd", TORCH_BOX(&bypass_fwd_op));
   m.impl("bypass_bwd_input", TORCH_BOX(&bypass_bwd_input_op));
   m.impl("sddmm", TORCH_BOX(&sddmm_op));
+  m.impl("linear_fwd", TORCH_BOX(&linear_fwd_op));
+  m.impl("linear_bwd_input", TORCH_BOX(&linear_bwd_input_op));
   m.impl("merge", TORCH_BOX(&merge_op));
 }
 

@@ -17,9 +17,11 @@ struct Partial {
   int64_t tokens_a_chunk, chunks, groups, k;
   Scratch<A> sums;
 
-  Partial(int64_t tokens, int64_t d_out, int64_t k, int64_t block) : groups((d_out + kLanes<A> - 1) / kLanes<A>), k(k) {
+  Partial(int64_t tokens, int64_t d_out, int64_t k, int64_t block_tokens)
+      : groups((d_out + kLanes<A> - 1) / kLanes<A>), k(k) {
     const int64_t wanted = std::max<int64_t>(1, std::min(kMostChunks, (tokens + kChunkTokens - 1) / kChunkTokens));
-    tokens_a_chunk = std::max<int64_t>(1, ((tokens + wanted - 1) / wanted + block - 1) / block) * block;
+    tokens_a_chunk =
+        std::max<int64_t>(1, ((tokens + wanted - 1) / wanted + block_tokens - 1) / block_tokens) * block_tokens;
     chunks = (tokens + tokens_a_chunk - 1) / tokens_a_chunk;
     sums = make_scratch<A>(chunks * groups * k * kLanes<A>);
   }
@@ -27,9 +29,52 @@ struct Partial {
   A* at(int64_t chunk, int64_t group) const { return sums.get() + (chunk * groups + group) * k * kLanes<A>; }
 };
 
+#ifdef __AVX512BF16__
+
+// staged[c - first][i] = the tokens t and t + 16 of column c, t = 32 (i / 16) + i % 16, zero past the
+// last. Which tokens are paired is the same for x and grad, and so of no matter to their product.
+template <int block>
+void stage_tokens(PairedTokens, const BFloat16* source, int64_t stride, int64_t tokens, int64_t first, int64_t last,
+                  int64_t columns, float* staged) {
+  constexpr int lanes = kLanes<float>;
+  constexpr int64_t line = 2 * lanes, ahead = 4 * line;
+  int64_t c = first;
+  for (; c + line <= last; c += line) {
+    if (c + ahead < columns) prefetch_rows<0>(source, stride, tokens, c + ahead);
+    for (int64_t t = 0; t < 2 * block; t += line) {
+      alignas(64) float half[2][lanes * lanes];  // [column pair][token]
+      for (int64_t h = 0; h < 2; ++h) {
+        const int64_t row = t + h * lanes;
+        stage_tile<PairCell, lanes, 1>(source + row * stride + c, stride, tokens - row, half[h]);
+      }
+      for (int64_t pair = 0; pair < lanes; ++pair) {
+        const VecU32 a = (VecU32)load(half[0] + pair * lanes), b = (VecU32)load(half[1] + pair * lanes);
+        float* place = staged + (c - first + 2 * pair) * block + t / 2;
+        store(place, (Vec<float>)((a & 0xffffu) | (b << 16)));
+        store(place + block, (Vec<float>)((a >> 16) | (b & 0xffff0000u)));
+      }
+    }
+  }
+  const auto bits = [&](int64_t t) { return t < tokens ? uint32_t{source[t * stride + c].bits} : 0; };
+  for (; c < last; ++c) {
+    for (int64_t i = 0; i < block; ++i) {
+      const int64_t t = i / lanes * line + i % lanes;
+      staged[(c - first) * block + i] = float_from_bits(bits(t) | bits(t + lanes) << 16);
+    }
+  }
+}
+
+#endif
+
+template <int block, class T>
+void stage_tokens(WideTokens<T>, const T* source, int64_t stride, int64_t tokens, int64_t first, int64_t last,
+                  int64_t columns, accumulate_t<T>* staged) {
+  stage_transposed<WideCell<T>, block>(source, stride, tokens, first, last, columns, staged);
+}
+
 // Adds a block of tokens to the sums of the `width` neurons of a group: grad [neuron][block] and
 // staged x [column][block] are dotted along the block, and the lanes of each dot added up last.
-template <class A, int block>
+template <class Tokens, int block, class A>
 inline void add_block(const A* grad, const A* staged, const int32_t* index, int width, int64_t k, A* sums) {
   constexpr int lanes = kLanes<A>, vectors = block / lanes;
   for (int64_t s = 0; s < k; ++s) {
@@ -42,7 +87,7 @@ inline void add_block(const A* grad, const A* staged, const int32_t* index, int 
       const A* gathered = staged + int64_t{column} * block;
 #pragma GCC unroll 8
       for (int v = 0; v < vectors; ++v) {
-        product[i] += load(grad + i * block + v * lanes) * load(gathered + v * lanes);
+        Tokens::add(product[i], load(grad + i * block + v * lanes), load(gathered + v * lanes));
       }
     }
     A* sum = sums + s * lanes;
@@ -54,21 +99,25 @@ inline void add_block(const A* grad, const A* staged, const int32_t* index, int 
 template <class T, int block>
 void sum_chunk(const Sddmm& a, const Partial<accumulate_t<T>>& partial, int64_t chunk, int64_t first, int64_t last) {
   using A = accumulate_t<T>;
-  constexpr int lanes = kLanes<A>;
+  using Tokens = typename ProductCell<T>::tokens;
+  constexpr int lanes = kLanes<A>, together = Tokens::kTokens;  // groups that fill a cache line of grad
   std::fill(partial.at(chunk, first), partial.at(chunk, last), A{0});
   const Scratch<A> staged = make_scratch<A>(a.d_in * block);
   const int64_t end = std::min(a.tokens, (chunk + 1) * partial.tokens_a_chunk);
-  for (int64_t t = chunk * partial.tokens_a_chunk; t < end; t += block) {
-    const int64_t tokens = std::min<int64_t>(block, end - t);
+  for (int64_t t = chunk * partial.tokens_a_chunk; t < end; t += block * Tokens::kTokens) {
+    const int64_t tokens = std::min<int64_t>(block * Tokens::kTokens, end - t);
     const T* x = static_cast<const T*>(a.x) + t * a.x_stride;
     const T* grad = static_cast<const T*>(a.grad) + t * a.grad_stride;
-    stage_transposed<A, block>(x, a.x_stride, tokens, 0, a.d_in, a.d_in, staged.get());
-    for (int64_t group = first; group < last; ++group) {
-      const int64_t j = group * lanes;
-      const int width = static_cast<int>(std::min<int64_t>(lanes, a.d_out - j));
-      alignas(64) A grad_staged[lanes * block];
-      stage_transposed<A, block>(grad, a.grad_stride, tokens, j, j + width, a.d_out, grad_staged);
-      add_block<A, block>(grad_staged, staged.get(), a.index + j * a.k, width, a.k, partial.at(chunk, group));
+    stage_tokens<block>(Tokens{}, x, a.x_stride, tokens, 0, a.d_in, a.d_in, staged.get());
+    for (int64_t group = first; group < last; group += together) {
+      const int64_t j = group * lanes, after = std::min(std::min(group + together, last) * lanes, a.d_out);
+      alignas(64) A grad_staged[together * lanes * block];
+      stage_tokens<block>(Tokens{}, grad, a.grad_stride, tokens, j, after, a.d_out, grad_staged);
+      for (int64_t g = group; g * lanes < after; ++g) {
+        const int width = static_cast<int>(std::min<int64_t>(lanes, a.d_out - g * lanes));
+        add_block<Tokens, block>(grad_staged + (g - group) * lanes * block, staged.get(), a.index + g * lanes * a.k,
+                                 width, a.k, partial.at(chunk, g));
+      }
     }
   }
 }
@@ -88,7 +137,7 @@ template <class T, int block>
 void run(const Sddmm& a, const Executor& all) {
   using A = accumulate_t<T>;
   const Executor executor = all.limited(a.tokens * (a.d_in + a.d_out * (a.k + 1)));
-  const Partial<A> partial(a.tokens, a.d_out, a.k, block);
+  const Partial<A> partial(a.tokens, a.d_out, a.k, block * ProductCell<T>::tokens::kTokens);
   const int64_t chunks = partial.chunks, groups = partial.groups, threads = executor.threads;
   const int64_t ranges = chunks == 0 ? 1 : std::max<int64_t>(1, std::min((threads + chunks - 1) / chunks, groups));
   executor.parallel(chunks * ranges, [&](int64_t task) {
@@ -104,12 +153,30 @@ void run(const Sddmm& a, const Executor& all) {
   });
 }
 
+// Calls f with a block's length in lanes. Long ones take the sum over lanes, which costs as much as
+// the products of a short one, less often.
+template <class T, class F>
+void with_token_block(const Sddmm& a, F&& f) {
+  using A = accumulate_t<T>;
+  constexpr int lanes = kLanes<A>;
+  if constexpr (ProductCell<T>::tokens::kTokens == 1) {
+    with_block<A>(a.tokens, a.d_in, f);
+  } else {
+    constexpr int64_t kStagedBytes = 512 << 10;
+    const int64_t fit = kStagedBytes / std::max<int64_t>(a.d_in * static_cast<int64_t>(sizeof(A)), 1);
+    const int64_t most = std::min(fit, (a.tokens + 1) / 2);
+    if (most >= 4 * lanes) return f(std::integral_constant<int, 4 * lanes>{});
+    if (most >= 2 * lanes) return f(std::integral_constant<int, 2 * lanes>{});
+    f(std::integral_constant<int, lanes>{});
+  }
+}
+
 }  // namespace
 
 void sddmm(const Sddmm& args, const Executor& executor) {
   with_dtype(args.dtype, [&](auto element) {
     using T = decltype(element);
-    with_block<accumulate_t<T>>(args.tokens, args.d_in, [&](auto block) { run<T, block>(args, executor); });
+    with_token_block<T>(args, [&](auto block) { run<T, block>(args, executor); });
   });
 }
 

@@ -9,8 +9,8 @@
 #include <new>
 #include <type_traits>
 
+#include "cells.h"
 #include "kernels.h"
-#include "simd.h"
 
 namespace neuroada::cpu::NEUROADA_ISA {
 
@@ -45,20 +45,23 @@ Scratch<A> make_scratch(int64_t count) {
   return Scratch<A>(static_cast<A*>(p));
 }
 
-// Vectors of the accumulate type that hold one cache line of T.
-template <class T>
-inline constexpr int kLineVectors = 64 / sizeof(T) / kLanes<accumulate_t<T>>;
+// Vectors of cells that one cache line of the source fills.
+template <class Cell>
+inline constexpr int kLineVectors = 64 / sizeof(typename Cell::Source) / Cell::kDepth / kLanes<typename Cell::A>;
 
 // Transposes `line` vectors of kLanes rows each into staged. A row's cache line is read once: rows
 // often lie a power of two apart, and then push each other out of the first cache.
-template <class A, int block, int line, class T>
-inline void stage_tile(const T* source, int64_t stride, int64_t tokens, A* staged) {
+template <class Cell, int block, int line>
+inline void stage_tile(const typename Cell::Source* source, int64_t stride, int64_t tokens, typename Cell::A* staged) {
+  using A = typename Cell::A;
   constexpr int lanes = kLanes<A>;
   Vec<A> tile[line][lanes];
 #pragma GCC unroll 16
   for (int i = 0; i < lanes; ++i) {
 #pragma GCC unroll 16
-    for (int g = 0; g < line; ++g) tile[g][i] = i < tokens ? load(source + i * stride + g * lanes) : zero<A>();
+    for (int g = 0; g < line; ++g) {
+      tile[g][i] = i < tokens ? Cell::load_row(source + i * stride + g * lanes * Cell::kDepth) : zero<A>();
+    }
   }
 #pragma GCC unroll 16
   for (int g = 0; g < line; ++g) {
@@ -75,29 +78,32 @@ inline void prefetch_rows(const T* rows, int64_t stride, int64_t tokens, int64_t
   for (int64_t t = 0; t < tokens; ++t) __builtin_prefetch(rows + t * stride + column, for_writing, 2);
 }
 
-// staged[c - first][i] = source[i, c] for the columns [first, last) and `tokens` <= block rows; the
-// rest of the block becomes zero. `columns` is the length of a row, up to where reading goes on.
-template <class A, int block, class T>
-void stage_transposed(const T* source, int64_t stride, int64_t tokens, int64_t first, int64_t last, int64_t columns,
-                      A* staged) {
-  constexpr int lanes = kLanes<A>, line = kLineVectors<T>;
-  constexpr int64_t ahead = 4 * line * lanes;
+// staged[c][i] = cell c of source[i], for the cells of the columns [first, last) and `tokens` <= block
+// rows; the rest of the block becomes zero. `columns` is the length of a row, up to where reading goes
+// on. A cell begins at `first`.
+template <class Cell, int block>
+void stage_transposed(const typename Cell::Source* source, int64_t stride, int64_t tokens, int64_t first, int64_t last,
+                      int64_t columns, typename Cell::A* staged) {
+  using A = typename Cell::A;
+  constexpr int lanes = kLanes<A>, line = kLineVectors<Cell>, width = lanes * Cell::kDepth;
+  constexpr int64_t ahead = 4 * line * width;
   int64_t c = first;
-  for (; c + line * lanes <= last; c += line * lanes) {
+  const auto place = [&](int64_t row) { return staged + (c - first) / Cell::kDepth * block + row; };
+  for (; c + line * width <= last; c += line * width) {
     if (c + ahead < columns) prefetch_rows<0>(source, stride, tokens, c + ahead);
     for (int64_t row = 0; row < block; row += lanes) {
-      stage_tile<A, block, line>(source + row * stride + c, stride, tokens - row, staged + (c - first) * block + row);
+      stage_tile<Cell, block, line>(source + row * stride + c, stride, tokens - row, place(row));
     }
   }
-  for (; c + lanes <= last; c += lanes) {
-    if (c % (line * lanes) == 0 && c + ahead < columns) prefetch_rows<0>(source, stride, tokens, c + ahead);
+  for (; c + width <= last; c += width) {
+    if (c % (line * width) == 0 && c + ahead < columns) prefetch_rows<0>(source, stride, tokens, c + ahead);
     for (int64_t row = 0; row < block; row += lanes) {
-      stage_tile<A, block, 1>(source + row * stride + c, stride, tokens - row, staged + (c - first) * block + row);
+      stage_tile<Cell, block, 1>(source + row * stride + c, stride, tokens - row, place(row));
     }
   }
-  for (; c < last; ++c) {
+  for (; c < last; c += Cell::kDepth) {
     for (int64_t row = 0; row < block; ++row) {
-      staged[(c - first) * block + row] = row < tokens ? widen(source[row * stride + c]) : A{0};
+      *place(row) = row < tokens ? Cell::read(source + row * stride + c, last - c) : A{0};
     }
   }
 }
@@ -114,12 +120,16 @@ struct EllRows {
   int64_t end(int64_t row) const { return (row + 1) * k; }
 };
 
+// Vectors that one cache line of the output takes.
+template <class T>
+inline constexpr int kOutVectors = kLineVectors<WideCell<T>>;
+
 // target[j] = onto[j] + the j-th of `width` values, vector g of which is line[g * lanes].
 template <class T>
 inline void write_line(const Vec<accumulate_t<T>>* line, int width, const T* onto, T* target) {
   using A = accumulate_t<T>;
   constexpr int lanes = kLanes<A>;
-  for (int g = 0; g < kLineVectors<T>; ++g) {
+  for (int g = 0; g < kOutVectors<T>; ++g) {
     const Vec<A> value = line[g * lanes];
     const int from = g * lanes;
     if (from + lanes <= width) {
@@ -132,13 +142,21 @@ inline void write_line(const Vec<accumulate_t<T>>* line, int width, const T* ont
   }
 }
 
-// out[t, r] = base[t, r] + bias[r] + sum over the entries (c, v) of row r of v staged[c][t], for the
-// rows [first, last) and the first `tokens` of the block. Entries are added in their order.
-template <class T, int block, class Rows>
-void gather_rows(const Rows& rows, const accumulate_t<T>* staged, int64_t first, int64_t last, int64_t tokens,
-                 const T* base, int64_t base_stride, const T* bias, T* out, int64_t out_stride) {
+// bias[row] for every token, or zero.
+template <class T>
+struct BiasTerm {
   using A = accumulate_t<T>;
-  constexpr int lanes = kLanes<A>, vectors = block / lanes, line = kLineVectors<T>;
+  const T* bias;
+  Vec<A> operator()(int64_t row, int) const { return broadcast(bias != nullptr ? widen(bias[row]) : A{0}); }
+};
+
+// out[t, r] = base[t, r] + term(r, t) + sum over the entries (c, v) of row r of v staged[c][t], for the
+// rows [first, last) and the first `tokens` of the block. Entries are added in their order.
+template <class T, class Cell, int block, class Rows, class Term>
+void gather_rows(const Rows& rows, const accumulate_t<T>* staged, int64_t first, int64_t last, int64_t tokens,
+                 const T* base, int64_t base_stride, const Term& term, T* out, int64_t out_stride) {
+  using A = accumulate_t<T>;
+  constexpr int lanes = kLanes<A>, vectors = block / lanes, line = kOutVectors<T>;
   Vec<A> tile[vectors][line * lanes];  // [block][a cache line of out]
   for (int64_t r = first; r < last; r += line * lanes) {
     const int width = static_cast<int>(std::min<int64_t>(line * lanes, last - r));
@@ -149,14 +167,12 @@ void gather_rows(const Rows& rows, const accumulate_t<T>* staged, int64_t first,
       for (int64_t e = rows.begin(r + i), end = rows.end(r + i); e < end; ++e) {
         const int32_t column = rows.column(e);
         if (column < 0) continue;
-        const A* gathered = staged + int64_t{column} * block;
         const Vec<A> value = broadcast(rows.value(e));
 #pragma GCC unroll 8
-        for (int v = 0; v < vectors; ++v) sum[v] += value * load(gathered + v * lanes);
+        for (int v = 0; v < vectors; ++v) sum[v] += value * Cell::template column<block>(staged, column, v);
       }
-      // The bias comes last: summed onto it, each product would be rounded at its scale.
-      const Vec<A> last_term = broadcast(bias != nullptr ? widen(bias[r + i]) : A{0});
-      for (int v = 0; v < vectors; ++v) tile[v][i] = sum[v] + last_term;
+      // The large term comes last: summed onto it, each product would be rounded at its scale.
+      for (int v = 0; v < vectors; ++v) tile[v][i] = sum[v] + term(r + i, v);
     }
     for (int v = 0; v < vectors && v * lanes < tokens; ++v) {
       for (int g = 0; g < line; ++g) transpose<A>(tile[v] + g * lanes);

@@ -48,7 +48,7 @@ def add_dense(y: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None = None) 
     if y.dtype in (torch.float32, torch.float64) or not y.is_cpu:
         torch.addmm(y, x, weight, out=y)
         return y if bias is None else y.add_(bias)
-    if not _native(y.dtype):
+    if not has_product(y.dtype):
         return _add_dense_widened(y, x, weight, bias)
     if bias is None:
         return torch.addmm(y, x, weight, out=y)
@@ -56,7 +56,7 @@ def add_dense(y: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None = None) 
 
 
 @functools.cache
-def _native(dtype: torch.dtype) -> bool:
+def has_product(dtype: torch.dtype) -> bool:
     """Whether oneDNN multiplies matrices of this 16-bit dtype on this processor."""
     if not torch.backends.mkldnn.is_available():
         return False

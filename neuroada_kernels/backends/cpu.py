@@ -1,13 +1,18 @@
-"""The C++ backend for the CPU: the bypass by the kernels of ``csrc/cpu``, the product by torch."""
+"""The C++ backend for the CPU: product and bypass in one kernel of ``csrc/cpu``, or the bypass by a
+kernel of its own and the product by torch where that is known to be faster."""
 
 from __future__ import annotations
+
+import functools
+import math
+import os
 
 import torch
 from torch import Tensor
 
 from neuroada_kernels import _extension
 from neuroada_kernels._registry import Backend, Implementation, register
-from neuroada_kernels.backends._dense import add_dense, bias_for_bypass
+from neuroada_kernels.backends._dense import add_dense, bias_for_bypass, has_product
 from neuroada_kernels.backends._entries import assign_entries
 from neuroada_kernels.plan import make_plan
 
@@ -16,6 +21,8 @@ _C = torch.ops.neuroada_C
 
 
 def _linear(x: Tensor, weight: Tensor, index: Tensor, delta: Tensor, bias: Tensor | None) -> Tensor:
+    if _one_kernel(x, weight):
+        return _C.linear_fwd.default(x, weight, index, _wide(delta, x), bias)  # type: ignore[no-any-return]
     early, late = bias_for_bypass(bias)
     y = x.new_empty(x.shape[0], weight.shape[0])
     _C.bypass_fwd.default(x, index, _wide(delta, x), early, None, y)
@@ -31,6 +38,10 @@ def _linear_backward(
     plan: Tensor | None,
     output_mask: list[bool],
 ) -> tuple[Tensor | None, Tensor | None]:
+    if output_mask[0] and _one_kernel(grad, weight):
+        _, grad_delta = _bypass_backward(grad, x, index, delta, plan, [False, output_mask[1]])
+        plan = make_plan(index, x.shape[1]) if plan is None else plan
+        return _C.linear_bwd_input.default(grad, weight, plan, _wide(delta, grad)), grad_delta
     grad_x, grad_delta = _bypass_backward(grad, x, index, delta, plan, output_mask)
     if grad_x is not None:
         grad_x = add_dense(grad_x, grad, weight)
@@ -64,6 +75,39 @@ def _bypass_backward(
 
 def _merge(weight: Tensor, index: Tensor, delta: Tensor) -> Tensor:
     return _C.merge.default(weight, index, _wide(delta, weight))  # type: ignore[no-any-return]
+
+
+def _one_kernel(x: Tensor, weight: Tensor) -> bool:
+    """Whether product and bypass go in one kernel, which reads W along its rows."""
+    return x.shape[0] >= _fewest_tokens(x.dtype) and weight.stride(1) == 1
+
+
+@functools.cache
+def _fewest_tokens(dtype: torch.dtype) -> float:
+    """From how many tokens on one kernel is faster than torch's product onto a bypass.
+
+    As measured; ``docs/kernels.md`` has the figures. ``NEUROADA_CPU_FUSED=0|1`` decides instead.
+    """
+    forced = os.environ.get("NEUROADA_CPU_FUSED")
+    if forced not in (None, "0", "1"):
+        raise ValueError(f"NEUROADA_CPU_FUSED: {forced!r}, expected 0 or 1")
+    if forced is not None:
+        return 0 if forced == "1" else math.inf
+    isa = "generic" if _extension.module is None else _extension.module.cpu_isa()
+    if isa == "generic" or dtype == torch.float64:
+        return math.inf
+    if dtype == torch.float32:
+        return 2
+    if not has_product(dtype):
+        return 0
+    if dtype == torch.float16 or _has_amx():
+        return math.inf  # its own units multiply faster than any vector
+    return 9 if isa == "avx512_bf16" else 4
+
+
+def _has_amx() -> bool:
+    ask = getattr(torch.cpu, "_is_amx_tile_supported", lambda: False)
+    return bool(ask())
 
 
 def _wide(delta: Tensor, x: Tensor) -> Tensor:

@@ -133,12 +133,13 @@ struct Problem {
 
 template <class T>
 struct Outputs {
-  Matrix<T> out, grad_x;
+  Matrix<T> out, grad_x, linear, linear_grad_x;
   Matrix<accumulate_t<T>> grad_delta;
   Matrix<T> weight, original;
 
   bool same_bits(const Outputs& other) const {
-    return out.same_bits(other.out) && grad_x.same_bits(other.grad_x) && grad_delta.same_bits(other.grad_delta) &&
+    return out.same_bits(other.out) && grad_x.same_bits(other.grad_x) && linear.same_bits(other.linear) &&
+           linear_grad_x.same_bits(other.linear_grad_x) && grad_delta.same_bits(other.grad_delta) &&
            weight.same_bits(other.weight) && original.same_bits(other.original);
   }
 };
@@ -157,16 +158,31 @@ Outputs<T> run(const Problem<T>& p, const cpu::Kernels& kernels, const cpu::Exec
   const Case& c = p.shape;
   const DType dtype = dtype_of<T>();
   Outputs<T> r{c.base == Base::out ? p.base : Matrix<T>(c.tokens, c.d_out, c.gap + 1),
-               Matrix<T>(c.tokens, c.d_in, c.gap), Matrix<accumulate_t<T>>(c.d_out, c.k), p.weight,
+               Matrix<T>(c.tokens, c.d_in, c.gap),
+               Matrix<T>(c.tokens, c.d_out, c.gap),
+               Matrix<T>(c.tokens, c.d_in, c.gap + 1),
+               Matrix<accumulate_t<T>>(c.d_out, c.k),
+               p.weight,
                Matrix<T>(c.d_out, c.k)};
   const T* base = c.base == Base::none ? nullptr : c.base == Base::out ? r.out.data() : p.base.data();
-  kernels.bypass_fwd({dtype, c.tokens, c.d_in, c.d_out, c.k, p.x.data(), p.x.stride(), p.index.data(), p.delta.data(),
-                      base, p.base.stride(), c.bias ? p.bias.data() : nullptr, r.out.data(), r.out.stride()},
-                     executor);
+  const T* bias = c.bias ? p.bias.data() : nullptr;
+  cpu::BypassFwd forward{dtype,          c.tokens,       c.d_in, c.d_out,         c.k,  p.x.data(),   p.x.stride(),
+                         p.index.data(), p.delta.data(), base,   p.base.stride(), bias, r.out.data(), r.out.stride()};
+  kernels.bypass_fwd(forward, executor);
+  forward.base = nullptr;
+  forward.out = r.linear.data();
+  forward.out_stride = r.linear.stride();
+  kernels.linear_fwd({forward, p.weight.data(), p.weight.stride()}, executor);
+
   const std::vector<int32_t> plan = make_plan(p.index, c.d_in);
-  kernels.bypass_bwd_input({dtype, c.tokens, c.d_in, c.d_out, c.k, p.grad.data(), p.grad.stride(), plan.data(),
-                            p.delta.data(), r.grad_x.data(), r.grad_x.stride()},
-                           executor);
+  cpu::BypassBwdInput backward{
+      dtype,       c.tokens,       c.d_in,          c.d_out,          c.k, p.grad.data(), p.grad.stride(),
+      plan.data(), p.delta.data(), r.grad_x.data(), r.grad_x.stride()};
+  kernels.bypass_bwd_input(backward, executor);
+  backward.out = r.linear_grad_x.data();
+  backward.out_stride = r.linear_grad_x.stride();
+  kernels.linear_bwd_input({backward, p.weight.data(), p.weight.stride()}, executor);
+
   kernels.sddmm({dtype, c.tokens, c.d_in, c.d_out, c.k, p.grad.data(), p.grad.stride(), p.x.data(), p.x.stride(),
                  p.index.data(), r.grad_delta.data()},
                 executor);
@@ -188,17 +204,26 @@ inline Matrix<double> zeros(int64_t rows, int64_t columns) {
 template <class T>
 Outputs<double> reference(const Problem<T>& p) {
   const Case& c = p.shape;
-  Outputs<double> r{zeros(c.tokens, c.d_out), zeros(c.tokens, c.d_in), zeros(c.d_out, c.k), zeros(c.d_out, c.d_in),
+  Outputs<double> r{zeros(c.tokens, c.d_out), zeros(c.tokens, c.d_in), zeros(c.tokens, c.d_out),
+                    zeros(c.tokens, c.d_in),  zeros(c.d_out, c.k),     zeros(c.d_out, c.d_in),
                     zeros(c.d_out, c.k)};
   for (int64_t t = 0; t < c.tokens; ++t) {
     for (int64_t j = 0; j < c.d_out; ++j) {
       if (c.base != Base::none) r.out(t, j) += widen(p.base(t, j));
       if (c.bias) r.out(t, j) += widen(p.bias(0, j));
+      if (c.bias) r.linear(t, j) += widen(p.bias(0, j));
+      for (int64_t column = 0; column < c.d_in; ++column) {
+        const double weight = widen(p.weight(j, column));
+        r.linear(t, j) += widen(p.x(t, column)) * weight;
+        r.linear_grad_x(t, column) += widen(p.grad(t, j)) * weight;
+      }
     }
     p.each_connection([&](int64_t j, int64_t s, int64_t column) {
       const double delta = p.delta(j, s), x = widen(p.x(t, column)), grad = widen(p.grad(t, j));
       r.out(t, j) += delta * x;
       r.grad_x(t, column) += delta * grad;
+      r.linear(t, j) += delta * x;
+      r.linear_grad_x(t, column) += delta * grad;
       r.grad_delta(j, s) += grad * x;
     });
   }
@@ -230,6 +255,8 @@ template <class T>
 void check_outputs(const Outputs<T>& actual, const Outputs<double>& expected, const std::string& where) {
   check_rounded(actual.out, expected.out, where + ": bypass_fwd");
   check_rounded(actual.grad_x, expected.grad_x, where + ": bypass_bwd_input");
+  check_rounded(actual.linear, expected.linear, where + ": linear_fwd");
+  check_rounded(actual.linear_grad_x, expected.linear_grad_x, where + ": linear_bwd_input");
   check_rounded(actual.grad_delta, expected.grad_delta, where + ": sddmm");
   check_rounded(actual.weight, expected.weight, where + ": merge, weight");
   check_rounded(actual.original, expected.original, where + ": merge, original");

@@ -66,6 +66,12 @@ void formulas_hold_for_wide_weights() {
   check_case({45, 67, 2100, 2, IndexKind::ragged, true, Base::separate, 1}, 7);
 }
 
+// Several blocks of tokens, of rows and of cells at once, each with a remainder.
+void formulas_hold_across_blocks_of_the_product() {
+  check_case({300, 531, 410, 3, IndexKind::ragged, true, Base::none, 1}, 8);
+  check_case({129, 512, 384, 1, IndexKind::distinct, false, Base::none}, 9);
+}
+
 void formulas_hold_for_empty_sizes() {
   for (int64_t tokens : {0, 3}) {
     for (int64_t d_in : {0, 5}) {
@@ -83,6 +89,7 @@ int main() {
   formulas_hold_for_each_way_to_hand_over_the_output();
   formulas_hold_for_many_tokens();
   formulas_hold_for_wide_weights();
+  formulas_hold_across_blocks_of_the_product();
   formulas_hold_for_empty_sizes();
   return exit_status();
 }

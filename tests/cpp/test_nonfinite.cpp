@@ -91,13 +91,17 @@ void empty_slots_read_no_column() {
   check_against_formula(problem, "column 0");
 }
 
-// The largest finite value of a 16-bit dtype times more than 1. One token: no partial sum overflows.
+// The largest finite value of a 16-bit dtype times more than 1. One token, and weights of zero: no
+// partial sum overflows.
 template <class T>
 void overflow_becomes_infinity() {
   Random random(3);
   Problem<T> problem({1, 9, 20, 1}, random);
   const float largest = dtype_of<T>() == neuroada::DType::f16 ? 65504.0f : 0x1.fep127f;
   for (int64_t column = 0; column < 9; ++column) put(problem.x, 0, column, largest);
+  for (int64_t j = 0; j < 20; ++j) {
+    for (int64_t column = 0; column < 9; ++column) put(problem.weight, j, column, 0);
+  }
   for (int64_t j = 0; j < 20; ++j) problem.delta(j, 0) = j % 2 ? 1.75f : -1.25f;
   check_against_formula(problem, "overflow");
 }

@@ -1,0 +1,97 @@
+// How the kernels hold what a product sums over: in *cells*, each of which one lane multiplies at once.
+// A cell is one value widened to the accumulate type, or two neighbouring bfloat16 as they stand where
+// the processor multiplies pairs of them.
+#pragma once
+
+#include "simd.h"
+
+namespace neuroada::cpu::NEUROADA_ISA {
+
+template <class T>
+struct WideCell {
+  using Source = T;
+  using A = accumulate_t<T>;
+  using Element = A;  // of W, as add() reads it
+  static constexpr int kDepth = 1;
+  static constexpr int64_t kShortSum = 64;  // cells that are summed before they join a longer sum
+
+  // kLanes cells of a row, and one, of which `left` columns are there.
+  static Vec<A> load_row(const T* source) { return load(source); }
+  static A read(const T* source, int64_t) { return widen(*source); }
+
+  // Vector v of the tokens of a column, from a block staged as [cell][block].
+  template <int block>
+  static Vec<A> column(const A* staged, int32_t column, int v) {
+    return load(staged + int64_t{column} * block + v * kLanes<A>);
+  }
+
+  static Vec<A> broadcast_weight(const A* weight) { return broadcast(*weight); }
+  static void add(Vec<A>& sum, Vec<A> x, Vec<A> weight) { sum += x * weight; }
+};
+
+#ifdef __AVX512BF16__
+
+struct PairCell {
+  using Source = BFloat16;
+  using A = float;  // the bits of a pair, the lower column in the lower half
+  using Element = BFloat16;
+  static constexpr int kDepth = 2;
+  static constexpr int64_t kShortSum = INT64_MAX;  // what is rounded to bfloat16 is rounded more than any sum
+
+  static Vec<float> load_row(const BFloat16* source) {
+    Vec<float> pairs;
+    std::memcpy(&pairs, source, sizeof(pairs));
+    return pairs;
+  }
+  static float read(const BFloat16* source, int64_t left) {
+    return float_from_bits(source[0].bits | (left > 1 ? uint32_t{source[1].bits} << 16 : 0));
+  }
+
+  template <int block>
+  static Vec<float> column(const float* staged, int32_t column, int v) {
+    const VecU32 pairs = (VecU32)load(staged + int64_t{column / 2} * block + v * kLanes<float>);
+    return (Vec<float>)((pairs << (column % 2 ? 0 : 16)) & 0xffff0000u);
+  }
+
+  static Vec<float> broadcast_weight(const BFloat16* weight) {
+    int32_t pair;
+    std::memcpy(&pair, weight, sizeof(pair));
+    return (Vec<float>)_mm512_set1_epi32(pair);
+  }
+  static void add(Vec<float>& sum, Vec<float> x, Vec<float> weight) {
+    sum = (Vec<float>)_mm512_dpbf16_ps((__m512)sum, (__m512bh)x, (__m512bh)weight);
+  }
+};
+
+#endif
+
+// How a sum over tokens holds them: one to a lane, or two where the processor multiplies pairs.
+template <class T>
+struct WideTokens {
+  using A = accumulate_t<T>;
+  static constexpr int kTokens = 1;
+  static void add(Vec<A>& sum, Vec<A> a, Vec<A> b) { sum += a * b; }
+};
+
+#ifdef __AVX512BF16__
+struct PairedTokens {
+  static constexpr int kTokens = 2;
+  static void add(Vec<float>& sum, Vec<float> a, Vec<float> b) { PairCell::add(sum, a, b); }
+};
+#endif
+
+// In what a product of T sums, over columns and over tokens.
+template <class T>
+struct ProductCell {
+  using type = WideCell<T>;
+  using tokens = WideTokens<T>;
+};
+#ifdef __AVX512BF16__
+template <>
+struct ProductCell<BFloat16> {
+  using type = PairCell;
+  using tokens = PairedTokens;
+};
+#endif
+
+}  // namespace neuroada::cpu::NEUROADA_ISA

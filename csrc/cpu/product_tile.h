@@ -1,0 +1,97 @@
+// A tile of the dense product, in registers. A lane is a token: x lies transposed, as staging.h leaves
+// it for the gather of the bypass, and one cell of W at a time is broadcast to all lanes.
+#pragma once
+
+#include <algorithm>
+
+#include "cells.h"
+
+namespace neuroada::cpu::NEUROADA_ISA {
+
+// Vectors of sums that a tile keeps in registers, beside what it reads. Of the shapes that this
+// allows, many vectors of tokens and few rows load the least: each broadcast is a load of its own.
+inline constexpr int kTileSums = kVectorBytes == 64 ? 24 : 12, kTileVectors = kVectorBytes == 64 ? 3 : 2;
+template <int vectors>
+inline constexpr int kTileRows = kTileSums / (vectors == 1 ? 2 : vectors);
+
+// What a tile reads of W: row r at cell c stands at `at + r * row_step + c * cell_step`, in elements.
+template <class Element>
+struct WeightBlock {
+  const Element* at;
+  int64_t row_step, cell_step;
+
+  WeightBlock from(int64_t row) const { return {at + row * row_step, row_step, cell_step}; }
+};
+
+// What a tile reads and adds to: total[r][i] = or += sum over `cells` of panel[c][i] W(r, c).
+template <class Cell>
+struct TileJob {
+  using A = typename Cell::A;
+  const A* panel;  // [cells][tokens of the panel]
+  WeightBlock<typename Cell::Element> weight;
+  int64_t cells;
+  A* total;
+  int64_t total_stride;
+  bool first;  // whether total is set, not added to
+};
+
+// The sums of the cells [begin, end), for the rows of a tile and a panel of `vectors` vectors of tokens,
+// as a new first value of `sums` or added to it. `packed` says which step of W is that of a cell.
+template <class Cell, int vectors, bool packed>
+inline void sum_cells(const TileJob<Cell>& job, int64_t begin, int64_t end, typename Cell::A* sums, int64_t stride,
+                      bool first) {
+  using A = typename Cell::A;
+  using Element = typename Cell::Element;
+  constexpr int lanes = kLanes<A>, tile_rows = kTileRows<vectors>;
+  constexpr int pointers = (tile_rows + 2) / 3;
+  const int64_t row_step = packed ? Cell::kDepth : job.weight.row_step;
+  const int64_t cell_step = packed ? job.weight.cell_step : Cell::kDepth;
+  // Three rows to a pointer: an address is then a base and at most twice a step, for which few
+  // registers do.
+  const Element* rows[pointers];
+  for (int i = 0; i < pointers; ++i) rows[i] = job.weight.at + 3 * i * row_step;
+  Vec<A> sum[tile_rows][vectors];
+  for (auto& row : sum) {
+    for (auto& vector : row) vector = zero<A>();
+  }
+  for (int64_t c = begin; c < end; ++c) {
+    Vec<A> x[vectors];
+#pragma GCC unroll 3
+    for (int v = 0; v < vectors; ++v) x[v] = load(job.panel + (c * vectors + v) * lanes);
+#pragma GCC unroll 24
+    for (int r = 0; r < tile_rows; ++r) {
+      const Vec<A> value = Cell::broadcast_weight(rows[r / 3] + c * cell_step + r % 3 * row_step);
+#pragma GCC unroll 3
+      for (int v = 0; v < vectors; ++v) Cell::add(sum[r][v], x[v], value);
+    }
+  }
+  for (int r = 0; r < tile_rows; ++r) {
+    for (int v = 0; v < vectors; ++v) {
+      A* place = sums + r * stride + v * lanes;
+      store(place, first ? sum[r][v] : load(place) + sum[r][v]);
+    }
+  }
+}
+
+// Short sums round less than one long one: where it shows, those of a tile are added up beside the total.
+template <class Cell, int vectors, bool packed>
+void multiply_tile(const TileJob<Cell>& job) {
+  using A = typename Cell::A;
+  if (job.cells <= Cell::kShortSum) {
+    return sum_cells<Cell, vectors, packed>(job, 0, job.cells, job.total, job.total_stride, job.first);
+  }
+  constexpr int width = vectors * kLanes<A>;
+  alignas(64) A sums[kTileRows<vectors> * width];
+  for (int64_t c = 0; c < job.cells; c += Cell::kShortSum) {
+    sum_cells<Cell, vectors, packed>(job, c, std::min(c + Cell::kShortSum, job.cells), sums, width, c == 0);
+  }
+  for (int r = 0; r < kTileRows<vectors>; ++r) {
+    for (int i = 0; i < width; i += kLanes<A>) {
+      A* place = job.total + r * job.total_stride + i;
+      const Vec<A> sum = load(sums + r * width + i);
+      store(place, job.first ? sum : load(place) + sum);
+    }
+  }
+}
+
+}  // namespace neuroada::cpu::NEUROADA_ISA

@@ -1,0 +1,159 @@
+"""The C++ backend: product and bypass in one kernel or two, by choice, and what its ops refuse."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+
+import pytest
+import torch
+from gradients import (
+    differentiate,
+    differentiate_in_float64,
+    linear,
+    linear_tensors,
+    reference_linear,
+)
+from torch import Tensor
+
+import neuroada_kernels as nk
+from neuroada_kernels import _extension, reference
+from neuroada_kernels.backends import cpu
+from neuroada_kernels.plan import make_plan
+from neuroada_kernels.testing import CASES, Case, Inputs, make_inputs, rms_error, tolerance
+
+pytestmark = pytest.mark.skipif(
+    _extension.library_error is not None, reason=f"not built: {_extension.library_error}"
+)
+C = torch.ops.neuroada_C
+CASE = Case(tokens=33, d_in=72, d_out=90, k=2)
+
+
+@pytest.fixture(autouse=True)
+def choice_is_made_anew():
+    cpu._fewest_tokens.cache_clear()
+    yield
+    cpu._fewest_tokens.cache_clear()
+
+
+def outputs(inputs: Inputs) -> tuple[Tensor, ...]:
+    """y, dx and ddelta, and the gradient of a bias where there is one."""
+    with nk.use_backend("cpu"):
+        return differentiate(linear(inputs), linear_tensors(inputs), inputs.grad_output)
+
+
+def expected(inputs: Inputs) -> tuple[Tensor, ...]:
+    return differentiate_in_float64(
+        reference_linear(inputs), linear_tensors(inputs), inputs.grad_output
+    )
+
+
+@pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
+@pytest.mark.parametrize("fused", ["0", "1"], ids=["two_kernels", "one_kernel"])
+def test_both_ways_are_the_formula(case, fused, dtype, monkeypatch):
+    monkeypatch.setenv("NEUROADA_CPU_FUSED", fused)
+    inputs = make_inputs(case, dtype)
+    lengths = (case.d_in + case.k, case.d_out * (1 + case.k), case.tokens, case.tokens)
+    for ours, truth, length in zip(outputs(inputs), expected(inputs), lengths, strict=False):
+        assert rms_error(ours, truth) <= tolerance(dtype, length, ours.dtype)
+
+
+@pytest.mark.parametrize(("d_in", "d_out"), [(2048, 64), (200, 200), (64, 2048)])
+def test_float32_sums_of_one_kernel_are_as_exact_as_torchs(d_in, d_out, monkeypatch):
+    """2 % for the one rounding more where the bypass joins a sum that is short itself."""
+    monkeypatch.setenv("NEUROADA_CPU_FUSED", "1")
+    inputs = make_inputs(Case(tokens=64, d_in=d_in, d_out=d_out, k=1), torch.float32)
+    y, grad_x, _ = outputs(inputs)
+    exact_y, exact_grad_x, _ = expected(inputs)
+    merged = reference.merged_weight(inputs.weight, inputs.index, inputs.delta)
+    theirs = rms_error(inputs.x @ merged.t(), exact_y)
+    assert rms_error(y, exact_y) <= 1.02 * theirs
+    theirs = rms_error(inputs.grad_output @ merged, exact_grad_x)
+    assert rms_error(grad_x, exact_grad_x) <= 1.02 * theirs
+
+
+def test_a_weight_that_lies_by_columns_takes_torchs_product(monkeypatch):
+    monkeypatch.setenv("NEUROADA_CPU_FUSED", "1")
+    inputs = make_inputs(CASE, torch.float32)
+    plain = outputs(inputs)
+    inputs = replace(inputs, weight=inputs.weight.t().contiguous().t())
+    assert not cpu._one_kernel(inputs.x, inputs.weight)
+    for ours, theirs in zip(outputs(inputs), plain, strict=True):
+        torch.testing.assert_close(ours, theirs)
+
+
+F32, F64, BF16, F16 = torch.float32, torch.float64, torch.bfloat16, torch.float16
+
+
+@pytest.mark.parametrize(
+    ("isa", "has_product", "amx", "fewest"),
+    [
+        ("generic", True, False, {F32: math.inf, F64: math.inf, BF16: math.inf, F16: math.inf}),
+        ("avx2", False, False, {F32: 2, F64: math.inf, BF16: 0, F16: 0}),
+        ("avx512", True, False, {F32: 2, F64: math.inf, BF16: 4, F16: math.inf}),
+        ("avx512_bf16", True, False, {F32: 2, F64: math.inf, BF16: 9, F16: math.inf}),
+        ("avx512_bf16", True, True, {F32: 2, F64: math.inf, BF16: math.inf, F16: math.inf}),
+    ],
+)
+def test_one_kernel_is_chosen_where_it_was_measured_faster(
+    isa, has_product, amx, fewest, monkeypatch
+):
+    monkeypatch.delenv("NEUROADA_CPU_FUSED", raising=False)
+    monkeypatch.setattr(cpu, "has_product", lambda dtype: has_product)
+    monkeypatch.setattr(cpu, "_has_amx", lambda: amx)
+
+    class Module:
+        cpu_isa = staticmethod(lambda: isa)
+
+    monkeypatch.setattr(_extension, "module", Module)
+    assert {dtype: cpu._fewest_tokens(dtype) for dtype in fewest} == fewest
+
+
+def test_what_the_environment_says_must_be_0_or_1(monkeypatch):
+    monkeypatch.setenv("NEUROADA_CPU_FUSED", "yes")
+    with pytest.raises(ValueError, match=r"NEUROADA_CPU_FUSED: 'yes', expected 0 or 1"):
+        outputs(make_inputs(CASE, torch.float32))
+
+
+def arguments() -> dict[str, Tensor]:
+    inputs = make_inputs(CASE, torch.float32)
+    return {
+        "x": inputs.x,
+        "grad": inputs.grad_output,
+        "weight": inputs.weight,
+        "index": inputs.index,
+        "delta": inputs.delta,
+        "plan": make_plan(inputs.index, CASE.d_in),
+    }
+
+
+def call(op: str, given: dict[str, Tensor]) -> Tensor:
+    if op == "linear_fwd":
+        return C.linear_fwd(given["x"], given["weight"], given["index"], given["delta"], None)
+    return C.linear_bwd_input(given["grad"], given["weight"], given["plan"], given["delta"])
+
+
+@pytest.mark.parametrize("op", ["linear_fwd", "linear_bwd_input"])
+@pytest.mark.parametrize(
+    ("argument", "change", "message"),
+    [
+        ("weight", lambda w: w[:, :-1], r"shape \[90, 71\]|bypasses|columns"),
+        ("weight", lambda w: w[:-1], r"shape \[8?9|weight: shape"),
+        ("weight", torch.Tensor.double, "weight: dtype differs from that of"),
+        ("weight", lambda w: w.t().contiguous().t(), "weight: stride 90 along a row, expected 1"),
+        ("delta", lambda d: d[:-1], "delta|grad|index|bypasses"),
+        ("delta", torch.Tensor.double, "delta: dtype is not the expected float32"),
+        ("index", lambda i: i + 72, "index: column .* is out of range"),
+        ("plan", lambda p: p + 1, "plan: not the plan of an index"),
+        ("x", lambda x: x[:, :-1], "weight: shape"),
+        ("grad", lambda g: g[:, :-1], "weight: shape"),
+    ],
+)
+def test_ops_refuse_what_would_reach_outside(op, argument, change, message):
+    given = arguments()
+    used = {"x", "index"} if op == "linear_fwd" else {"grad", "plan"}
+    if argument not in used | {"weight", "delta"}:
+        pytest.skip(f"{op} takes no {argument}")
+    given[argument] = change(given[argument])
+    with pytest.raises(RuntimeError, match=message):
+        call(op, given)
