@@ -236,6 +236,17 @@ def test_few_programs_share_all_tiles():
     assert linear_bwd_input(inputs, config=config).equal(linear_bwd_input(inputs))
 
 
+@pytest.mark.parametrize("group_m", [1, 2, 3])
+def test_groups_of_rows_cover_every_tile_once(group_m):
+    """Three rows of tiles in groups of two leave a last group that is lower."""
+    inputs = inputs_of(Case(tokens=300, d_in=140, d_out=150, k=2), torch.float32)
+    (config,) = configs.gemm_configs(300, torch.float32, configs.H200)[:1]
+    assert (config.block_m, config.block_n) == (128, 128)
+    grouped = replace(config, group_m=group_m)
+    assert linear_fwd(inputs, config=grouped).equal(linear_fwd(inputs))
+    assert linear_bwd_input(inputs, config=grouped).equal(linear_bwd_input(inputs))
+
+
 @pytest.mark.parametrize("fused", ["0", "1"])
 def test_chunks_of_tokens_change_nothing(fused, monkeypatch):
     case = Case(tokens=300, d_in=48, d_out=40, k=2)
