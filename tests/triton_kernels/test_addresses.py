@@ -209,7 +209,10 @@ def test_addresses_have_64_bits(name, dim):
     near = results_of(inputs, {})
     far = results_of(inputs, {name: lambda t: far_apart(t, dim)})
     for kernel, result in far.items():
-        assert result.equal(near[kernel]), kernel
+        # On a GPU other strides may make other code, which sums in another order.
+        torch.testing.assert_close(
+            result, near[kernel], rtol=1e-3, atol=1e-3, msg=lambda why, k=kernel: f"{k}: {why}"
+        )
 
 
 if __name__ == "__main__":

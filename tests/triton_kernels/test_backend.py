@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 import neuroada_kernels as nk
-from neuroada_kernels.testing import Case, Inputs, make_inputs
+from neuroada_kernels.testing import Case, Inputs, make_inputs, rms_error, tolerance
 
 pytestmark = pytest.mark.on_backend
 unavailable = nk.available_backends()["triton"]
@@ -72,6 +72,25 @@ def test_a_layer_may_have_no_neurons(tokens, fused, monkeypatch):
     assert y.shape == (tokens, 0)
     assert grad_x.equal(torch.zeros_like(x))
     assert grad_delta.shape == (0, 2)
+
+
+@both_forms
+@pytest.mark.parametrize("planned", [True, False], ids=["plan", "no_plan"])
+def test_no_slot_may_have_a_connection(planned, fused, dtype, monkeypatch):
+    monkeypatch.setenv("NEUROADA_TRITON_FUSED", fused)
+    inputs = make_inputs(Case(17, 40, 24, 3, bias=True), dtype, device=DEVICE)
+    inputs.index.fill_(-1)
+    inputs.delta.fill_(float("nan"))
+    plan = nk.make_plan(inputs.index, 40) if planned else None
+    y, out, grad_x, grad_delta, bypass_grad_x, bypass_grad_delta, merged, *_ = results(inputs, plan)
+    frozen = inputs.x.double() @ inputs.weight.double().t() + inputs.bias.double()
+    assert rms_error(y, frozen) <= 2 * tolerance(dtype, 40)
+    assert rms_error(grad_x, inputs.grad_output.double() @ inputs.weight.double()) <= 2 * tolerance(
+        dtype, 24
+    )
+    assert out.equal(inputs.grad_output)
+    assert not any(gradient.any() for gradient in (grad_delta, bypass_grad_x, bypass_grad_delta))
+    assert merged.equal(inputs.weight)
 
 
 @both_forms

@@ -182,8 +182,9 @@ def test_the_products_take_any_strides(strides):
         plain, x=view(plain.x), weight=view(plain.weight), grad_output=view(plain.grad_output)
     )
     assert viewed.x.stride() != plain.x.stride()
-    assert linear_fwd(viewed).equal(linear_fwd(plain))
-    assert linear_bwd_input(viewed).equal(linear_bwd_input(plain))
+    # Close, not equal: on a GPU other strides may make other code, which sums in another order.
+    torch.testing.assert_close(linear_fwd(viewed), linear_fwd(plain))
+    torch.testing.assert_close(linear_bwd_input(viewed), linear_bwd_input(plain))
 
 
 @pytest.mark.parametrize("count", [0, 1, 3, 4, 5, 31, 32, 33, 70])
