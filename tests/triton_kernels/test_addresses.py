@@ -90,7 +90,7 @@ def follow_plans_of_other_indices(place: Place) -> None:
     plans = [wider, right[:-20], right.new_zeros(len(right))]
     plans += [right.new_full((len(right),), value) for value in (7, 48, -1, 2**31 - 1, -(2**31))]
     plans += [torch.cat([right[:-1], right.new_tensor([entry])]) for entry in (48, -1)]
-    plans += [right.flip(0), right * 1000, -right]
+    plans += [right.flip(0), right * 1000, -right, right - 100, right + 100]
     grad_t = place(kernels.transpose(inputs.grad_output))
     grad_x = place(torch.zeros_like(inputs.x))
     for plan in plans:

@@ -93,6 +93,16 @@ def test_no_slot_may_have_a_connection(planned, fused, dtype, monkeypatch):
     assert merged.equal(inputs.weight)
 
 
+@pytest.mark.parametrize("delta_dtype", [torch.bfloat16, torch.float64], ids=str)
+def test_the_gradient_of_delta_has_its_dtype(delta_dtype):
+    """The op's own result, on which a compiled graph relies; autograd would cast it."""
+    inputs = make_inputs(Case(17, 40, 24, 3), torch.float32, device=DEVICE)
+    rest = (inputs.index, inputs.delta.to(delta_dtype), None, [False, True])
+    op, grad = torch.ops.neuroada, inputs.grad_output
+    assert op.linear_backward(grad, inputs.x, inputs.weight, *rest)[1].dtype == delta_dtype
+    assert op.bypass_backward(grad, inputs.x, *rest)[1].dtype == delta_dtype
+
+
 @both_forms
 def test_a_chunk_is_dropped_before_the_next_is_transposed(fused, monkeypatch):
     monkeypatch.setenv("NEUROADA_TRITON_FUSED", fused)
