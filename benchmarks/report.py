@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import platform
 import re
 import subprocess
@@ -64,7 +65,7 @@ class Results:
 
 
 def environment(device: str = "cpu") -> dict[str, Any]:
-    """What ran, and on what; ``commit`` is None outside of a checkout of this package."""
+    """What ran, and on what; ``commit`` is NEUROADA_COMMIT or None outside of a checkout."""
     commit, changed = _commit(Path(__file__).resolve().parent)
     return {
         "package": __version__,
@@ -229,7 +230,8 @@ def _commit(folder: Path) -> tuple[str | None, bool | None]:
         git("ls-files", "--error-unmatch", "__init__.py")
         return git("rev-parse", "HEAD"), bool(git("status", "--porcelain"))
     except (OSError, subprocess.CalledProcessError):
-        return None, None
+        # A checkout may have come without its .git to where the GPU is.
+        return os.environ.get("NEUROADA_COMMIT"), None
 
 
 def _cpu_model() -> str:

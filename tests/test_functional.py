@@ -209,7 +209,7 @@ def test_bypass_takes_any_shape_and_layout(leading, layout, backend, device):
     assert out.data_ptr() != y.data_ptr()
 
 
-def some_arguments(**changed: object) -> dict[str, object]:
+def some_arguments(device: str = "cpu", **changed: object) -> dict[str, object]:
     """Arguments that fit, x [5, 6] and weight [4, 6], but for the ones changed."""
     arguments = {
         "x": torch.randn(5, 6),
@@ -218,11 +218,11 @@ def some_arguments(**changed: object) -> dict[str, object]:
         "delta": torch.randn(4, 3),
         "bias": torch.randn(4),
     }
-    return arguments | changed
+    return {name: tensor.to(device) for name, tensor in arguments.items()} | changed
 
 
-def test_arguments_that_fit_are_taken(backend):
-    assert neuroada_linear(**some_arguments()).shape == (5, 4)
+def test_arguments_that_fit_are_taken(backend, device):
+    assert neuroada_linear(**some_arguments(device)).shape == (5, 4)
 
 
 @pytest.mark.parametrize(
@@ -282,10 +282,10 @@ def test_bypass_refuses_a_wrong_argument_by_its_name(name, value, error, message
         neuroada_bypass(**arguments)
 
 
-def test_a_weight_that_requires_grad_is_fine_where_nothing_is_differentiated(backend):
-    weight = torch.randn(4, 6, requires_grad=True)
+def test_a_weight_that_requires_grad_is_fine_where_nothing_is_differentiated(backend, device):
+    weight = torch.randn(4, 6, requires_grad=True, device=device)
     with torch.no_grad():
-        assert not neuroada_linear(**some_arguments(weight=weight)).requires_grad
+        assert not neuroada_linear(**some_arguments(device, weight=weight)).requires_grad
 
 
 needs_cpu_backend = pytest.mark.skipif(

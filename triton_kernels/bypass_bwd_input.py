@@ -22,6 +22,8 @@ def bypass_bwd_input_kernel(
     delta,
     grad_x,
     tokens,
+    d_in,
+    live_entries,
     entries,
     splits_a_program,
     stride_grad_t,
@@ -41,9 +43,9 @@ def bypass_bwd_input_kernel(
     """
     t = tl.program_id(0) * BLOCK_T + tl.arange(0, BLOCK_T)
     first_split = split + tl.program_id(1) * splits_a_program
-    c_end = tl.load(first_split + splits_a_program)
+    c_end = min(tl.load(first_split + splits_a_program), d_in)
     row = t.to(tl.int64)[:, None]
-    for start in range(tl.load(first_split), c_end, BLOCK_C):
+    for start in range(max(tl.load(first_split), 0), c_end, BLOCK_C):
         c = start + tl.arange(0, BLOCK_C)
         out = transposed_bypass_tile(
             grad_t,
@@ -54,6 +56,7 @@ def bypass_bwd_input_kernel(
             c_end,
             t,
             stride_grad_t,
+            live_entries,
             entries,
             k,
             ROUNDS,
@@ -95,6 +98,8 @@ def bypass_bwd_input(
         delta,
         grad_x,
         tokens,
+        d_in,
+        entry.numel(),
         delta.numel(),
         splits_a_program,
         grad_t.stride(0),

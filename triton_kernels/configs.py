@@ -163,7 +163,7 @@ def sddmm_configs(tokens: int, dtype: torch.dtype) -> list[SddmmConfig]:
 
 def sddmm_parts(entries: int, tokens: int, gpu: Gpu) -> int:
     """Into how many parts the tokens of a chunk are split, so that the GPU has enough programs."""
-    programs = triton.cdiv(entries, 32)
+    programs = max(1, triton.cdiv(entries, 32))
     wanted = triton.cdiv(4 * gpu.multiprocessors, programs)
     return max(1, min(wanted, triton.cdiv(tokens, padding(tokens))))
 

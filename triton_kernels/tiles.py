@@ -39,6 +39,7 @@ def transposed_bypass_tile(
     c_end,
     t,
     stride_grad_t,
+    live_entries,
     entries,
     k: tl.constexpr,
     ROUNDS: tl.constexpr,
@@ -47,8 +48,9 @@ def transposed_bypass_tile(
 ):
     """``out[c, t] = sum over (j, s) with index[j, s] = c of delta[j, s] grad_t[j, t]``  # [BC, BT]
 
-    grad_t [d_out, padded tokens]; entry lists ``j * k + s`` by column, that of column c from
-    column_start[c] on; c [BC] and t [BT] of the tile, columns from c_end on are not in it.
+    grad_t [d_out, padded tokens]; entry [live entries] lists ``j * k + s`` by column, that of
+    column c from column_start[c] on; c [BC] and t [BT] of the tile, columns from c_end on are not
+    in it. A plan of another index may give a wrong sum, but nothing outside is read.
 
     One column may be chosen by hundreds of neurons. So columns of at most ROUNDS entries are
     summed side by side, one entry of each a round, and each heavier one by itself, BLOCK_E
@@ -62,18 +64,38 @@ def transposed_bypass_tile(
     out = tl.zeros([c.shape[0], t.shape[0]], dtype=ACC)
     for r in range(tl.max(light_count)):
         out += _entry_products(
-            grad_t, entry, delta, first + r, r < light_count, t, stride_grad_t, entries, k, ACC
+            grad_t,
+            entry,
+            delta,
+            first + r,
+            r < light_count,
+            t,
+            stride_grad_t,
+            live_entries,
+            entries,
+            k,
+            ACC,
         )
 
     column = -1
     for _ in range(tl.sum(heavy.to(tl.int32))):
         column = tl.min(tl.where(heavy & (c > column), c, 0x7FFFFFFF))
-        last = tl.load(column_start + column + 1)
+        last = min(tl.load(column_start + column + 1), live_entries)
         partial = tl.zeros([BLOCK_E, t.shape[0]], dtype=ACC)
-        for start in range(tl.load(column_start + column), last, BLOCK_E):
+        for start in range(max(tl.load(column_start + column), 0), last, BLOCK_E):
             position = start + tl.arange(0, BLOCK_E)
             partial += _entry_products(
-                grad_t, entry, delta, position, position < last, t, stride_grad_t, entries, k, ACC
+                grad_t,
+                entry,
+                delta,
+                position,
+                position < last,
+                t,
+                stride_grad_t,
+                live_entries,
+                entries,
+                k,
+                ACC,
             )
         out = tl.where((c == column)[:, None], tl.sum(partial, axis=0)[None, :], out)
     return out
@@ -88,11 +110,13 @@ def _entry_products(
     live,
     t,
     stride_grad_t,
+    live_entries,
     entries,
     k: tl.constexpr,
     ACC: tl.constexpr,
 ):
     """``delta[e] grad_t[e // k, t]`` for the entries e at these positions of the plan  # [., BT]"""
+    live = live & (position >= 0) & (position < live_entries)
     e = tl.load(entry + position, mask=live, other=0)
     live = live & (e >= 0) & (e < entries)
     value = tl.load(delta + e, mask=live, other=0).to(ACC)
@@ -125,8 +149,10 @@ def add_product(
     be known to be contiguous, and its loads be of single values.
     """
     d = tl.arange(0, BLOCK_K)
-    a_tile = a + row.to(tl.int64)[:, None] * stride_a_row + d[None, :] * stride_a_depth
-    b_tile = b + d[:, None] * stride_b_depth + column.to(tl.int64)[None, :] * stride_b_column
+    far = d.to(tl.int64)
+    a_tile = a + row.to(tl.int64)[:, None] * stride_a_row + far[None, :] * stride_a_depth
+    b_tile = b + far[:, None] * stride_b_depth + column.to(tl.int64)[None, :] * stride_b_column
+    step = tl.full([], BLOCK_K, tl.int64)
     a_inside = (row < rows)[:, None]  # [BM, BK]
     b_inside = (column < columns)[None, :]  # [BK, BN]
     for start in range(0, depth, BLOCK_K):
@@ -138,8 +164,8 @@ def add_product(
             a_values = tl.load(a_tile, mask=a_inside & inside[None, :], other=0)
             b_values = tl.load(b_tile, mask=b_inside & inside[:, None], other=0)
         out = tl.dot(a_values, b_values, out, input_precision=PRECISION)
-        a_tile += BLOCK_K * stride_a_depth
-        b_tile += BLOCK_K * stride_b_depth
+        a_tile += step * stride_a_depth
+        b_tile += step * stride_b_depth
     return out
 
 

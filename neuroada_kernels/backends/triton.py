@@ -64,6 +64,7 @@ def _linear(x: Tensor, weight: Tensor, index: Tensor, delta: Tensor, bias: Tenso
         else:
             kernels.bypass_fwd(x_t, index, delta, y[part], bias=early)
             _add_dense(y[part], x[part], weight.t(), late)
+        del x_t  # or two would be held while the next is made
     return y
 
 
@@ -86,6 +87,7 @@ def _bypass_add(x: Tensor, y: Tensor, index: Tensor, delta: Tensor) -> Tensor:
     for part in _chunks(x.shape[0], x.shape[1] * x.element_size()):
         x_t = kernels.transpose(x[part])
         kernels.bypass_fwd(x_t, index, delta, out[part], onto=y[part])
+        del x_t
     return out
 
 
@@ -118,7 +120,8 @@ def _backward(
     if need_x:
         grad_x = grad.new_empty(x.shape)
         fused = weight is not None and _prefer_fused(grad, d_in)
-        columns = plan_parts(make_plan(index, d_in) if plan is None else plan, d_in)
+        plan = make_plan(index, d_in) if plan is None else plan.contiguous()
+        columns = plan_parts(plan, d_in)
     if need_delta:
         partial = kernels.sddmm_partial(index, tokens, x.dtype)
     bytes_a_token = (d_out + d_in * need_delta) * x.element_size()
@@ -134,6 +137,7 @@ def _backward(
                 _add_dense(grad_x[part], grad[part], weight)
         if partial is not None:
             kernels.sddmm(kernels.transpose(x[part]), grad_t, index, partial)
+        del grad_t
     if partial is None:
         return grad_x, None
     return grad_x, partial.sum(0).view(delta.shape).to(delta.dtype)

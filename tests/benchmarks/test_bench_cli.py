@@ -138,7 +138,7 @@ def test_threads_are_set_for_the_run_alone(monkeypatch: pytest.MonkeyPatch) -> N
 def test_cases_are_those_of_the_shared_table(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(linear, "BENCH_CASES", BENCH_CASES)
     for known in (BENCH_CASES, GPU_BENCH_CASES):
-        assert set(linear._cases(known, False, None, None)) == set(table)
+        assert set(linear._cases(known, False, None, None)) == set(known)
     assert [case.name for case in linear._cases(BENCH_CASES, True, None, None)] == [
         "T512-2048to2048-k8",
         "T16-2048to2048-k8",
@@ -163,7 +163,12 @@ def test_arguments_that_would_measure_nothing_are_refused(arguments, message, ca
     assert message in capsys.readouterr().err
 
 
-def test_the_commit_is_that_of_the_checkout_which_tracks_the_package(tmp_path: Path) -> None:
+def test_the_commit_is_that_of_the_checkout_which_tracks_the_package(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("NEUROADA_COMMIT", "abc")
+    assert report._commit(tmp_path) == ("abc", None)
+    monkeypatch.delenv("NEUROADA_COMMIT")
     assert report._commit(tmp_path) == (None, None)
 
     def git(*arguments: str) -> str:

@@ -21,11 +21,11 @@ planned_or_not = pytest.mark.parametrize("planned", [True, False], ids=["plan", 
 
 
 def samples(
-    leading: tuple[int, ...], requires_grad: bool, planned: bool, dtype: torch.dtype
+    leading: tuple[int, ...], requires_grad: bool, planned: bool, dtype: torch.dtype, device: str
 ) -> dict[str, Tensor | None]:
     """Arguments of all ops, by name, with the given leading dimensions."""
     tokens = torch.Size(leading).numel()
-    inputs = make_inputs(Case(tokens, 10, 7, 3, bias=True, index="ragged"), dtype)
+    inputs = make_inputs(Case(tokens, 10, 7, 3, bias=True, index="ragged"), dtype, device=device)
 
     def leaf(tensor: Tensor) -> Tensor:
         return tensor.clone().requires_grad_(requires_grad)
@@ -50,8 +50,8 @@ def opcheck(op: torch._ops.OpOverload, *args: object) -> None:
 @grad_or_not
 @planned_or_not
 @pytest.mark.parametrize("biased", [True, False], ids=["bias", ""])
-def test_linear(leading, requires_grad, planned, biased, backend):
-    a = samples(leading, requires_grad, planned, torch.float32)
+def test_linear(leading, requires_grad, planned, biased, backend, device):
+    a = samples(leading, requires_grad, planned, torch.float32, device)
     bias = a["bias"] if biased else None
     opcheck(NEUROADA.linear.default, a["x"], a["weight"], a["index"], a["delta"], bias, a["plan"])
 
@@ -59,24 +59,24 @@ def test_linear(leading, requires_grad, planned, biased, backend):
 @every_leading
 @grad_or_not
 @planned_or_not
-def test_bypass_add(leading, requires_grad, planned, backend):
-    a = samples(leading, requires_grad, planned, torch.float32)
+def test_bypass_add(leading, requires_grad, planned, backend, device):
+    a = samples(leading, requires_grad, planned, torch.float32, device)
     opcheck(NEUROADA.bypass_add.default, a["y"], a["x"], a["index"], a["delta"], a["plan"])
 
 
 @every_leading
 @pytest.mark.parametrize("mask", MASKS, ids=str)
 @planned_or_not
-def test_the_backward_ops(leading, mask, planned, backend):
+def test_the_backward_ops(leading, mask, planned, backend, device):
     # Nothing requires grad: differentiating these ops is refused, which is tested elsewhere.
-    a = samples(leading, False, planned, torch.float32)
+    a = samples(leading, False, planned, torch.float32, device)
     shared = (a["index"], a["delta"], a["plan"], mask)
     opcheck(NEUROADA.linear_backward.default, a["grad_output"], a["x"], a["weight"], *shared)
     opcheck(NEUROADA.bypass_backward.default, a["grad_output"], a["x"], *shared)
 
 
-def test_sixteen_bits(backend):
-    a = samples((3, 4), True, True, torch.bfloat16)
+def test_sixteen_bits(backend, device):
+    a = samples((3, 4), True, True, torch.bfloat16, device)
     assert a["delta"].dtype == torch.float32
     shared = (a["index"], a["delta"])
     opcheck(NEUROADA.linear.default, a["x"], a["weight"], *shared, a["bias"], a["plan"])
@@ -84,8 +84,8 @@ def test_sixteen_bits(backend):
 
 
 @pytest.mark.parametrize("layout", ["transposed", "strided", "expanded"])
-def test_layouts(layout, backend):
-    a = samples((12,), False, True, torch.float32)
+def test_layouts(layout, backend, device):
+    a = samples((12,), False, True, torch.float32, device)
     x = {
         "transposed": a["x"].t().contiguous().t(),
         "strided": torch.stack([a["x"]] * 2, -1)[..., 0],
@@ -98,15 +98,15 @@ def test_layouts(layout, backend):
     opcheck(NEUROADA.linear_backward.default, a["y"], x, a["weight"], *rest, a["plan"], mask)
 
 
-def test_merging_and_unmerging(dtype, backend):
-    a = samples((12,), False, False, dtype)
+def test_merging_and_unmerging(dtype, backend, device):
+    a = samples((12,), False, False, dtype, device)
     opcheck(NEUROADA.merge_.default, a["weight"].clone(), a["index"], a["delta"])
     original = NEUROADA.merge_(a["weight"].clone(), a["index"], a["delta"])
     opcheck(NEUROADA.unmerge_.default, a["weight"].clone(), a["index"], original)
 
 
-def test_a_fake_says_what_the_real_ops_return(dtype, backend):
-    a = samples((3, 4), False, True, dtype)
+def test_a_fake_says_what_the_real_ops_return(dtype, backend, device):
+    a = samples((3, 4), False, True, dtype, device)
     shared = (a["index"], a["delta"])
     calls = {
         NEUROADA.linear: (a["x"], a["weight"], *shared, a["bias"], a["plan"]),

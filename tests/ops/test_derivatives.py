@@ -72,8 +72,8 @@ def test_a_gradient_kept_with_create_graph_is_the_gradient(backend, device):
     assert all(k.detach().equal(p) for k, p in zip(kept, plain[1:], strict=True))
 
 
-def test_a_weight_that_learns_to_require_grad_is_refused_in_the_backward(backend):
-    inputs = make_inputs(CASE, torch.float64)
+def test_a_weight_that_learns_to_require_grad_is_refused_in_the_backward(backend, device):
+    inputs = make_inputs(CASE, torch.float64, device=device)
     weight = inputs.weight.clone().requires_grad_()
     y = torch.ops.neuroada.linear(inputs.x, weight, inputs.index, inputs.delta, None, None)
     with pytest.raises(RuntimeError, match="weight: requires grad"):

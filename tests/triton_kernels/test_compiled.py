@@ -83,11 +83,12 @@ def _key(arch: int, dtype: torch.dtype, tokens: int) -> str:
 @pytest.mark.parametrize("tokens", TOKENS)
 def test_no_kernel_needs_more_than_the_table_says(arch, dtype, tokens):
     table = json.loads(TABLE.read_text())
+    if table["triton"] != triton.__version__:
+        pytest.skip(f"the table is of Triton {table['triton']}, others allot registers otherwise")
     for name, kernel in compiled(arch, dtype, tokens).items():
         known = table["kernels"][f"{_key(arch, dtype, tokens)} {name}"]
         assert kernel.resources["stack"] <= known["stack"], f"{name}: a new spill"
-        if table["triton"] == triton.__version__:
-            assert kernel.resources == known, f"{name}: is the table to be written anew?"
+        assert kernel.resources == known, f"{name}: is the table to be written anew?"
 
 
 @every_arch
@@ -162,6 +163,31 @@ def test_what_tuning_tries_compiles_without_spilling_and_fits(arch):
     assert len(found) > 15
     assert max(kernel.shared for kernel in found) <= gpu.shared_bytes
     assert max(kernel.stack for kernel in found) <= 8
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64], ids=str)
+@pytest.mark.parametrize("sizes", [(1, 1, 1, 1), (16, 5, 1, 1)], ids=str)
+def test_sizes_and_strides_of_one_compile(dtype, sizes):
+    """A one is a constant to the compiler, and not to the interpreter."""
+    tokens, d_in, d_out, k = sizes
+    x, grad = torch.empty(tokens, d_in, dtype=dtype), torch.empty(tokens, d_out, dtype=dtype)
+    weight, bias = torch.empty(d_out, d_in, dtype=dtype), torch.empty(d_out, dtype=dtype)
+    index, delta = torch.empty(d_out, k, dtype=torch.int32), torch.empty(d_out, k)
+    with compiling_for(90) as found:
+        x_t, grad_t = kernels.transpose(x), kernels.transpose(grad)
+        kernels.bypass_fwd(x_t, index, delta, grad, bias=bias)
+        partial = kernels.sddmm_partial(index, tokens, dtype)
+        kernels.sddmm(x_t, grad_t, index, partial)
+        for live in {0, 1, d_out * k}:
+            plan = plan_parts(torch.empty(d_in + 66 + live, dtype=torch.int32), d_in)
+            kernels.bypass_bwd_input(grad_t, *plan, delta, x)
+            if dtype != torch.float64:
+                rest = (grad_t, plan.column_start, plan.entry, delta, x)
+                kernels.linear_bwd_input(grad, weight, *rest)
+        if dtype != torch.float64:
+            kernels.linear_fwd(x, weight, x_t, index, delta, bias, grad)
+        kernels.unmerge(weight, index, kernels.merge(weight, index, delta))
+    assert {kernel.name for kernel in found} >= {"sddmm_kernel", "bypass_bwd_input_kernel"}
 
 
 if __name__ == "__main__":

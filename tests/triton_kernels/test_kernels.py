@@ -182,8 +182,9 @@ def test_the_products_take_any_strides(strides):
         plain, x=view(plain.x), weight=view(plain.weight), grad_output=view(plain.grad_output)
     )
     assert viewed.x.stride() != plain.x.stride()
-    assert linear_fwd(viewed).equal(linear_fwd(plain))
-    assert linear_bwd_input(viewed).equal(linear_bwd_input(plain))
+    # Close, not equal: on a GPU other strides may make other code, which sums in another order.
+    torch.testing.assert_close(linear_fwd(viewed), linear_fwd(plain))
+    torch.testing.assert_close(linear_bwd_input(viewed), linear_bwd_input(plain))
 
 
 @pytest.mark.parametrize("count", [0, 1, 3, 4, 5, 31, 32, 33, 70])
@@ -234,6 +235,17 @@ def test_few_programs_share_all_tiles():
     assert config.programs(130, 300) == 2
     assert linear_fwd(inputs, config=config).equal(linear_fwd(inputs))
     assert linear_bwd_input(inputs, config=config).equal(linear_bwd_input(inputs))
+
+
+@pytest.mark.parametrize("group_m", [1, 2, 3])
+def test_groups_of_rows_cover_every_tile_once(group_m):
+    """Three rows of tiles in groups of two leave a last group that is lower."""
+    inputs = inputs_of(Case(tokens=300, d_in=140, d_out=150, k=2), torch.float32)
+    (config,) = configs.gemm_configs(300, torch.float32, configs.H200)[:1]
+    assert (config.block_m, config.block_n) == (128, 128)
+    grouped = replace(config, group_m=group_m)
+    assert linear_fwd(inputs, config=grouped).equal(linear_fwd(inputs))
+    assert linear_bwd_input(inputs, config=grouped).equal(linear_bwd_input(inputs))
 
 
 @pytest.mark.parametrize("fused", ["0", "1"])

@@ -1,0 +1,55 @@
+"""Every kernel in both forms on small odd shapes, for compute-sanitizer: no pytest, few launches.
+
+PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer python tests/triton_kernels/smoke_gpu.py triton
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+
+import torch
+
+import neuroada_kernels as nk
+from neuroada_kernels.testing import Case, make_inputs, rms_error, tolerance
+
+CASES = (
+    Case(tokens=1, d_in=67, d_out=101, k=3, bias=True, index="ragged"),
+    Case(tokens=130, d_in=96, d_out=72, k=2, index="one_column"),
+    Case(tokens=257, d_in=130, d_out=130, k=8, bias=True),
+)
+
+
+def check(case: Case, dtype: torch.dtype, device: str) -> None:
+    i = make_inputs(case, dtype, device=device)
+    x, delta = i.x.requires_grad_(), i.delta.requires_grad_()
+    y = nk.functional.neuroada_linear(x, i.weight, i.index, delta, i.bias)
+    grads = torch.autograd.grad(y, (x, delta), i.grad_output)
+    wide = [t.detach().double().requires_grad_() for t in (x, delta)]
+    bias = None if i.bias is None else i.bias.double()
+    exact = nk.reference.neuroada_linear(wide[0], i.weight.double(), i.index, wide[1], bias)
+    truth = (exact, *torch.autograd.grad(exact, wide, i.grad_output.double()))
+    for found, expected in zip((y, *grads), truth, strict=True):
+        error = rms_error(found, expected)
+        assert error <= 2 * tolerance(dtype, 2048, found.dtype), f"{case.name} {dtype}: {error}"
+    out = nk.functional.neuroada_bypass(i.grad_output, x, i.index, delta)
+    torch.autograd.grad(out, (x, delta), i.grad_output)
+    weight = i.weight.clone()
+    original = torch.ops.neuroada.merge_(weight, i.index, i.delta)
+    torch.ops.neuroada.unmerge_(weight, i.index, original)
+    assert weight.equal(i.weight)
+
+
+def main(backend: str) -> None:
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    with nk.use_backend(backend):
+        for fused in ("0", "1") if backend == "triton" else ("",):
+            os.environ["NEUROADA_TRITON_FUSED"] = fused
+            for dtype in (torch.float32, torch.bfloat16):
+                for case in CASES:
+                    check(case, dtype, device)
+    print(f"smoke test passed: {backend} on {device}")
+
+
+if __name__ == "__main__":
+    main(sys.argv[1])
