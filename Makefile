@@ -8,7 +8,7 @@ BUILD ?= auto
 CPP_BUILD := build/cpp
 SOURCES := $(shell find csrc -type f) CMakeLists.txt setup.py pyproject.toml
 
-.PHONY: demo test bench lint format clean dist install test-python test-triton test-cpp fuzz smoke
+.PHONY: demo test bench lint format clean dist install test-python test-triton test-cpp test-cuda-host fuzz smoke
 
 demo: install
 	$(BIN)/neuroada demo
@@ -47,11 +47,18 @@ test-cpp: install
 	$(BIN)/cmake --build $(CPP_BUILD)
 	$(BIN)/ctest --test-dir $(CPP_BUILD) --output-on-failure
 
-# The C++ tests and the fuzzer again, under AddressSanitizer and UndefinedBehaviorSanitizer.
+# The C++ tests, those of the CUDA kernels too, and the fuzzer again, under AddressSanitizer and
+# UndefinedBehaviorSanitizer.
 fuzz: install
 	$(BIN)/cmake -G Ninja -S . -B build/sanitized -DNEUROADA_PYTHON=OFF -DNEUROADA_SANITIZE=address,undefined -DCMAKE_MAKE_PROGRAM=$(CURDIR)/$(BIN)/ninja
 	$(BIN)/cmake --build build/sanitized
 	$(BIN)/ctest --test-dir build/sanitized --output-on-failure
+
+# The CUDA kernels on the CPU under ThreadSanitizer: a missing barrier is a data race there.
+test-cuda-host: install
+	$(BIN)/cmake -G Ninja -S . -B build/threads -DNEUROADA_PYTHON=OFF -DNEUROADA_SANITIZE=thread -DCMAKE_MAKE_PROGRAM=$(CURDIR)/$(BIN)/ninja
+	$(BIN)/cmake --build build/threads --target cuda_tests
+	$(BIN)/ctest --test-dir build/threads --tests-regex '^cuda_' --output-on-failure
 
 lint: install
 	$(BIN)/ruff check .
