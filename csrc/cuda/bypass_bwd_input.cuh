@@ -124,8 +124,17 @@ __device__ __forceinline__ void add_columns(float (&sum)[kGroups * kTokens<T>], 
   }
 }
 
+template <class T, int N>
+__device__ __forceinline__ void write_column(const float (&sum)[N], const BypassBwdInput& p, int64_t t, int64_t c) {
+  T* out = static_cast<T*>(p.out) + t * p.out_stride + c;
+  NEUROADA_UNROLL
+  for (int v = 0; v < N; ++v, out += p.out_stride) {
+    if (t + v < p.tokens) *out = round_to<T>(sum[v]);
+  }
+}
+
 template <class T, int kGroups>
-__global__ void __launch_bounds__(kMaxThreads) bypass_bwd_input_kernel(BypassBwdInputLaunch a) {
+__global__ void __launch_bounds__(kMaxThreads, 1) bypass_bwd_input_kernel(BypassBwdInputLaunch a) {
   constexpr int N = kGroups * kTokens<T>;
   Quad* tile = shared_quads();
   const BypassBwdInput& p = a.problem;
@@ -144,10 +153,7 @@ __global__ void __launch_bounds__(kMaxThreads) bypass_bwd_input_kernel(BypassBwd
       if (!a.tiles.single()) stage<T, kGroups>(tile, a.tiles, grad, p.grad_stride, p.tokens, t, first);
       add_columns<T, kGroups>(sum, a, tile, first, begin, end);
     }
-    NEUROADA_UNROLL
-    for (int v = 0; v < N; ++v) {
-      if (mine && t + v < p.tokens) static_cast<T*>(p.out)[(t + v) * p.out_stride + c] = round_to<T>(sum[v]);
-    }
+    if (mine) write_column<T, N>(sum, p, t, c);
   }
 }
 

@@ -50,7 +50,7 @@ __device__ __forceinline__ void write_neuron(const float (&sum)[kGroups * kToken
 }
 
 template <class T, int kGroups>
-__global__ void __launch_bounds__(kMaxThreads) bypass_fwd_kernel(BypassFwdLaunch a) {
+__global__ void __launch_bounds__(kMaxThreads, 1) bypass_fwd_kernel(BypassFwdLaunch a) {
   Quad* tile = shared_quads();
   const BypassFwd& p = a.problem;
   const int64_t t = int64_t{blockIdx.x} * (kGroups * kTokens<T>);

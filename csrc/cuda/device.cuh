@@ -32,6 +32,7 @@ struct alignas(16) Quad {
 inline Quad* shared_quads() { return static_cast<Quad*>(host_cuda::shared_memory(alignof(Quad))); }
 
 inline float float_of_bits(uint32_t bits) { return float_from_bits(bits); }
+inline uint32_t bits_of_float(float value) { return float_bits(value); }
 template <class T>
 float to_float(T value) {
   return widen(value);
@@ -62,6 +63,7 @@ __device__ __forceinline__ Quad* shared_quads() {
 }
 
 __device__ __forceinline__ float float_of_bits(uint32_t bits) { return __uint_as_float(bits); }
+__device__ __forceinline__ uint32_t bits_of_float(float value) { return __float_as_uint(value); }
 
 __device__ __forceinline__ float to_float(float value) { return value; }
 __device__ __forceinline__ float to_float(BFloat16 value) { return __uint_as_float(uint32_t{value.bits} << 16); }

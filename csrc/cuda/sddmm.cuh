@@ -73,7 +73,7 @@ __device__ __forceinline__ void add_block(const SddmmLaunch& a, const float (&gr
 }
 
 template <class T, int kGroups>
-__global__ void __launch_bounds__(kMaxThreads) sddmm_kernel(SddmmLaunch a) {
+__global__ void __launch_bounds__(kMaxThreads, 1) sddmm_kernel(SddmmLaunch a) {
   Quad* tile = shared_quads();
   const Sddmm& p = a.problem;
   const int64_t begin = blockIdx.x * a.neurons_a_part;

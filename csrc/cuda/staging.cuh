@@ -62,7 +62,7 @@ __device__ __forceinline__ Quad load_column(const T* x, int64_t row_stride, int6
   for (int v = 0; v < kTokens<T>; ++v) {
     if (v >= rows) continue;
     if constexpr (sizeof(T) == 4) {
-      std::memcpy(&out.word[v], x + v * row_stride, sizeof(T));
+      out.word[v] = bits_of_float(x[v * row_stride]);
     } else {
       out.word[v / 2] |= uint32_t{x[v * row_stride].bits} << (v % 2 * 16);
     }

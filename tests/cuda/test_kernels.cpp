@@ -99,6 +99,28 @@ void formulas_hold_at_the_edges_of_the_shared_memory() {
   }
 }
 
+// The values of a plan are not checked on a GPU: whatever they are, AddressSanitizer sees no access
+// outside the arguments, and nobody waits at a barrier for ever.
+void no_plan_reaches_outside_the_arguments() {
+  Random random(6);
+  const Case c{9, 21, 40, 2};
+  const Problem<float> problem(c, random);
+  constexpr int64_t kLive = 50;
+  for (const TestDevice& on : kDevices) {
+    for (int64_t range : {2, 60, 1 << 30}) {
+      std::vector<int32_t> plan(static_cast<size_t>(neuroada::plan_size(c.d_in, kLive)));
+      for (int32_t& value : plan) value = static_cast<int32_t>(random.below(2 * range) - range / 4);
+      Matrix<neuroada::cuda::WeightedNeuron> ordered(1, kLive);
+      Matrix<float> out(c.tokens, c.d_in, 3);
+      neuroada::cuda::bypass_bwd_input(
+          {neuroada::DType::f32, c.tokens, c.d_in, c.d_out, c.k, problem.grad.data(), problem.grad.stride(),
+           plan.data(), kLive, problem.delta.data(), ordered.data(), out.data(), out.stride()},
+          on.device, nullptr);
+      CHECK(out.gaps_untouched(), std::string("a garbage plan on ") + on.name + ": wrote between rows");
+    }
+  }
+}
+
 }  // namespace
 
 int main() {
@@ -108,5 +130,6 @@ int main() {
   formulas_hold_on_both_sides_of_a_heavy_column();
   formulas_hold_for_empty_sizes();
   formulas_hold_at_the_edges_of_the_shared_memory();
+  no_plan_reaches_outside_the_arguments();
   return exit_status();
 }
