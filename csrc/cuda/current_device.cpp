@@ -12,11 +12,14 @@
 namespace neuroada::cuda {
 namespace {
 
+void check(int gpu, const char* call, cudaError_t error) {
+  STD_TORCH_CHECK(error == cudaSuccess, "cuda:", gpu, ": ", call, ": ", cudaGetErrorName(error), ", ",
+                  cudaGetErrorString(error));
+}
+
 int attribute(cudaDeviceAttr which, int gpu) {
   int value = 0;
-  const cudaError_t error = cudaDeviceGetAttribute(&value, which, gpu);
-  STD_TORCH_CHECK(error == cudaSuccess, "cuda:", gpu, ": cudaDeviceGetAttribute: ", cudaGetErrorName(error), ", ",
-                  cudaGetErrorString(error));
+  check(gpu, "cudaDeviceGetAttribute", cudaDeviceGetAttribute(&value, which, gpu));
   return value;
 }
 
@@ -58,7 +61,10 @@ Site site_of(const char* name, const Tensor& tensor) {
   return {true, tensor.get_device_index()};
 }
 
+// torch has a runtime of its own; the one in this library is told as well.
 CurrentDevice::CurrentDevice(Site site)
-    : guard_(site.gpu), facts_(facts_of(site.gpu)), stream_(current_stream(site.gpu)) {}
+    : guard_(site.gpu), facts_(facts_of(site.gpu)), stream_(current_stream(site.gpu)) {
+  check(site.gpu, "cudaSetDevice", cudaSetDevice(site.gpu));
+}
 
 }  // namespace neuroada::cuda

@@ -17,7 +17,7 @@ struct TestDevice {
 
 inline constexpr int64_t kQuad = 16;  // bytes of one column of a staged group of tokens
 
-// The float32 dtypes that the CUDA kernels have.
+// Calls f(element) for each dtype that the CUDA kernels have.
 template <class F>
 void each_cuda_dtype(F&& f) {
   f(float{});
