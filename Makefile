@@ -4,11 +4,13 @@ VENV := .venv
 BIN := $(VENV)/bin
 # torch comes first and pinned: any looser range may draw gigabytes of CUDA.
 TORCH ?= torch==2.13.0
-BUILD ?= auto
+BUILD ?= $(or $(NEUROADA_BUILD),auto)
+# With BUILD=cuda nvcc comes from PyPI, pinned, about 100 MB; `NVCC=` takes the one on the PATH.
+NVCC ?= nvidia-cuda-nvcc==13.0.88 nvidia-nvvm==13.0.88 nvidia-cuda-crt==13.0.88 nvidia-cuda-cccl==13.0.85 nvidia-cuda-runtime==13.0.96
 CPP_BUILD := build/cpp
 SOURCES := $(shell find csrc -type f) CMakeLists.txt setup.py pyproject.toml
 
-.PHONY: demo test bench lint format clean dist install test-python test-triton test-cpp fuzz smoke
+.PHONY: demo test bench lint format clean dist install test-python test-triton test-cpp test-cuda-host fuzz smoke
 
 demo: install
 	$(BIN)/neuroada demo
@@ -26,8 +28,12 @@ $(VENV)/torch:
 	$(BIN)/python -m pip install --quiet "$(TORCH)"
 	touch $@
 
+$(VENV)/nvcc: $(VENV)/torch
+	$(if $(NVCC),$(BIN)/python -m pip install --quiet $(NVCC))
+	touch $@
+
 # No build isolation: an isolated build would fetch its own, newest torch.
-$(VENV)/installed-$(BUILD): $(VENV)/torch $(SOURCES)
+$(VENV)/installed-$(BUILD): $(VENV)/torch $(if $(filter cuda,$(BUILD)),$(VENV)/nvcc) $(SOURCES)
 	rm -f $(VENV)/installed-* neuroada_kernels/*.so
 	$(BIN)/python -m pip install --quiet 'setuptools>=77' wheel 'pybind11>=2.13' 'cmake>=3.22' ninja
 	PATH="$(CURDIR)/$(BIN):$$PATH" NEUROADA_BUILD=$(BUILD) $(BIN)/python -m pip install --quiet --no-build-isolation --editable '.[dev]'
@@ -39,19 +45,33 @@ INTERPRETED := tests/triton_kernels tests/ops tests/test_compile.py tests/test_f
 test-triton: install
 	TRITON_INTERPRET=1 NEUROADA_REQUIRE=triton $(BIN)/python -m pytest -m on_backend $(INTERPRETED)
 
-test-python: install
-	$(BIN)/python -m pytest --cov --cov-report=term-missing:skip-covered --cov-fail-under=90
+# The CUDA backend on the CPU: its kernels and their torch glue, as ops on CPU tensors.
+HOST_CUDA := build/host_cuda/tests/cuda/libneuroada_host_cuda.so
+$(HOST_CUDA): $(VENV)/installed-$(BUILD) $(wildcard tests/cpp/*.h tests/cuda/*)
+	$(BIN)/cmake -G Ninja -S . -B build/host_cuda -DPython_EXECUTABLE=$(CURDIR)/$(BIN)/python -DCMAKE_MAKE_PROGRAM=$(CURDIR)/$(BIN)/ninja
+	$(BIN)/cmake --build build/host_cuda --target neuroada_host_cuda
+	touch $@
+
+test-python: install $(HOST_CUDA)
+	NEUROADA_HOST_CUDA_LIBRARY=$(CURDIR)/$(HOST_CUDA) $(BIN)/python -m pytest --cov --cov-report=term-missing:skip-covered --cov-fail-under=90
 
 test-cpp: install
 	$(BIN)/cmake -G Ninja -S . -B $(CPP_BUILD) -DNEUROADA_PYTHON=OFF -DCMAKE_MAKE_PROGRAM=$(CURDIR)/$(BIN)/ninja
 	$(BIN)/cmake --build $(CPP_BUILD)
 	$(BIN)/ctest --test-dir $(CPP_BUILD) --output-on-failure
 
-# The C++ tests and the fuzzer again, under AddressSanitizer and UndefinedBehaviorSanitizer.
+# The C++ tests, those of the CUDA kernels too, and the fuzzer again, under AddressSanitizer and
+# UndefinedBehaviorSanitizer.
 fuzz: install
 	$(BIN)/cmake -G Ninja -S . -B build/sanitized -DNEUROADA_PYTHON=OFF -DNEUROADA_SANITIZE=address,undefined -DCMAKE_MAKE_PROGRAM=$(CURDIR)/$(BIN)/ninja
 	$(BIN)/cmake --build build/sanitized
 	$(BIN)/ctest --test-dir build/sanitized --output-on-failure
+
+# The CUDA kernels on the CPU under ThreadSanitizer: a missing barrier is a data race there.
+test-cuda-host: install
+	$(BIN)/cmake -G Ninja -S . -B build/threads -DNEUROADA_PYTHON=OFF -DNEUROADA_SANITIZE=thread -DCMAKE_MAKE_PROGRAM=$(CURDIR)/$(BIN)/ninja
+	$(BIN)/cmake --build build/threads --target cuda_tests
+	$(BIN)/ctest --test-dir build/threads --tests-regex '^cuda_' --output-on-failure
 
 lint: install
 	$(BIN)/ruff check .
@@ -74,7 +94,7 @@ smoke: dist
 	$(PYTHON) -m venv build/empty
 	build/empty/bin/python -m pip install --quiet "$(TORCH)"
 	build/empty/bin/python -m pip install --quiet dist/*.whl
-	cd build && empty/bin/python ../tests/smoke.py cpu
+	cd build && empty/bin/python ../tests/smoke.py cpu $(filter cuda,$(BUILD))
 	PATH="$(CURDIR)/$(BIN):$$PATH" NEUROADA_BUILD=none $(BIN)/python -m build --wheel --no-isolation --outdir build/pure
 	build/empty/bin/python -m pip install --quiet --force-reinstall --no-deps build/pure/*.whl
 	cd build && empty/bin/python ../tests/smoke.py eager

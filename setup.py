@@ -1,7 +1,8 @@
 """Builds the compiled parts with CMake and ninja; see NEUROADA_BUILD below.
 
 ``NEUROADA_BUILD`` says what to build: ``auto`` (the C++ kernels, and CUDA where nvcc is found),
-``cpu``, ``cuda`` (fails without nvcc) or ``none`` (a pure-Python install).
+``cpu``, ``cuda`` (fails without nvcc; one from PyPI will do, the Makefile's ``NVCC``) or ``none``
+(a pure-Python install).
 """
 
 from __future__ import annotations

@@ -67,6 +67,7 @@ py::dict build_facts() {
   facts["torch"] = NEUROADA_TORCH_VERSION;
   facts["instruction_sets"] = NEUROADA_ISAS;
   facts["cuda_archs"] = NEUROADA_CUDA_ARCHS;
+  facts["nvcc"] = NEUROADA_NVCC_VERSION;
   return facts;
 }
 

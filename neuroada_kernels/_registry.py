@@ -98,6 +98,11 @@ def resolve(op: str, *args: Any) -> Callable[..., Any]:
     BackendError
         If the named backend, or without one every backend, declines.
     """
+    return serving(op, *args).implementations[op].run
+
+
+def serving(op: str, *args: Any) -> Backend:
+    """The backend whose function :func:`resolve` gives."""
     if _named is not None:
         _check_named(_named)
         candidates = [_backends[_named]]
@@ -106,7 +111,7 @@ def resolve(op: str, *args: Any) -> Callable[..., Any]:
     for backend in candidates:
         implementation = backend.implementations.get(op)
         if implementation is not None and not implementation.unsupported(*args):
-            return implementation.run
+            return backend
     raise BackendError(
         f"no backend serves neuroada::{op} here: "
         + "; ".join(f"{backend.name}: {_why_not(backend, op, args)}" for backend in candidates)

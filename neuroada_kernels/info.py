@@ -83,7 +83,8 @@ def _lines(known: dict[str, Any]) -> list[str]:
         lines.append(f"  instruction sets built: {build['instruction_sets']}")
         lines.append(f"  this processor runs: {' '.join(['generic', *known['cpu_features']])}")
         lines.append(f"  its kernels run with: {known['cpu_isa']}")
-        lines.append(f"  CUDA architectures: {build['cuda_archs'] or 'none, built without CUDA'}")
+        cuda = f"{build['cuda_archs']}, by nvcc {build['nvcc']}" if build["cuda_archs"] else None
+        lines.append(f"  CUDA architectures: {cuda or 'none, built without CUDA'}")
     lines.append("backends:")
     lines += [f"  {name}: {why}" for name, why in known["backends"].items()]
     if known["op_library"] != "loaded":

@@ -1,6 +1,7 @@
-"""What an installed package must do, without pytest: python tests/smoke.py cpu|eager.
+"""What an installed package must do, without pytest: python tests/smoke.py cpu|eager [cuda].
 
-The argument names the backend that should serve calls on the CPU.
+The first argument names the backend that should serve calls on the CPU; a second one says that the
+package was built with CUDA inside, which needs nothing of CUDA's to be imported.
 """
 
 from __future__ import annotations
@@ -13,10 +14,12 @@ import torch
 import neuroada_kernels as nk
 
 
-def main(expected: str) -> None:
+def main(expected: str, *built: str) -> None:
     available = nk.available_backends()
     serving = "cpu" if available["cpu"] is None else "eager"
     assert serving == expected, f"served by {serving}, expected {expected}: {available}"
+    if "cuda" in built:
+        assert available["cuda"] in (None, "no GPU is visible"), available
 
     torch.manual_seed(0)
     model = torch.nn.Sequential(torch.nn.Linear(48, 96), torch.nn.ReLU(), torch.nn.Linear(96, 8))
@@ -53,4 +56,4 @@ def main(expected: str) -> None:
 
 
 if __name__ == "__main__":
-    main(sys.argv[1])
+    main(*sys.argv[1:])

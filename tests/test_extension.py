@@ -57,7 +57,7 @@ print(json.dumps({
     "module": _extension.module_error,
     "library": _extension.library_error,
     "backends": nk.available_backends(),
-    "serving": _registry.resolve("linear", x, *[None] * 4).__module__.rpartition(".")[2],
+    "serving": _registry.serving("linear", x, *[None] * 4).name,
     "refused": refused,
 }))
 """

@@ -56,7 +56,7 @@ BELOW["cli"] = LIBRARY | {"benchmarks", "info", "demo"}
 #: Parts that only the package's own ``__init__`` imports, though they lie below others.
 REGISTERED = {"backends"}
 #: Modules of a part that serve its other modules; those do not import one another.
-SHARED = {"backends": {"_dense", "_entries"}, "ops": {"_library"}}
+SHARED = {"backends": {"_compiled", "_dense", "_entries"}, "ops": {"_library"}}
 
 
 def modules() -> dict[str, Path]:

@@ -1,5 +1,5 @@
 """The implementations of the ops, each registered under its backend's name."""
 
-from neuroada_kernels.backends import cpu, eager, triton
+from neuroada_kernels.backends import cpu, cuda, eager, triton
 
-__all__ = ["cpu", "eager", "triton"]
+__all__ = ["cpu", "cuda", "eager", "triton"]

@@ -12,21 +12,19 @@ from torch import Tensor
 
 from neuroada_kernels import _extension
 from neuroada_kernels._registry import Backend, Implementation, register
-from neuroada_kernels.backends._dense import add_dense, bias_for_bypass, has_product
+from neuroada_kernels.backends import _compiled
+from neuroada_kernels.backends._compiled import C, wide
+from neuroada_kernels.backends._dense import has_product
 from neuroada_kernels.backends._entries import assign_entries
 from neuroada_kernels.plan import make_plan
 
 _DTYPES = {torch.float32, torch.float64, torch.bfloat16, torch.float16}
-_C = torch.ops.neuroada_C
 
 
 def _linear(x: Tensor, weight: Tensor, index: Tensor, delta: Tensor, bias: Tensor | None) -> Tensor:
-    if _one_kernel(x, weight):
-        return _C.linear_fwd.default(x, weight, index, _wide(delta, x), bias)  # type: ignore[no-any-return]
-    early, late = bias_for_bypass(bias)
-    y = x.new_empty(x.shape[0], weight.shape[0])
-    _C.bypass_fwd.default(x, index, _wide(delta, x), early, None, y)
-    return add_dense(y, x, weight.t(), late)
+    if not _one_kernel(x, weight):
+        return _compiled.linear(x, weight, index, delta, bias)
+    return C.linear_fwd.default(x, weight, index, wide(delta, x), bias)  # type: ignore[no-any-return]
 
 
 def _linear_backward(
@@ -38,43 +36,13 @@ def _linear_backward(
     plan: Tensor | None,
     output_mask: list[bool],
 ) -> tuple[Tensor | None, Tensor | None]:
-    if output_mask[0] and _one_kernel(grad, weight):
-        _, grad_delta = _bypass_backward(grad, x, index, delta, plan, [False, output_mask[1]])
-        plan = make_plan(index, x.shape[1]) if plan is None else plan
-        return _C.linear_bwd_input.default(grad, weight, plan, _wide(delta, grad)), grad_delta
-    grad_x, grad_delta = _bypass_backward(grad, x, index, delta, plan, output_mask)
-    if grad_x is not None:
-        grad_x = add_dense(grad_x, grad, weight)
-    return grad_x, grad_delta
-
-
-def _bypass_add(x: Tensor, y: Tensor, index: Tensor, delta: Tensor) -> Tensor:
-    out = torch.empty(y.shape, dtype=y.dtype)
-    _C.bypass_fwd.default(x, index, _wide(delta, x), None, y, out)
-    return out
-
-
-def _bypass_backward(
-    grad: Tensor,
-    x: Tensor,
-    index: Tensor,
-    delta: Tensor,
-    plan: Tensor | None,
-    output_mask: list[bool],
-) -> tuple[Tensor | None, Tensor | None]:
-    grad_x = grad_delta = None
-    if output_mask[1]:
-        grad_delta = _C.sddmm.default(grad, x, index).to(delta.dtype)
-    if output_mask[0]:
-        if plan is None:
-            plan = make_plan(index, x.shape[1])
-        grad_x = grad.new_empty(x.shape)
-        _C.bypass_bwd_input.default(grad, plan, _wide(delta, grad), grad_x)
-    return grad_x, grad_delta
-
-
-def _merge(weight: Tensor, index: Tensor, delta: Tensor) -> Tensor:
-    return _C.merge.default(weight, index, _wide(delta, weight))  # type: ignore[no-any-return]
+    if not output_mask[0] or not _one_kernel(grad, weight):
+        return _compiled.linear_backward(grad, x, weight, index, delta, plan, output_mask)
+    only_delta = [False, output_mask[1]]
+    _, grad_delta = _compiled.bypass_backward(grad, x, index, delta, plan, only_delta)
+    if plan is None:
+        plan = make_plan(index, x.shape[1])
+    return C.linear_bwd_input.default(grad, weight, plan, wide(delta, grad)), grad_delta
 
 
 def _one_kernel(x: Tensor, weight: Tensor) -> bool:
@@ -110,12 +78,6 @@ def _has_amx() -> bool:
     return bool(ask())
 
 
-def _wide(delta: Tensor, x: Tensor) -> Tensor:
-    """``delta`` in the dtype in which the kernels sum for ``x``, contiguous."""
-    dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
-    return (delta if delta.dtype == dtype else delta.to(dtype)).contiguous()
-
-
 def _unsupported(first: Tensor, *rest: object) -> list[str]:
     reasons = []
     if not first.is_cpu:
@@ -126,10 +88,7 @@ def _unsupported(first: Tensor, *rest: object) -> list[str]:
 
 
 def _merge_unsupported(weight: Tensor, *rest: object) -> list[str]:
-    reasons = _unsupported(weight)
-    if weight.stride(1) != 1:
-        reasons.append(f"weight with stride {weight.stride(1)} along a row, expected 1")
-    return reasons
+    return _unsupported(weight) + _compiled.strided_row(weight)
 
 
 register(
@@ -140,9 +99,9 @@ register(
         implementations={
             "linear": Implementation(_linear, _unsupported),
             "linear_backward": Implementation(_linear_backward, _unsupported),
-            "bypass_add": Implementation(_bypass_add, _unsupported),
-            "bypass_backward": Implementation(_bypass_backward, _unsupported),
-            "merge_": Implementation(_merge, _merge_unsupported),
+            "bypass_add": Implementation(_compiled.bypass_add, _unsupported),
+            "bypass_backward": Implementation(_compiled.bypass_backward, _unsupported),
+            "merge_": Implementation(_compiled.merge, _merge_unsupported),
             "unmerge_": Implementation(assign_entries, _unsupported),
         },
     )

@@ -6,7 +6,7 @@
 #include <cstdlib>
 
 #include "plan_checks.h"
-#include "problem.h"
+#include "run_cpu.h"
 
 extern "C" __attribute__((weak)) void __sanitizer_set_death_callback(void (*callback)());
 
@@ -54,6 +54,7 @@ Case draw_case(Random& random) {
     c.k %= 4;
   }
   c.values = random.one_in(2) ? Values::real : Values::grid;
+  c.lead = random.one_in(3) ? random.below(8) : 0;
   return c;
 }
 

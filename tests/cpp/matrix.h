@@ -1,6 +1,7 @@
 // Row-major matrices whose every stray access shows, and the random numbers to fill them with.
 #pragma once
 
+#include <algorithm>
 #include <cstdint>
 #include <cstring>
 #include <vector>
@@ -28,44 +29,51 @@ class Random {
 };
 
 // The allocation ends with the last element of the last row, so that AddressSanitizer sees whatever
-// lies past it, and all of it starts as NaN (0xff in each byte), the gaps between the rows included.
+// lies past it, and all of it starts as NaN (0xff in each byte), the gaps between the rows and the
+// `lead` elements before the first one included.
 template <class T>
 class Matrix {
  public:
-  Matrix(int64_t rows, int64_t columns, int64_t gap = 0)
-      : rows_(rows), columns_(columns), stride_(columns + gap), values_(rows > 0 ? (rows - 1) * stride_ + columns : 0) {
+  Matrix(int64_t rows, int64_t columns, int64_t gap = 0, int64_t lead = 0)
+      : rows_(rows),
+        columns_(columns),
+        stride_(columns + gap),
+        lead_(lead),
+        values_(lead + (rows > 0 ? (rows - 1) * stride_ + columns : 0)) {
     if (!values_.empty()) std::memset(values_.data(), 0xff, bytes());
   }
 
   int64_t rows() const { return rows_; }
   int64_t columns() const { return columns_; }
   int64_t stride() const { return stride_; }
-  T* data() { return values_.data(); }
-  const T* data() const { return values_.data(); }
-  T& operator()(int64_t row, int64_t column) { return values_[static_cast<size_t>(row * stride_ + column)]; }
+  T* data() { return values_.data() + lead_; }
+  const T* data() const { return values_.data() + lead_; }
+  T& operator()(int64_t row, int64_t column) { return values_[static_cast<size_t>(lead_ + row * stride_ + column)]; }
   const T& operator()(int64_t row, int64_t column) const {
-    return values_[static_cast<size_t>(row * stride_ + column)];
+    return values_[static_cast<size_t>(lead_ + row * stride_ + column)];
   }
 
   bool gaps_untouched() const {
+    bool untouched = poisoned(values_.data(), lead_);
     for (int64_t row = 0; row + 1 < rows_; ++row) {
-      const auto* gap = reinterpret_cast<const unsigned char*>(data() + row * stride_ + columns_);
-      for (size_t i = 0; i < static_cast<size_t>(stride_ - columns_) * sizeof(T); ++i) {
-        if (gap[i] != 0xff) return false;
-      }
+      untouched &= poisoned(data() + row * stride_ + columns_, stride_ - columns_);
     }
-    return true;
+    return untouched;
   }
 
   bool same_bits(const Matrix& other) const {
     return values_.size() == other.values_.size() &&
-           (values_.empty() || std::memcmp(data(), other.data(), bytes()) == 0);
+           (values_.empty() || std::memcmp(values_.data(), other.values_.data(), bytes()) == 0);
   }
 
  private:
+  static bool poisoned(const T* first, int64_t count) {
+    const auto* byte = reinterpret_cast<const unsigned char*>(first);
+    return std::all_of(byte, byte + static_cast<size_t>(count) * sizeof(T), [](unsigned char b) { return b == 0xff; });
+  }
   size_t bytes() const { return values_.size() * sizeof(T); }
 
-  int64_t rows_, columns_, stride_;
+  int64_t rows_, columns_, stride_, lead_;
   std::vector<T> values_;
 };
 

@@ -6,12 +6,12 @@
 #pragma once
 
 #include <cmath>
+#include <limits>
 #include <string>
 #include <utility>
 #include <vector>
 
 #include "check.h"
-#include "cpu/kernels.h"
 #include "matrix.h"
 #include "nearest.h"
 #include "neuroada/planner.h"
@@ -31,11 +31,13 @@ struct Case {
   Base base = Base::none;
   int64_t gap = 0;  // elements between rows
   Values values = Values::grid;
+  int64_t lead = 0;  // elements before the first row, so that it is not aligned
 
   std::string name() const {
     return "tokens " + std::to_string(tokens) + ", d_in " + std::to_string(d_in) + ", d_out " + std::to_string(d_out) +
            ", k " + std::to_string(k) + ", index kind " + std::to_string(static_cast<int>(index)) + ", bias " +
-           std::to_string(bias) + ", base " + std::to_string(static_cast<int>(base)) + ", gap " + std::to_string(gap);
+           std::to_string(bias) + ", base " + std::to_string(static_cast<int>(base)) + ", gap " + std::to_string(gap) +
+           ", lead " + std::to_string(lead);
   }
 };
 
@@ -76,7 +78,7 @@ void fill(Matrix<T>& matrix, Values values, int bits, Random& random) {
 
 // Distinct columns in each row, -1 in slots without one and wherever k exceeds d_in.
 inline Matrix<int32_t> make_index(const Case& c, Random& random) {
-  Matrix<int32_t> index(c.d_out, c.k);
+  Matrix<int32_t> index(c.d_out, c.k, 0, c.lead);
   std::vector<int32_t> columns(static_cast<size_t>(c.d_in));
   for (int64_t i = 0; i < c.d_in; ++i) columns[i] = static_cast<int32_t>(i);
   for (int64_t j = 0; j < c.d_out; ++j) {
@@ -104,13 +106,13 @@ struct Problem {
 
   Problem(const Case& c, Random& random)
       : shape(c),
-        x(c.tokens, c.d_in, c.gap),
-        grad(c.tokens, c.d_out, c.gap),
-        base(c.tokens, c.d_out, c.gap),
-        bias(1, c.d_out),
-        weight(c.d_out, c.d_in, c.gap),
+        x(c.tokens, c.d_in, c.gap, c.lead),
+        grad(c.tokens, c.d_out, c.gap, c.lead),
+        base(c.tokens, c.d_out, c.gap, c.lead),
+        bias(1, c.d_out, 0, c.lead),
+        weight(c.d_out, c.d_in, c.gap, c.lead),
         index(make_index(c, random)),
-        delta(c.d_out, c.k) {
+        delta(c.d_out, c.k, 0, c.lead) {
     for (Matrix<T>* matrix : {&x, &grad, &base, &bias, &weight}) fill(*matrix, c.values, kBits, random);
     fill(delta, c.values, kDeltaBits, random);
     for (int64_t j = 0; j < c.d_out; ++j) {
@@ -133,14 +135,17 @@ struct Problem {
 
 template <class T>
 struct Outputs {
-  Matrix<T> out, grad_x, linear, linear_grad_x;
+  Matrix<T> out, grad_x;
   Matrix<accumulate_t<T>> grad_delta;
   Matrix<T> weight, original;
+  // Of the kernels that have the dense product in them, where there are such.
+  bool has_linear = false;
+  Matrix<T> linear{0, 0}, linear_grad_x{0, 0};
 
   bool same_bits(const Outputs& other) const {
-    return out.same_bits(other.out) && grad_x.same_bits(other.grad_x) && linear.same_bits(other.linear) &&
-           linear_grad_x.same_bits(other.linear_grad_x) && grad_delta.same_bits(other.grad_delta) &&
-           weight.same_bits(other.weight) && original.same_bits(other.original);
+    return out.same_bits(other.out) && grad_x.same_bits(other.grad_x) && grad_delta.same_bits(other.grad_delta) &&
+           weight.same_bits(other.weight) && original.same_bits(other.original) && linear.same_bits(other.linear) &&
+           linear_grad_x.same_bits(other.linear_grad_x);
   }
 };
 
@@ -153,43 +158,24 @@ inline std::vector<int32_t> make_plan(const Matrix<int32_t>& index, int64_t d_in
   return plan;
 }
 
+// Where the kernels write, poisoned but for what they read there as well.
 template <class T>
-Outputs<T> run(const Problem<T>& p, const cpu::Kernels& kernels, const cpu::Executor& executor) {
+Outputs<T> make_outputs(const Problem<T>& p) {
   const Case& c = p.shape;
-  const DType dtype = dtype_of<T>();
-  Outputs<T> r{c.base == Base::out ? p.base : Matrix<T>(c.tokens, c.d_out, c.gap + 1),
-               Matrix<T>(c.tokens, c.d_in, c.gap),
-               Matrix<T>(c.tokens, c.d_out, c.gap),
-               Matrix<T>(c.tokens, c.d_in, c.gap + 1),
-               Matrix<accumulate_t<T>>(c.d_out, c.k),
-               p.weight,
-               Matrix<T>(c.d_out, c.k)};
-  const T* base = c.base == Base::none ? nullptr : c.base == Base::out ? r.out.data() : p.base.data();
-  const T* bias = c.bias ? p.bias.data() : nullptr;
-  cpu::BypassFwd forward{dtype,          c.tokens,       c.d_in, c.d_out,         c.k,  p.x.data(),   p.x.stride(),
-                         p.index.data(), p.delta.data(), base,   p.base.stride(), bias, r.out.data(), r.out.stride()};
-  kernels.bypass_fwd(forward, executor);
-  forward.base = nullptr;
-  forward.out = r.linear.data();
-  forward.out_stride = r.linear.stride();
-  kernels.linear_fwd({forward, p.weight.data(), p.weight.stride()}, executor);
+  return {c.base == Base::out ? p.base : Matrix<T>(c.tokens, c.d_out, c.gap + 1, c.lead),
+          Matrix<T>(c.tokens, c.d_in, c.gap, c.lead), Matrix<accumulate_t<T>>(c.d_out, c.k, 0, c.lead), p.weight,
+          Matrix<T>(c.d_out, c.k, 0, c.lead)};
+}
 
-  const std::vector<int32_t> plan = make_plan(p.index, c.d_in);
-  cpu::BypassBwdInput backward{
-      dtype,       c.tokens,       c.d_in,          c.d_out,          c.k, p.grad.data(), p.grad.stride(),
-      plan.data(), p.delta.data(), r.grad_x.data(), r.grad_x.stride()};
-  kernels.bypass_bwd_input(backward, executor);
-  backward.out = r.linear_grad_x.data();
-  backward.out_stride = r.linear_grad_x.stride();
-  kernels.linear_bwd_input({backward, p.weight.data(), p.weight.stride()}, executor);
+// What bypass_fwd starts from.
+template <class T>
+const T* base_of(const Problem<T>& p, const Outputs<T>& r) {
+  return p.shape.base == Base::none ? nullptr : p.shape.base == Base::out ? r.out.data() : p.base.data();
+}
 
-  kernels.sddmm({dtype, c.tokens, c.d_in, c.d_out, c.k, p.grad.data(), p.grad.stride(), p.x.data(), p.x.stride(),
-                 p.index.data(), r.grad_delta.data()},
-                executor);
-  kernels.merge(
-      {dtype, c.d_out, c.k, r.weight.data(), r.weight.stride(), p.index.data(), p.delta.data(), r.original.data()},
-      executor);
-  return r;
+template <class T>
+const T* bias_of(const Problem<T>& p) {
+  return p.shape.bias ? p.bias.data() : nullptr;
 }
 
 inline Matrix<double> zeros(int64_t rows, int64_t columns) {
@@ -204,9 +190,9 @@ inline Matrix<double> zeros(int64_t rows, int64_t columns) {
 template <class T>
 Outputs<double> reference(const Problem<T>& p) {
   const Case& c = p.shape;
-  Outputs<double> r{zeros(c.tokens, c.d_out), zeros(c.tokens, c.d_in), zeros(c.tokens, c.d_out),
-                    zeros(c.tokens, c.d_in),  zeros(c.d_out, c.k),     zeros(c.d_out, c.d_in),
-                    zeros(c.d_out, c.k)};
+  Outputs<double> r{zeros(c.tokens, c.d_out), zeros(c.tokens, c.d_in), zeros(c.d_out, c.k),
+                    zeros(c.d_out, c.d_in),   zeros(c.d_out, c.k),     true,
+                    zeros(c.tokens, c.d_out), zeros(c.tokens, c.d_in)};
   for (int64_t t = 0; t < c.tokens; ++t) {
     for (int64_t j = 0; j < c.d_out; ++j) {
       if (c.base != Base::none) r.out(t, j) += widen(p.base(t, j));
@@ -255,42 +241,19 @@ template <class T>
 void check_outputs(const Outputs<T>& actual, const Outputs<double>& expected, const std::string& where) {
   check_rounded(actual.out, expected.out, where + ": bypass_fwd");
   check_rounded(actual.grad_x, expected.grad_x, where + ": bypass_bwd_input");
-  check_rounded(actual.linear, expected.linear, where + ": linear_fwd");
-  check_rounded(actual.linear_grad_x, expected.linear_grad_x, where + ": linear_bwd_input");
+  if (actual.has_linear) {
+    check_rounded(actual.linear, expected.linear, where + ": linear_fwd");
+    check_rounded(actual.linear_grad_x, expected.linear_grad_x, where + ": linear_bwd_input");
+  }
   check_rounded(actual.grad_delta, expected.grad_delta, where + ": sddmm");
   check_rounded(actual.weight, expected.weight, where + ": merge, weight");
   check_rounded(actual.original, expected.original, where + ": merge, original");
 }
 
-// However small the work, it is cut for all threads.
-inline constexpr int64_t kSmallestGrain = 1;
-
-// Cuts the work as for `threads` threads, and runs the tasks on this one, the last of them first.
-inline cpu::Executor in_turn(int64_t threads) {
-  const auto run = [](int64_t tasks, void (*body)(void*, int64_t), void* context) {
-    while (tasks > 0) body(context, --tasks);
-  };
-  return {threads, run, kSmallestGrain};
-}
-
-// Calls f(kernels) for every instruction set that was built and runs here.
-template <class F>
-void each_isa(F&& f) {
-  for (const char* isa : {NEUROADA_ISA_NAMES}) {
-    if (const cpu::Kernels* kernels = cpu::kernels_for(isa)) f(*kernels);
-  }
-}
-
-// Calls f(element) with a value of each element type, for its type alone.
-template <class F>
-void each_dtype(F&& f) {
-  for (DType dtype : {DType::f32, DType::f64, DType::bf16, DType::f16}) with_dtype(dtype, f);
-}
-
 template <class T>
-std::string label(const cpu::Kernels& kernels) {
+const char* dtype_name() {
   const char* names[] = {"float32", "float64", "bfloat16", "float16"};
-  return std::string(kernels.isa) + " " + names[static_cast<int>(dtype_of<T>())];
+  return names[static_cast<int>(dtype_of<T>())];
 }
 
 }  // namespace neuroada::testing

@@ -2,7 +2,7 @@
 #include <initializer_list>
 #include <utility>
 
-#include "problem.h"
+#include "run_cpu.h"
 
 using namespace neuroada::testing;
 

@@ -2,7 +2,7 @@
 #include <thread>
 #include <vector>
 
-#include "problem.h"
+#include "run_cpu.h"
 
 using namespace neuroada::testing;
 

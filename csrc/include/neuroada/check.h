@@ -26,12 +26,28 @@ inline void check_storage(const char* name, const Tensor& tensor) {
   STD_TORCH_CHECK(tensor.numel() == 0 || tensor.const_data_ptr() != nullptr, name, ": its storage is empty");
 }
 
+// Where the kernels of a call run, and all its tensors have to lie.
+struct Site {
+  bool cuda;
+  int32_t gpu;
+};
+inline constexpr Site kCpu{false, 0};
+
+inline void check_site(const char* name, const Tensor& tensor, Site site) {
+  if (!site.cuda) {
+    STD_TORCH_CHECK(tensor.is_cpu(), name, ": not on the CPU, expected a CPU tensor");
+    return;
+  }
+  STD_TORCH_CHECK(tensor.is_cuda() && tensor.get_device_index() == site.gpu, name,
+                  ": not on the GPU of the first argument, expected cuda:", site.gpu);
+}
+
 // A matrix of the given shape with unit stride along a row; -1 accepts any size.
-inline void check_matrix(const char* name, const Tensor& tensor, int64_t rows, int64_t columns) {
+inline void check_matrix(const char* name, const Tensor& tensor, int64_t rows, int64_t columns, Site site = kCpu) {
   STD_TORCH_CHECK(tensor.dim() == 2, name, ": shape ", shape_of(tensor), ", expected a matrix");
   STD_TORCH_CHECK((rows < 0 || tensor.size(0) == rows) && (columns < 0 || tensor.size(1) == columns), name, ": shape ",
                   shape_of(tensor), ", expected [", rows, ", ", columns, "]");
-  STD_TORCH_CHECK(tensor.is_cpu(), name, ": not on the CPU, expected a CPU tensor");
+  check_site(name, tensor, site);
   STD_TORCH_CHECK(tensor.numel() == 0 || tensor.size(1) == 1 || tensor.stride(1) == 1, name, ": stride ",
                   tensor.stride(1), " along a row, expected 1");
   check_storage(name, tensor);

@@ -1,0 +1,70 @@
+// See current_device.h. Neither torch's CUDA library nor a GPU is needed to load this: what they give
+// is looked up at the first call.
+#include "current_device.h"
+
+#include <cuda_runtime_api.h>
+#include <dlfcn.h>
+
+#include <map>
+#include <mutex>
+#include <string>
+
+namespace neuroada::cuda {
+namespace {
+
+void check(int gpu, const char* call, cudaError_t error) {
+  STD_TORCH_CHECK(error == cudaSuccess, "cuda:", gpu, ": ", call, ": ", cudaGetErrorName(error), ", ",
+                  cudaGetErrorString(error));
+}
+
+int attribute(cudaDeviceAttr which, int gpu) {
+  int value = 0;
+  check(gpu, "cudaDeviceGetAttribute", cudaDeviceGetAttribute(&value, which, gpu));
+  return value;
+}
+
+Device facts_of(int gpu) {
+  static std::mutex mutex;
+  static std::map<int, Device> known;
+  const std::lock_guard<std::mutex> lock(mutex);
+  const auto found = known.find(gpu);
+  if (found != known.end()) return found->second;
+  return known[gpu] = {attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin, gpu),
+                       attribute(cudaDevAttrMultiProcessorCount, gpu)};
+}
+
+// A build of torch for the CPU lacks this part of the stable ABI, so it is no symbol to link against.
+// It is found among what this library depends on, or else in the library that has it.
+using GetStream = AOTITorchError (*)(int32_t gpu, void** stream);
+
+GetStream find_get_stream() {
+  constexpr const char* kName = "aoti_torch_get_current_cuda_stream";
+  void* found = dlsym(RTLD_DEFAULT, kName);
+  if (found == nullptr) {
+    if (void* library = dlopen("libtorch_cuda.so", RTLD_LAZY | RTLD_NOLOAD)) found = dlsym(library, kName);
+  }
+  return reinterpret_cast<GetStream>(found);
+}
+
+void* current_stream(int gpu) {
+  static const GetStream get_stream = find_get_stream();
+  STD_TORCH_CHECK(get_stream != nullptr, "cuda:", gpu, ": this torch has no CUDA: libtorch_cuda.so is not loaded");
+  void* stream = nullptr;
+  STD_TORCH_CHECK(get_stream(gpu, &stream) == AOTI_TORCH_SUCCESS, "cuda:", gpu, ": torch gives no current stream");
+  return stream;
+}
+
+}  // namespace
+
+Site site_of(const char* name, const Tensor& tensor) {
+  STD_TORCH_CHECK(tensor.is_cuda(), name, ": not on a GPU, expected a CUDA tensor");
+  return {true, tensor.get_device_index()};
+}
+
+// torch has a runtime of its own; the one in this library is told as well.
+CurrentDevice::CurrentDevice(Site site)
+    : guard_(site.gpu), facts_(facts_of(site.gpu)), stream_(current_stream(site.gpu)) {
+  check(site.gpu, "cudaSetDevice", cudaSetDevice(site.gpu));
+}
+
+}  // namespace neuroada::cuda

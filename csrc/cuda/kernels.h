@@ -1,0 +1,99 @@
+// The CUDA kernels as plain functions over pointers, sizes and strides. Matrices are row-major with
+// unit stride along a row; strides count elements between rows. Sums are taken in float32, in an
+// order that the shapes and the device fix; no kernel synchronises or allocates.
+//
+// dtype is float32, bfloat16 or float16. A column outside [0, d_in) marks a slot without a
+// connection: it adds nothing, and nothing is read through it.
+#pragma once
+
+#include <cstdint>
+
+#include "neuroada/dtype.h"
+
+namespace neuroada::cuda {
+
+// What the launchers fit their grids and tiles to.
+struct Device {
+  int64_t shared_bytes;  // that one CTA may have
+  int64_t multiprocessors;
+  int64_t threads = 512;             // of a CTA, a multiple of 32 and a power of two up to 512
+  int64_t scratch_bytes = 32 << 20;  // of the partial sums of SDDMM, but for one part
+};
+
+// out[t, j] = base[t, j] + bias[j] + sum_s delta[j, s] x[t, index[j, s]]
+struct BypassFwd {
+  DType dtype;  // of x, base, bias and out
+  int64_t tokens, d_in, d_out, k;
+  const void* x;  // [tokens, d_in]
+  int64_t x_stride;
+  const int32_t* index;  // [d_out, k]
+  const float* delta;    // [d_out, k]
+  const void* base;      // [tokens, d_out], or null for zero
+  int64_t base_stride;
+  const void* bias;  // [d_out], or null for zero
+  void* out;         // [tokens, d_out], may be base itself
+  int64_t out_stride;
+};
+
+// A connection as the transposed product reads it.
+struct alignas(8) WeightedNeuron {
+  int32_t neuron;
+  float delta;
+};
+
+// out[t, c] = sum over (j, s) with index[j, s] = c of delta[j, s] grad[t, j]
+struct BypassBwdInput {
+  DType dtype;  // of grad and out
+  int64_t tokens, d_in, d_out, k;
+  const void* grad;  // [tokens, d_out]
+  int64_t grad_stride;
+  const int32_t* plan;  // [d_in + 1 + kSplits + 1 + live], see neuroada/planner.h
+  int64_t live;
+  const float* delta;       // [d_out, k]
+  WeightedNeuron* ordered;  // [live], scratch: the connections in the order of the plan
+  void* out;                // [tokens, d_in]
+  int64_t out_stride;
+};
+
+// out[j, s] = sum_t grad[t, j] x[t, index[j, s]], and zero in a slot without a connection
+struct Sddmm {
+  DType dtype;  // of grad and x
+  int64_t tokens, d_in, d_out, k;
+  const void* grad;  // [tokens, d_out]
+  int64_t grad_stride;
+  const void* x;  // [tokens, d_in]
+  int64_t x_stride;
+  const int32_t* index;  // [d_out, k]
+  float* partial;        // [sddmm_parts, d_out, k], scratch; not read where that is 0 or 1
+  float* out;            // [d_out, k]
+};
+
+enum class MergeMode : uint8_t {
+  merge,    // original[j, s] = weight[j, index[j, s]], then weight[j, index[j, s]] += delta[j, s]
+  gather,   // original[j, s] = weight[j, index[j, s]]
+  patch,    // weight[j, index[j, s]] = original[j, s] + delta[j, s]
+  restore,  // weight[j, index[j, s]] = original[j, s]
+};
+
+struct Merge {
+  DType dtype;  // of weight and original
+  MergeMode mode;
+  int64_t d_in, d_out, k;
+  void* weight;  // [d_out, d_in]
+  int64_t weight_stride;
+  const int32_t* index;  // [d_out, k]
+  const float* delta;    // [d_out, k], for merge and patch
+  void* original;        // [d_out, k], zero in a slot without a connection; written by merge and gather
+};
+
+// `stream` is a cudaStream_t of the current device. They throw std::runtime_error, naming the kernel
+// and CUDA's error.
+void bypass_fwd(const BypassFwd&, const Device&, void* stream);
+void bypass_bwd_input(const BypassBwdInput&, const Device&, void* stream);
+void sddmm(const Sddmm&, const Device&, void* stream);
+void merge(const Merge&, const Device&, void* stream);
+
+// In how many parts of the tokens SDDMM sums first.
+int64_t sddmm_parts(const Sddmm&, const Device&);
+
+}  // namespace neuroada::cuda

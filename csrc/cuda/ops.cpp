@@ -1,0 +1,194 @@
+// Torch glue of the CUDA kernels: checks, pointers, torch's current stream, and scratch from torch's
+// allocator. See schemas.h for the ops and kernels.h for what each computes.
+//
+// The values of index and plan lie on the GPU, and are not read here: a kernel takes a column out of
+// range for a slot without a connection, and reads and writes nothing outside its arguments whatever
+// they hold.
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+
+#include <optional>
+
+#include "current_device.h"
+#include "neuroada/planner.h"
+
+namespace neuroada::cuda {
+namespace {
+
+DType element_dtype(const char* name, const Tensor& tensor) {
+  const DType dtype = dtype_of(name, tensor);
+  STD_TORCH_CHECK(dtype != DType::f64, name, ": dtype float64, expected float32, bfloat16 or float16");
+  return dtype;
+}
+
+void check_same_dtype(const char* name, const Tensor& tensor, DType dtype, const char* first) {
+  STD_TORCH_CHECK(dtype_of(name, tensor) == dtype, name, ": dtype differs from that of ", first);
+}
+
+// index, delta or originals: a dense [d_out, k].
+void check_slots(const char* name, const Tensor& tensor, int64_t d_out, int64_t k, Site site) {
+  check_matrix(name, tensor, d_out, k, site);
+  check_contiguous(name, tensor);
+}
+
+void check_index(const Tensor& index, int64_t d_out, Site site) {
+  check_slots("index", index, d_out, -1, site);
+  check_dtype("index", index, ScalarType::Int, "int32");
+  STD_TORCH_CHECK(index.numel() <= INT32_MAX, "index: ", index.numel(), " connections, expected fewer than 2^31");
+}
+
+void check_delta(const Tensor& delta, int64_t d_out, int64_t k, Site site) {
+  check_slots("delta", delta, d_out, k, site);
+  check_dtype("delta", delta, ScalarType::Float, "float32");
+}
+
+const int32_t* int32_values(const Tensor& tensor) { return static_cast<const int32_t*>(tensor.const_data_ptr()); }
+const float* float_values(const Tensor& tensor) { return static_cast<const float*>(tensor.const_data_ptr()); }
+
+// base + bias + bypass(x) into out, which may be base.
+void bypass_fwd_op(const Tensor& x, const Tensor& index, const Tensor& delta, std::optional<Tensor> bias,
+                   std::optional<Tensor> base, Tensor out) {
+  const Site site = site_of("x", x);
+  check_matrix("x", x, -1, -1, site);
+  check_index(index, -1, site);
+  const int64_t tokens = x.size(0), d_in = x.size(1), d_out = index.size(0), k = index.size(1);
+  const DType dtype = element_dtype("x", x);
+  check_delta(delta, d_out, k, site);
+  check_matrix("out", out, tokens, d_out, site);
+  check_same_dtype("out", out, dtype, "x");
+  if (base) {
+    check_matrix("base", *base, tokens, d_out, site);
+    check_same_dtype("base", *base, dtype, "x");
+  }
+  if (bias) {
+    STD_TORCH_CHECK(bias->dim() == 1 && bias->size(0) == d_out, "bias: shape ", shape_of(*bias), ", expected [", d_out,
+                    "]");
+    check_site("bias", *bias, site);
+    check_same_dtype("bias", *bias, dtype, "x");
+    check_contiguous("bias", *bias);
+    check_storage("bias", *bias);
+  }
+  const CurrentDevice device(site);
+  bypass_fwd({dtype, tokens, d_in, d_out, k, x.const_data_ptr(), x.stride(0), int32_values(index), float_values(delta),
+              base ? base->const_data_ptr() : nullptr, base ? base->stride(0) : 0,
+              bias ? bias->const_data_ptr() : nullptr, out.mutable_data_ptr(), out.stride(0)},
+             device.facts(), device.stream());
+}
+
+// bypass(grad) transposed, into out, which is written whole.
+void bypass_bwd_input_op(const Tensor& grad, const Tensor& plan, const Tensor& delta, Tensor out) {
+  const Site site = site_of("grad", grad);
+  check_delta(delta, -1, -1, site);
+  const int64_t d_out = delta.size(0), k = delta.size(1);
+  STD_TORCH_CHECK(delta.numel() <= INT32_MAX, "delta: ", delta.numel(), " bypasses, expected fewer than 2^31");
+  check_matrix("grad", grad, -1, d_out, site);
+  check_matrix("out", out, grad.size(0), -1, site);
+  const int64_t tokens = grad.size(0), d_in = out.size(1);
+  const DType dtype = element_dtype("grad", grad);
+  check_same_dtype("out", out, dtype, "grad");
+  STD_TORCH_CHECK(plan.dim() == 1 && plan.size(0) >= plan_size(d_in, 0), "plan: shape ", shape_of(plan),
+                  ", expected at least [", plan_size(d_in, 0), "]");
+  check_site("plan", plan, site);
+  check_dtype("plan", plan, ScalarType::Int, "int32");
+  check_contiguous("plan", plan);
+  check_storage("plan", plan);
+  const int64_t live = plan.size(0) - plan_size(d_in, 0);
+  STD_TORCH_CHECK(live <= delta.numel(), "plan: ", live, " connections, expected at most the ", delta.numel(),
+                  " of delta");
+  const CurrentDevice device(site);
+  Tensor ordered =
+      torch::stable::new_empty(delta, {live, static_cast<int64_t>(sizeof(WeightedNeuron) / sizeof(float))});
+  bypass_bwd_input({dtype, tokens, d_in, d_out, k, grad.const_data_ptr(), grad.stride(0), int32_values(plan), live,
+                    float_values(delta), static_cast<WeightedNeuron*>(ordered.mutable_data_ptr()),
+                    out.mutable_data_ptr(), out.stride(0)},
+                   device.facts(), device.stream());
+}
+
+Tensor sddmm_op(const Tensor& grad, const Tensor& x, const Tensor& index) {
+  const Site site = site_of("grad", grad);
+  check_matrix("x", x, -1, -1, site);
+  check_index(index, -1, site);
+  const int64_t tokens = x.size(0), d_in = x.size(1), d_out = index.size(0), k = index.size(1);
+  check_matrix("grad", grad, tokens, d_out, site);
+  const DType dtype = element_dtype("grad", grad);
+  check_same_dtype("x", x, dtype, "grad");
+  const CurrentDevice device(site);
+  Tensor out = torch::stable::new_empty(x, {d_out, k}, ScalarType::Float);
+  Sddmm args{dtype,
+             tokens,
+             d_in,
+             d_out,
+             k,
+             grad.const_data_ptr(),
+             grad.stride(0),
+             x.const_data_ptr(),
+             x.stride(0),
+             int32_values(index),
+             nullptr,
+             static_cast<float*>(out.mutable_data_ptr())};
+  const int64_t parts = sddmm_parts(args, device.facts());
+  Tensor partial = torch::stable::new_empty(x, {parts > 1 ? parts : 0, d_out, k}, ScalarType::Float);
+  args.partial = static_cast<float*>(partial.mutable_data_ptr());
+  sddmm(args, device.facts(), device.stream());
+  return out;
+}
+
+// What the four ops on the chosen entries of W share; delta may be missing.
+void run_merge(MergeMode mode, Tensor& weight, const Tensor& index, const Tensor* delta, Tensor& original) {
+  const Site site = site_of("weight", weight);
+  check_matrix("weight", weight, -1, -1, site);
+  check_index(index, weight.size(0), site);
+  const int64_t d_out = weight.size(0), d_in = weight.size(1), k = index.size(1);
+  const DType dtype = element_dtype("weight", weight);
+  if (delta) check_delta(*delta, d_out, k, site);
+  check_slots("original", original, d_out, k, site);
+  check_same_dtype("original", original, dtype, "weight");
+  const CurrentDevice device(site);
+  merge({dtype, mode, d_in, d_out, k, weight.mutable_data_ptr(), weight.stride(0), int32_values(index),
+         delta ? float_values(*delta) : nullptr, original.mutable_data_ptr()},
+        device.facts(), device.stream());
+}
+
+Tensor new_original(const Tensor& weight, const Tensor& index) {
+  STD_TORCH_CHECK(index.dim() == 2, "index: shape ", shape_of(index), ", expected a matrix");
+  return torch::stable::new_empty(weight, {index.size(0), index.size(1)});
+}
+
+Tensor merge_op(Tensor weight, const Tensor& index, const Tensor& delta) {
+  Tensor original = new_original(weight, index);
+  run_merge(MergeMode::merge, weight, index, &delta, original);
+  return original;
+}
+
+Tensor gather_op(Tensor weight, const Tensor& index) {
+  Tensor original = new_original(weight, index);
+  run_merge(MergeMode::gather, weight, index, nullptr, original);
+  return original;
+}
+
+void patch_op(Tensor weight, const Tensor& index, const Tensor& delta, Tensor original) {
+  run_merge(MergeMode::patch, weight, index, &delta, original);
+}
+
+void restore_op(Tensor weight, const Tensor& index, Tensor original) {
+  run_merge(MergeMode::restore, weight, index, nullptr, original);
+}
+
+}  // namespace
+
+#ifdef NEUROADA_HOST_CUDA  // tests/cuda/host_library.cpp: this glue and the kernels on the CPU
+STABLE_TORCH_LIBRARY_IMPL(neuroada_host_cuda, CPU, m) {
+#else
+STABLE_TORCH_LIBRARY_IMPL(neuroada_C, CUDA, m) {
+#endif
+  m.impl("bypass_fwd", TORCH_BOX(&bypass_fwd_op));
+  m.impl("bypass_bwd_input", TORCH_BOX(&bypass_bwd_input_op));
+  m.impl("sddmm", TORCH_BOX(&sddmm_op));
+  m.impl("merge", TORCH_BOX(&merge_op));
+  m.impl("gather", TORCH_BOX(&gather_op));
+  m.impl("patch", TORCH_BOX(&patch_op));
+  m.impl("restore", TORCH_BOX(&restore_op));
+}
+
+}  // namespace neuroada::cuda

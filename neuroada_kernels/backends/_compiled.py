@@ -1,0 +1,87 @@
+"""The ops by the compiled kernels, the same on every device: the bypass by ``neuroada_C``, the
+product by torch."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from neuroada_kernels.backends._dense import add_dense, bias_for_bypass
+from neuroada_kernels.plan import make_plan
+
+#: The compiled ops; torch's dispatcher finds the kernels of the tensors' device.
+C = torch.ops.neuroada_C
+
+
+def linear(x: Tensor, weight: Tensor, index: Tensor, delta: Tensor, bias: Tensor | None) -> Tensor:
+    """The op ``linear``."""
+    early, late = bias_for_bypass(bias)
+    y = x.new_empty(x.shape[0], weight.shape[0])
+    C.bypass_fwd.default(x, index, wide(delta, x), early, None, y)
+    return add_dense(y, x, weight.t(), late)
+
+
+def linear_backward(
+    grad: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    index: Tensor,
+    delta: Tensor,
+    plan: Tensor | None,
+    output_mask: list[bool],
+) -> tuple[Tensor | None, Tensor | None]:
+    """The op ``linear_backward``."""
+    grad_x, grad_delta = bypass_backward(grad, x, index, delta, plan, output_mask)
+    if grad_x is not None:
+        grad_x = add_dense(grad_x, grad, weight)
+    return grad_x, grad_delta
+
+
+def bypass_add(x: Tensor, y: Tensor, index: Tensor, delta: Tensor) -> Tensor:
+    """The op ``bypass_add``."""
+    out = torch.empty(y.shape, dtype=y.dtype, device=y.device)
+    C.bypass_fwd.default(x, index, wide(delta, x), None, y, out)
+    return out
+
+
+def bypass_backward(
+    grad: Tensor,
+    x: Tensor,
+    index: Tensor,
+    delta: Tensor,
+    plan: Tensor | None,
+    output_mask: list[bool],
+) -> tuple[Tensor | None, Tensor | None]:
+    """The op ``bypass_backward``."""
+    grad_x = grad_delta = None
+    if output_mask[1]:
+        grad_delta = C.sddmm.default(grad, x, index).to(delta.dtype)
+    if output_mask[0]:
+        if plan is None:
+            plan = make_plan(index, x.shape[1])
+        grad_x = grad.new_empty(x.shape)
+        C.bypass_bwd_input.default(grad, plan, wide(delta, grad), grad_x)
+    return grad_x, grad_delta
+
+
+def merge(weight: Tensor, index: Tensor, delta: Tensor) -> Tensor:
+    """The op ``merge_``."""
+    return C.merge.default(weight, index, wide(delta, weight))  # type: ignore[no-any-return]
+
+
+def restore(weight: Tensor, index: Tensor, original: Tensor) -> None:
+    """The op ``unmerge_``; on CUDA alone is it compiled."""
+    C.restore.default(weight, index, original.contiguous())
+
+
+def strided_row(weight: Tensor) -> list[str]:
+    """Why the kernels cannot write into ``weight``."""
+    if weight.stride(1) == 1 or weight.shape[1] == 1:
+        return []
+    return [f"weight with stride {weight.stride(1)} along a row, expected 1"]
+
+
+def wide(delta: Tensor, x: Tensor) -> Tensor:
+    """``delta`` in the dtype in which the kernels sum for ``x``, contiguous."""
+    dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
+    return (delta if delta.dtype == dtype else delta.to(dtype)).contiguous()

@@ -1,0 +1,137 @@
+// Runs CUDA device code on the CPU: a std::thread for each thread of a CTA, a std::barrier for
+// __syncthreads, slots for the shuffles of a warp. CTAs run in turn, each with shared memory full of
+// NaN, allocated to the byte. So AddressSanitizer sees an index gone wrong, ThreadSanitizer a missing
+// barrier, and a wrong sum whatever was never written.
+#pragma once
+
+#include <barrier>
+#include <cstddef>
+#include <cstdint>
+#include <cstdio>
+#include <cstdlib>
+#include <cstring>
+#include <deque>
+#include <functional>
+#include <new>
+#include <thread>
+#include <vector>
+
+#define __global__
+#define __device__
+#define __host__
+#define __forceinline__ inline
+#define __launch_bounds__(...)
+
+namespace neuroada::host_cuda {
+
+struct Dim3 {
+  unsigned x = 1, y = 1, z = 1;
+};
+
+constexpr int kLanes = 32;
+
+// Two sets of slots in turn: who writes to one again has seen all others read it.
+struct Warp {
+  std::barrier<> barrier{kLanes};
+  uint32_t slots[2][kLanes];
+};
+
+struct Cta {
+  explicit Cta(unsigned threads) : barrier(threads), warps(threads / kLanes) {}
+  std::barrier<> barrier;
+  std::deque<Warp> warps;
+  void* shared = nullptr;
+};
+
+struct Self {
+  Cta* cta = nullptr;
+  Dim3 thread, block, block_dim, grid_dim;
+  unsigned exchanges = 0;
+};
+
+inline thread_local Self self;
+
+[[noreturn]] inline void stop(const char* message) {
+  std::fprintf(stderr, "host_cuda: %s\n", message);
+  std::abort();
+}
+
+inline void check_aligned(const void* pointer, size_t alignment) {
+  if (reinterpret_cast<uintptr_t>(pointer) % alignment != 0) stop("a misaligned vector access");
+}
+
+inline void* shared_memory(size_t alignment) {
+  check_aligned(self.cta->shared, alignment);
+  return self.cta->shared;
+}
+
+// Runs `kernel` for every CTA of the grid.
+inline void launch(Dim3 grid, unsigned threads, size_t shared_bytes, const std::function<void()>& kernel) {
+  if (threads % kLanes != 0 || threads == 0 || grid.x == 0 || grid.y == 0) stop("an invalid launch");
+  constexpr std::align_val_t kAlignment{16};
+  Cta cta(threads);
+  cta.shared = ::operator new(shared_bytes, kAlignment);
+  const auto body = [&](unsigned thread) {
+    self = {&cta, {thread}, {}, {threads}, grid};
+    for (unsigned y = 0; y < grid.y; ++y) {
+      for (unsigned x = 0; x < grid.x; ++x) {
+        self.block = {x, y};
+        if (thread == 0) std::memset(cta.shared, 0xff, shared_bytes);
+        cta.barrier.arrive_and_wait();
+        kernel();
+        cta.barrier.arrive_and_wait();
+      }
+    }
+  };
+  std::vector<std::thread> pool;
+  for (unsigned thread = 0; thread < threads; ++thread) pool.emplace_back(body, thread);
+  for (std::thread& thread : pool) thread.join();
+  ::operator delete(cta.shared, kAlignment);
+}
+
+// Every lane's word, after every lane has given its own.
+inline const uint32_t* exchange(uint32_t own) {
+  Warp& warp = self.cta->warps[self.thread.x / kLanes];
+  uint32_t* slots = warp.slots[self.exchanges++ % 2];
+  slots[self.thread.x % kLanes] = own;
+  warp.barrier.arrive_and_wait();
+  return slots;
+}
+
+template <class T>
+T shuffle(T value, unsigned lane) {
+  static_assert(sizeof(T) == sizeof(uint32_t));
+  uint32_t word;
+  std::memcpy(&word, &value, sizeof(word));
+  word = exchange(word)[lane];
+  std::memcpy(&value, &word, sizeof(word));
+  return value;
+}
+
+}  // namespace neuroada::host_cuda
+
+#define threadIdx ::neuroada::host_cuda::self.thread
+#define blockIdx ::neuroada::host_cuda::self.block
+#define blockDim ::neuroada::host_cuda::self.block_dim
+#define gridDim ::neuroada::host_cuda::self.grid_dim
+
+inline void __syncthreads() { ::neuroada::host_cuda::self.cta->barrier.arrive_and_wait(); }
+
+template <class T>
+T __shfl_sync(unsigned, T value, int lane) {
+  return neuroada::host_cuda::shuffle(value, static_cast<unsigned>(lane));
+}
+
+template <class T>
+T __shfl_xor_sync(unsigned, T value, int mask) {
+  return neuroada::host_cuda::shuffle(value, threadIdx.x % neuroada::host_cuda::kLanes ^ static_cast<unsigned>(mask));
+}
+
+inline unsigned __ballot_sync(unsigned, bool predicate) {
+  const uint32_t* given = neuroada::host_cuda::exchange(predicate);
+  unsigned mask = 0;
+  for (int lane = 0; lane < neuroada::host_cuda::kLanes; ++lane) mask |= given[lane] << lane;
+  return mask;
+}
+
+inline int __ffs(int mask) { return __builtin_ffs(mask); }

@@ -1,0 +1,67 @@
+// Runs the CUDA kernels over a problem, on the CPU through host_cuda.h.
+#pragma once
+
+#include <string>
+#include <vector>
+
+#include "cuda/kernels.h"
+#include "problem.h"
+
+namespace neuroada::testing {
+
+// A device so small that small problems are cut as large ones are on a GPU.
+struct TestDevice {
+  const char* name;
+  cuda::Device device;
+};
+
+inline constexpr int64_t kQuad = 16;  // bytes of one column of a staged group of tokens
+
+// Calls f(element) for each dtype that the CUDA kernels have.
+template <class F>
+void each_cuda_dtype(F&& f) {
+  f(float{});
+  f(BFloat16{});
+  f(Half{});
+}
+
+template <class T>
+cuda::Merge merge_problem(const Problem<T>& p, cuda::MergeMode mode, Matrix<T>& weight, Matrix<T>& original) {
+  const Case& c = p.shape;
+  return {dtype_of<T>(),   mode,           c.d_in,         c.d_out,        c.k, weight.data(),
+          weight.stride(), p.index.data(), p.delta.data(), original.data()};
+}
+
+template <class T>
+Matrix<float> run_sddmm(const Problem<T>& p, const cuda::Device& device) {
+  const Case& c = p.shape;
+  Matrix<float> out(c.d_out, c.k, 0, c.lead);
+  cuda::Sddmm args{dtype_of<T>(),   c.tokens,   c.d_in,       c.d_out,        c.k,     p.grad.data(),
+                   p.grad.stride(), p.x.data(), p.x.stride(), p.index.data(), nullptr, out.data()};
+  const int64_t parts = cuda::sddmm_parts(args, device);
+  Matrix<float> partial(parts > 1 ? parts * c.d_out : 0, c.k, 0, c.lead);
+  args.partial = partial.data();
+  cuda::sddmm(args, device, nullptr);
+  return out;
+}
+
+template <class T>
+Outputs<T> run(const Problem<T>& p, const cuda::Device& device) {
+  const Case& c = p.shape;
+  const DType dtype = dtype_of<T>();
+  Outputs<T> r = make_outputs(p);
+  cuda::bypass_fwd({dtype, c.tokens, c.d_in, c.d_out, c.k, p.x.data(), p.x.stride(), p.index.data(), p.delta.data(),
+                    base_of(p, r), p.base.stride(), bias_of(p), r.out.data(), r.out.stride()},
+                   device, nullptr);
+  const std::vector<int32_t> plan = make_plan(p.index, c.d_in);
+  const int64_t live = static_cast<int64_t>(plan.size()) - plan_size(c.d_in, 0);
+  Matrix<cuda::WeightedNeuron> ordered(1, live);
+  cuda::bypass_bwd_input({dtype, c.tokens, c.d_in, c.d_out, c.k, p.grad.data(), p.grad.stride(), plan.data(), live,
+                          p.delta.data(), ordered.data(), r.grad_x.data(), r.grad_x.stride()},
+                         device, nullptr);
+  r.grad_delta = run_sddmm(p, device);
+  cuda::merge(merge_problem(p, cuda::MergeMode::merge, r.weight, r.original), device, nullptr);
+  return r;
+}
+
+}  // namespace neuroada::testing

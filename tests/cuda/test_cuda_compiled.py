@@ -1,0 +1,138 @@
+"""What nvcc makes of the kernels, read from the built library: registers, spills, loads, stores.
+
+``python tests/cuda/test_cuda_compiled.py`` writes the table anew; a spill is to be explained in
+``docs/kernels.md``.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import os
+import re
+import shutil
+import subprocess
+from functools import cache
+from pathlib import Path
+
+import pytest
+
+import neuroada_kernels
+from neuroada_kernels import _extension
+
+TABLE = Path(__file__).parents[1] / "data" / "cuda_resources.json"
+LIBRARY = Path(neuroada_kernels.__file__).parent / "libneuroada.so"
+
+
+def _why_not() -> str | None:
+    if _extension.module is None:
+        return f"not built: {_extension.module_error}"
+    if not _extension.module.build_facts()["cuda_archs"]:
+        return "built without CUDA: `make NEUROADA_BUILD=cuda test-python` gets nvcc and compiles"
+    if importlib.util.find_spec("triton") is None or shutil.which("c++filt") is None:
+        return "reading the library needs Triton's cuobjdump and c++filt"
+    return None
+
+
+if (reason := _why_not()) is not None:
+    pytest.skip(reason, allow_module_level=True)
+
+BUILD = _extension.module.build_facts()
+ARCHS = BUILD["cuda_archs"].split()
+every_arch = pytest.mark.parametrize("arch", ARCHS)
+
+
+def _read(*options: str) -> str:
+    tools = Path(importlib.util.find_spec("triton").origin).parent / "backends" / "nvidia" / "bin"
+    environment = {**os.environ, "PATH": f"{tools}{os.pathsep}{os.environ['PATH']}"}
+    said = subprocess.run(
+        [tools / "cuobjdump", *options, LIBRARY],
+        check=True,
+        capture_output=True,
+        text=True,
+        env=environment,
+    ).stdout
+    readable = subprocess.run(
+        ["c++filt"], input=said, check=True, capture_output=True, text=True
+    ).stdout
+    return re.sub(r"\([\w:]+Mode\)|neuroada::(cuda::)?", "", readable)
+
+
+def _name(signature: str) -> str:
+    """``bypass_fwd_kernel<float, 2>`` of ``void bypass_fwd_kernel<float, 2>(BypassFwdLaunch)``."""
+    return signature.removeprefix("void ").partition("(")[0]
+
+
+@cache
+def resources() -> dict[str, dict[str, int]]:
+    """By arch and kernel; ``stack`` are bytes a thread, in which spilled registers lie."""
+    found, arch, name = {}, "", ""
+    for line in _read("--dump-resource-usage").splitlines():
+        if match := re.match(r"arch = (\w+)", line):
+            arch = match[1]
+        elif match := re.match(r" Function (.+):$", line):
+            name = _name(match[1])
+        elif "REG:" in line:
+            used = {key: int(value) for key, value in re.findall(r"([A-Z]+):(\d+)", line)}
+            found[f"{arch} {name}"] = {
+                "registers": used["REG"],
+                "stack": used["STACK"] + used["LOCAL"],
+                "shared": used["SHARED"],
+            }
+    return found
+
+
+@cache
+def instructions(arch: str) -> dict[str, set[str]]:
+    """The memory instructions of each kernel."""
+    found, name = {}, ""
+    for line in _read("-sass", "-arch", f"sm_{arch}").splitlines():
+        if match := re.search(r"Function : (.+)$", line):
+            name = _name(match[1])
+        elif match := re.search(r"\b((?:LD|ST)[GSL]\.\S+|(?:LD|ST)[GSL])\b", line):
+            found.setdefault(name, set()).add(match[1])
+    return found
+
+
+def test_every_kernel_is_compiled_for_every_arch():
+    names = {key.partition(" ")[2] for key in resources()}
+    assert len(names) == 3 * 3 * 2 + 2 + 3 * 4  # staged ones, their helpers, and merge
+    assert set(resources()) == {f"sm_{arch} {name}" for arch in ARCHS for name in names}
+
+
+def test_no_kernel_needs_more_than_the_table_says():
+    table = json.loads(TABLE.read_text())
+    for key, used in resources().items():
+        known = table["kernels"][key]
+        assert used["stack"] <= known["stack"], f"{key}: a new spill or stack frame"
+        if table["nvcc"] == BUILD["nvcc"]:
+            assert used == known, f"{key}: is the table to be written anew?"
+    stale = {key for key in table["kernels"] if key.split()[0][3:] in ARCHS} - set(resources())
+    assert not stale
+
+
+def test_every_kernel_launches_with_the_threads_of_a_cta():
+    """A multiprocessor has 65536 registers, and a CTA at most 512 threads."""
+    assert max(used["registers"] for used in resources().values()) <= 65536 // 512
+
+
+@every_arch
+def test_staged_columns_are_read_and_written_sixteen_bytes_at_a_time(arch):
+    staged = {name: used for name, used in instructions(arch).items() if "<" in name}
+    staged = {name: used for name, used in staged.items() if not name.startswith("merge")}
+    assert len(staged) == 18
+    for name, used in staged.items():
+        shared = {i for i in used if i.startswith(("LDS", "STS"))}
+        assert {i.partition(".")[2].split(".")[0] for i in shared} == {"128"}, name
+        assert "LDG.E.128" in {i.replace(".CONSTANT", "") for i in used}, name
+
+
+@every_arch
+def test_no_kernel_loads_byte_by_byte_or_from_its_stack(arch):
+    for name, used in instructions(arch).items():
+        assert not [i for i in used if "U8" in i or i.startswith(("LDL", "STL"))], name
+
+
+if __name__ == "__main__":
+    rows = ",\n".join(f'  "{key}": {json.dumps(used)}' for key, used in resources().items())
+    TABLE.write_text(f'{{\n "nvcc": "{BUILD["nvcc"]}",\n "kernels": {{\n{rows}\n }}\n}}\n')

@@ -1,0 +1,135 @@
+// Every CUDA kernel, in every dtype, is its formula over small shapes, whatever the device it is cut
+// for. Grid values are summed exactly, so outputs are compared for equality.
+#include <initializer_list>
+#include <utility>
+
+#include "run_cuda.h"
+
+using namespace neuroada::testing;
+using neuroada::cuda::Device;
+using neuroada::cuda::MergeMode;
+
+namespace {
+
+constexpr Device kRoomy{64 << 10, 4, 64, 1 << 20};  // two groups of tokens a CTA, and several CTAs
+constexpr TestDevice kDevices[] = {
+    {"roomy", kRoomy},
+    {"one CTA", {64 << 10, 1, 32, 1 << 20}},
+    {"tiles of 24 columns", {25 * kQuad, 2, 64, 1 << 20}},
+    {"tiles of 8 columns, scratch for one part", {9 * kQuad, 3, 32, 0}},
+};
+
+template <class T>
+void check_case(const Case& c, const TestDevice& on, uint64_t seed) {
+  Random random(seed);
+  const Problem<T> problem(c, random);
+  const std::string where = std::string(dtype_name<T>()) + " on " + on.name + ", " + c.name();
+  check_outputs(run(problem, on.device), reference(problem), where);
+}
+
+void check_case(const Case& c, const TestDevice& on, uint64_t seed) {
+  each_cuda_dtype([&](auto element) { check_case<decltype(element)>(c, on, seed); });
+}
+
+constexpr std::pair<int64_t, int64_t> kWeights[] = {{1, 5}, {5, 1}, {13, 70}, {37, 31}, {67, 33}};
+constexpr int64_t kTokens[] = {0, 1, 7, 8, 9, 17, 40};
+
+// Dtypes, index kinds, base, bias, strides, alignment and devices take turns over the shapes, each at
+// a step of its own, so that all pairs of them occur.
+void formulas_hold_over_shapes() {
+  int64_t turn = 0;
+  for (const auto& [d_in, d_out] : kWeights) {
+    for (int64_t k : {int64_t{1}, int64_t{2}, int64_t{3}, int64_t{8}, int64_t{20}, d_in}) {
+      if (k > d_in) continue;
+      for (int64_t tokens : kTokens) {
+        ++turn;
+        Case c{tokens, d_in, d_out, k, static_cast<IndexKind>(turn / 4 % 4), turn / 2 % 2 == 0};
+        c.base = static_cast<Base>(turn / 3 % 3);
+        c.gap = turn % 5 < 3 ? 0 : turn % 5 == 3 ? 3 : 16 - d_in % 8;
+        c.lead = turn % 11 < 5 ? 0 : turn % 11;
+        const TestDevice& on = kDevices[turn % 4];
+        if (turn % 3 == 0) check_case<float>(c, on, static_cast<uint64_t>(turn));
+        if (turn % 3 == 1) check_case<neuroada::BFloat16>(c, on, static_cast<uint64_t>(turn));
+        if (turn % 3 == 2) check_case<neuroada::Half>(c, on, static_cast<uint64_t>(turn));
+      }
+    }
+  }
+}
+
+// Rows that can be read 16 bytes at a time, to the last one and with columns left over.
+void formulas_hold_for_aligned_rows() {
+  for (const TestDevice& on : kDevices) {
+    check_case({17, 64, 72, 8, IndexKind::ragged, true, Base::separate}, on, 1);
+    check_case({19, 61, 67, 4, IndexKind::distinct, false, Base::out, 3}, on, 2);
+    check_case({9, 200, 40, 3, IndexKind::distinct, true, Base::out}, on, 3);
+  }
+}
+
+void formulas_hold_for_each_way_to_hand_over_the_output() {
+  for (Base base : {Base::none, Base::separate, Base::out}) {
+    for (int64_t lead : {0, 1}) {
+      check_case({17, 21, 40, 3, IndexKind::ragged, lead == 0, base, 5, Values::grid, lead}, kDevices[2 * lead], 1);
+    }
+  }
+}
+
+// Columns of 31, 32 and 33 neurons and more: a lane sums a light one, the warp a heavy one.
+void formulas_hold_on_both_sides_of_a_heavy_column() {
+  for (const TestDevice& on : kDevices) {
+    for (int64_t d_out : {31, 32, 33, 100}) check_case({9, 13, d_out, 2, IndexKind::one_column}, on, 4);
+  }
+}
+
+void formulas_hold_for_empty_sizes() {
+  for (int64_t tokens : {0, 3}) {
+    for (int64_t d_in : {0, 5}) {
+      for (int64_t d_out : {0, 5}) {
+        for (int64_t k : {0, 2}) {
+          check_case({tokens, d_in, d_out, k, IndexKind::distinct, true, Base::separate}, kDevices[0], 4);
+        }
+      }
+    }
+  }
+}
+
+// Whether the staged tile is just one column too wide decides what is launched, not what comes out.
+void formulas_hold_at_the_edges_of_the_shared_memory() {
+  for (int64_t quads : {9, 17, 24, 25, 26, 49, 50, 51}) {
+    check_case({17, 24, 35, 3, IndexKind::ragged}, {"an edge", {quads * kQuad, 2, 32, 1 << 20}}, 5);
+  }
+}
+
+// The values of a plan are not checked on a GPU: whatever they are, AddressSanitizer sees no access
+// outside the arguments, and nobody waits at a barrier for ever.
+void no_plan_reaches_outside_the_arguments() {
+  Random random(6);
+  const Case c{9, 21, 40, 2};
+  const Problem<float> problem(c, random);
+  constexpr int64_t kLive = 50;
+  for (const TestDevice& on : kDevices) {
+    for (int64_t range : {2, 60, 1 << 30}) {
+      std::vector<int32_t> plan(static_cast<size_t>(neuroada::plan_size(c.d_in, kLive)));
+      for (int32_t& value : plan) value = static_cast<int32_t>(random.below(2 * range) - range / 4);
+      Matrix<neuroada::cuda::WeightedNeuron> ordered(1, kLive);
+      Matrix<float> out(c.tokens, c.d_in, 3);
+      neuroada::cuda::bypass_bwd_input(
+          {neuroada::DType::f32, c.tokens, c.d_in, c.d_out, c.k, problem.grad.data(), problem.grad.stride(),
+           plan.data(), kLive, problem.delta.data(), ordered.data(), out.data(), out.stride()},
+          on.device, nullptr);
+      CHECK(out.gaps_untouched(), std::string("a garbage plan on ") + on.name + ": wrote between rows");
+    }
+  }
+}
+
+}  // namespace
+
+int main() {
+  formulas_hold_over_shapes();
+  formulas_hold_for_aligned_rows();
+  formulas_hold_for_each_way_to_hand_over_the_output();
+  formulas_hold_on_both_sides_of_a_heavy_column();
+  formulas_hold_for_empty_sizes();
+  formulas_hold_at_the_edges_of_the_shared_memory();
+  no_plan_reaches_outside_the_arguments();
+  return exit_status();
+}

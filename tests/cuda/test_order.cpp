@@ -1,0 +1,92 @@
+// Sums are taken in the order that kernels.h promises, whatever the scheduler does: in one order for
+// a shape and a device, parts of the tokens after another.
+#include "cuda/staging.cuh"
+#include "run_cuda.h"
+
+using namespace neuroada::testing;
+using neuroada::cuda::Device;
+
+namespace {
+
+// Real values: their sums round differently in another order.
+constexpr Case kCases[] = {
+    {40, 37, 70, 8, IndexKind::distinct, true, Base::separate, 0, Values::real},
+    {17, 13, 100, 2, IndexKind::one_column, false, Base::none, 1, Values::real},
+    {33, 21, 45, 3, IndexKind::ragged, false, Base::out, 3, Values::real, 1},
+};
+
+template <class T>
+void runs_repeat_to_the_bit(const Case& c, const Device& device) {
+  Random random(1);
+  const Problem<T> problem(c, random);
+  const Outputs<T> first = run(problem, device);
+  CHECK(run(problem, device).same_bits(first), std::string(dtype_name<T>()) + ", " + c.name());
+}
+
+// The tokens [first, last) of a problem.
+template <class T>
+Problem<T> tokens_of(const Problem<T>& p, int64_t first, int64_t last) {
+  Problem<T> part = p;
+  part.shape.tokens = last - first;
+  part.x = Matrix<T>(last - first, p.shape.d_in);
+  part.grad = Matrix<T>(last - first, p.shape.d_out);
+  for (int64_t t = first; t < last; ++t) {
+    for (int64_t c = 0; c < p.shape.d_in; ++c) part.x(t - first, c) = p.x(t, c);
+    for (int64_t j = 0; j < p.shape.d_out; ++j) part.grad(t - first, j) = p.grad(t, j);
+  }
+  return part;
+}
+
+// out = ((part 0 + part 1) + part 2) + part 3 to the bit, where a part is what SDDMM makes of its
+// tokens alone: three blocks of two groups.
+template <class T>
+void sddmm_adds_parts_in_order() {
+  constexpr int64_t kBlock = 2 * neuroada::cuda::kTokens<T>, kParts = 4, kTokensAPart = 3 * kBlock;
+  constexpr Device kWhole{64 << 10, 2, 32, 1 << 20}, kAlone{64 << 10, 1, 32, 0};
+  Random random(2);
+  const Case c{kParts * kTokensAPart, 29, 40, 3, IndexKind::distinct, false, Base::none, 0, Values::real};
+  const Problem<T> problem(c, random);
+  const Matrix<float> whole = run_sddmm(problem, kWhole);
+  Matrix<float> sum(c.d_out, c.k);
+  for (int64_t part = 0; part < kParts; ++part) {
+    const Matrix<float> alone = run_sddmm(tokens_of(problem, part * kTokensAPart, (part + 1) * kTokensAPart), kAlone);
+    for (int64_t j = 0; j < c.d_out; ++j) {
+      for (int64_t s = 0; s < c.k; ++s) sum(j, s) = (part == 0 ? 0.0f : sum(j, s)) + alone(j, s);
+    }
+  }
+  CHECK(whole.same_bits(sum), std::string(dtype_name<T>()) + ": parts are not added in their order");
+}
+
+// One part, one column a neuron: the sum runs over the tokens of a block, then over the blocks.
+void sddmm_sums_blocks_in_order() {
+  constexpr int64_t kBlock = 2 * neuroada::cuda::kTokens<float>;
+  Random random(3);
+  const Case c{5 * kBlock, 17, 33, 2, IndexKind::distinct, false, Base::none, 0, Values::real};
+  const Problem<float> problem(c, random);
+  const Matrix<float> actual = run_sddmm(problem, {64 << 10, 1, 32, 0});
+  problem.each_connection([&](int64_t j, int64_t s, int64_t column) {
+    float sum = 0;
+    for (int64_t block = 0; block < 5; ++block) {
+      float products = 0;
+      for (int64_t t = block * kBlock; t < (block + 1) * kBlock; ++t)
+        products += problem.grad(t, j) * problem.x(t, column);
+      sum = block == 0 ? products : sum + products;
+    }
+    CHECK(actual(j, s) == sum, "neuron " + std::to_string(j) + ", slot " + std::to_string(s));
+  });
+}
+
+}  // namespace
+
+int main() {
+  each_cuda_dtype([](auto element) {
+    using T = decltype(element);
+    for (const Case& c : kCases) {
+      runs_repeat_to_the_bit<T>(c, {64 << 10, 3, 64, 1 << 20});
+      runs_repeat_to_the_bit<T>(c, {17 * kQuad, 3, 32, 1 << 20});
+    }
+    sddmm_adds_parts_in_order<T>();
+  });
+  sddmm_sums_blocks_in_order();
+  return exit_status();
+}
