@@ -36,7 +36,8 @@ struct PairCell {
   using A = float;  // the bits of a pair, the lower column in the lower half
   using Element = BFloat16;
   static constexpr int kDepth = 2;
-  static constexpr int64_t kShortSum = INT64_MAX;  // what is rounded to bfloat16 is rounded more than any sum
+  // A block's cells: the output's own rounding to bfloat16 is far coarser than such a sum's.
+  static constexpr int64_t kShortSum = INT64_MAX;
 
   static Vec<float> load_row(const BFloat16* source) {
     Vec<float> pairs;
@@ -58,6 +59,7 @@ struct PairCell {
     std::memcpy(&pair, weight, sizeof(pair));
     return (Vec<float>)_mm512_set1_epi32(pair);
   }
+  // Subnormal numbers count as zero here, as in oneDNN's product of bfloat16.
   static void add(Vec<float>& sum, Vec<float> x, Vec<float> weight) {
     sum = (Vec<float>)_mm512_dpbf16_ps((__m512)sum, (__m512bh)x, (__m512bh)weight);
   }

@@ -11,6 +11,7 @@ namespace neuroada::cpu::NEUROADA_ISA {
 // Vectors of sums that a tile keeps in registers, beside what it reads. Of the shapes that this
 // allows, many vectors of tokens and few rows load the least: each broadcast is a load of its own.
 inline constexpr int kTileSums = kVectorBytes == 64 ? 24 : 12, kTileVectors = kVectorBytes == 64 ? 3 : 2;
+// With one vector of tokens, half the sums: more rows would be more streams than the processor follows.
 template <int vectors>
 inline constexpr int kTileRows = kTileSums / (vectors == 1 ? 2 : vectors);
 
@@ -58,7 +59,7 @@ inline void sum_cells(const TileJob<Cell>& job, int64_t begin, int64_t end, type
     Vec<A> x[vectors];
 #pragma GCC unroll 3
     for (int v = 0; v < vectors; ++v) x[v] = load(job.panel + (c * vectors + v) * lanes);
-#pragma GCC unroll 24
+#pragma GCC unroll 12
     for (int r = 0; r < tile_rows; ++r) {
       const Vec<A> value = Cell::broadcast_weight(rows[r / 3] + c * cell_step + r % 3 * row_step);
 #pragma GCC unroll 3

@@ -15,9 +15,9 @@ C = torch.ops.neuroada_C
 
 def linear(x: Tensor, weight: Tensor, index: Tensor, delta: Tensor, bias: Tensor | None) -> Tensor:
     """The op ``linear``."""
-    early, late = bias_for_bypass(bias)
+    early, late = bias_for_bypass(None if bias is None else bias.contiguous())
     y = x.new_empty(x.shape[0], weight.shape[0])
-    C.bypass_fwd.default(x, index, wide(delta, x), early, None, y)
+    C.bypass_fwd.default(x, index.contiguous(), wide(delta, x), early, None, y)
     return add_dense(y, x, weight.t(), late)
 
 
@@ -40,7 +40,7 @@ def linear_backward(
 def bypass_add(x: Tensor, y: Tensor, index: Tensor, delta: Tensor) -> Tensor:
     """The op ``bypass_add``."""
     out = torch.empty(y.shape, dtype=y.dtype, device=y.device)
-    C.bypass_fwd.default(x, index, wide(delta, x), None, y, out)
+    C.bypass_fwd.default(x, index.contiguous(), wide(delta, x), None, y, out)
     return out
 
 
@@ -55,7 +55,7 @@ def bypass_backward(
     """The op ``bypass_backward``."""
     grad_x = grad_delta = None
     if output_mask[1]:
-        grad_delta = C.sddmm.default(grad, x, index).to(delta.dtype)
+        grad_delta = C.sddmm.default(grad, x, index.contiguous()).to(delta.dtype)
     if output_mask[0]:
         if plan is None:
             plan = make_plan(index, x.shape[1])
@@ -66,12 +66,12 @@ def bypass_backward(
 
 def merge(weight: Tensor, index: Tensor, delta: Tensor) -> Tensor:
     """The op ``merge_``."""
-    return C.merge.default(weight, index, wide(delta, weight))  # type: ignore[no-any-return]
+    return C.merge.default(weight, index.contiguous(), wide(delta, weight))  # type: ignore[no-any-return]
 
 
 def restore(weight: Tensor, index: Tensor, original: Tensor) -> None:
     """The op ``unmerge_``; on CUDA alone is it compiled."""
-    C.restore.default(weight, index, original.contiguous())
+    C.restore.default(weight, index.contiguous(), original.contiguous())
 
 
 def strided_row(weight: Tensor) -> list[str]:

@@ -22,9 +22,11 @@ _DTYPES = {torch.float32, torch.float64, torch.bfloat16, torch.float16}
 
 
 def _linear(x: Tensor, weight: Tensor, index: Tensor, delta: Tensor, bias: Tensor | None) -> Tensor:
-    if not _one_kernel(x, weight):
+    if not _one_kernel(x, weight) or (bias is not None and bias.dtype != x.dtype):
         return _compiled.linear(x, weight, index, delta, bias)
-    return C.linear_fwd.default(x, weight, index, wide(delta, x), bias)  # type: ignore[no-any-return]
+    bias = None if bias is None else bias.contiguous()
+    y: Tensor = C.linear_fwd.default(x, weight, index.contiguous(), wide(delta, x), bias)
+    return y
 
 
 def _linear_backward(
@@ -38,8 +40,7 @@ def _linear_backward(
 ) -> tuple[Tensor | None, Tensor | None]:
     if not output_mask[0] or not _one_kernel(grad, weight):
         return _compiled.linear_backward(grad, x, weight, index, delta, plan, output_mask)
-    only_delta = [False, output_mask[1]]
-    _, grad_delta = _compiled.bypass_backward(grad, x, index, delta, plan, only_delta)
+    _, grad_delta = _compiled.bypass_backward(grad, x, index, delta, plan, [False, output_mask[1]])
     if plan is None:
         plan = make_plan(index, x.shape[1])
     return C.linear_bwd_input.default(grad, weight, plan, wide(delta, grad)), grad_delta
