@@ -104,7 +104,7 @@ struct DenseTerm {
 };
 
 // Calls f(first token, tokens, vectors) for the panels that the tokens of a block are staged in: as long
-// as a tile allows, the last ones shorter so that none is nearly empty.
+// as a tile allows, but rather two of two vectors than one of three and one of one.
 template <class A, class F>
 void each_panel(int64_t tokens, F&& f) {
   constexpr int64_t lanes = kLanes<A>;

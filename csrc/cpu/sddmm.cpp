@@ -100,7 +100,7 @@ template <class T, int block>
 void sum_chunk(const Sddmm& a, const Partial<accumulate_t<T>>& partial, int64_t chunk, int64_t first, int64_t last) {
   using A = accumulate_t<T>;
   using Tokens = typename ProductCell<T>::tokens;
-  constexpr int lanes = kLanes<A>, together = Tokens::kTokens;  // groups that fill a cache line of grad
+  constexpr int lanes = kLanes<A>, together = Tokens::kTokens;  // groups that are staged at once
   std::fill(partial.at(chunk, first), partial.at(chunk, last), A{0});
   const Scratch<A> staged = make_scratch<A>(a.d_in * block);
   const int64_t end = std::min(a.tokens, (chunk + 1) * partial.tokens_a_chunk);
