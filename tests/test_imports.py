@@ -52,10 +52,14 @@ BELOW = {
     },
 }
 LIBRARY = set(BELOW)
+BELOW["checkpoint"] = set()
+BELOW["inspection"] = {"adapter_file"}
+BELOW["merging"] = {"_files", "adapter_file", "checkpoint", "ops"}
+BELOW["convert"] = {"adapter_file", "checkpoint"}
 BELOW["benchmarks"] = LIBRARY
 BELOW["info"] = LIBRARY | {"benchmarks"}
 BELOW["demo"] = LIBRARY | {"benchmarks", "info"}
-BELOW["cli"] = LIBRARY | {"benchmarks", "info", "demo"}
+BELOW["cli"] = LIBRARY | {"benchmarks", "info", "demo", "inspection", "merging", "convert"}
 
 #: Parts that only the package's own ``__init__`` imports, though they lie below others.
 REGISTERED = {"backends"}
