@@ -33,7 +33,8 @@ BELOW = {
     "ops": {"_registry"},
     "functional": {"ops", "reference"},
     "nn": {"functional", "ops", "selection", "plan", "reference"},
-    "model": {"nn", "selection"},
+    "strategies": {"nn"},
+    "model": {"nn", "selection", "strategies"},
     "testing": {"selection"},
     "": {
         "_registry",
@@ -45,6 +46,7 @@ BELOW = {
         "plan",
         "reference",
         "selection",
+        "strategies",
     },
 }
 LIBRARY = set(BELOW)
