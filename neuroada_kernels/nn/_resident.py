@@ -10,6 +10,7 @@ whether ``delta`` has changed: there W is patched in every forward.
 
 from __future__ import annotations
 
+import functools
 import sys
 import warnings
 import weakref
@@ -19,13 +20,30 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from neuroada_kernels import functional, ops, reference
 from neuroada_kernels.nn._base import BypassLinear
 from neuroada_kernels.nn._strategy import refusal, why_not_resident
 
-#: By the address of W: who has patched it. Looked at when another layer wants to.
+#: By the address of W: who has patched it.
 _patched_by: weakref.WeakValueDictionary[int, ResidentLinear] = weakref.WeakValueDictionary()
+
+
+@functools.cache
+def _follow_optimizers() -> None:
+    """Raise the version of every delta that an optimiser steps, for it may not do so itself.
+
+    Torch's own fused ones do not, nor do those that write through ``.data`` or a pointer.
+    """
+    register_optimizer_step_post_hook(_raise_versions)
+
+
+def _raise_versions(optimizer: torch.optim.Optimizer, *_: Any) -> None:
+    stepped = {id(p) for group in optimizer.param_groups for p in group["params"]}
+    for layer in list(_patched_by.values()):
+        if id(layer.delta) in stepped and not layer.delta.is_inference():
+            torch.autograd.graph.increment_version(layer.delta)
 
 
 class _Seen:
@@ -79,6 +97,7 @@ class ResidentLinear(BypassLinear):
             return
         self._check_index(self.index)
         self._owner = id(self)
+        _follow_optimizers()
         with torch.inference_mode(False), torch.no_grad():
             self.merged_index = self.index.clone()
             # Kept before anything is written: nothing is lost to an interrupt in between.
