@@ -33,6 +33,7 @@ from neuroada_kernels.testing import Case, Inputs, make_inputs, rms_error, toler
 
 LORA_RANK = 8
 PEFT_LORA_RANK = 16
+RESIDENT = "resident"
 
 
 class WrongCandidateError(RuntimeError):
@@ -154,6 +155,8 @@ def table() -> dict[str, Candidate]:
             for name, unavailable in available_backends().items()
             if unavailable is None
         ),
+        # W + delta is rounded, then its product.
+        Candidate(RESIDENT, SteppedResident, lambda exact, _: exact.bypass, _bypass_work, 2),
         # The two parts of dx are rounded before they are added.
         Candidate("reference", _reference, lambda exact, _: exact.bypass, _bypass_work, 2),
         # delta is rounded, then W + delta, then their product.
@@ -272,11 +275,30 @@ def _linear(inputs: Inputs) -> nn.Linear:
     return linear
 
 
-def _neuroada(inputs: Inputs) -> nn.Module:
+def _neuroada(inputs: Inputs, strategy: str = "bypass") -> NeuroAdaLinear:
     delta = inputs.delta
-    layer = NeuroAdaLinear.from_linear(_linear(inputs), index=inputs.index, delta_dtype=delta.dtype)
+    layer = NeuroAdaLinear.from_linear(
+        _linear(inputs), index=inputs.index, delta_dtype=delta.dtype, strategy=strategy
+    )
     layer.delta.data.copy_(delta)
     return layer
+
+
+class SteppedResident(nn.Module):
+    """A resident layer whose ``delta`` counts as changed before every forward.
+
+    So each step pays for patching, as after a step of an optimiser. The weight is a copy: that of
+    the inputs is the other candidates', too.
+    """
+
+    def __init__(self, inputs: Inputs) -> None:
+        super().__init__()
+        self.layer = _neuroada(replace(inputs, weight=inputs.weight.clone()), "resident")
+
+    def forward(self, x: Tensor) -> Tensor:
+        torch.autograd.graph.increment_version(self.layer.delta)
+        y: Tensor = self.layer(x)
+        return y
 
 
 def _reference(inputs: Inputs) -> nn.Module:
