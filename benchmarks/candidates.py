@@ -156,7 +156,7 @@ def table() -> dict[str, Candidate]:
             if unavailable is None
         ),
         # W + delta is rounded, then its product.
-        Candidate(RESIDENT, SteppedResident, lambda exact, _: exact.bypass, _bypass_work, 2),
+        Candidate(RESIDENT, _resident, lambda exact, _: exact.bypass, _bypass_work, 2),
         # The two parts of dx are rounded before they are added.
         Candidate("reference", _reference, lambda exact, _: exact.bypass, _bypass_work, 2),
         # delta is rounded, then W + delta, then their product.
@@ -275,30 +275,29 @@ def _linear(inputs: Inputs) -> nn.Linear:
     return linear
 
 
-def _neuroada(inputs: Inputs, strategy: str = "bypass") -> NeuroAdaLinear:
+def _neuroada(inputs: Inputs) -> nn.Module:
     delta = inputs.delta
-    layer = NeuroAdaLinear.from_linear(
-        _linear(inputs), index=inputs.index, delta_dtype=delta.dtype, strategy=strategy
+    layer = NeuroAdaLinear.from_linear(_linear(inputs), index=inputs.index, delta_dtype=delta.dtype)
+    layer.delta.data.copy_(delta)
+    return layer
+
+
+def _resident(inputs: Inputs) -> nn.Module:
+    delta = inputs.delta
+    own = replace(inputs, weight=inputs.weight.clone())  # for it is the other candidates', too
+    layer = SteppedResident.from_linear(
+        _linear(own), index=inputs.index, delta_dtype=delta.dtype, strategy=RESIDENT
     )
     layer.delta.data.copy_(delta)
     return layer
 
 
-class SteppedResident(nn.Module):
-    """A resident layer whose ``delta`` counts as changed before every forward.
-
-    So each step pays for patching, as after a step of an optimiser. The weight is a copy: that of
-    the inputs is the other candidates', too.
-    """
-
-    def __init__(self, inputs: Inputs) -> None:
-        super().__init__()
-        self.layer = _neuroada(replace(inputs, weight=inputs.weight.clone()), "resident")
+class SteppedResident(NeuroAdaLinear):
+    """Its ``delta`` counts as changed before every forward, as after a step of an optimiser."""
 
     def forward(self, x: Tensor) -> Tensor:
-        torch.autograd.graph.increment_version(self.layer.delta)
-        y: Tensor = self.layer(x)
-        return y
+        torch.autograd.graph.increment_version(self.delta)
+        return super().forward(x)
 
 
 def _reference(inputs: Inputs) -> nn.Module:

@@ -15,7 +15,7 @@ import sys
 import warnings
 import weakref
 from collections.abc import Callable
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -26,8 +26,8 @@ from neuroada_kernels import functional, ops, reference
 from neuroada_kernels.nn._base import BypassLinear
 from neuroada_kernels.nn._strategy import refusal, why_not_resident
 
-#: By the address of W: who has patched it.
-_patched_by: weakref.WeakValueDictionary[int, ResidentLinear] = weakref.WeakValueDictionary()
+#: The layers that are or were resident, copies among them.
+_layers: weakref.WeakSet[ResidentLinear] = weakref.WeakSet()
 
 
 @functools.cache
@@ -41,27 +41,28 @@ def _follow_optimizers() -> None:
 
 def _raise_versions(optimizer: torch.optim.Optimizer, *_: Any) -> None:
     stepped = {id(p) for group in optimizer.param_groups for p in group["params"]}
-    for layer in list(_patched_by.values()):
-        if id(layer.delta) in stepped and not layer.delta.is_inference():
+    for layer in list(_layers):
+        if layer.base_values is not None and id(layer.delta) in stepped:
             torch.autograd.graph.increment_version(layer.delta)
 
 
 class _Seen:
     """A tensor as it was when it was last looked at."""
 
-    __slots__ = ("tensor", "version")
+    __slots__ = ("address", "tensor", "version")
 
     def __init__(self, tensor: Tensor) -> None:
         self.tensor = weakref.ref(tensor)
-        self.version = _version(tensor)
+        self.address = tensor.data_ptr()
+        self.version = None if tensor.is_inference() else tensor._version
 
     def is_still(self, tensor: Tensor) -> bool:
-        return self.tensor() is tensor and self.version == _version(tensor)
-
-
-def _version(tensor: Tensor) -> tuple[int, object]:
-    # Inference tensors count no versions: what is new each time is never the same.
-    return tensor.data_ptr(), object() if tensor.is_inference() else tensor._version
+        return (
+            self.tensor() is tensor
+            and not tensor.is_inference()  # which counts no versions
+            and self.version == tensor._version
+            and self.address == tensor.data_ptr()
+        )
 
 
 class ResidentLinear(BypassLinear):
@@ -84,13 +85,15 @@ class ResidentLinear(BypassLinear):
         self.register_buffer("base_values", None, persistent=False)
 
     def _why_not_resident(self) -> str | None:
-        other = _patched_by.get(self.weight.data_ptr()) if not self.weight.is_meta else None
-        if other is not None and other is not self and other._holds(self.weight):
-            return "another adapter is resident in this weight"
-        return super()._why_not_resident()
-
-    def _holds(self, weight: Tensor) -> bool:
-        return self.base_values is not None and self.weight.data_ptr() == weight.data_ptr()
+        reason = super()._why_not_resident()
+        if reason is not None:
+            return reason
+        address = self.weight.data_ptr()
+        for other in list(_layers):
+            held = other.base_values is not None and other.weight.data_ptr() == address
+            if held and other is not self:
+                return "another adapter is resident in this weight"
+        return None
 
     def _enter_resident(self) -> None:
         if self.base_values is not None or self.merged:
@@ -98,12 +101,13 @@ class ResidentLinear(BypassLinear):
         self._check_index(self.index)
         self._owner = id(self)
         _follow_optimizers()
+        _layers.add(self)
         with torch.inference_mode(False), torch.no_grad():
             self.merged_index = self.index.clone()
             # Kept before anything is written: nothing is lost to an interrupt in between.
             self.base_values = ops.gather(self.weight, self.merged_index)
-            self._seen = None
-        self._patch()
+        self._seen = None
+        self._patch(self.weight, self.delta)
 
     def _leave_resident(self) -> None:
         if self.base_values is None or self.merged_index is None:
@@ -123,13 +127,16 @@ class ResidentLinear(BypassLinear):
         self._strategy, self.strategy_reason = "bypass", reason
 
     def _resident_forward(self, x: Tensor) -> Tensor:
-        weight, index, delta, bias = self.weight, self.index, self.delta, self.bias
+        # Module.__getattr__ would cost more than the checks.
+        buffers, parameters = self._buffers, self._parameters
+        index, bias = cast(Tensor, buffers["index"]), parameters["bias"]
+        weight, delta = cast(Tensor, parameters["weight"]), cast(Tensor, parameters["delta"])
         if functional.is_transformed():
             return F.linear(x, reference.merged_weight(self._without_bypass(), index, delta), bias)
         if torch.compiler.is_compiling():
-            self._write(weight)
+            self._write(weight, delta)
         elif not self._is_patched(weight, delta):
-            self._patch()
+            self._patch(weight, delta)
         return functional.apply_resident(x, weight, index, delta, bias)
 
     def _is_patched(self, weight: Tensor, delta: Tensor) -> bool:
@@ -137,40 +144,38 @@ class ResidentLinear(BypassLinear):
             return False
         return self._seen[0].is_still(delta) and self._seen[1].is_still(weight)
 
-    def _write(self, weight: Tensor) -> None:
-        assert self.merged_index is not None
-        assert self.base_values is not None
-        with torch.no_grad():
-            ops.patch_(weight, self.merged_index, self.delta, self.base_values)
+    def _write(self, weight: Tensor, delta: Tensor) -> None:
+        buffers = self._buffers
+        index, base_values = buffers["merged_index"], buffers["base_values"]
+        assert index is not None
+        assert base_values is not None
+        ops.patch_(weight, index, delta, base_values)
 
-    def _patch(self) -> None:
+    def _patch(self, weight: Tensor, delta: Tensor) -> None:
         """Write ``W + delta``, after which a backward that is still to come sees another W.
 
         Where ``delta`` has not changed, it sees the same, and need not be told.
         """
-        weight, delta = self.weight, self.delta
         changed = True
         if self._seen is not None:
             changed = not self._seen[0].is_still(delta)
-            self._check_weight(self._seen[1], changed)
+            self._check_weight(weight, self._seen[1], changed)
         if weight.is_cuda and torch.cuda.is_current_stream_capturing():
             self._in_graph = True
-        self._write(weight if changed else weight.data)
-        if not weight.is_meta:
-            _patched_by[weight.data_ptr()] = self
+        self._write(weight if changed else weight.data, delta)
         self._seen = _Seen(delta), _Seen(weight)
 
-    def _check_weight(self, seen: _Seen, delta_changed: bool) -> None:
+    def _check_weight(self, weight: Tensor, seen: _Seen, delta_changed: bool) -> None:
         """Refuse where somebody else wrote the entries that are the layer's for now."""
-        if seen.tensor() is not self.weight:
+        if seen.tensor() is not weight:
             raise RuntimeError(
                 "weight: is another one than that which holds W + delta, expected strategy "
                 "'bypass' where the weight is replaced"
             )
-        if delta_changed or seen.is_still(self.weight):
+        if delta_changed or seen.is_still(weight):
             return  # with another delta, what is there cannot be told from what should be
         assert self.merged_index is not None
-        held = ops.gather(self.weight, self.merged_index)
+        held = ops.gather(weight, self.merged_index)
         expected = self._patched_values()
         if not bool((held.eq(expected) | (held.isnan() & expected.isnan())).all()):
             raise RuntimeError(
@@ -237,6 +242,7 @@ class ResidentLinear(BypassLinear):
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)  # type: ignore[no-untyped-call]
         self._owner = id(self)
+        _layers.add(self)
 
     def __del__(self) -> None:
         """Leave W as it was found, for whoever shares it."""

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from neuroada_kernels import _registry
-from neuroada_kernels.ops._library import define
+from neuroada_kernels.ops._library import define, is_plain_eager
 
 
 def merge_(weight: Tensor, index: Tensor, delta: Tensor) -> Tensor:
@@ -35,6 +35,8 @@ def gather(weight: Tensor, index: Tensor) -> Tensor:
 
 def patch_(weight: Tensor, index: Tensor, delta: Tensor, original: Tensor) -> None:
     """Write ``original + delta``, each ``[d_out, k]``, into ``weight`` in place."""
+    if is_plain_eager(weight):
+        return _patch(weight, index, delta.detach(), original)
     torch.ops.neuroada.patch_.default(weight, index, delta, original)
 
 
