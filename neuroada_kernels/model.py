@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor, nn
 
 from neuroada_kernels.nn._base import BypassLinear
+from neuroada_kernels.nn._strategy import check_known, refusal
 from neuroada_kernels.nn.linear import NeuroAdaLinear
+from neuroada_kernels.strategies import shared_weights
 
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 
@@ -20,12 +22,15 @@ class AdaptSummary:
     """What :func:`adapt` did.
 
     ``modules`` are the replaced names; ``trainable`` counts connections (and nothing else trains),
-    ``total`` all parameters of the model, ``delta`` included.
+    ``total`` all parameters of the model, ``delta`` included. ``resident`` are the names with that
+    strategy, ``refused`` those for which ``"auto"`` came to ``"bypass"``, with the reason.
     """
 
     modules: tuple[str, ...]
     trainable: int
     total: int
+    resident: tuple[str, ...] = ()
+    refused: Mapping[str, str] = field(default_factory=dict)
 
     @property
     def share(self) -> float:
@@ -35,18 +40,22 @@ class AdaptSummary:
     @classmethod
     def of(cls, model: nn.Module, modules: tuple[str, ...]) -> AdaptSummary:
         """The summary of a model whose modules of these names are adapted."""
-        layers = {id(layer): layer for layer in map(model.get_submodule, modules)}
-        trainable = sum(
-            int((layer.index >= 0).sum())
-            for layer in layers.values()
-            if isinstance(layer, BypassLinear)
+        named = {name: model.get_submodule(name) for name in modules}
+        layers = {name: m for name, m in named.items() if isinstance(m, BypassLinear)}
+        return cls(
+            modules,
+            trainable=sum(int((layer.index >= 0).sum()) for layer in set(layers.values())),
+            total=sum(parameter.numel() for parameter in model.parameters()),
+            resident=tuple(n for n, layer in layers.items() if layer.strategy == "resident"),
+            refused={n: why for n, layer in layers.items() if (why := layer.strategy_reason)},
         )
-        return cls(modules, trainable, sum(p.numel() for p in model.parameters()))
 
     def __str__(self) -> str:
         return (
             f"{len(self.modules)} modules adapted; {self.trainable:,} of {self.total:,} "
             f"parameters train ({self.share:.3%})"
+            + (f"; {len(self.resident)} resident" if self.resident or self.refused else "")
+            + "".join(f"; {name} by bypass: {reason}" for name, reason in self.refused.items())
         )
 
 
@@ -60,6 +69,7 @@ def adapt(
     generator: torch.Generator | None = None,
     neuron_fraction: float = 1.0,
     delta_dtype: torch.dtype = torch.float32,
+    strategy: str = "bypass",
     layer_type: type[BypassLinear] = NeuroAdaLinear,
 ) -> AdaptSummary:
     """Replace matching ``nn.Linear`` modules in place, and freeze everything but their deltas.
@@ -77,6 +87,9 @@ def adapt(
         As in :class:`NeuroAdaLinear`.
     scores : mapping, optional
         Module name to scores of its weight's shape, for ``selection="scores"``.
+    strategy : str
+        As in :class:`NeuroAdaLinear`. ``"resident"`` is refused where another module of the model
+        reads a weight, as with tied embeddings; ``"auto"`` leaves such layers at ``"bypass"``.
     layer_type : type
         The layer to put in, :class:`ReferenceNeuroAdaLinear` for comparisons.
 
@@ -88,12 +101,14 @@ def adapt(
     ------
     TypeError, ValueError
         If a target matches nothing or something that is no ``nn.Linear``, if a matched module is
-        read by its parent in a way that would pass the bypass by, or if an argument is not as
-        expected. The model is unchanged then.
+        read by its parent in a way that would pass the bypass by, if a weight may not be
+        resident, or if an argument is not as expected. The model is unchanged then.
     """
+    check_known(strategy)
     targets = _find_targets(model, target_modules)
     if scores is not None:
         selection = _check_scores(scores, targets, selection)
+    shared = {} if strategy == "bypass" else shared_weights(model, targets.values())
     layers: dict[nn.Module, BypassLinear] = {}
     with grad_flags_kept_on_error(model):
         for name, linear in targets.items():
@@ -109,9 +124,15 @@ def adapt(
                     neuron_fraction=neuron_fraction,
                     delta_dtype=delta_dtype,
                 )
+                if strategy == "resident":
+                    reason = shared.get(linear) or layers[linear]._why_not_resident()
+                    if reason is not None:
+                        raise ValueError(refusal(reason))
             except (TypeError, ValueError) as error:
                 raise type(error)(f"{name}: {error}") from error
     replace(model, layers)
+    for module, layer in layers.items():
+        layer._set_strategy(strategy, shared.get(module))
     trained_before = {id(layer.delta) for layer in _layers(model)}
     for parameter in model.parameters():
         if id(parameter) not in trained_before:

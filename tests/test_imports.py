@@ -33,7 +33,8 @@ BELOW = {
     "ops": {"_registry"},
     "functional": {"ops", "reference"},
     "nn": {"functional", "ops", "selection", "plan", "reference"},
-    "model": {"nn", "selection"},
+    "strategies": {"nn"},
+    "model": {"nn", "selection", "strategies"},
     "_files": set(),
     "adapter_file": {"_files", "_version", "plan"},
     "adapters": {"adapter_file", "model", "nn", "plan"},
@@ -49,6 +50,7 @@ BELOW = {
         "plan",
         "reference",
         "selection",
+        "strategies",
     },
 }
 LIBRARY = set(BELOW)

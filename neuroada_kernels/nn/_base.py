@@ -10,6 +10,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
+from neuroada_kernels import ops
+from neuroada_kernels.nn._strategy import check_known, check_strategy, refusal, why_not_resident
 from neuroada_kernels.plan import check_index, check_index_form
 from neuroada_kernels.selection import check_weight, select
 
@@ -38,6 +40,10 @@ class BypassLinear(nn.Module):
         Passed to :func:`neuroada_kernels.select`.
     delta_dtype : torch.dtype
         Dtype of ``delta``. It stays when the layer is cast by ``.to(dtype)`` or ``.half()``.
+    strategy : str
+        ``"bypass"`` adds the bypass beside the product and never writes ``weight``.
+        ``"resident"`` keeps ``round(W + delta)`` in it, see :attr:`strategy`. ``"auto"`` is
+        ``"resident"`` where that is allowed.
     device, dtype
         As in ``nn.Linear``.
 
@@ -55,6 +61,8 @@ class BypassLinear(nn.Module):
         Shape ``[out_features, k]``, zeros at first.
     original : Tensor or None
         Buffer, shape ``[out_features, k]``: while merged, the values that ``weight`` had.
+    strategy_reason : str or None
+        Why ``strategy="auto"`` came to ``"bypass"``.
     """
 
     weight: nn.Parameter
@@ -63,6 +71,8 @@ class BypassLinear(nn.Module):
     delta: nn.Parameter
     original: Tensor | None
     merged_index: Tensor | None
+    strategy_reason: str | None = None
+    _strategy = "bypass"
     _loading = False  # a state dict that was checked as a whole
 
     def __init__(
@@ -77,6 +87,7 @@ class BypassLinear(nn.Module):
         generator: torch.Generator | None = None,
         neuron_fraction: float = 1.0,
         delta_dtype: torch.dtype = torch.float32,
+        strategy: str = "bypass",
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
@@ -85,7 +96,9 @@ class BypassLinear(nn.Module):
         index = select(
             linear.weight, k, selection, scores, generator, neuron_fraction=neuron_fraction
         )
+        check_strategy(strategy, linear.weight)
         self._adopt(linear, index, delta_dtype)
+        self.strategy = strategy
 
     @classmethod
     def from_linear(
@@ -98,6 +111,7 @@ class BypassLinear(nn.Module):
         generator: torch.Generator | None = None,
         neuron_fraction: float = 1.0,
         delta_dtype: torch.dtype = torch.float32,
+        strategy: str = "bypass",
         index: Tensor | None = None,
     ) -> _Self:
         """The layer over the very tensors of ``linear``: shared, never copied, and frozen.
@@ -106,22 +120,24 @@ class BypassLinear(nn.Module):
         ----------
         linear : nn.Linear
             Its weight and bias stop requiring grad; nothing else of it changes.
-        k, selection, scores, generator, neuron_fraction, delta_dtype
-            As in the constructor.
+        k, selection, scores, generator, neuron_fraction, delta_dtype, strategy
+            As in the constructor. While ``"resident"``, ``linear`` computes with ``W + delta``
+            as well.
         index : Tensor, optional
             int32, shape ``[out_features, k]``: the connections, instead of selecting them.
 
         Raises
         ------
         TypeError, ValueError
-            If ``linear`` is no ``nn.Linear`` with a floating weight of its own, or an argument is
-            not as expected; then ``linear`` is unchanged.
+            If ``linear`` is no ``nn.Linear`` with a floating weight of its own, if its weight may
+            not be resident, or an argument is not as expected; then ``linear`` is unchanged.
         """
         if not isinstance(linear, nn.Linear):
             raise TypeError(f"linear: {type(linear).__name__}, expected torch.nn.Linear")
         if parametrize.is_parametrized(linear):
             raise ValueError("linear: has parametrizations, expected a weight of its own")
         check_weight(linear.weight)
+        check_strategy(strategy, linear.weight)
         if index is None:
             index = select(
                 linear.weight, k, selection, scores, generator, neuron_fraction=neuron_fraction
@@ -132,6 +148,7 @@ class BypassLinear(nn.Module):
         layer = cls.__new__(cls)
         nn.Module.__init__(layer)
         layer._adopt(linear, index, delta_dtype)
+        layer.strategy = strategy
         return layer
 
     def _adopt(self, linear: nn.Linear, index: Tensor, delta_dtype: torch.dtype) -> None:
@@ -147,7 +164,7 @@ class BypassLinear(nn.Module):
         self.register_buffer("index", index.contiguous())
         self.delta = nn.Parameter(torch.zeros(index.shape, dtype=delta_dtype, device=index.device))
         self.register_buffer("original", None)
-        # Where W was changed, whatever is written into index meanwhile.
+        # Where W was changed, merged or resident, whatever is written into index meanwhile.
         self.register_buffer("merged_index", None, persistent=False)
         self.train(linear.training)
 
@@ -161,6 +178,40 @@ class BypassLinear(nn.Module):
         """Whether ``weight`` holds the bypass, so that the layer is a plain linear."""
         return self.original is not None
 
+    @property
+    def strategy(self) -> str:
+        """``"bypass"`` or ``"resident"``; setting ``"auto"`` decides between them.
+
+        While ``"resident"``, the storage of ``weight`` holds ``round(W + delta)``: the numbers of
+        mixed-precision training with ``delta`` as float32 master. Setting ``"bypass"`` restores W,
+        bit for bit.
+
+        Raises
+        ------
+        ValueError
+            On setting ``"resident"`` where it is refused, with the reason; nothing changes then.
+        """
+        return self._strategy
+
+    @strategy.setter
+    def strategy(self, strategy: str) -> None:
+        self._set_strategy(strategy)
+
+    def _set_strategy(self, strategy: str, reason: str | None = None) -> None:
+        """Set the strategy; ``reason`` is one against ``"resident"`` that only the caller sees."""
+        check_known(strategy)
+        if strategy != "bypass" and reason is None:
+            reason = self._why_not_resident()
+        if strategy == "resident" and reason is not None:
+            raise ValueError(refusal(reason))
+        self.strategy_reason = reason if strategy == "auto" else None
+        if strategy == "bypass" or reason is not None:
+            self._leave_resident()
+            self._strategy = "bypass"
+        else:
+            self._strategy = "resident"
+            self._enter_resident()
+
     def merge(self) -> None:
         """Add ``delta`` into the chosen entries of ``weight``; the values they had are kept.
 
@@ -168,6 +219,7 @@ class BypassLinear(nn.Module):
         """
         if not self.merged:
             self._check_index(self.index)
+            self._leave_resident()
             with torch.no_grad():
                 self.merged_index = self.index.clone()
                 self.original = self._fold()
@@ -193,10 +245,41 @@ class BypassLinear(nn.Module):
             f"in_features={self.in_features}, out_features={self.out_features}, k={self.k}, "
             f"bias={self.bias is not None}, delta_dtype={str(self.delta.dtype).split('.')[-1]}"
             + (", merged" if self.merged else "")
+            + (f", strategy={self._strategy}" if self._strategy != "bypass" else "")
+            + (f", strategy=bypass since {self.strategy_reason}" if self.strategy_reason else "")
         )
 
     def _bypass_forward(self, x: Tensor) -> Tensor:
         raise NotImplementedError
+
+    def _why_not_resident(self) -> str | None:
+        return why_not_resident(self.weight)
+
+    def base_entries(self) -> Tensor:
+        """What W has at the chosen entries without the bypass, shape ``[out_features, k]``."""
+        return ops.gather(self.weight, self.index) if self.original is None else self.original
+
+    def base_weight(self) -> Tensor:
+        """W as it is without the bypass, shape ``[out_features, in_features]``.
+
+        The weight itself, or a copy of it where it holds ``W + delta`` by now.
+        """
+        if self.original is None or self.merged_index is None:
+            return self.weight.detach()
+        return self._restored(self.merged_index, self.original)
+
+    def _restored(self, index: Tensor, original: Tensor) -> Tensor:
+        """A copy of the weight with other values at the entries ``index``."""
+        with torch.no_grad():
+            weight = self.weight.detach().clone()
+            ops.unmerge_(weight, index, original)
+        return weight
+
+    def _enter_resident(self) -> None:
+        """Write ``W + delta`` into the weight, where the layer does so while it trains."""
+
+    def _leave_resident(self) -> None:
+        """Restore W."""
 
     def _fold(self) -> Tensor:
         raise NotImplementedError
