@@ -1,5 +1,5 @@
-"""The CUDA C++ backend: the bypass by the kernels of ``csrc/cuda`` and the product by torch, or both
-in one kernel for sm_90a.
+"""The CUDA C++ backend: the bypass by the kernels of ``csrc/cuda`` and the product by torch, or
+both in one kernel for sm_90a.
 
 Its kernels have run on no GPU yet, so it serves only by name.
 """

@@ -129,6 +129,30 @@ void the_sum_is_rounded_once() {
   check_rounded(out, reference(p).linear, "rounded once");
 }
 
+// Whatever the index and the plan hold, AddressSanitizer sees no access outside the arguments.
+void no_index_and_no_plan_reach_outside_the_arguments() {
+  Random random(6);
+  Problem<BFloat16> p({9, 16, 40, 2}, random);
+  Problem<BFloat16> without = p;
+  for (int64_t j = 0; j < 40; ++j) {
+    const int32_t strange[] = {16, -2, 1 << 30, INT32_MIN};
+    p.index(j, j % 2) = strange[j % 4];
+    without.index(j, j % 2) = -1;
+  }
+  check_rounded(run_fwd<BFloat16, Small>(p, 16), reference(without).linear, "columns out of range");
+
+  constexpr int64_t kLive = 50;
+  Matrix<BFloat16> out(9, 16), transposed(40, 16);
+  Matrix<cuda::WeightedNeuron> ordered(1, kLive);
+  std::vector<int32_t> plan(static_cast<size_t>(plan_size(16, kLive)));
+  for (int64_t range : {60, 1 << 30}) {
+    for (int32_t& value : plan) value = static_cast<int32_t>(random.below(2 * range) - range / 4);
+    cuda::run_linear_bwd_input<Small>({DType::bf16, 9, 16, 40, 2, p.grad.data(), 40, p.weight.data(), 16, plan.data(),
+                                       kLive, p.delta.data(), ordered.data(), transposed.data(), out.data(), 16},
+                                      16, kDevice, nullptr);
+  }
+}
+
 template <class F>
 std::string error_of(F&& f) {
   try {
@@ -176,6 +200,7 @@ int main() {
   the_tile_of_the_gpu_holds();
   runs_repeat_to_the_bit();
   the_sum_is_rounded_once();
+  no_index_and_no_plan_reach_outside_the_arguments();
   what_the_copies_cannot_take_is_refused();
   chunks_fit_the_workspace_and_fill_the_device();
   return exit_status();
