@@ -10,7 +10,7 @@ from neuroada_kernels._registry import BackendError, available_backends, use_bac
 from neuroada_kernels._version import __version__
 from neuroada_kernels.model import AdaptSummary, adapt, merge, unmerge
 from neuroada_kernels.nn import NeuroAdaLinear, ReferenceNeuroAdaLinear
-from neuroada_kernels.plan import check_index, make_plan
+from neuroada_kernels.plan import check_index, make_plan, order_slots
 from neuroada_kernels.selection import select
 
 __all__ = [
@@ -25,6 +25,7 @@ __all__ = [
     "functional",
     "make_plan",
     "merge",
+    "order_slots",
     "reference",
     "select",
     "unmerge",

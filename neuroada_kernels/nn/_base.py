@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
-from neuroada_kernels.plan import check_index, check_index_form
+from neuroada_kernels.plan import check_index, check_index_form, order_slots
 from neuroada_kernels.selection import check_weight, select
 
 _Self = TypeVar("_Self", bound="BypassLinear")
@@ -49,8 +49,10 @@ class BypassLinear(nn.Module):
         Shape ``[out_features]``, frozen.
     index : Tensor
         Buffer, int32, shape ``[out_features, k]``: distinct columns within a row, -1 in a slot
-        without a connection. Checked when it is set or loaded. One that is written in place is
-        noticed by the next forward that is not compiled.
+        without a connection. What the layer selected is in the order of
+        :func:`neuroada_kernels.order_slots`, what it was given stays in its own. Checked when it is
+        set or loaded. One that is written in place is noticed by the next forward that is not
+        compiled.
     delta : nn.Parameter
         Shape ``[out_features, k]``, zeros at first.
     original : Tensor or None
@@ -85,7 +87,7 @@ class BypassLinear(nn.Module):
         index = select(
             linear.weight, k, selection, scores, generator, neuron_fraction=neuron_fraction
         )
-        self._adopt(linear, index, delta_dtype)
+        self._adopt(linear, order_slots(index), delta_dtype)
 
     @classmethod
     def from_linear(
@@ -123,8 +125,10 @@ class BypassLinear(nn.Module):
             raise ValueError("linear: has parametrizations, expected a weight of its own")
         check_weight(linear.weight)
         if index is None:
-            index = select(
-                linear.weight, k, selection, scores, generator, neuron_fraction=neuron_fraction
+            index = order_slots(
+                select(
+                    linear.weight, k, selection, scores, generator, neuron_fraction=neuron_fraction
+                )
             )
         else:
             check_index_form(index, linear.weight.shape[1])
