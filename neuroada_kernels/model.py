@@ -32,6 +32,17 @@ class AdaptSummary:
         """Trainable share of all parameters, from 0 to 1."""
         return self.trainable / self.total
 
+    @classmethod
+    def of(cls, model: nn.Module, modules: tuple[str, ...]) -> AdaptSummary:
+        """The summary of a model whose modules of these names are adapted."""
+        layers = {id(layer): layer for layer in map(model.get_submodule, modules)}
+        trainable = sum(
+            int((layer.index >= 0).sum())
+            for layer in layers.values()
+            if isinstance(layer, BypassLinear)
+        )
+        return cls(modules, trainable, sum(p.numel() for p in model.parameters()))
+
     def __str__(self) -> str:
         return (
             f"{len(self.modules)} modules adapted; {self.trainable:,} of {self.total:,} "
@@ -83,8 +94,8 @@ def adapt(
     targets = _find_targets(model, target_modules)
     if scores is not None:
         selection = _check_scores(scores, targets, selection)
-    layers: dict[nn.Linear, BypassLinear] = {}
-    with _grad_flags_kept_on_error(model):
+    layers: dict[nn.Module, BypassLinear] = {}
+    with grad_flags_kept_on_error(model):
         for name, linear in targets.items():
             if linear in layers:
                 continue
@@ -100,18 +111,12 @@ def adapt(
                 )
             except (TypeError, ValueError) as error:
                 raise type(error)(f"{name}: {error}") from error
-    for name, linear in targets.items():
-        parent, _, child = name.rpartition(".")
-        setattr(model.get_submodule(parent), child, layers[linear])
+    replace(model, layers)
     trained_before = {id(layer.delta) for layer in _layers(model)}
     for parameter in model.parameters():
         if id(parameter) not in trained_before:
             parameter.requires_grad_(False)
-    return AdaptSummary(
-        modules=tuple(targets),
-        trainable=sum(int((layer.index >= 0).sum()) for layer in layers.values()),
-        total=sum(parameter.numel() for parameter in model.parameters()),
-    )
+    return AdaptSummary.of(model, tuple(targets))
 
 
 def merge(model: nn.Module) -> None:
@@ -129,6 +134,14 @@ def unmerge(model: nn.Module) -> None:
 
 def _layers(model: nn.Module) -> Iterator[BypassLinear]:
     return (module for module in model.modules() if isinstance(module, BypassLinear))
+
+
+def replace(model: nn.Module, layers: Mapping[nn.Module, BypassLinear]) -> None:
+    """Put each layer where the module it stands for is, under every name that module has."""
+    for name, module in list(model.named_modules(remove_duplicate=False)):
+        if module in layers:
+            parent, _, child = name.rpartition(".")
+            setattr(model.get_submodule(parent), child, layers[module])
 
 
 def _find_targets(model: nn.Module, target_modules: Sequence[str] | str) -> dict[str, nn.Linear]:
@@ -153,17 +166,19 @@ def _find_targets(model: nn.Module, target_modules: Sequence[str] | str) -> dict
             found.update((name, m) for name, m in named.items() if id(m) in chosen)
     if not found:
         raise ValueError("target_modules: the model has no torch.nn.Linear inside")
-    targets = {}
-    for name, module in found.items():
-        if not isinstance(module, nn.Linear):
-            raise TypeError(f"{name}: {type(module).__name__}, expected torch.nn.Linear")
-        _check_parent(name, named[name.rpartition(".")[0]])
-        if type(module).forward is not nn.Linear.forward or "forward" in vars(module):
-            raise ValueError(f"{name}: {type(module).__name__} has a forward of its own")
-        if any(getattr(module, hooks) for hooks in _HOOKS):
-            raise ValueError(f"{name}: has hooks, which its replacement would lose")
-        targets[name] = module
-    return targets
+    return {name: check_target(name, module, named) for name, module in found.items()}
+
+
+def check_target(name: str, module: nn.Module, named: Mapping[str, nn.Module]) -> nn.Linear:
+    """``module``, once it is found to be a linear that can be replaced in the model ``named``."""
+    if not isinstance(module, nn.Linear):
+        raise TypeError(f"{name}: {type(module).__name__}, expected torch.nn.Linear")
+    _check_parent(name, named[name.rpartition(".")[0]])
+    if type(module).forward is not nn.Linear.forward or "forward" in vars(module):
+        raise ValueError(f"{name}: {type(module).__name__} has a forward of its own")
+    if any(getattr(module, hooks) for hooks in _HOOKS):
+        raise ValueError(f"{name}: has hooks, which its replacement would lose")
+    return module
 
 
 def _check_scores(
@@ -189,7 +204,8 @@ def _check_parent(name: str, parent: nn.Module) -> None:
 
 
 @contextlib.contextmanager
-def _grad_flags_kept_on_error(model: nn.Module) -> Iterator[None]:
+def grad_flags_kept_on_error(model: nn.Module) -> Iterator[None]:
+    """Where the block raises, every parameter requires grad as it did before."""
     flags = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
     try:
         yield
