@@ -16,7 +16,8 @@ PYTHON=$(command -v "${PYTHON:-python3}") || { echo "gpu_run.sh: no Python" >&2;
 LIMIT=${LIMIT:-540}
 SITE=$ROOT/build/gpu/site
 PHASES=(environment tests cuda-tests memcheck racecheck
-  linear-1024 linear-8192 linear-16384 model model-checkpointed)
+  cuda-memcheck cuda-racecheck cuda-initcheck cuda-synccheck
+  linear-1024 linear-8192 linear-16384 linear-one-kernel model model-checkpointed)
 SUMMARY=()
 FAILED=0
 
@@ -98,11 +99,11 @@ tests() { # NAME BACKEND: every test that runs on a backend, and the Triton kern
     "${files[@]/#/$ROOT/tests/}"
 }
 
-sanitize() { # TOOL
+sanitize() { # NAME TOOL BACKEND
   command -v compute-sanitizer >/dev/null || { skip "$1" "compute-sanitizer is not found"; return; }
   # Each tensor an allocation of its own, so that its bounds are seen.
-  run "$1" env PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --tool "$1" --error-exitcode 9 \
-    "$PYTHON" "$ROOT/tests/triton_kernels/smoke_gpu.py" triton
+  run "$1" env PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --tool "$2" --error-exitcode 9 \
+    "$PYTHON" "$ROOT/tests/triton_kernels/smoke_gpu.py" "$3"
 }
 
 linear() { # TOKENS: beside frozen, what the targets name
@@ -112,6 +113,13 @@ linear() { # TOKENS: beside frozen, what the targets name
   has peft && candidates+=(peft-lora-r16)
   run "linear-$1" "$PYTHON" -m neuroada_kernels.benchmarks.linear --device cuda --dtypes bfloat16 \
     --cases "T$1-" --candidates "${candidates[@]}" --json "$OUT/linear-$1.json"
+}
+
+# The kernels for sm_90a with the product in them, where two kernels would be taken.
+linear_one_kernel() {
+  has rich || { skip "$1" "rich is missing"; return; }
+  run "$1" env NEUROADA_CUDA_FUSED=1 "$PYTHON" -m neuroada_kernels.benchmarks.linear --device cuda \
+    --dtypes bfloat16 --cases "T8192-" --candidates neuroada-cuda --json "$OUT/$1.json"
 }
 
 model() { # NAME OPTIONS...
@@ -131,6 +139,14 @@ has_cuda() {
   "$PYTHON" -c 'import sys, neuroada_kernels as n; sys.exit(n.available_backends().get("cuda", "") is not None)'
 }
 
+cuda_phase() {
+  case $1 in
+    cuda-tests) tests cuda-tests cuda ;;
+    cuda-*) sanitize "$1" "${1#cuda-}" cuda ;;
+    linear-one-kernel) linear_one_kernel "$1" ;;
+  esac
+}
+
 phase() {
   case $1 in
     environment)
@@ -138,8 +154,8 @@ phase() {
       run environment bash -c environment
       ;;
     tests) tests tests triton ;;
-    cuda-tests) if has_cuda; then tests cuda-tests cuda; else skip cuda-tests "no such backend can run"; fi ;;
-    memcheck | racecheck) sanitize "$1" ;;
+    cuda-* | linear-one-kernel) if has_cuda; then cuda_phase "$1"; else skip "$1" "no such backend can run"; fi ;;
+    memcheck | racecheck) sanitize "$1" "$1" triton ;;
     linear-*) linear "${1#linear-}" ;;
     model) model model ;;
     model-checkpointed) model model-checkpointed --checkpointing ;;

@@ -58,6 +58,11 @@ void plan_index(const py::buffer& index, int64_t d_out, int64_t k, int64_t d_in,
   neuroada::plan_index(values, d_out, k, d_in, int32_values("plan", plan_info, neuroada::plan_size(d_in, live)));
 }
 
+void order_slots(const py::buffer& index, int64_t d_out, int64_t k) {
+  const py::buffer_info info = index.request(/*writable=*/true);
+  neuroada::order_slots(int32_values("index", info, entries(d_out, k, 0)), d_out, k);
+}
+
 py::dict build_facts() {
   py::dict facts;
   facts["version"] = NEUROADA_VERSION;
@@ -95,4 +100,6 @@ PYBIND11_MODULE(_C, m) {
         py::arg("d_out"), py::arg("k"), py::arg("d_in"));
   m.def("plan_index", &plan_index, "Writes the plan of an index into plan.", py::arg("index"), py::arg("d_out"),
         py::arg("k"), py::arg("d_in"), py::arg("plan"));
+  m.def("order_slots", &order_slots, "Permutes the rows of index for gathers on a GPU.", py::arg("index"),
+        py::arg("d_out"), py::arg("k"));
 }

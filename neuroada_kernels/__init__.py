@@ -11,7 +11,7 @@ from neuroada_kernels._version import __version__
 from neuroada_kernels.adapters import load_adapter, save_adapter
 from neuroada_kernels.model import AdaptSummary, adapt, merge, unmerge
 from neuroada_kernels.nn import NeuroAdaLinear, ReferenceNeuroAdaLinear
-from neuroada_kernels.plan import check_index, make_plan
+from neuroada_kernels.plan import check_index, make_plan, order_slots
 from neuroada_kernels.selection import select
 from neuroada_kernels.strategies import resident, set_strategy
 
@@ -28,6 +28,7 @@ __all__ = [
     "load_adapter",
     "make_plan",
     "merge",
+    "order_slots",
     "reference",
     "resident",
     "save_adapter",

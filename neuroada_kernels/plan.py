@@ -104,6 +104,31 @@ def make_plan(index: Tensor, d_in: int) -> Tensor:
     return torch.cat([column_start, split, entry]).int()
 
 
+def order_slots(index: Tensor) -> Tensor:
+    """``index`` with each row in the order that a GPU gathers fastest.
+
+    Eight neighbouring neurons read their columns of one slot at once, from eight banks of shared
+    memory; permuted once, they meet in a bank less often. Which connections a neuron has does not
+    change, and the order depends on the index alone. Without the C++ extension the rows stay as
+    they are, which is as right.
+
+    Parameters
+    ----------
+    index : Tensor
+        int32, shape ``[d_out, k]``, on any device; it stays as it is.
+
+    Returns
+    -------
+    Tensor
+        Of the same shape, on the same device.
+    """
+    if _extension.module is None or index.shape[1] == 1:
+        return index
+    ordered = index.to("cpu", copy=True).contiguous()
+    _extension.module.order_slots(_buffer(ordered), *ordered.shape)
+    return ordered.to(index.device)
+
+
 class PlanParts(NamedTuple):
     """Views into a plan."""
 

@@ -41,14 +41,18 @@ def pretend(monkeypatch, *, archs="80 89 90a 100", gpu=(9, 0), hip=None):
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda index: gpu)
 
 
-def on_gpu(dtype: torch.dtype = torch.float32) -> SimpleNamespace:
+def on_gpu(
+    dtype: torch.dtype = torch.float32, shape=(6, 8), strides=(8, 1), address=256
+) -> SimpleNamespace:
     """As much of a tensor on a GPU as a backend looks at before it serves."""
     return SimpleNamespace(
         is_cuda=True,
         device=torch.device("cuda", 0),
         dtype=dtype,
-        stride=lambda axis: (8, 1)[axis],
-        shape=(6, 8),
+        stride=lambda axis: strides[axis],
+        shape=shape,
+        numel=lambda: shape[0] * shape[1],
+        data_ptr=lambda: address,
     )
 
 
@@ -94,10 +98,81 @@ def test_float64_is_left_to_others(monkeypatch):
 
 def test_a_weight_whose_rows_have_gaps_is_not_written_into(monkeypatch):
     pretend(monkeypatch)
-    weight = on_gpu()
-    assert cuda._merge_unsupported(weight) == []
-    weight.stride = lambda axis: (1, 6)[axis]
+    assert cuda._merge_unsupported(on_gpu()) == []
+    weight = on_gpu(strides=(1, 6))
     assert "weight with stride 6 along a row" in cuda._merge_unsupported(weight)[0]
+
+
+BF16, F16 = torch.bfloat16, torch.float16
+
+
+def test_an_h100_takes_product_and_bypass_in_one_kernel(monkeypatch):
+    pretend(monkeypatch)
+    for dtype in (BF16, F16):
+        assert cuda._not_in_one_kernel(on_gpu(dtype), on_gpu(dtype), on_gpu(dtype)) == []
+        padded = on_gpu(dtype, strides=(24, 1), address=16)
+        assert cuda._not_in_one_kernel(padded, padded) == []
+
+
+@pytest.mark.parametrize(
+    ("machine", "weight", "reason"),
+    [
+        ({"gpu": (8, 0)}, {}, "compute capability 8.0, expected 9.0"),
+        ({"gpu": (10, 0)}, {}, "compute capability 10.0, expected 9.0"),
+        ({"archs": "80 89"}, {}, "no kernels for sm_90a"),
+        ({}, {"strides": (1, 8)}, "weight with stride 8 along a row, expected 1"),
+        ({}, {"shape": (6, 12)}, "weight of shape [6, 12] with rows 8 apart"),
+        ({}, {"shape": (0, 8)}, "weight of shape [0, 8]"),
+        ({}, {"strides": (12, 1)}, "weight of shape [6, 8] with rows 12 apart"),
+        ({}, {"address": 264}, "weight not 16-byte aligned"),
+    ],
+)
+def test_what_one_kernel_cannot_copy_goes_in_two(monkeypatch, machine, weight, reason):
+    pretend(monkeypatch, **machine)
+    reasons = cuda._not_in_one_kernel(on_gpu(BF16), on_gpu(BF16, **weight))
+    assert any(found.startswith(reason) for found in reasons)
+
+
+def test_dtypes_that_one_kernel_does_not_take(monkeypatch):
+    pretend(monkeypatch)
+    (reason,) = cuda._not_in_one_kernel(on_gpu(torch.float32), on_gpu(torch.float32))
+    assert reason == "dtype torch.float32, expected bfloat16 or float16"
+    (reason,) = cuda._not_in_one_kernel(on_gpu(BF16), on_gpu(BF16), on_gpu(torch.float32))
+    assert reason == "bias of dtype torch.float32, expected torch.bfloat16"
+
+
+@pytest.mark.parametrize(
+    ("forced", "bias", "mask", "forward", "backward"),
+    [
+        (None, None, [True, True], "two", "two"),
+        (None, BF16, [True, True], "one", "two"),
+        ("0", BF16, [True, True], "two", "two"),
+        ("1", None, [True, True], "one", "one"),
+        ("1", torch.float32, [True, False], "two", "one"),
+        ("1", BF16, [False, True], "one", "two"),
+    ],
+)
+def test_which_kernels_a_call_takes(monkeypatch, forced, bias, mask, forward, backward):
+    pretend(monkeypatch)
+    monkeypatch.delenv("NEUROADA_CUDA_FUSED", raising=False)
+    if forced is not None:
+        monkeypatch.setenv("NEUROADA_CUDA_FUSED", forced)
+    for name, kernels in (
+        ("linear", "two"),
+        ("linear_in_one", "one"),
+        ("linear_backward", "two"),
+        ("linear_backward_in_one", "one"),
+    ):
+        monkeypatch.setattr(cuda._compiled, name, lambda *args, kernels=kernels: kernels)
+    x = weight = on_gpu(BF16)
+    assert cuda._linear(x, weight, None, None, bias and on_gpu(bias)) == forward
+    assert cuda._linear_backward(x, x, weight, None, None, None, mask) == backward
+
+
+def test_what_the_environment_says_must_be_0_or_1(monkeypatch):
+    monkeypatch.setenv("NEUROADA_CUDA_FUSED", "yes")
+    with pytest.raises(ValueError, match="NEUROADA_CUDA_FUSED: 'yes', expected 0 or 1"):
+        cuda._prefer_one_kernel()
 
 
 @pytest.mark.parametrize(

@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from neuroada_kernels import _extension, check_index, make_plan
+from neuroada_kernels import _extension, check_index, make_plan, order_slots
 from neuroada_kernels.plan import SPLITS
 
 needs_extension = pytest.mark.skipif(
@@ -199,3 +199,22 @@ def test_wrong_index_is_named(wrong, form):
     module = _extension.module if form == "extension" else None
     with mock.patch.object(_extension, "module", module), pytest.raises(error, match=message):
         check_index(index, 4)
+
+
+@pytest.mark.parametrize(("index", "d_in"), INDICES.values(), ids=INDICES)
+def test_ordering_the_slots_permutes_each_row(index, d_in):
+    given = index.clone()
+    ordered = order_slots(index)
+    assert index.equal(given)
+    assert ordered.sort(1).values.equal(index.sort(1).values)
+    assert order_slots(index).equal(ordered)
+    assert in_torch(order_slots, index).equal(index)
+
+
+@needs_extension
+def test_neighbouring_neurons_read_a_slot_from_different_banks():
+    """Eight neurons with one column of each bank, all in the same order."""
+    index = torch.arange(8, dtype=torch.int32).repeat(8, 1) + 64 * torch.arange(8).view(8, 1)
+    ordered = order_slots(index.int())
+    for slot in ordered.T.tolist():
+        assert len({column % 8 for column in slot}) == 8

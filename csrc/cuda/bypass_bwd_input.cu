@@ -5,15 +5,6 @@
 namespace neuroada::cuda {
 namespace {
 
-void order_entries(const BypassBwdInput& p, const Device& device, void* stream) {
-  if (p.live == 0) return;
-  const OrderLaunch args{
-      p.plan + plan_size(p.d_in, 0), p.delta, p.ordered, p.live, static_cast<uint32_t>(p.d_out * p.k),
-      static_cast<uint32_t>(p.k)};
-  launch("bypass_bwd_input, order", order_entries_kernel, ceil_div(p.live, device.threads), 1, device.threads, 0,
-         stream, args);
-}
-
 template <class T>
 void run(const BypassBwdInput& p, const Device& device, void* stream) {
   const Tiles tiles =
@@ -31,7 +22,7 @@ void run(const BypassBwdInput& p, const Device& device, void* stream) {
 
 void bypass_bwd_input(const BypassBwdInput& p, const Device& device, void* stream) {
   if (p.tokens == 0 || p.d_in == 0) return;
-  order_entries(p, device, stream);
+  order_entries({p.d_in, p.d_out, p.k, p.plan, p.live, p.delta, p.ordered}, device, stream);
   with_element("bypass_bwd_input", p.dtype, [&](auto element) { run<decltype(element)>(p, device, stream); });
 }
 

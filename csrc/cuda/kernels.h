@@ -18,7 +18,7 @@ struct Device {
   int64_t shared_bytes;  // that one CTA may have
   int64_t multiprocessors;
   int64_t threads = 512;             // of a CTA, a multiple of 32 and a power of two up to 512
-  int64_t scratch_bytes = 32 << 20;  // of the partial sums of SDDMM, but for one part
+  int64_t scratch_bytes = 32 << 20;  // of SDDMM's partial sums, and of transposed tokens; more where the least is
 };
 
 // out[t, j] = base[t, j] + bias[j] + sum_s delta[j, s] x[t, index[j, s]]
@@ -42,6 +42,15 @@ struct alignas(8) WeightedNeuron {
   float delta;
 };
 
+// ordered[i] = (neuron, delta) of the i-th connection in the order of the plan
+struct OrderEntries {
+  int64_t d_in, d_out, k;
+  const int32_t* plan;  // [d_in + 1 + kSplits + 1 + live], see neuroada/planner.h
+  int64_t live;
+  const float* delta;       // [d_out, k]
+  WeightedNeuron* ordered;  // [live]
+};
+
 // out[t, c] = sum over (j, s) with index[j, s] = c of delta[j, s] grad[t, j]
 struct BypassBwdInput {
   DType dtype;  // of grad and out
@@ -52,6 +61,49 @@ struct BypassBwdInput {
   int64_t live;
   const float* delta;       // [d_out, k]
   WeightedNeuron* ordered;  // [live], scratch: the connections in the order of the plan
+  void* out;                // [tokens, d_in]
+  int64_t out_stride;
+};
+
+// to[c, t] = from[t, c]
+struct Transpose {
+  DType dtype;              // bfloat16 or float16
+  int64_t tokens, columns;  // columns a multiple of 8
+  const void* from;         // [tokens, columns], 16-byte aligned as are its rows
+  int64_t from_stride;
+  void* to;  // [columns, to_stride], 16-byte aligned as are its rows; zeros up to a multiple of 8 tokens
+  int64_t to_stride;
+};
+
+// out[t, j] = sum_c x[t, c] weight[j, c] + bias[j] + sum_s delta[j, s] x[t, index[j, s]], on sm_90a
+struct LinearFwd {
+  DType dtype;  // bfloat16 or float16: of x, weight, bias and out
+  int64_t tokens, d_in, d_out, k;
+  const void* x;  // [tokens, d_in]
+  int64_t x_stride;
+  const void* weight;  // [d_out, d_in]
+  int64_t weight_stride;
+  const int32_t* index;  // [d_out, k]
+  const float* delta;    // [d_out, k]
+  const void* bias;      // [d_out], or null for zero
+  void* transposed;      // [d_in, linear_fwd_chunk], scratch, 16-byte aligned
+  void* out;             // [tokens, d_out]
+  int64_t out_stride;
+};
+
+// out[t, c] = sum_j grad[t, j] weight[j, c] + sum over (j, s) with index[j, s] = c of delta[j, s] grad[t, j]
+struct LinearBwdInput {
+  DType dtype;  // bfloat16 or float16: of grad, weight and out
+  int64_t tokens, d_in, d_out, k;
+  const void* grad;  // [tokens, d_out]
+  int64_t grad_stride;
+  const void* weight;  // [d_out, d_in]
+  int64_t weight_stride;
+  const int32_t* plan;
+  int64_t live;
+  const float* delta;       // [d_out, k]
+  WeightedNeuron* ordered;  // [live], scratch
+  void* transposed;         // [d_out, linear_bwd_input_chunk], scratch, 16-byte aligned
   void* out;                // [tokens, d_in]
   int64_t out_stride;
 };
@@ -84,12 +136,23 @@ struct Merge {
 
 // `stream` is a cudaStream_t of the current device. They throw std::runtime_error, naming the kernel
 // and CUDA's error.
+void order_entries(const OrderEntries&, const Device&, void* stream);
 void bypass_fwd(const BypassFwd&, const Device&, void* stream);
 void bypass_bwd_input(const BypassBwdInput&, const Device&, void* stream);
 void sddmm(const Sddmm&, const Device&, void* stream);
 void merge(const Merge&, const Device&, void* stream);
+void transpose(const Transpose&, const Device&, void* stream);
 
 // In how many parts of the tokens SDDMM sums first.
 int64_t sddmm_parts(const Sddmm&, const Device&);
+
+// These two copy their operands by the hardware of sm_90: x, weight and grad are 16-byte aligned, their
+// rows and sizes along a row multiples of 8 elements, and no size is zero. They check that first.
+void linear_fwd(const LinearFwd&, const Device&, void* stream);
+void linear_bwd_input(const LinearBwdInput&, const Device&, void* stream);
+
+// How many tokens they transpose at a time, a multiple of 8.
+int64_t linear_fwd_chunk(const LinearFwd&, const Device&);
+int64_t linear_bwd_input_chunk(const LinearBwdInput&, const Device&);
 
 }  // namespace neuroada::cuda

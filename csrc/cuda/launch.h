@@ -66,6 +66,16 @@ void with_element(const char* kernel, DType dtype, F&& f) {
   }
 }
 
+// The same for the kernels that have 16 bits alone.
+template <class F>
+void with_element16(const char* kernel, DType dtype, F&& f) {
+  switch (dtype) {
+    case DType::bf16: return f(BFloat16{});
+    case DType::f16: return f(Half{});
+    default: throw std::runtime_error(std::string(kernel) + ": expected bfloat16 or float16");
+  }
+}
+
 #ifdef NEUROADA_HOST_CUDA
 
 template <class Args>

@@ -43,6 +43,34 @@ void check_delta(const Tensor& delta, int64_t d_out, int64_t k, Site site) {
   check_dtype("delta", delta, ScalarType::Float, "float32");
 }
 
+void check_bias(const Tensor& bias, int64_t d_out, DType dtype, Site site) {
+  STD_TORCH_CHECK(bias.dim() == 1 && bias.size(0) == d_out, "bias: shape ", shape_of(bias), ", expected [", d_out, "]");
+  check_site("bias", bias, site);
+  check_same_dtype("bias", bias, dtype, "x");
+  check_contiguous("bias", bias);
+  check_storage("bias", bias);
+}
+
+// The number of connections in a plan for a weight with d_in inputs.
+int64_t check_plan(const Tensor& plan, int64_t d_in, const Tensor& delta, Site site) {
+  STD_TORCH_CHECK(delta.numel() <= INT32_MAX, "delta: ", delta.numel(), " bypasses, expected fewer than 2^31");
+  STD_TORCH_CHECK(plan.dim() == 1 && plan.size(0) >= plan_size(d_in, 0), "plan: shape ", shape_of(plan),
+                  ", expected at least [", plan_size(d_in, 0), "]");
+  check_site("plan", plan, site);
+  check_dtype("plan", plan, ScalarType::Int, "int32");
+  check_contiguous("plan", plan);
+  check_storage("plan", plan);
+  const int64_t live = plan.size(0) - plan_size(d_in, 0);
+  STD_TORCH_CHECK(live <= delta.numel(), "plan: ", live, " connections, expected at most the ", delta.numel(),
+                  " of delta");
+  return live;
+}
+
+// Scratch for the plan's connections in order.
+Tensor new_ordered(const Tensor& delta, int64_t live) {
+  return torch::stable::new_empty(delta, {live, static_cast<int64_t>(sizeof(WeightedNeuron) / sizeof(float))});
+}
+
 const int32_t* int32_values(const Tensor& tensor) { return static_cast<const int32_t*>(tensor.const_data_ptr()); }
 const float* float_values(const Tensor& tensor) { return static_cast<const float*>(tensor.const_data_ptr()); }
 
@@ -61,14 +89,7 @@ void bypass_fwd_op(const Tensor& x, const Tensor& index, const Tensor& delta, st
     check_matrix("base", *base, tokens, d_out, site);
     check_same_dtype("base", *base, dtype, "x");
   }
-  if (bias) {
-    STD_TORCH_CHECK(bias->dim() == 1 && bias->size(0) == d_out, "bias: shape ", shape_of(*bias), ", expected [", d_out,
-                    "]");
-    check_site("bias", *bias, site);
-    check_same_dtype("bias", *bias, dtype, "x");
-    check_contiguous("bias", *bias);
-    check_storage("bias", *bias);
-  }
+  if (bias) check_bias(*bias, d_out, dtype, site);
   const CurrentDevice device(site);
   bypass_fwd({dtype, tokens, d_in, d_out, k, x.const_data_ptr(), x.stride(0), int32_values(index), float_values(delta),
               base ? base->const_data_ptr() : nullptr, base ? base->stride(0) : 0,
@@ -81,24 +102,14 @@ void bypass_bwd_input_op(const Tensor& grad, const Tensor& plan, const Tensor& d
   const Site site = site_of("grad", grad);
   check_delta(delta, -1, -1, site);
   const int64_t d_out = delta.size(0), k = delta.size(1);
-  STD_TORCH_CHECK(delta.numel() <= INT32_MAX, "delta: ", delta.numel(), " bypasses, expected fewer than 2^31");
   check_matrix("grad", grad, -1, d_out, site);
   check_matrix("out", out, grad.size(0), -1, site);
   const int64_t tokens = grad.size(0), d_in = out.size(1);
   const DType dtype = element_dtype("grad", grad);
   check_same_dtype("out", out, dtype, "grad");
-  STD_TORCH_CHECK(plan.dim() == 1 && plan.size(0) >= plan_size(d_in, 0), "plan: shape ", shape_of(plan),
-                  ", expected at least [", plan_size(d_in, 0), "]");
-  check_site("plan", plan, site);
-  check_dtype("plan", plan, ScalarType::Int, "int32");
-  check_contiguous("plan", plan);
-  check_storage("plan", plan);
-  const int64_t live = plan.size(0) - plan_size(d_in, 0);
-  STD_TORCH_CHECK(live <= delta.numel(), "plan: ", live, " connections, expected at most the ", delta.numel(),
-                  " of delta");
+  const int64_t live = check_plan(plan, d_in, delta, site);
   const CurrentDevice device(site);
-  Tensor ordered =
-      torch::stable::new_empty(delta, {live, static_cast<int64_t>(sizeof(WeightedNeuron) / sizeof(float))});
+  Tensor ordered = new_ordered(delta, live);
   bypass_bwd_input({dtype, tokens, d_in, d_out, k, grad.const_data_ptr(), grad.stride(0), int32_values(plan), live,
                     float_values(delta), static_cast<WeightedNeuron*>(ordered.mutable_data_ptr()),
                     out.mutable_data_ptr(), out.stride(0)},
@@ -131,6 +142,85 @@ Tensor sddmm_op(const Tensor& grad, const Tensor& x, const Tensor& index) {
   Tensor partial = torch::stable::new_empty(x, {parts > 1 ? parts : 0, d_out, k}, ScalarType::Float);
   args.partial = static_cast<float*>(partial.mutable_data_ptr());
   sddmm(args, device.facts(), device.stream());
+  return out;
+}
+
+DType element16_dtype(const char* name, const Tensor& tensor) {
+  const DType dtype = element_dtype(name, tensor);
+  STD_TORCH_CHECK(dtype != DType::f32, name, ": dtype float32, expected bfloat16 or float16");
+  return dtype;
+}
+
+// x weight^T + bias + bypass(x), rounded once.
+Tensor linear_fwd_op(const Tensor& x, const Tensor& weight, const Tensor& index, const Tensor& delta,
+                     std::optional<Tensor> bias) {
+  const Site site = site_of("x", x);
+  check_matrix("x", x, -1, -1, site);
+  check_index(index, -1, site);
+  const int64_t tokens = x.size(0), d_in = x.size(1), d_out = index.size(0), k = index.size(1);
+  const DType dtype = element16_dtype("x", x);
+  check_delta(delta, d_out, k, site);
+  check_matrix("weight", weight, d_out, d_in, site);
+  check_same_dtype("weight", weight, dtype, "x");
+  if (bias) check_bias(*bias, d_out, dtype, site);
+  const CurrentDevice device(site);
+  Tensor out = torch::stable::new_empty(x, {tokens, d_out});
+  if (tokens == 0 || d_out == 0) return out;
+  LinearFwd args{dtype,
+                 tokens,
+                 d_in,
+                 d_out,
+                 k,
+                 x.const_data_ptr(),
+                 x.stride(0),
+                 weight.const_data_ptr(),
+                 weight.stride(0),
+                 int32_values(index),
+                 float_values(delta),
+                 bias ? bias->const_data_ptr() : nullptr,
+                 nullptr,
+                 out.mutable_data_ptr(),
+                 out.stride(0)};
+  Tensor transposed = torch::stable::new_empty(x, {d_in, linear_fwd_chunk(args, device.facts())});
+  args.transposed = transposed.mutable_data_ptr();
+  linear_fwd(args, device.facts(), device.stream());
+  return out;
+}
+
+// grad weight + bypass(grad) transposed, rounded once.
+Tensor linear_bwd_input_op(const Tensor& grad, const Tensor& weight, const Tensor& plan, const Tensor& delta) {
+  const Site site = site_of("grad", grad);
+  check_delta(delta, -1, -1, site);
+  const int64_t d_out = delta.size(0), k = delta.size(1);
+  check_matrix("grad", grad, -1, d_out, site);
+  check_matrix("weight", weight, d_out, -1, site);
+  const int64_t tokens = grad.size(0), d_in = weight.size(1);
+  const DType dtype = element16_dtype("grad", grad);
+  check_same_dtype("weight", weight, dtype, "grad");
+  const int64_t live = check_plan(plan, d_in, delta, site);
+  const CurrentDevice device(site);
+  Tensor out = torch::stable::new_empty(grad, {tokens, d_in});
+  if (tokens == 0 || d_in == 0) return out;
+  Tensor ordered = new_ordered(delta, live);
+  LinearBwdInput args{dtype,
+                      tokens,
+                      d_in,
+                      d_out,
+                      k,
+                      grad.const_data_ptr(),
+                      grad.stride(0),
+                      weight.const_data_ptr(),
+                      weight.stride(0),
+                      int32_values(plan),
+                      live,
+                      float_values(delta),
+                      static_cast<WeightedNeuron*>(ordered.mutable_data_ptr()),
+                      nullptr,
+                      out.mutable_data_ptr(),
+                      out.stride(0)};
+  Tensor transposed = torch::stable::new_empty(grad, {d_out, linear_bwd_input_chunk(args, device.facts())});
+  args.transposed = transposed.mutable_data_ptr();
+  linear_bwd_input(args, device.facts(), device.stream());
   return out;
 }
 
@@ -185,6 +275,8 @@ STABLE_TORCH_LIBRARY_IMPL(neuroada_C, CUDA, m) {
   m.impl("bypass_fwd", TORCH_BOX(&bypass_fwd_op));
   m.impl("bypass_bwd_input", TORCH_BOX(&bypass_bwd_input_op));
   m.impl("sddmm", TORCH_BOX(&sddmm_op));
+  m.impl("linear_fwd", TORCH_BOX(&linear_fwd_op));
+  m.impl("linear_bwd_input", TORCH_BOX(&linear_bwd_input_op));
   m.impl("merge", TORCH_BOX(&merge_op));
   m.impl("gather", TORCH_BOX(&gather_op));
   m.impl("patch", TORCH_BOX(&patch_op));

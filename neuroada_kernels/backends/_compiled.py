@@ -37,6 +37,31 @@ def linear_backward(
     return grad_x, grad_delta
 
 
+def linear_in_one(
+    x: Tensor, weight: Tensor, index: Tensor, delta: Tensor, bias: Tensor | None
+) -> Tensor:
+    """The op ``linear``, product and bypass in one kernel; ``bias`` has the dtype of ``x``."""
+    bias = None if bias is None else bias.contiguous()
+    y: Tensor = C.linear_fwd.default(x, weight, index.contiguous(), wide(delta, x), bias)
+    return y
+
+
+def linear_backward_in_one(
+    grad: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    index: Tensor,
+    delta: Tensor,
+    plan: Tensor | None,
+    output_mask: list[bool],
+) -> tuple[Tensor, Tensor | None]:
+    """The op ``linear_backward`` where dx is wanted, both parts of it in one kernel."""
+    _, grad_delta = bypass_backward(grad, x, index, delta, plan, [False, output_mask[1]])
+    if plan is None:
+        plan = make_plan(index, x.shape[1])
+    return C.linear_bwd_input.default(grad, weight, plan, wide(delta, grad)), grad_delta
+
+
 def bypass_add(x: Tensor, y: Tensor, index: Tensor, delta: Tensor) -> Tensor:
     """The op ``bypass_add``."""
     out = torch.empty(y.shape, dtype=y.dtype, device=y.device)

@@ -13,9 +13,7 @@ from torch import Tensor
 from neuroada_kernels import _extension
 from neuroada_kernels._registry import Backend, Implementation, register
 from neuroada_kernels.backends import _compiled
-from neuroada_kernels.backends._compiled import C, wide
 from neuroada_kernels.backends._dense import has_product
-from neuroada_kernels.plan import make_plan
 
 _DTYPES = {torch.float32, torch.float64, torch.bfloat16, torch.float16}
 
@@ -23,9 +21,7 @@ _DTYPES = {torch.float32, torch.float64, torch.bfloat16, torch.float16}
 def _linear(x: Tensor, weight: Tensor, index: Tensor, delta: Tensor, bias: Tensor | None) -> Tensor:
     if not _one_kernel(x, weight) or (bias is not None and bias.dtype != x.dtype):
         return _compiled.linear(x, weight, index, delta, bias)
-    bias = None if bias is None else bias.contiguous()
-    y: Tensor = C.linear_fwd.default(x, weight, index.contiguous(), wide(delta, x), bias)
-    return y
+    return _compiled.linear_in_one(x, weight, index, delta, bias)
 
 
 def _linear_backward(
@@ -39,10 +35,7 @@ def _linear_backward(
 ) -> tuple[Tensor | None, Tensor | None]:
     if not output_mask[0] or not _one_kernel(grad, weight):
         return _compiled.linear_backward(grad, x, weight, index, delta, plan, output_mask)
-    _, grad_delta = _compiled.bypass_backward(grad, x, index, delta, plan, [False, output_mask[1]])
-    if plan is None:
-        plan = make_plan(index, x.shape[1])
-    return C.linear_bwd_input.default(grad, weight, plan, wide(delta, grad)), grad_delta
+    return _compiled.linear_backward_in_one(grad, x, weight, index, delta, plan, output_mask)
 
 
 def _one_kernel(x: Tensor, weight: Tensor) -> bool:

@@ -12,7 +12,7 @@ from torch.nn.utils import parametrize
 
 from neuroada_kernels import ops
 from neuroada_kernels.nn._strategy import check_known, check_strategy, refusal, why_not_resident
-from neuroada_kernels.plan import check_index, check_index_form
+from neuroada_kernels.plan import check_index, check_index_form, order_slots
 from neuroada_kernels.selection import check_weight, select
 
 _Self = TypeVar("_Self", bound="BypassLinear")
@@ -55,8 +55,10 @@ class BypassLinear(nn.Module):
         Shape ``[out_features]``, frozen.
     index : Tensor
         Buffer, int32, shape ``[out_features, k]``: distinct columns within a row, -1 in a slot
-        without a connection. Checked when it is set or loaded. One that is written in place is
-        noticed by the next forward that is not compiled.
+        without a connection. What the layer selected is in the order of
+        :func:`neuroada_kernels.order_slots`, what it was given stays in its own. Checked when it is
+        set or loaded. One that is written in place is noticed by the next forward that is not
+        compiled.
     delta : nn.Parameter
         Shape ``[out_features, k]``, zeros at first.
     original : Tensor or None
@@ -97,7 +99,7 @@ class BypassLinear(nn.Module):
             linear.weight, k, selection, scores, generator, neuron_fraction=neuron_fraction
         )
         check_strategy(strategy, linear.weight)
-        self._adopt(linear, index, delta_dtype)
+        self._adopt(linear, order_slots(index), delta_dtype)
         self.strategy = strategy
 
     @classmethod
@@ -139,8 +141,10 @@ class BypassLinear(nn.Module):
         check_weight(linear.weight)
         check_strategy(strategy, linear.weight)
         if index is None:
-            index = select(
-                linear.weight, k, selection, scores, generator, neuron_fraction=neuron_fraction
+            index = order_slots(
+                select(
+                    linear.weight, k, selection, scores, generator, neuron_fraction=neuron_fraction
+                )
             )
         else:
             check_index_form(index, linear.weight.shape[1])

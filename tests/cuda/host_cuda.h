@@ -21,6 +21,7 @@
 #define __host__
 #define __forceinline__ inline
 #define __launch_bounds__(...)
+#define __grid_constant__
 
 namespace neuroada::host_cuda {
 
@@ -41,6 +42,7 @@ struct Cta {
   std::barrier<> barrier;
   std::deque<Warp> warps;
   void* shared = nullptr;
+  size_t shared_bytes = 0;
 };
 
 struct Self {
@@ -68,8 +70,9 @@ inline void* shared_memory(size_t alignment) {
 // Runs `kernel` for every CTA of the grid.
 inline void launch(Dim3 grid, unsigned threads, size_t shared_bytes, const std::function<void()>& kernel) {
   if (threads % kLanes != 0 || threads == 0 || grid.x == 0 || grid.y == 0) stop("an invalid launch");
-  constexpr std::align_val_t kAlignment{16};
+  constexpr std::align_val_t kAlignment{1024};
   Cta cta(threads);
+  cta.shared_bytes = shared_bytes;
   cta.shared = ::operator new(shared_bytes, kAlignment);
   const auto body = [&](unsigned thread) {
     self = {&cta, {thread}, {}, {threads}, grid};

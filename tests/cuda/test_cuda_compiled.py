@@ -84,20 +84,33 @@ def resources() -> dict[str, dict[str, int]]:
 
 @cache
 def instructions(arch: str) -> dict[str, set[str]]:
-    """The memory instructions of each kernel."""
+    """The memory instructions of each kernel, and what sm_90a alone has."""
     found, name = {}, ""
     for line in _read("-sass", "-arch", f"sm_{arch}").splitlines():
         if match := re.search(r"Function : (.+)$", line):
             name = _name(match[1])
-        elif match := re.search(r"\b((?:LD|ST)[GSL]\.\S+|(?:LD|ST)[GSL])\b", line):
-            found.setdefault(name, set()).add(match[1])
+        elif match := re.search(rf"\b({_INSTRUCTIONS})(?![\w.])", line):
+            found.setdefault(name, set()).add(match[1] + ".tnspB" * (".tnspB," in line))
     return found
 
 
-def test_every_kernel_is_compiled_for_every_arch():
+_INSTRUCTIONS = r"(?:(?:LD|ST)[GSL]|HGMMA|UTMALDG|SYNCS|USETMAXREG|WARPGROUP)(?:\.\w+)*"
+
+
+def is_for_sm90(name: str) -> bool:
+    return name.startswith(("linear_sm90_kernel", "transpose_kernel"))
+
+
+def test_every_kernel_is_compiled_for_every_arch_that_it_is_for():
     names = {key.partition(" ")[2] for key in resources()}
-    assert len(names) == 3 * 3 * 2 + 2 + 3 * 4  # staged ones, their helpers, and merge
-    assert set(resources()) == {f"sm_{arch} {name}" for arch in ARCHS for name in names}
+    # Staged ones, their helpers, merge; for sm_90a two products and what transposes for them.
+    assert len(names) == 3 * 3 * 2 + 2 + 3 * 4 + 2 * 2 + 2
+    assert set(resources()) == {
+        f"sm_{arch} {name}"
+        for arch in ARCHS
+        for name in names
+        if arch == "90a" or not is_for_sm90(name)
+    }
 
 
 def test_no_kernel_needs_more_than_the_table_says():
@@ -112,14 +125,32 @@ def test_no_kernel_needs_more_than_the_table_says():
 
 
 def test_every_kernel_launches_with_the_threads_of_a_cta():
-    """A multiprocessor has 65536 registers, and a CTA at most 512 threads."""
-    assert max(used["registers"] for used in resources().values()) <= 65536 // 512
+    """A multiprocessor has 65536 registers, a CTA of the products 384 threads, others up to 512."""
+    for key, used in resources().items():
+        threads = 384 if "linear_sm90" in key else 512
+        assert used["registers"] <= 65536 // threads // 8 * 8, key
+
+
+@pytest.mark.skipif("90a" not in ARCHS, reason="nvcc does not know sm_90a")
+def test_products_for_sm90_are_made_by_the_hardware_for_them():
+    """TMA, wgmma in the largest shape, mbarriers, registers that move; y in 16 bytes a lane."""
+    kernels = {n: used for n, used in instructions("90a").items() if n.startswith("linear_sm90")}
+    assert len(kernels) == 4
+    for name, used in kernels.items():
+        (product,) = {i for i in used if i.startswith("HGMMA")}
+        bfloat16 = ".BF16" if "BFloat16" in name else ""
+        rows_of_w = ".tnspB" if "PlanConnections" in name else ""
+        assert product == f"HGMMA.64x256x16.F32{bfloat16}{rows_of_w}", name
+        parts = {i.partition(".")[0] for i in used}
+        assert parts >= {"UTMALDG", "SYNCS", "USETMAXREG", "WARPGROUP"}, name
+        assert {"LDG.E.128", "STG.E.128", "STS.128"} <= used, name
 
 
 @every_arch
 def test_staged_columns_are_read_and_written_sixteen_bytes_at_a_time(arch):
     staged = {name: used for name, used in instructions(arch).items() if "<" in name}
-    staged = {name: used for name, used in staged.items() if not name.startswith("merge")}
+    others = ("merge", "linear_sm90", "transpose")
+    staged = {name: used for name, used in staged.items() if not name.startswith(others)}
     assert len(staged) == 18
     for name, used in staged.items():
         shared = {i for i in used if i.startswith(("LDS", "STS"))}

@@ -87,6 +87,36 @@ def test_backward_is_the_formula(case, dtype, planned):
     assert again.equal(grad_delta)
 
 
+#: Sizes along a row are multiples of 8; 384 threads a CTA.
+ALIGNED = [
+    Case(tokens=17, d_in=64, d_out=48, k=8, bias=True),
+    Case(tokens=130, d_in=72, d_out=264, k=2, bias=True, index="one_column"),
+]
+
+
+@pytest.mark.parametrize("case", ALIGNED, ids=lambda case: case.name)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_one_kernel_for_product_and_bypass_rounds_once(case, dtype):
+    inputs = make_inputs(case, dtype)
+    truth, grad = exact(inputs), inputs.grad_output
+    y = _compiled.linear_in_one(inputs.x, inputs.weight, inputs.index, inputs.delta, inputs.bias)
+    assert rms_error(y, truth.linear) <= tolerance(dtype, case.d_in + case.k + 1)
+    rest = (inputs.x, inputs.weight, inputs.index, inputs.delta, None, [True, True])
+    grad_x, grad_delta = _compiled.linear_backward_in_one(grad, *rest)
+    assert rms_error(grad_x, truth.linear_grad_x) <= tolerance(dtype, case.d_out * (1 + case.k))
+    assert grad_delta.equal(C.sddmm(grad, inputs.x, inputs.index))
+
+
+def test_one_kernel_of_nothing_is_nothing():
+    inputs = make_inputs(Case(tokens=0, d_in=64, d_out=48, k=8, bias=True), torch.bfloat16)
+    rest = (inputs.weight, inputs.index, inputs.delta)
+    assert _compiled.linear_in_one(inputs.x, *rest, inputs.bias).shape == (0, 48)
+    grad = inputs.grad_output
+    both = _compiled.linear_backward_in_one(grad, inputs.x, *rest, None, [True, True])
+    assert both[0].shape == (0, 64)
+    assert not both[1].any()
+
+
 def test_gradients_that_nobody_wants_are_not_computed():
     inputs = make_inputs(SMALL[0], torch.float32)
     args = (inputs.grad_output, inputs.x, inputs.index, inputs.delta, None)
@@ -149,6 +179,8 @@ def test_whatever_a_plan_holds_nothing_outside_is_reached(value):
     plan = torch.full((24 + 1 + 64 + 1 + 80,), value, dtype=torch.int32)
     C.bypass_bwd_input(grad, plan, delta, out)
     assert guard.shape == out.shape
+    sixteen = torch.randn(49, 40, dtype=torch.bfloat16)
+    C.linear_bwd_input(sixteen[:9], sixteen[9:, :24].contiguous(), plan, delta)
 
 
 def arguments() -> dict[str, Tensor]:
@@ -164,6 +196,21 @@ def arguments() -> dict[str, Tensor]:
         "grad_x": torch.full((5, 6), 7.0),
         "weight": torch.full((4, 6), 7.0),
         "original": torch.full((4, 2), 7.0),
+        **sixteen_bits(),
+    }
+
+
+def sixteen_bits() -> dict[str, Tensor]:
+    """Arguments of the kernels with a product in them; the names say so where others have them."""
+    dtype = torch.bfloat16
+    return {
+        "x16": torch.randn(5, 8, dtype=dtype),
+        "weight16": torch.randn(4, 8, dtype=dtype),
+        "bias16": torch.randn(4, dtype=dtype),
+        "grad16": torch.randn(5, 8, dtype=dtype),
+        "weight_back16": torch.randn(8, 8, dtype=dtype),
+        "plan16": torch.zeros(8 + 1 + 64 + 1 + 7, dtype=torch.int32),
+        "delta_back": torch.randn(8, 2),
     }
 
 
@@ -175,11 +222,23 @@ CALLS: dict[str, Callable[..., object]] = {
         *(a[n] for n in ("grad", "plan", "delta", "grad_x"))
     ),
     "sddmm": lambda a: C.sddmm(a["grad"], a["x"], a["index"]),
+    "linear_fwd": lambda a: C.linear_fwd(
+        *(a[n] for n in ("x16", "weight16", "index", "delta", "bias16"))
+    ),
+    "linear_bwd_input": lambda a: C.linear_bwd_input(
+        *(a[n] for n in ("grad16", "weight_back16", "plan16", "delta_back"))
+    ),
     "merge": lambda a: C.merge(a["weight"], a["index"], a["delta"]),
     "gather": lambda a: C.gather(a["weight"], a["index"]),
     "patch": lambda a: C.patch(*(a[n] for n in ("weight", "index", "delta", "original"))),
     "restore": lambda a: C.restore(*(a[n] for n in ("weight", "index", "original"))),
 }
+
+
+def odd(tensor: Tensor) -> Tensor:
+    """The same values in rows that are one element further apart."""
+    return torch.cat([tensor, tensor[:, :1]], 1)[:, : tensor.shape[1]]
+
 
 #: (op, argument, what it is instead, what the error says)
 WRONG = [
@@ -210,6 +269,22 @@ WRONG = [
     ("sddmm", "grad", lambda t: t[:4], "grad: shape [4, 4], expected [5, 4]"),
     ("sddmm", "x", lambda t: t.half(), "x: dtype differs"),
     ("sddmm", "index", lambda t: t.short(), "index: dtype is not the expected int32"),
+    ("linear_fwd", "x16", lambda t: t.float(), "x: dtype float32, expected bfloat16 or float16"),
+    ("linear_fwd", "x16", lambda t: t[:, :4], "weight: shape [4, 8], expected [4, 4]"),
+    ("linear_fwd", "x16", lambda t: t.repeat(1, 2)[:, 4:12], "linear_fwd: x: not 16-byte aligned"),
+    ("linear_fwd", "x16", lambda t: odd(t), "linear_fwd: x: stride 9, expected a multiple of 8"),
+    ("linear_fwd", "weight16", lambda t: odd(t), "linear_fwd: weight: stride 9, expected"),
+    ("linear_fwd", "weight16", lambda t: t.half(), "weight: dtype differs from that of x"),
+    ("linear_fwd", "weight16", lambda t: t[:3], "weight: shape [3, 8], expected [4, 8]"),
+    ("linear_fwd", "bias16", lambda t: t[:3], "bias: shape [3], expected [4]"),
+    ("linear_fwd", "bias16", lambda t: t.float(), "bias: dtype differs"),
+    ("linear_fwd", "delta", lambda t: t[:3], "delta: shape [3, 2], expected [4, 2]"),
+    ("linear_bwd_input", "grad16", lambda t: t[:, :4], "grad: shape [5, 4], expected [-1, 8]"),
+    ("linear_bwd_input", "grad16", lambda t: odd(t), "linear_bwd_input: grad: stride 9"),
+    ("linear_bwd_input", "weight_back16", lambda t: t[:, :4], "weight: 4 columns, expected a mul"),
+    ("linear_bwd_input", "weight_back16", lambda t: t.half(), "weight: dtype differs"),
+    ("linear_bwd_input", "plan16", lambda t: t[:73], "plan: shape [73], expected at least [74]"),
+    ("linear_bwd_input", "plan16", lambda t: t.repeat(2), "plan: 88 connections, expected at most"),
     ("merge", "weight", lambda t: t.double(), "weight: dtype float64"),
     ("merge", "weight", lambda t: t.t().contiguous().t(), "weight: stride 4 along a row"),
     ("merge", "delta", lambda t: t.double(), "delta: dtype is not the expected float32"),
@@ -242,7 +317,13 @@ def test_right_arguments_are_served(op):
 @pytest.mark.parametrize("op", CALLS)
 def test_a_freed_storage_is_refused(op):
     given = arguments()
-    name = {"bypass_fwd": "x", "bypass_bwd_input": "grad", "sddmm": "grad"}.get(op, "weight")
+    name = {
+        "bypass_fwd": "x",
+        "bypass_bwd_input": "grad",
+        "sddmm": "grad",
+        "linear_fwd": "weight16",
+        "linear_bwd_input": "weight_back16",
+    }.get(op, "weight")
     given[name].untyped_storage().resize_(0)
-    with pytest.raises(RuntimeError, match=f"{name}: its storage is empty"):
+    with pytest.raises(RuntimeError, match=f"{name.partition('_')[0].removesuffix('16')}: its"):
         CALLS[op](given)

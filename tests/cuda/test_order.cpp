@@ -76,6 +76,13 @@ void sddmm_sums_blocks_in_order() {
   });
 }
 
+// The planner orders the slots of a neuron for the banks where the kernels stage the columns.
+void the_planner_knows_where_columns_are_staged() {
+  for (int32_t column = 0; column < 4096; ++column) {
+    CHECK(neuroada::bank_of(column) == neuroada::cuda::place(column) % neuroada::kBanks, std::to_string(column));
+  }
+}
+
 }  // namespace
 
 int main() {
@@ -88,5 +95,6 @@ int main() {
     sddmm_adds_parts_in_order<T>();
   });
   sddmm_sums_blocks_in_order();
+  the_planner_knows_where_columns_are_staged();
   return exit_status();
 }

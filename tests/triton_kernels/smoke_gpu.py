@@ -43,8 +43,8 @@ def check(case: Case, dtype: torch.dtype, device: str) -> None:
 def main(backend: str) -> None:
     device = "cuda" if torch.cuda.is_available() else "cpu"
     with nk.use_backend(backend):
-        for fused in ("0", "1") if backend == "triton" else ("",):
-            os.environ["NEUROADA_TRITON_FUSED"] = fused
+        for fused in ("0", "1"):
+            os.environ[f"NEUROADA_{backend.upper()}_FUSED"] = fused
             for dtype in (torch.float32, torch.bfloat16):
                 for case in CASES:
                     check(case, dtype, device)

@@ -1,7 +1,7 @@
 """What shows on a GPU alone: graphs, streams, synchronisation, memory, far addresses, inductor.
 
-Each runs through both forms, one kernel for product and bypass and two, since a GPU's dispatch
-may take either.
+Each runs on Triton and on CUDA C++, through both forms, one kernel for product and bypass and two,
+since a GPU's dispatch may take either.
 """
 
 from __future__ import annotations
@@ -33,11 +33,19 @@ TRAINING = Case(tokens=8192, d_in=4096, d_out=4096, k=8)
 Results = tuple[Tensor, ...]
 
 
+@pytest.fixture(params=["triton", "cuda"], autouse=True)
+def named(request: pytest.FixtureRequest) -> Iterator[str]:
+    reason = nk.available_backends()[request.param]
+    if reason is not None:
+        pytest.skip(reason)
+    with nk.use_backend(request.param):
+        yield request.param
+
+
 @pytest.fixture(params=["two_kernels", "one_kernel"], autouse=True)
-def form(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    monkeypatch.setenv("NEUROADA_TRITON_FUSED", str(int(request.param == "one_kernel")))
-    with nk.use_backend("triton"):
-        yield
+def form(named: str, request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    fused = str(int(request.param == "one_kernel"))
+    monkeypatch.setenv(f"NEUROADA_{named.upper()}_FUSED", fused)
 
 
 class Problem:

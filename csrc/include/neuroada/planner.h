@@ -38,4 +38,13 @@ int64_t check_index(const int32_t* index, int64_t d_out, int64_t k, int64_t d_in
 // Writes the plan_size(d_in, live) values of the plan of a checked index.
 void plan_index(const int32_t* index, int64_t d_out, int64_t k, int64_t d_in, int32_t* plan);
 
+// Of shared memory's eight banks of 16 bytes, the one where a GPU's kernels stage a column.
+inline constexpr int kBanks = 8;
+inline int bank_of(int32_t column) { return (column ^ column >> 3) & (kBanks - 1); }
+
+// Permutes each row of index [d_out, k] so that eight neighbouring neurons, whose reads of one slot a GPU
+// serves together, meet as many banks there as it can; a bank that several read at different columns is
+// read several times. Greedy, so that the order depends on the index alone.
+void order_slots(int32_t* index, int64_t d_out, int64_t k);
+
 }  // namespace neuroada

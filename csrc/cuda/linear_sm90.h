@@ -1,0 +1,111 @@
+// How the fused kernels for sm_90a are launched: chunks of tokens, each transposed into the workspace and
+// multiplied, so that the gathers of the one find in the second cache what the other wrote.
+#pragma once
+
+#include "launch.h"
+#include "linear_sm90.cuh"
+#include "tensor_map_sm90.h"
+
+namespace neuroada::cuda {
+
+// The tile that is compiled for the GPU: the largest whose accumulators two warpgroups hold.
+using HopperTile = ProductTile<2, 256, 4>;
+static_assert(sizeof(ProductShared<BFloat16, HopperTile>) <= 227 << 10, "the shared memory that a CTA may have");
+
+// One operand as it lies in memory.
+struct Operand {
+  const char* name;
+  const void* data;
+  int64_t rows, columns, stride;
+};
+
+inline void check_copyable(const char* kernel, const Operand& operand) {
+  const auto refuse = [&](const std::string& why) {
+    throw std::runtime_error(std::string(kernel) + ": " + operand.name + ": " + why);
+  };
+  if (!aligned16(operand.data)) refuse("not 16-byte aligned");
+  if (operand.columns == 0 || operand.columns % 8 != 0) {
+    refuse(std::to_string(operand.columns) + " columns, expected a multiple of 8");
+  }
+  if (operand.stride % 8 != 0) refuse("stride " + std::to_string(operand.stride) + ", expected a multiple of 8");
+  if (std::max(operand.rows, operand.columns) > INT32_MAX - 256) refuse("a size of more than 2^31");
+}
+
+// Tokens of a chunk: as many as the workspace holds, or down to half of that, so that the last round of
+// tiles leaves the fewest multiprocessors idle.
+template <class Tile>
+int64_t choose_chunk(int64_t tokens, int64_t width, int64_t columns, const Device& device) {
+  const int64_t needed = ceil_div(tokens, Tile::kRows);
+  const int64_t most = std::clamp<int64_t>(device.scratch_bytes / (width * 2 * Tile::kRows), 1, needed);
+  const auto busy = [&](int64_t row_tiles) {
+    const int64_t tiles = row_tiles * ceil_div(columns, Tile::kColumns);
+    return static_cast<double>(tiles) / static_cast<double>(ceil_div(tiles, device.multiprocessors));
+  };
+  int64_t best = most;
+  for (int64_t row_tiles = most; most < needed && row_tiles >= ceil_div(most, 2); --row_tiles) {
+    if (busy(row_tiles) > busy(best)) best = row_tiles;
+  }
+  return ceil_div(std::min(best * Tile::kRows, tokens), 8) * 8;
+}
+
+// out [left.rows, columns] = left right + epilogue, with right [columns, left.columns], or transposed.
+template <class T, class Tile, bool kRowsOfRight, class Connections>
+void run_linear(const char* kernel, DType dtype, const Operand& left, const Operand& right, int64_t chunk,
+                void* transposed, const void* bias, void* out, int64_t out_stride, const Connections& connections,
+                const Device& device, void* stream) {
+  using Shared = ProductShared<T, Tile>;
+  const int64_t columns = kRowsOfRight ? right.columns : right.rows;
+  LinearLaunch<Connections> args{};
+  args.left =
+      make_tensor_map(kernel, dtype, left.data, left.rows, left.columns, left.stride, Tile::kRows, Tile::kDepth);
+  args.right = make_tensor_map(kernel, dtype, right.data, right.rows, right.columns, right.stride,
+                               kRowsOfRight ? Tile::kDepth : Tile::kColumns, Tile::kDepth);
+  args.connections = connections;
+  args.epilogue = {transposed, chunk, bias, out, out_stride, aligned16(out) && out_stride % 8 == 0};
+  for (int64_t first = 0; first < left.rows; first += chunk) {
+    const int64_t tokens = std::min(chunk, left.rows - first);
+    const T* from = static_cast<const T*>(left.data) + first * left.stride;
+    transpose({dtype, tokens, left.columns, from, left.stride, transposed, chunk}, device, stream);
+    Grid& grid = args.grid;
+    grid.first_row = static_cast<int32_t>(first);
+    grid.rows = static_cast<int32_t>(tokens);
+    grid.columns = static_cast<int32_t>(columns);
+    grid.depth = static_cast<int32_t>(left.columns);
+    grid.row_tiles = static_cast<int32_t>(ceil_div(tokens, Tile::kRows));
+    grid.column_tiles = static_cast<int32_t>(ceil_div(columns, Tile::kColumns));
+    launch(kernel, linear_sm90_kernel<T, Tile, kRowsOfRight, Connections>,
+           std::min(int64_t{grid.row_tiles} * grid.column_tiles, device.multiprocessors), 1, Tile::kThreads,
+           static_cast<int64_t>(sizeof(Shared)), stream, args);
+  }
+}
+
+template <class Tile>
+void run_linear_fwd(const LinearFwd& p, int64_t chunk, const Device& device, void* stream) {
+  constexpr const char* kName = "linear_fwd";
+  const Operand x{"x", p.x, p.tokens, p.d_in, p.x_stride};
+  const Operand weight{"weight", p.weight, p.d_out, p.d_in, p.weight_stride};
+  check_copyable(kName, x);
+  check_copyable(kName, weight);
+  const SlotConnections connections{p.index, p.delta, static_cast<int32_t>(p.k), static_cast<int32_t>(p.d_in)};
+  with_element16(kName, p.dtype, [&](auto element) {
+    run_linear<decltype(element), Tile, false>(kName, p.dtype, x, weight, chunk, p.transposed, p.bias, p.out,
+                                               p.out_stride, connections, device, stream);
+  });
+}
+
+template <class Tile>
+void run_linear_bwd_input(const LinearBwdInput& p, int64_t chunk, const Device& device, void* stream) {
+  constexpr const char* kName = "linear_bwd_input";
+  const Operand grad{"grad", p.grad, p.tokens, p.d_out, p.grad_stride};
+  const Operand weight{"weight", p.weight, p.d_out, p.d_in, p.weight_stride};
+  check_copyable(kName, grad);
+  check_copyable(kName, weight);
+  order_entries({p.d_in, p.d_out, p.k, p.plan, p.live, p.delta, p.ordered}, device, stream);
+  const PlanConnections connections{p.plan, p.ordered, static_cast<int32_t>(p.live), static_cast<int32_t>(p.d_out)};
+  with_element16(kName, p.dtype, [&](auto element) {
+    run_linear<decltype(element), Tile, true>(kName, p.dtype, grad, weight, chunk, p.transposed, nullptr, p.out,
+                                              p.out_stride, connections, device, stream);
+  });
+}
+
+}  // namespace neuroada::cuda

@@ -1,0 +1,257 @@
+// Stands for Hopper's asynchronous hardware where csrc/cuda/hopper.cuh runs on the CPU. Layouts are
+// those of the PTX ISA: "Tensor swizzle modes" of the copies; "Shared Memory Matrix Layout", "Matrix
+// Descriptor Format" and "Register Fragments" of wgmma; "mbarrier" for phases.
+//
+// What is asynchronous on the GPU happens here at the most unfavourable time: a copy is in shared
+// memory at once, over whatever is still being read there, and a product is computed only when its
+// group is waited for, from whatever shared memory holds by then.
+#pragma once
+
+#include <array>
+#include <chrono>
+#include <condition_variable>
+#include <mutex>
+#include <stdexcept>
+#include <string>
+#include <type_traits>
+
+#include "host_cuda.h"
+#include "neuroada/dtype.h"
+
+namespace neuroada::host_cuda {
+
+// ---- shared memory: its addresses are 32 bits wide, and swizzled
+
+inline uint32_t shared_address(const void* pointer) {
+  return static_cast<uint32_t>(static_cast<const char*>(pointer) - static_cast<const char*>(self.cta->shared));
+}
+
+// Exchanges the 16-byte units within rows of 16 << bits bytes by address bits 7 and up.
+inline uint32_t swizzled(uint32_t address, int bits) { return address ^ (((address >> 7) & ((1u << bits) - 1)) << 4); }
+
+inline char* shared_at(uint32_t address, size_t bytes) {
+  if (address + bytes > self.cta->shared_bytes) stop("an operand reaches past the shared memory");
+  return static_cast<char*>(self.cta->shared) + address;
+}
+
+// ---- mbarrier: counts and phase in its own 64 bits, blocking beside it
+
+struct BarrierWord {
+  static constexpr int64_t kBias = 1 << 21;  // of the bytes that are still to come, which may be negative
+  uint32_t expected, pending;
+  int64_t bytes;
+  uint32_t phase;
+
+  static BarrierWord read(uint64_t word) {
+    if (word >> 62 & 1) stop("an mbarrier is used that was not initialised");
+    return {static_cast<uint32_t>(word & 0xfffff), static_cast<uint32_t>(word >> 20 & 0xfffff),
+            static_cast<int64_t>(word >> 40 & 0x3fffff) - kBias, static_cast<uint32_t>(word >> 63)};
+  }
+  uint64_t word() const {
+    return uint64_t{expected} | uint64_t{pending} << 20 | static_cast<uint64_t>(bytes + kBias) << 40 |
+           uint64_t{phase} << 63;
+  }
+};
+
+struct Waiters {
+  std::mutex mutex;
+  std::condition_variable changed;
+};
+
+// Neighbouring barriers have a lock each, so that a lock orders no more than its barrier does.
+inline Waiters& waiters_of(const uint64_t& word) {
+  static std::array<Waiters, 64> all;
+  check_aligned(&word, sizeof(word));
+  return all[shared_address(&word) / sizeof(word) % all.size()];
+}
+
+template <class Change>
+void change_barrier(uint64_t& word, Change&& change) {
+  Waiters& waiters = waiters_of(word);
+  const std::lock_guard lock(waiters.mutex);
+  BarrierWord barrier = BarrierWord::read(word);
+  change(barrier);
+  if (barrier.pending == 0 && barrier.bytes == 0) {
+    barrier.pending = barrier.expected;
+    barrier.phase ^= 1;
+    waiters.changed.notify_all();
+  }
+  word = barrier.word();
+}
+
+inline void init_barrier(uint64_t& word, uint32_t count) {
+  const std::lock_guard lock(waiters_of(word).mutex);
+  word = BarrierWord{count, count, 0, 0}.word();
+}
+
+inline void arrive(uint64_t& word, uint32_t bytes) {
+  change_barrier(word, [&](BarrierWord& barrier) {
+    if (barrier.pending == 0) stop("more threads arrive at an mbarrier than it counts");
+    --barrier.pending;
+    barrier.bytes += bytes;
+  });
+}
+
+inline void complete_bytes(uint64_t& word, uint32_t bytes) {
+  change_barrier(word, [&](BarrierWord& barrier) { barrier.bytes -= bytes; });
+}
+
+// Time is counted in short waits, so that it stands still where the process is stopped.
+inline void wait(uint64_t& word, uint32_t parity) {
+  constexpr int kTenths = 200;
+  Waiters& waiters = waiters_of(word);
+  std::unique_lock lock(waiters.mutex);
+  const auto complete = [&] { return BarrierWord::read(word).phase != parity; };
+  for (int tenth = 0; !complete(); ++tenth) {
+    if (tenth == kTenths) stop("the phase of an mbarrier does not complete");
+    waiters.changed.wait_for(lock, std::chrono::milliseconds(100), complete);
+  }
+}
+
+// bar.sync of one warpgroup
+inline void named_barrier(int name, unsigned threads) {
+  constexpr int kNames = 16;
+  struct Barriers {
+    std::deque<std::barrier<>> of;
+    explicit Barriers(unsigned threads) {
+      for (int i = 0; i < kNames; ++i) of.emplace_back(threads);
+    }
+  };
+  static Barriers barriers(threads);
+  if (name < 1 || name >= kNames) stop("no such named barrier");
+  barriers.of[static_cast<size_t>(name)].arrive_and_wait();
+}
+
+// ---- TMA
+
+struct TensorMap {
+  const char* base;
+  int64_t rows, columns, stride;  // stride in bytes
+  int32_t box_rows, box_columns;
+};
+
+// A matrix of 16-bit elements in boxes of 128-byte rows; what the driver refuses is refused.
+inline TensorMap make_tensor_map(const char* kernel, const void* base, int64_t rows, int64_t columns, int64_t stride,
+                                 int32_t box_rows, int32_t box_columns) {
+  const bool valid = reinterpret_cast<uintptr_t>(base) % 16 == 0 && stride * 2 % 16 == 0 && rows > 0 && columns > 0 &&
+                     stride >= columns && box_rows > 0 && box_rows <= 256 && box_columns > 0 && box_columns <= 64 &&
+                     box_columns % 8 == 0;
+  if (!valid) throw std::runtime_error(std::string(kernel) + ": cuTensorMapEncodeTiled: invalid argument");
+  return {static_cast<const char*>(base), rows, columns, stride * 2, box_rows, box_columns};
+}
+
+// Elements outside the matrix are zeros, and their bytes count.
+inline void copy_box(void* to, const TensorMap& map, int32_t column, int32_t row, uint64_t& barrier) {
+  check_aligned(to, 128);
+  const uint32_t row_bytes = static_cast<uint32_t>(map.box_columns) * 2;
+  for (int32_t r = 0; r < map.box_rows; ++r) {
+    for (int32_t c = 0; c < map.box_columns; ++c) {
+      const int64_t from_row = int64_t{row} + r, from_column = int64_t{column} + c;
+      const bool inside = from_row >= 0 && from_row < map.rows && from_column >= 0 && from_column < map.columns;
+      uint16_t value = 0;
+      if (inside) std::memcpy(&value, map.base + from_row * map.stride + from_column * 2, sizeof(value));
+      const uint32_t address = shared_address(to) + static_cast<uint32_t>(r) * row_bytes + static_cast<uint32_t>(c) * 2;
+      std::memcpy(shared_at(swizzled(address, 3), sizeof(value)), &value, sizeof(value));
+    }
+  }
+  complete_bytes(barrier, static_cast<uint32_t>(map.box_rows) * row_bytes);
+}
+
+// ---- wgmma
+
+// An operand in shared memory as a matrix descriptor describes it.
+struct Operand {
+  uint32_t start, leading, stride;
+  int mode;         // 0: no swizzle, 1: 128 bytes, 2: 64, 3: 32
+  bool transposed;  // M or N is contiguous, and not K
+
+  Operand(uint64_t descriptor, bool transposed)
+      : start(field(descriptor, 0)),
+        leading(field(descriptor, 16)),
+        stride(field(descriptor, 32)),
+        mode(static_cast<int>(descriptor >> 62)),
+        transposed(transposed) {
+    if (descriptor >> 49 & 7) stop("a matrix descriptor with a base offset");
+  }
+
+  // Bytes from the start of an element: the canonical layouts, in units of 16 bytes of 8 elements.
+  // K contiguous: ((8, n), 2) units with strides ((W, stride), 1); without swizzle ((1, stride), leading).
+  // M contiguous: ((W, n), (8, k)) with ((1, leading), (W, stride)); without ((-, stride), (1, leading)).
+  uint32_t offset(uint32_t major, uint32_t k) const {
+    const uint32_t units = mode == 0 ? 1 : 1u << (4 - mode);  // W: those of a swizzled row
+    if (!transposed) {
+      return major / 8 * stride + major % 8 * units * 16 + k / 8 * (mode == 0 ? leading : 16) + k % 8 * 2;
+    }
+    const uint32_t unit = major / 8;
+    return unit / units * (mode == 0 ? stride : leading) + unit % units * 16 + major % 8 * 2 +
+           k / 8 * (mode == 0 ? leading : stride) + k % 8 * units * 16;
+  }
+
+  template <class T>
+  float element(uint32_t major, uint32_t k) const {
+    T value;
+    const uint32_t address = swizzled(start + offset(major, k), mode == 0 ? 0 : 4 - mode);
+    std::memcpy(&value, shared_at(address, sizeof(value)), sizeof(value));
+    return widen(value);
+  }
+
+ private:
+  static uint32_t field(uint64_t descriptor, int bit) { return static_cast<uint32_t>(descriptor >> bit & 0x3fff) << 4; }
+};
+
+// The products that a thread has started and not waited for; `groups` are the committed ones.
+struct Products {
+  std::deque<std::vector<std::function<void()>>> groups;
+  std::vector<std::function<void()>> open;
+  bool fenced = false;
+
+  ~Products() {
+    if (!groups.empty() || !open.empty()) stop("a thread ends with products that it has not waited for");
+  }
+};
+
+inline thread_local Products products;
+
+inline void wgmma_fence() { products.fenced = true; }
+
+inline void wgmma_commit() {
+  products.groups.push_back(std::move(products.open));
+  products.open.clear();
+}
+
+inline void wgmma_wait(size_t left) {
+  for (; products.groups.size() > left; products.groups.pop_front()) {
+    for (const auto& product : products.groups.front()) product();
+  }
+  products.fenced = false;  // from here on, the registers are the thread's
+}
+
+// The share of one thread, in the registers that are its own.
+template <class T, int N, bool kRowsOfB>
+void multiply(float* d, const Operand& a, const Operand& b, bool accumulate) {
+  const unsigned lane = self.thread.x % kLanes, warp = self.thread.x / kLanes % 4;
+  float row[2][16];
+  for (uint32_t half = 0; half < 2; ++half) {
+    for (uint32_t k = 0; k < 16; ++k) row[half][k] = a.element<T>(16 * warp + lane / 4 + 8 * half, k);
+  }
+  for (uint32_t i = 0; i < N / 2; i += i % 2 ? 3 : 1) {  // the first of two rows
+    const uint32_t column = 8 * (i / 4) + 2 * (lane % 4) + i % 2;
+    float sum[2] = {};
+    for (uint32_t k = 0; k < 16; ++k) {
+      const float other = b.element<T>(column, k);
+      for (int half = 0; half < 2; ++half) sum[half] += row[half][k] * other;
+    }
+    for (int half = 0; half < 2; ++half) d[i + 2 * half] = accumulate ? d[i + 2 * half] + sum[half] : sum[half];
+  }
+}
+
+template <class T, int N, bool kRowsOfB>
+void wgmma(float (&d)[N / 2], uint64_t a, uint64_t b, bool accumulate) {
+  static_assert(sizeof(T) == 2 && N % 8 == 0 && N <= 256);
+  if (!products.fenced) stop("wgmma without wgmma.fence since its registers were last read");
+  products.open.push_back([registers = &d[0], left = Operand(a, false), right = Operand(b, kRowsOfB), accumulate] {
+    multiply<T, N, kRowsOfB>(registers, left, right, accumulate);
+  });
+}
+
+}  // namespace neuroada::host_cuda
