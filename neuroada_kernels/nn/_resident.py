@@ -156,9 +156,8 @@ class ResidentLinear(BypassLinear):
 
         Where ``delta`` has not changed, it sees the same, and need not be told.
         """
-        changed = True
-        if self._seen is not None:
-            changed = not self._seen[0].is_still(delta)
+        changed = self._seen is None or not self._seen[0].is_still(delta)
+        if self._seen is not None and not self._seen[1].is_still(weight):
             self._check_weight(weight, self._seen[1], changed)
         if weight.is_cuda and torch.cuda.is_current_stream_capturing():
             self._in_graph = True
@@ -172,7 +171,7 @@ class ResidentLinear(BypassLinear):
                 "weight: is another one than that which holds W + delta, expected strategy "
                 "'bypass' where the weight is replaced"
             )
-        if delta_changed or seen.is_still(weight):
+        if delta_changed:
             return  # with another delta, what is there cannot be told from what should be
         assert self.merged_index is not None
         held = ops.gather(weight, self.merged_index)
