@@ -8,6 +8,7 @@ from neuroada_kernels import backends as _backends  # noqa: F401 - registers the
 from neuroada_kernels import functional, reference
 from neuroada_kernels._registry import BackendError, available_backends, use_backend
 from neuroada_kernels._version import __version__
+from neuroada_kernels.adapters import load_adapter, save_adapter
 from neuroada_kernels.model import AdaptSummary, adapt, merge, unmerge
 from neuroada_kernels.nn import NeuroAdaLinear, ReferenceNeuroAdaLinear
 from neuroada_kernels.plan import check_index, make_plan
@@ -24,10 +25,12 @@ __all__ = [
     "available_backends",
     "check_index",
     "functional",
+    "load_adapter",
     "make_plan",
     "merge",
     "reference",
     "resident",
+    "save_adapter",
     "select",
     "set_strategy",
     "unmerge",

@@ -12,6 +12,9 @@ from neuroada_kernels._version import __version__
 COMMANDS = {
     "info": ("neuroada_kernels.info", "what is installed, and which backends can run here"),
     "demo": ("neuroada_kernels.demo", "train, adapt, compare and merge a small language model"),
+    "inspect": ("neuroada_kernels.inspection", "show what an adapter's file holds"),
+    "merge": ("neuroada_kernels.merging", "merge an adapter into a checkpoint on disk"),
+    "convert": ("neuroada_kernels.convert", "make an adapter of the authors' or PEFT's files"),
     "bench": ("neuroada_kernels.benchmarks.linear", "time the layer beside the frozen linear"),
 }
 

@@ -37,6 +37,19 @@ class AdaptSummary:
         """Trainable share of all parameters, from 0 to 1."""
         return self.trainable / self.total
 
+    @classmethod
+    def of(cls, model: nn.Module, modules: tuple[str, ...]) -> AdaptSummary:
+        """The summary of a model whose modules of these names are adapted."""
+        named = {name: model.get_submodule(name) for name in modules}
+        layers = {name: m for name, m in named.items() if isinstance(m, BypassLinear)}
+        return cls(
+            modules=modules,
+            trainable=sum(int((layer.index >= 0).sum()) for layer in {*layers.values()}),
+            total=sum(p.numel() for p in model.parameters()),
+            resident=tuple(n for n, layer in layers.items() if layer.strategy == "resident"),
+            refused={n: why for n, layer in layers.items() if (why := layer.strategy_reason)},
+        )
+
     def __str__(self) -> str:
         return (
             f"{len(self.modules)} modules adapted; {self.trainable:,} of {self.total:,} "
@@ -96,8 +109,8 @@ def adapt(
     if scores is not None:
         selection = _check_scores(scores, targets, selection)
     shared = {} if strategy == "bypass" else shared_weights(model, targets.values())
-    layers: dict[nn.Linear, BypassLinear] = {}
-    with _grad_flags_kept_on_error(model):
+    layers: dict[nn.Module, BypassLinear] = {}
+    with grad_flags_kept_on_error(model):
         for name, linear in targets.items():
             if linear in layers:
                 continue
@@ -117,22 +130,14 @@ def adapt(
                         raise ValueError(refusal(reason))
             except (TypeError, ValueError) as error:
                 raise type(error)(f"{name}: {error}") from error
-    for name, linear in targets.items():
-        parent, _, child = name.rpartition(".")
-        setattr(model.get_submodule(parent), child, layers[linear])
-    for linear, layer in layers.items():
-        layer._set_strategy(strategy, shared.get(linear))
+    replace(model, layers)
+    for module, layer in layers.items():
+        layer._set_strategy(strategy, shared.get(module))
     trained_before = {id(layer.delta) for layer in _layers(model)}
     for parameter in model.parameters():
         if id(parameter) not in trained_before:
             parameter.requires_grad_(False)
-    return AdaptSummary(
-        modules=tuple(targets),
-        trainable=sum(int((layer.index >= 0).sum()) for layer in layers.values()),
-        total=sum(parameter.numel() for parameter in model.parameters()),
-        resident=tuple(n for n, m in targets.items() if layers[m].strategy == "resident"),
-        refused={n: why for n, m in targets.items() if (why := layers[m].strategy_reason)},
-    )
+    return AdaptSummary.of(model, tuple(targets))
 
 
 def merge(model: nn.Module) -> None:
@@ -150,6 +155,14 @@ def unmerge(model: nn.Module) -> None:
 
 def _layers(model: nn.Module) -> Iterator[BypassLinear]:
     return (module for module in model.modules() if isinstance(module, BypassLinear))
+
+
+def replace(model: nn.Module, layers: Mapping[nn.Module, BypassLinear]) -> None:
+    """Put each layer where the module it stands for is, under every name that module has."""
+    for name, module in list(model.named_modules(remove_duplicate=False)):
+        if module in layers:
+            parent, _, child = name.rpartition(".")
+            setattr(model.get_submodule(parent), child, layers[module])
 
 
 def _find_targets(model: nn.Module, target_modules: Sequence[str] | str) -> dict[str, nn.Linear]:
@@ -174,17 +187,19 @@ def _find_targets(model: nn.Module, target_modules: Sequence[str] | str) -> dict
             found.update((name, m) for name, m in named.items() if id(m) in chosen)
     if not found:
         raise ValueError("target_modules: the model has no torch.nn.Linear inside")
-    targets = {}
-    for name, module in found.items():
-        if not isinstance(module, nn.Linear):
-            raise TypeError(f"{name}: {type(module).__name__}, expected torch.nn.Linear")
-        _check_parent(name, named[name.rpartition(".")[0]])
-        if type(module).forward is not nn.Linear.forward or "forward" in vars(module):
-            raise ValueError(f"{name}: {type(module).__name__} has a forward of its own")
-        if any(getattr(module, hooks) for hooks in _HOOKS):
-            raise ValueError(f"{name}: has hooks, which its replacement would lose")
-        targets[name] = module
-    return targets
+    return {name: check_target(name, module, named) for name, module in found.items()}
+
+
+def check_target(name: str, module: nn.Module, named: Mapping[str, nn.Module]) -> nn.Linear:
+    """``module``, once it is found to be a linear that can be replaced in the model ``named``."""
+    if not isinstance(module, nn.Linear):
+        raise TypeError(f"{name}: {type(module).__name__}, expected torch.nn.Linear")
+    _check_parent(name, named[name.rpartition(".")[0]])
+    if type(module).forward is not nn.Linear.forward or "forward" in vars(module):
+        raise ValueError(f"{name}: {type(module).__name__} has a forward of its own")
+    if any(getattr(module, hooks) for hooks in _HOOKS):
+        raise ValueError(f"{name}: has hooks, which its replacement would lose")
+    return module
 
 
 def _check_scores(
@@ -210,7 +225,8 @@ def _check_parent(name: str, parent: nn.Module) -> None:
 
 
 @contextlib.contextmanager
-def _grad_flags_kept_on_error(model: nn.Module) -> Iterator[None]:
+def grad_flags_kept_on_error(model: nn.Module) -> Iterator[None]:
+    """Where the block raises, every parameter requires grad as it did before."""
     flags = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
     try:
         yield

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
+import tempfile
 
 import torch
 
@@ -40,6 +41,12 @@ def main(expected: str, *built: str) -> None:
     assert losses[-1] < 0.8 * losses[0], losses
 
     y = model(x)
+    with tempfile.TemporaryDirectory() as folder:
+        nk.save_adapter(model, f"{folder}/adapter.safetensors")
+        with torch.no_grad():
+            model[0].delta.zero_()
+        nk.load_adapter(model, f"{folder}/adapter.safetensors")
+    assert torch.equal(model(x), y)
     nk.merge(model)
     torch.testing.assert_close(model(x), y, rtol=1e-4, atol=1e-5)
     nk.unmerge(model)

@@ -7,6 +7,16 @@
 
 namespace neuroada::cpu::NEUROADA_ISA {
 
+// target = value, widened where the types differ.
+template <class T, class Element>
+inline void widen_into(T value, Element& target) {
+  if constexpr (std::is_same_v<T, Element>) {
+    target = value;
+  } else {
+    target = widen(value);
+  }
+}
+
 template <class T>
 struct WideCell {
   using Source = T;

@@ -11,46 +11,60 @@ namespace {
 
 template <class T>
 struct BackwardWeight {
+  using Source = T;
   using Cell = typename ProductCell<T>::type;
   using Element = typename Cell::Element;
   static constexpr bool kPacked = true;
-  static constexpr int64_t kStep = kBlockRows * Cell::kDepth;  // from one cell to the next
-  static constexpr int64_t kScratch = kBlockCells * kStep, kAhead = 8;
+  static constexpr int64_t kElementsARow = kBlockCells * Cell::kDepth;  // of a block
+  static constexpr int64_t kLine = 64 / sizeof(T), kLineStep = kLine * Cell::kDepth;
 
   const T* weight;  // [d_out, d_in]
   int64_t stride, d_out;
 
-  WeightBlock<Element> block(const BlockPlace& b, int64_t, Element* scratch) const {
+  WeightBlock<Element> in_place(const BlockPlace&) const { return {}; }
+  static WeightBlock<Element> copied(const BlockPlace& b, const Element* scratch) {
+    return {scratch, Cell::kDepth, step(b)};
+  }
+
+  // The copy of whole lines; what else there is of the block, and zeros up to whole tiles, is written now.
+  BlockCopy<BackwardWeight> copy(const BlockPlace& b, Element* scratch) const {
+    const int64_t lines = b.width / kLine, rows = std::min(b.cells, d_out / Cell::kDepth - b.cell);
     for (int64_t i = 0; i < b.cells; ++i) {
-      const int64_t neuron = (b.cell + i) * Cell::kDepth;
-      const T* source = weight + neuron * stride + b.row;
-      for (int64_t n = kAhead; n < kAhead + Cell::kDepth && neuron + n < d_out; ++n) {
-        prefetch_row(source + n * stride, b.width);
+      const int64_t neuron = (b.cell + i) * Cell::kDepth, from = i < rows ? lines * kLine : 0;
+      Element* target = scratch + i * step(b);
+      for (int64_t c = from; c < round_up(b.width, kTileSums); ++c) {
+        for (int64_t n = 0; n < Cell::kDepth; ++n) {
+          Element& place = target[c * Cell::kDepth + n];
+          if (c < b.width && neuron + n < d_out) {
+            widen_into(weight[(neuron + n) * stride + b.row + c], place);
+          } else {
+            place = Element{};
+          }
+        }
       }
-      pack(source, d_out - neuron, b.width, scratch + i * kStep);
     }
-    return {scratch, Cell::kDepth, kStep};
+    const T* source = weight + b.cell * Cell::kDepth * stride + b.row;
+    return {*this, {source, scratch, Cell::kDepth * stride, step(b), rows, lines}};
+  }
+
+  void prefetch_line(const T* line) const {
+    for (int64_t n = 0; n < Cell::kDepth; ++n) __builtin_prefetch(line + n * stride, 0, 2);
+  }
+
+  inline __attribute__((always_inline)) void copy_line(const T* line, Element* target) const {
+#pragma GCC unroll 16
+    for (int64_t c = 0; c < kLine; c += kLanes<accumulate_t<T>>) {
+      if constexpr (Cell::kDepth == 1) {
+        store(target + c, load(line + c));
+      } else {
+        pack_pairs(line + c, line + stride + c, target + 2 * c);
+      }
+    }
   }
 
  private:
-  // One cell of `width` columns, zeros up to a whole tile; `left` neurons are there.
-  void pack(const T* source, int64_t left, int64_t width, Element* target) const {
-    int64_t c = 0;
-    if constexpr (Cell::kDepth == 1) {
-      constexpr int lanes = kLanes<Element>;
-      for (; c + lanes <= width; c += lanes) store(target + c, load(source + c));
-      for (; c < width; ++c) target[c] = widen(source[c]);
-    } else {
-      const T* next = left > 1 ? source + stride : nullptr;
-      for (; next != nullptr && c + kLanes<float> <= width; c += kLanes<float>)
-        pack_pairs(source + c, next + c, target + 2 * c);
-      for (; c < width; ++c) {
-        target[2 * c] = source[c];
-        target[2 * c + 1] = next != nullptr ? next[c] : T{};
-      }
-    }
-    std::fill(target + c * Cell::kDepth, target + round_up(width, kTileSums) * Cell::kDepth, Element{});
-  }
+  // From one cell of a block to the next.
+  static int64_t step(const BlockPlace& b) { return b.rows * Cell::kDepth; }
 
   // target[2 i] = low[i], target[2 i + 1] = high[i]
   static void pack_pairs(const BFloat16* low, const BFloat16* high, BFloat16* target) {

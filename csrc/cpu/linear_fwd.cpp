@@ -10,46 +10,59 @@ namespace {
 
 template <class T>
 struct ForwardWeight {
+  using Source = T;
   using Cell = typename ProductCell<T>::type;
   using Element = typename Cell::Element;
   static constexpr bool kPacked = false;
 
   // A cache line more than a block's row, so that the rows of a tile lie in different sets of the cache.
   static constexpr int64_t kStep = kBlockCells * Cell::kDepth + 64 / sizeof(Element);
-  static constexpr int64_t kScratch = kBlockRows * kStep;
-  static constexpr int64_t kFewTokens = 32, kAhead = 4;
+  static constexpr int64_t kElementsARow = kStep;  // of a block
+  static constexpr int64_t kLine = 64 / sizeof(T), kLineStep = kLine;
 
   const T* weight;  // [d_out, d_in]
   int64_t stride, d_in;
 
-  WeightBlock<Element> block(const BlockPlace& b, int64_t tokens, Element* scratch) const {
-    const T* source = weight + b.row * stride + b.cell * Cell::kDepth;
-    const int64_t elements = b.cells * Cell::kDepth, columns = std::min(elements, d_in - b.cell * Cell::kDepth);
+  // Without a copy, if it can be: no tile may read past the last row, nor a pair past its end.
+  WeightBlock<Element> in_place(const BlockPlace& b) const {
     if constexpr (std::is_same_v<T, Element>) {
-      // Few tokens are not worth a copy. No tile may read past the last row, nor a pair past its end.
-      const bool whole = b.width % kTileSums == 0 && columns == elements;
-      if (whole && tokens <= kFewTokens) return {source, stride, Cell::kDepth};
+      const bool whole = b.width % kTileSums == 0 && columns(b) == b.cells * Cell::kDepth;
+      if (whole) return {source(b), stride, Cell::kDepth};
     }
-    for (int64_t r = 0; r < round_up(b.width, kTileSums); ++r) {
-      if (r + kAhead < b.width) prefetch_row(source + (r + kAhead) * stride, columns);
-      copy_row(source + r * stride, r < b.width ? columns : 0, elements, scratch + r * kStep);
-    }
+    return {};
+  }
+  static WeightBlock<Element> copied(const BlockPlace&, const Element* scratch) {
     return {scratch, kStep, Cell::kDepth};
   }
 
- private:
-  // `columns` elements, and zeros up to `count`.
-  static void copy_row(const T* source, int64_t columns, int64_t count, Element* target) {
-    int64_t c = 0;
+  // The copy of whole lines; what else there is of the block, and zeros up to whole tiles, is written now.
+  BlockCopy<ForwardWeight> copy(const BlockPlace& b, Element* scratch) const {
+    const int64_t there = columns(b), lines = there / kLine, elements = b.cells * Cell::kDepth;
+    for (int64_t r = 0; r < round_up(b.width, kTileSums); ++r) {
+      const T* row = source(b) + r * stride;
+      Element* target = scratch + r * kStep;
+      int64_t c = r < b.width ? lines * kLine : 0;
+      for (; r < b.width && c < there; ++c) widen_into(row[c], target[c]);
+      std::fill(target + c, target + elements, Element{});
+    }
+    return {*this, {source(b), scratch, stride, kStep, b.width, lines}};
+  }
+
+  void prefetch_line(const T* line) const { __builtin_prefetch(line, 0, 2); }
+
+  inline __attribute__((always_inline)) void copy_line(const T* line, Element* target) const {
     if constexpr (std::is_same_v<T, Element>) {
-      c = std::copy_n(source, columns, target) - target;
+      std::memcpy(target, line, kLine * sizeof(T));
     } else {
       constexpr int lanes = kLanes<Element>;
-      for (; c + lanes <= columns; c += lanes) store(target + c, load(source + c));
-      for (; c < columns; ++c) target[c] = widen(source[c]);
+#pragma GCC unroll 4
+      for (int64_t c = 0; c < kLine; c += lanes) store(target + c, load(line + c));
     }
-    std::fill(target + c, target + count, Element{});
   }
+
+ private:
+  const T* source(const BlockPlace& b) const { return weight + b.row * stride + b.cell * Cell::kDepth; }
+  int64_t columns(const BlockPlace& b) const { return std::min(b.cells * Cell::kDepth, d_in - b.cell * Cell::kDepth); }
 };
 
 }  // namespace

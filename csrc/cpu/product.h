@@ -6,17 +6,21 @@
 // gathers from it. Both are summed in the accumulate type, and out is rounded and written once.
 #pragma once
 
-#include "product_tile.h"
+#include "block_copy.h"
 #include "staging.h"
 
 namespace neuroada::cpu::NEUROADA_ISA {
 
 // Rows and cells of W that are multiplied by all tokens of a block before the next are: as many as the
-// second cache holds beside the staged tokens.
-inline constexpr int64_t kBlockRows = 8 * kTileSums, kBlockCells = 512;
+// second cache holds twice beside the staged tokens.
+inline constexpr int64_t kBlockRows = 4 * kTileSums, kBlockCells = 512;
 // Tokens of a block: at least so many where threads share few tokens, since each block reads all of W,
 // and at most so many, or as take this much staged.
 inline constexpr int64_t kLeastTokens = 96, kMostTokens = 256, kStagedBytes = 2 << 20;
+
+// Of so few tokens a block is short of memory, not of multipliers: no copy goes on beside the product, and
+// blocks of W are wider, which memory reads faster.
+inline constexpr int64_t kFewTokens = 32;
 
 inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 inline int64_t round_up(int64_t value, int64_t step) { return ceil_div(value, step) * step; }
@@ -50,6 +54,9 @@ struct ProductTasks {
   }
 
   int64_t count() const { return blocks * ranges; }
+  bool few() const { return block_tokens <= kFewTokens; }
+  // Rows of a block of W.
+  int64_t block_rows() const { return few() ? 2 * kBlockRows : kBlockRows; }
   // Neighbouring tasks have the same rows, so that a thread finds them in its cache.
   int64_t block(int64_t task) const { return task % blocks; }
   int64_t first_row(int64_t task) const { return boundary(task / blocks); }
@@ -66,30 +73,25 @@ struct ProductTasks {
   }
 };
 
-// Where a thread's block of tokens, and the totals of a block of rows, lie.
+// Where a thread's block of tokens, the totals of a block of rows, and two blocks of W lie, or a wide one.
 template <class Cell>
 struct ProductScratch {
   using A = typename Cell::A;
+  using Element = typename Cell::Element;
   int64_t cells, block_tokens;
   Scratch<A> staged, totals;
-  Scratch<typename Cell::Element> weight;
+  Scratch<Element> weight;
 
-  ProductScratch(int64_t columns, int64_t block_tokens, int64_t weight_elements)
+  ProductScratch(int64_t columns, const ProductTasks& tasks, int64_t weight_elements)
       : cells(ceil_div(columns, Cell::kDepth)),
-        block_tokens(block_tokens),
+        block_tokens(tasks.block_tokens),
         staged(make_scratch<A>(cells * block_tokens)),
-        totals(make_scratch<A>(kBlockRows * block_tokens)),
-        weight(make_scratch<typename Cell::Element>(weight_elements)) {}
+        totals(make_scratch<A>(tasks.block_rows() * block_tokens)),
+        weight(make_scratch<Element>(2 * kBlockRows * weight_elements)) {}
 
   // The panel whose first token is the block's `token`.
   A* panel(int64_t token) const { return staged.get() + token * cells; }
 };
-
-// Asks for `count` elements of a row that is read soon, into the second cache.
-template <class T>
-inline void prefetch_row(const T* row, int64_t count) {
-  for (int64_t c = 0; c < count; c += 64 / sizeof(T)) __builtin_prefetch(row + c, 0, 2);
-}
 
 // The dense product's total for every token, and the bias.
 template <class T>
@@ -121,28 +123,89 @@ void each_panel(int64_t tokens, F&& f) {
   }
 }
 
-// Where a block of W begins, and how much of it there is.
+// Where a block of W begins, how much of it there is, and of how many rows a whole one is.
 struct BlockPlace {
-  int64_t row, width, cell, cells;
+  int64_t row, width, cell, cells, rows;
 };
 
-// The totals of `width` rows from `row` on, for `tokens` tokens of the block.
-template <class Cell, class Weight>
-void multiply_rows(const ProductScratch<Cell>& scratch, const Weight& weight, int64_t row, int64_t width,
-                   int64_t tokens) {
+// The blocks of a range of rows, in the order in which they are multiplied: all cells of some rows first.
+struct BlockOrder {
+  int64_t first, last, cells, rows, across;
+
+  BlockOrder(int64_t first, int64_t last, int64_t cells, int64_t rows)
+      : first(first),
+        last(last),
+        cells(cells),
+        rows(rows),
+        across(std::max<int64_t>(ceil_div(cells, kBlockCells), 1)) {}
+
+  int64_t count() const { return ceil_div(last - first, rows) * across; }
+  BlockPlace at(int64_t number) const {
+    const int64_t row = first + number / across * rows, cell = number % across * kBlockCells;
+    return {row, std::min(rows, last - row), cell, std::min(kBlockCells, cells - cell), rows};
+  }
+};
+
+// How often a block's product pauses for what is done aside.
+template <class Cell, class Aside>
+int64_t count_steps(const BlockPlace& place, int64_t tokens) {
+  int64_t tiles = 0;
+  each_panel<typename Cell::A>(
+      tokens, [&](int64_t, int64_t, auto vectors) { tiles += ceil_div(place.width, kTileRows<vectors>); });
+  return tiles * ceil_div(place.cells, Aside::kCells);
+}
+
+// Adds a block's products to the totals of its rows, for `tokens` tokens.
+template <class Cell, bool packed, class Aside>
+void multiply_block(const ProductScratch<Cell>& scratch, const BlockPlace& place,
+                    const WeightBlock<typename Cell::Element>& block, int64_t tokens, Aside& aside) {
   using A = typename Cell::A;
   const int64_t stride = scratch.block_tokens;
-  if (scratch.cells == 0) std::fill_n(scratch.totals.get(), width * stride, A{0});
-  for (int64_t c = 0; c < scratch.cells; c += kBlockCells) {
-    const BlockPlace place{row, width, c, std::min(kBlockCells, scratch.cells - c)};
-    const auto block = weight.block(place, tokens, scratch.weight.get());
-    each_panel<A>(tokens, [&](int64_t t, int64_t, auto vectors) {
-      const A* x = scratch.panel(t) + c * vectors * kLanes<A>;
-      for (int64_t r = 0; r < width; r += kTileRows<vectors>) {
-        A* total = scratch.totals.get() + r * stride + t;
-        multiply_tile<Cell, vectors, Weight::kPacked>({x, block.from(r), place.cells, total, stride, c == 0});
-      }
-    });
+  if (place.cells == 0) std::fill_n(scratch.totals.get(), place.width * stride, A{0});
+  each_panel<A>(tokens, [&](int64_t t, int64_t, auto vectors) {
+    const A* x = scratch.panel(t) + place.cell * vectors * kLanes<A>;
+    for (int64_t r = 0; r < place.width; r += kTileRows<vectors>) {
+      A* total = scratch.totals.get() + r * stride + t;
+      multiply_tile<Cell, vectors, packed>({x, block.from(r), place.cells, total, stride, place.cell == 0}, aside);
+    }
+  });
+}
+
+// Calls after_row_block(place) when the totals of a block of rows are complete.
+template <class Cell, class Weight, class F>
+void multiply_few(const ProductScratch<Cell>& scratch, const Weight& weight, const BlockOrder& order, int64_t tokens,
+                  F&& after_row_block) {
+  NothingAside nothing;
+  for (int64_t number = 0; number < order.count(); ++number) {
+    const BlockPlace place = order.at(number);
+    auto block = weight.in_place(place);
+    if (block.at == nullptr) {
+      weight.copy(place, scratch.weight.get()).finish();
+      block = Weight::copied(place, scratch.weight.get());
+    }
+    multiply_block<Cell, Weight::kPacked>(scratch, place, block, tokens, nothing);
+    if (place.cell + place.cells >= scratch.cells) after_row_block(place);
+  }
+}
+
+// The same with every block of W copied beside the product of the one before.
+template <class Cell, class Weight, class F>
+void multiply_many(const ProductScratch<Cell>& scratch, const Weight& weight, const BlockOrder& order, int64_t tokens,
+                   F&& after_row_block) {
+  const auto target = [&](int64_t number) {
+    return scratch.weight.get() + number % 2 * (kBlockRows * Weight::kElementsARow);
+  };
+  const auto copy_of = [&](int64_t number) {
+    return number < order.count() ? weight.copy(order.at(number), target(number)) : BlockCopy<Weight>();
+  };
+  BlockCopy<Weight> copy = copy_of(0);
+  for (int64_t number = 0; number < order.count(); ++number) {
+    const BlockPlace place = order.at(number);
+    copy.finish();
+    copy = copy_of(number + 1);
+    copy.share_out(count_steps<Cell, BlockCopy<Weight>>(place, tokens));
+    multiply_block<Cell, Weight::kPacked>(scratch, place, Weight::copied(place, target(number)), tokens, copy);
+    if (place.cell + place.cells >= scratch.cells) after_row_block(place);
   }
 }
 
@@ -151,7 +214,7 @@ template <class T, class Cell, class Weight, class Rows>
 void run_task(const Product<T>& p, const Weight& weight, const Rows& rows, const ProductTasks& tasks, int64_t task,
               const ProductScratch<Cell>& scratch) {
   using A = accumulate_t<T>;
-  const int64_t start = tasks.block(task) * tasks.block_tokens, last = tasks.last_row(task);
+  const int64_t start = tasks.block(task) * tasks.block_tokens;
   const int64_t tokens = std::min(tasks.block_tokens, p.tokens - start);
   const T* x = p.x + start * p.x_stride;
   T* out = p.out + start * p.out_stride;
@@ -160,15 +223,16 @@ void run_task(const Product<T>& p, const Weight& weight, const Rows& rows, const
     stage_transposed<Cell, vectors * kLanes<A>>(x + t * p.x_stride, p.x_stride, count, 0, p.columns, p.columns,
                                                 scratch.panel(t));
   });
-  for (int64_t r = tasks.first_row(task); r < last; r += kBlockRows) {
-    const int64_t width = std::min(kBlockRows, last - r);
-    multiply_rows(scratch, weight, r, width, tokens);
+  const auto gather = [&](const BlockPlace& place) {
     each_panel<A>(tokens, [&](int64_t t, int64_t count, auto vectors) {
-      const DenseTerm<T> dense{{p.bias}, scratch.totals.get() + t, tasks.block_tokens, r};
-      gather_rows<T, Cell, vectors * kLanes<A>>(rows, scratch.panel(t), r, r + width, count, none, 0, dense,
-                                                out + t * p.out_stride, p.out_stride);
+      const DenseTerm<T> dense{{p.bias}, scratch.totals.get() + t, tasks.block_tokens, place.row};
+      gather_rows<T, Cell, vectors * kLanes<A>>(rows, scratch.panel(t), place.row, place.row + place.width, count, none,
+                                                0, dense, out + t * p.out_stride, p.out_stride);
     });
-  }
+  };
+  const BlockOrder order(tasks.first_row(task), tasks.last_row(task), scratch.cells, tasks.block_rows());
+  if (tasks.few()) return multiply_few(scratch, weight, order, tokens, gather);
+  multiply_many(scratch, weight, order, tokens, gather);
 }
 
 template <class T, class Weight, class Rows>
@@ -181,7 +245,7 @@ void multiply_and_gather(const Product<T>& p, const Weight& weight, const Rows& 
   const ProductTasks tasks(p.tokens, p.rows, bytes, kLanes<A>, executor.threads);
   const int64_t parts = std::min(tasks.count(), executor.threads);
   executor.parallel(parts, [&](int64_t part) {
-    const ProductScratch<Cell> scratch(p.columns, tasks.block_tokens, Weight::kScratch);
+    const ProductScratch<Cell> scratch(p.columns, tasks, Weight::kElementsARow);
     for (int64_t task = tasks.count() * part / parts; task < tasks.count() * (part + 1) / parts; ++task) {
       run_task(p, weight, rows, tasks, task, scratch);
     }

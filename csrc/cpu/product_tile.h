@@ -18,8 +18,8 @@ inline constexpr int kTileRows = kTileSums / (vectors == 1 ? 2 : vectors);
 // What a tile reads of W: row r at cell c stands at `at + r * row_step + c * cell_step`, in elements.
 template <class Element>
 struct WeightBlock {
-  const Element* at;
-  int64_t row_step, cell_step;
+  const Element* at = nullptr;
+  int64_t row_step = 0, cell_step = 0;
 
   WeightBlock from(int64_t row) const { return {at + row * row_step, row_step, cell_step}; }
 };
@@ -36,11 +36,17 @@ struct TileJob {
   bool first;  // whether total is set, not added to
 };
 
+// What may be done aside: a step of it every kCells cells.
+struct NothingAside {
+  static constexpr int64_t kCells = INT64_MAX;
+  void step() {}
+};
+
 // The sums of the cells [begin, end), for the rows of a tile and a panel of `vectors` vectors of tokens,
 // as a new first value of `sums` or added to it. `packed` says which step of W is that of a cell.
-template <class Cell, int vectors, bool packed>
+template <class Cell, int vectors, bool packed, class Aside>
 inline void sum_cells(const TileJob<Cell>& job, int64_t begin, int64_t end, typename Cell::A* sums, int64_t stride,
-                      bool first) {
+                      bool first, Aside& aside) {
   using A = typename Cell::A;
   using Element = typename Cell::Element;
   constexpr int lanes = kLanes<A>, tile_rows = kTileRows<vectors>;
@@ -55,15 +61,18 @@ inline void sum_cells(const TileJob<Cell>& job, int64_t begin, int64_t end, type
   for (auto& row : sum) {
     for (auto& vector : row) vector = zero<A>();
   }
-  for (int64_t c = begin; c < end; ++c) {
-    Vec<A> x[vectors];
+  for (int64_t c = begin; c < end;) {
+    aside.step();
+    for (const int64_t pause = Aside::kCells == INT64_MAX ? end : std::min(c + Aside::kCells, end); c < pause; ++c) {
+      Vec<A> x[vectors];
 #pragma GCC unroll 3
-    for (int v = 0; v < vectors; ++v) x[v] = load(job.panel + (c * vectors + v) * lanes);
+      for (int v = 0; v < vectors; ++v) x[v] = load(job.panel + (c * vectors + v) * lanes);
 #pragma GCC unroll 12
-    for (int r = 0; r < tile_rows; ++r) {
-      const Vec<A> value = Cell::broadcast_weight(rows[r / 3] + c * cell_step + r % 3 * row_step);
+      for (int r = 0; r < tile_rows; ++r) {
+        const Vec<A> value = Cell::broadcast_weight(rows[r / 3] + c * cell_step + r % 3 * row_step);
 #pragma GCC unroll 3
-      for (int v = 0; v < vectors; ++v) Cell::add(sum[r][v], x[v], value);
+        for (int v = 0; v < vectors; ++v) Cell::add(sum[r][v], x[v], value);
+      }
     }
   }
   for (int r = 0; r < tile_rows; ++r) {
@@ -75,16 +84,16 @@ inline void sum_cells(const TileJob<Cell>& job, int64_t begin, int64_t end, type
 }
 
 // Short sums round less than one long one: where it shows, those of a tile are added up beside the total.
-template <class Cell, int vectors, bool packed>
-void multiply_tile(const TileJob<Cell>& job) {
+template <class Cell, int vectors, bool packed, class Aside>
+void multiply_tile(const TileJob<Cell>& job, Aside& aside) {
   using A = typename Cell::A;
   if (job.cells <= Cell::kShortSum) {
-    return sum_cells<Cell, vectors, packed>(job, 0, job.cells, job.total, job.total_stride, job.first);
+    return sum_cells<Cell, vectors, packed>(job, 0, job.cells, job.total, job.total_stride, job.first, aside);
   }
   constexpr int width = vectors * kLanes<A>;
   alignas(64) A sums[kTileRows<vectors> * width];
   for (int64_t c = 0; c < job.cells; c += Cell::kShortSum) {
-    sum_cells<Cell, vectors, packed>(job, c, std::min(c + Cell::kShortSum, job.cells), sums, width, c == 0);
+    sum_cells<Cell, vectors, packed>(job, c, std::min(c + Cell::kShortSum, job.cells), sums, width, c == 0, aside);
   }
   for (int r = 0; r < kTileRows<vectors>; ++r) {
     for (int i = 0; i < width; i += kLanes<A>) {

@@ -251,6 +251,13 @@ class BypassLinear(nn.Module):
     def _bypass_forward(self, x: Tensor) -> Tensor:
         raise NotImplementedError
 
+    def base_entries(self, index: Tensor) -> Tensor:
+        """``W[j, index[j, s]]`` without the bypass of a resident layer; of an empty slot any.
+
+        While merged, ``original`` holds those of the layer's own index.
+        """
+        return self.weight.detach().gather(1, index.to(self.weight.device).clamp(min=0).long())
+
     def _why_not_resident(self) -> str | None:
         return why_not_resident(self.weight)
 

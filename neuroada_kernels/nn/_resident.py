@@ -190,6 +190,16 @@ class ResidentLinear(BypassLinear):
         slots = torch.where(self.merged_index >= 0, every, -1)
         return reference.merged_weight(self.base_values, slots, self.delta.detach())
 
+    def base_entries(self, index: Tensor) -> Tensor:
+        entries = super().base_entries(index)
+        if self.base_values is None or self.merged_index is None:
+            return entries
+        index = index.to(self.weight.device)
+        for s in range(self.k):  # those that the layer has patched, one slot at a time
+            same = index == self.merged_index[:, s : s + 1]
+            entries = torch.where(same, self.base_values[:, s : s + 1], entries)
+        return entries
+
     def _without_bypass(self) -> Tensor:
         """A copy of W as it is without the bypass."""
         assert self.base_values is not None

@@ -1,0 +1,297 @@
+"""Adapters on disk: what was trained, saved beside a fingerprint of what it was trained on."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from contextlib import ExitStack
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+from neuroada_kernels.adapter_file import (
+    AdaptedModule,
+    Adapter,
+    EntryHash,
+    Fingerprint,
+    read_adapter,
+    write_adapter,
+)
+from neuroada_kernels.model import AdaptSummary, check_target, grad_flags_kept_on_error, replace
+from neuroada_kernels.nn._base import BypassLinear
+from neuroada_kernels.nn.linear import NeuroAdaLinear
+from neuroada_kernels.plan import check_index
+
+
+def save_adapter(
+    model: nn.Module, path: str | os.PathLike[str], *, config: dict[str, Any] | None = None
+) -> None:
+    """Save what was trained of ``model``: every delta, and every other parameter that trains.
+
+    The file is safetensors, a few bytes a connection, and holds nothing of the base model but
+    a fingerprint of each adapted weight. It is written beside ``path`` and renamed, so that an
+    interrupted save leaves the old file whole.
+
+    Parameters
+    ----------
+    model : nn.Module
+        An adapted model, merged or not; one inside ``torch.compile`` or
+        ``DistributedDataParallel`` is saved as itself.
+    path : str or path
+        The file, by custom ``*.safetensors``.
+    config : dict, optional
+        How the model was adapted, as JSON has it; comes back with the file.
+
+    Raises
+    ------
+    ValueError
+        If the model has no NeuroAda layer, if ``path`` is a folder, if an index was written in
+        place and is not valid, or if merged layers share a weight, so that the base is not known.
+    """
+    layers, parameters = _trained(_unwrapped(model))
+    if not layers:
+        raise ValueError("model: has no NeuroAda layer, expected an adapted model")
+    _check_bases_known(layers)
+    for name, layer in layers.items():
+        try:
+            check_index(layer.index, layer.in_features)
+        except ValueError as error:
+            raise ValueError(f"{name}: {error}") from error
+    modules = {
+        name: AdaptedModule(layer.index.cpu(), layer.delta.detach().cpu(), _fingerprint_of(layer))
+        for name, layer in layers.items()
+    }
+    write_adapter(Adapter(modules, parameters, config), path)
+
+
+def load_adapter(
+    model: nn.Module, path: str | os.PathLike[str], *, allow_mismatch: bool = False
+) -> AdaptSummary:
+    """Load what :func:`save_adapter` saved, into an adapted model or one that is adapted by it.
+
+    Everything is checked first, and where an error is raised ``model`` is as it was. A layer
+    keeps its ``delta``, so that an optimizer goes on with it, unless ``k`` or ``delta_dtype``
+    differ. A model without layers is adapted, frozen, and trains what was trained.
+
+    Parameters
+    ----------
+    model : nn.Module
+        The base model, with the weights that the adapter was trained on, or an adapted one.
+    path : str or path
+        The file.
+    allow_mismatch : bool
+        Load also where weights have other values or another dtype. Shapes must fit.
+
+    Returns
+    -------
+    AdaptSummary
+
+    Raises
+    ------
+    FileNotFoundError
+        If there is no such file.
+    TypeError
+        If a module of the file is no linear in the model.
+    ValueError
+        If the file is damaged or no adapter; if a weight is not the one that the adapter was
+        trained on; if the model lacks a module or a parameter, has adapted layers that the file
+        does not know, is merged, or cannot be adapted.
+    """
+    model = _unwrapped(model)
+    adapter = read_adapter(path)
+    targets = _find(model, adapter)
+    parameters = _find_parameters(model, adapter)
+    differing = {name: _differences(targets[name], m) for name, m in adapter.modules.items()}
+    differing |= {
+        name: _parameter_differences(parameters[name], tensor)
+        for name, tensor in adapter.parameters.items()
+    }
+    _refuse_mismatch(differing, allow_mismatch)
+    fresh = not any(isinstance(module, BypassLinear) for module in model.modules())
+    new: dict[nn.Module, BypassLinear] = {}
+    with grad_flags_kept_on_error(model), torch.no_grad(), ExitStack() as undo:
+        for name, module in targets.items():
+            entry = adapter.modules[name]
+            if isinstance(module, BypassLinear):
+                _exchange(module, entry, undo)
+            else:
+                new[module] = _adapted(name, module, entry)
+        if fresh:
+            model.requires_grad_(False)
+        for name, parameter in parameters.items():
+            undo.callback(parameter.copy_, parameter.clone())
+            parameter.copy_(adapter.parameters[name])
+            parameter.requires_grad_()
+        undo.pop_all()
+    replace(model, new)
+    return AdaptSummary.of(model, tuple(targets))
+
+
+def _trained(model: nn.Module) -> tuple[dict[str, BypassLinear], dict[str, Tensor]]:
+    """Layers, and parameters other than deltas that train, by the names that they go by."""
+    layers = {
+        _plain(name): module
+        for name, module in model.named_modules()
+        if isinstance(module, BypassLinear)
+    }
+    deltas = {id(layer.delta) for layer in layers.values()}
+    parameters = {
+        _plain(name): parameter.detach()
+        for name, parameter in model.named_parameters()
+        if parameter.requires_grad and id(parameter) not in deltas
+    }
+    return layers, parameters
+
+
+def _unwrapped(model: nn.Module) -> nn.Module:
+    """The model itself, where ``torch.compile`` or DDP has put something round it."""
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model: {type(model).__name__}, expected torch.nn.Module")
+    while True:
+        if isinstance(model, DistributedDataParallel):
+            model = model.module
+        elif "_orig_mod" in model._modules:
+            model = model.get_submodule("_orig_mod")
+        else:
+            return model
+
+
+def _plain(name: str) -> str:
+    """A name without the parts that compiling single modules puts into it."""
+    return ".".join(part for part in name.split(".") if part != "_orig_mod")
+
+
+def _find(model: nn.Module, adapter: Adapter) -> dict[str, nn.Module]:
+    """The module of every name in the file, found to be one that can take its part."""
+    named = dict(model.named_modules(remove_duplicate=False))
+    real = {_plain(name): name for name in named}
+    missing = sorted(adapter.modules.keys() - real.keys())
+    if missing:
+        raise ValueError(f"model: has no {_some(missing)}, which the adapter is for")
+    targets = {}
+    for name in (name for name in real if name in adapter.modules):
+        module = named[real[name]]
+        if not isinstance(module, BypassLinear):
+            if not name:
+                raise ValueError("model: a single layer, expected a NeuroAda layer")
+            check_target(real[name], module, named)
+        elif module.merged:
+            raise ValueError(f"{name}: is merged, unmerge first")
+        targets[name] = module
+    known = {id(module) for module in targets.values()}
+    if len(known) < len(targets):
+        raise ValueError("model: has one module where the adapter has two")
+    others = [
+        name
+        for name, module in model.named_modules()
+        if isinstance(module, BypassLinear) and id(module) not in known
+    ]
+    if others:
+        raise ValueError(f"model: {_some(others)} adapted, which the adapter does not know")
+    return targets
+
+
+def _find_parameters(model: nn.Module, adapter: Adapter) -> dict[str, nn.Parameter]:
+    found = {_plain(name): p for name, p in model.named_parameters(remove_duplicate=False)}
+    missing = sorted(adapter.parameters.keys() - found.keys())
+    if missing:
+        raise ValueError(f"model: has no {_some(missing)}, which the adapter has values of")
+    return {name: found[name] for name in adapter.parameters}
+
+
+def _differences(module: nn.Module, entry: AdaptedModule) -> list[str]:
+    weight = module.get_parameter("weight")
+    if tuple(weight.shape) != entry.base.shape:
+        return [f"shape {list(weight.shape)}, expected {list(entry.base.shape)}"]
+    return entry.base.differences(_fingerprint(weight, _entries(module, entry.index), entry.index))
+
+
+def _parameter_differences(parameter: Tensor, saved: Tensor) -> list[str]:
+    return [
+        f"{name} {actual}, expected {expected}"
+        for name, actual, expected in (
+            ("shape", list(parameter.shape), list(saved.shape)),
+            ("dtype", _name(parameter.dtype), _name(saved.dtype)),
+        )
+        if actual != expected
+    ]
+
+
+def _refuse_mismatch(differing: Mapping[str, list[str]], allow_mismatch: bool) -> None:
+    wrong = {name: what for name, what in differing.items() if what}
+    fatal = {name: what for name, what in wrong.items() if what[0].startswith("shape")}
+    shown = fatal if allow_mismatch else wrong
+    if shown:
+        words = [f"{name}: {', '.join(what)}" for name, what in shown.items()]
+        hint = "" if fatal else "; allow_mismatch=True loads it all the same"
+        raise ValueError(f"model: not what the adapter is for: {_some(words, '; ')}{hint}")
+
+
+def _adapted(name: str, linear: nn.Module, entry: AdaptedModule) -> BypassLinear:
+    assert isinstance(linear, nn.Linear)
+    try:
+        layer = NeuroAdaLinear.from_linear(linear, index=entry.index, delta_dtype=entry.delta.dtype)
+    except (TypeError, ValueError) as error:
+        raise type(error)(f"{name}: {error}") from error
+    layer.delta.copy_(entry.delta)
+    return layer
+
+
+def _exchange(layer: BypassLinear, entry: AdaptedModule, undo: ExitStack) -> None:
+    """Give ``layer`` another index and delta; ``undo`` gives the old ones back."""
+    index, delta = layer.index, layer.delta
+    if (delta.shape, delta.dtype) == (entry.delta.shape, entry.delta.dtype):
+        undo.callback(setattr, layer, "index", index)
+        undo.callback(delta.copy_, delta.clone())
+        delta.copy_(entry.delta)
+    else:
+        # The last callback is the first to run: the index is checked against delta.
+        undo.callback(setattr, layer, "index", index)
+        undo.callback(setattr, layer, "delta", delta)
+        layer.delta = nn.Parameter(entry.delta.to(delta.device, copy=True), delta.requires_grad)
+    layer.index = entry.index.to(index.device, copy=True)
+
+
+def _check_bases_known(layers: Mapping[str, BypassLinear]) -> None:
+    """Refuse where one layer is merged into a weight that another one reads."""
+    first: dict[int, str] = {}
+    for name, layer in layers.items():
+        other = first.setdefault(id(layer.weight), name)
+        if other != name and (layer.merged or layers[other].merged):
+            raise ValueError(f"{name}: is merged and shares its weight with {other}, unmerge first")
+
+
+def _fingerprint_of(layer: BypassLinear) -> Fingerprint:
+    """Of the weight as it is, or while merged as it was."""
+    values = _entries(layer, layer.index) if layer.original is None else layer.original
+    return _fingerprint(layer.weight, values, layer.index)
+
+
+def _fingerprint(weight: Tensor, values: Tensor, index: Tensor) -> Fingerprint:
+    entries = EntryHash()
+    entries.update(values.cpu(), index.cpu())
+    d_out, d_in = weight.shape
+    return Fingerprint((d_out, d_in), _name(weight.dtype), entries.hexdigest())
+
+
+def _entries(module: nn.Module, index: Tensor) -> Tensor:
+    """``W[j, index[j, s]]``, ``[d_out, k]``, without any bypass; of an empty slot any."""
+    weight = module.get_parameter("weight")
+    if weight.is_meta:
+        raise ValueError("model: has weights on the meta device, expected values")
+    if isinstance(module, BypassLinear):
+        return module.base_entries(index)
+    columns = index.to(weight.device).clamp(min=0).long()
+    return weight.detach().gather(1, columns)
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+def _some(words: list[str], separator: str = ", ") -> str:
+    """The first few of them, and how many there are besides."""
+    more = len(words) - 3
+    return separator.join(words[:3]) + (f" and {more} more" if more > 0 else "")
