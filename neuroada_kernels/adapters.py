@@ -202,13 +202,10 @@ def _find_parameters(model: nn.Module, adapter: Adapter) -> dict[str, nn.Paramet
 
 
 def _differences(module: nn.Module, entry: AdaptedModule) -> list[str]:
-    if isinstance(module, BypassLinear):
-        weight = module.base_weight()
-    else:
-        weight = module.get_parameter("weight")
+    weight = module.get_parameter("weight")
     if tuple(weight.shape) != entry.base.shape:
         return [f"shape {list(weight.shape)}, expected {list(entry.base.shape)}"]
-    return entry.base.differences(_fingerprint(weight, _entries(weight, entry.index), entry.index))
+    return entry.base.differences(_fingerprint(weight, _entries(module, entry.index), entry.index))
 
 
 def _parameter_differences(parameter: Tensor, saved: Tensor) -> list[str]:
@@ -267,9 +264,9 @@ def _check_bases_known(layers: Mapping[str, BypassLinear]) -> None:
 
 
 def _fingerprint_of(layer: BypassLinear) -> Fingerprint:
-    """Of the weight without the bypass, which it may hold by now."""
-    _refuse_meta(layer.weight)
-    return _fingerprint(layer.weight, layer.base_entries(), layer.index)
+    """Of the weight as it is, or while merged as it was."""
+    values = _entries(layer, layer.index) if layer.original is None else layer.original
+    return _fingerprint(layer.weight, values, layer.index)
 
 
 def _fingerprint(weight: Tensor, values: Tensor, index: Tensor) -> Fingerprint:
@@ -279,16 +276,15 @@ def _fingerprint(weight: Tensor, values: Tensor, index: Tensor) -> Fingerprint:
     return Fingerprint((d_out, d_in), _name(weight.dtype), entries.hexdigest())
 
 
-def _entries(weight: Tensor, index: Tensor) -> Tensor:
-    """``weight[j, index[j, s]]``, ``[d_out, k]``; of an empty slot any."""
-    _refuse_meta(weight)
-    columns = index.to(weight.device).clamp(min=0).long()
-    return weight.detach().gather(1, columns)
-
-
-def _refuse_meta(weight: Tensor) -> None:
+def _entries(module: nn.Module, index: Tensor) -> Tensor:
+    """``W[j, index[j, s]]``, ``[d_out, k]``, without any bypass; of an empty slot any."""
+    weight = module.get_parameter("weight")
     if weight.is_meta:
         raise ValueError("model: has weights on the meta device, expected values")
+    if isinstance(module, BypassLinear):
+        return module.base_entries(index)
+    columns = index.to(weight.device).clamp(min=0).long()
+    return weight.detach().gather(1, columns)
 
 
 def _name(dtype: torch.dtype) -> str:

@@ -43,9 +43,9 @@ class AdaptSummary:
         named = {name: model.get_submodule(name) for name in modules}
         layers = {name: m for name, m in named.items() if isinstance(m, BypassLinear)}
         return cls(
-            modules,
-            trainable=sum(int((layer.index >= 0).sum()) for layer in set(layers.values())),
-            total=sum(parameter.numel() for parameter in model.parameters()),
+            modules=modules,
+            trainable=sum(int((layer.index >= 0).sum()) for layer in {*layers.values()}),
+            total=sum(p.numel() for p in model.parameters()),
             resident=tuple(n for n, layer in layers.items() if layer.strategy == "resident"),
             refused={n: why for n, layer in layers.items() if (why := layer.strategy_reason)},
         )

@@ -1,12 +1,11 @@
 """A small transformer and its training, for tests of whole runs.
 
-As a script, ``python small_transformer.py BASE ADAPTER``, it trains for ever with resident weights
-on the base of one file, and saves what trains to the other after every step.
+As a script, ``python small_transformer.py BASE FOLDER``, it trains for ever, its weights resident,
+on the base of a file, and saves adapter and optimiser to the folder after every step.
 """
 
 from __future__ import annotations
 
-import os
 import sys
 from collections.abc import Iterator
 
@@ -99,13 +98,12 @@ def from_file(base: str, **options) -> nn.Module:
 
 
 def main() -> None:
-    base, adapter = sys.argv[1:]
+    base, folder = sys.argv[1:]
     model = from_file(base, strategy="resident")
     optimizer = torch.optim.AdamW(trained(model).values(), lr=0.02)
     for number, _ in enumerate(training(model, optimizer), 1):
-        state = {"deltas": trained(model), "optimizer": optimizer.state_dict(), "steps": number}
-        torch.save(state, adapter + ".part")
-        os.replace(adapter + ".part", adapter)
+        torch.save(optimizer.state_dict(), f"{folder}/{number}.optimizer")
+        nk.save_adapter(model, f"{folder}/{number}.safetensors")
         print(number, flush=True)
 
 

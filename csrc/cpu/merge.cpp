@@ -16,7 +16,9 @@ void run(const Merge& a, const Executor& all) {
   using A = accumulate_t<T>;
   constexpr bool reads_weight = mode == MergeMode::merge || mode == MergeMode::gather;
   constexpr bool adds_delta = mode == MergeMode::merge || mode == MergeMode::patch;
-  const Executor executor = all.limited(8 * a.d_out * a.k);
+  // An entry is a cache line of its own, and mostly a page, that the products before have pushed out.
+  constexpr int64_t kMissCost = 256;  // in multiply-adds
+  const Executor executor = all.limited(kMissCost * a.d_out * a.k);
   const int64_t parts = executor.threads;
   T* const original = static_cast<T*>(a.original);
   executor.parallel(parts, [&](int64_t part) {

@@ -10,7 +10,6 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
-from neuroada_kernels import ops
 from neuroada_kernels.nn._strategy import check_known, check_strategy, refusal, why_not_resident
 from neuroada_kernels.plan import check_index, check_index_form, order_slots
 from neuroada_kernels.selection import check_weight, select
@@ -256,28 +255,15 @@ class BypassLinear(nn.Module):
     def _bypass_forward(self, x: Tensor) -> Tensor:
         raise NotImplementedError
 
+    def base_entries(self, index: Tensor) -> Tensor:
+        """``W[j, index[j, s]]`` without the bypass of a resident layer; of an empty slot any.
+
+        While merged, ``original`` holds those of the layer's own index.
+        """
+        return self.weight.detach().gather(1, index.to(self.weight.device).clamp(min=0).long())
+
     def _why_not_resident(self) -> str | None:
         return why_not_resident(self.weight)
-
-    def base_entries(self) -> Tensor:
-        """What W has at the chosen entries without the bypass, shape ``[out_features, k]``."""
-        return ops.gather(self.weight, self.index) if self.original is None else self.original
-
-    def base_weight(self) -> Tensor:
-        """W as it is without the bypass, shape ``[out_features, in_features]``.
-
-        The weight itself, or a copy of it where it holds ``W + delta`` by now.
-        """
-        if self.original is None or self.merged_index is None:
-            return self.weight.detach()
-        return self._restored(self.merged_index, self.original)
-
-    def _restored(self, index: Tensor, original: Tensor) -> Tensor:
-        """A copy of the weight with other values at the entries ``index``."""
-        with torch.no_grad():
-            weight = self.weight.detach().clone()
-            ops.unmerge_(weight, index, original)
-        return weight
 
     def _enter_resident(self) -> None:
         """Write ``W + delta`` into the weight, where the layer does so while it trains."""

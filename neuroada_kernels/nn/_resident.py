@@ -132,7 +132,7 @@ class ResidentLinear(BypassLinear):
         index, bias = cast(Tensor, buffers["index"]), parameters["bias"]
         weight, delta = cast(Tensor, parameters["weight"]), cast(Tensor, parameters["delta"])
         if functional.is_transformed():
-            return F.linear(x, reference.merged_weight(self.base_weight(), index, delta), bias)
+            return F.linear(x, reference.merged_weight(self._without_bypass(), index, delta), bias)
         if torch.compiler.is_compiling():
             self._write(weight, delta)
         elif not self._is_patched(weight, delta):
@@ -156,9 +156,8 @@ class ResidentLinear(BypassLinear):
 
         Where ``delta`` has not changed, it sees the same, and need not be told.
         """
-        changed = True
-        if self._seen is not None:
-            changed = not self._seen[0].is_still(delta)
+        changed = self._seen is None or not self._seen[0].is_still(delta)
+        if self._seen is not None and not self._seen[1].is_still(weight):
             self._check_weight(weight, self._seen[1], changed)
         if weight.is_cuda and torch.cuda.is_current_stream_capturing():
             self._in_graph = True
@@ -172,7 +171,7 @@ class ResidentLinear(BypassLinear):
                 "weight: is another one than that which holds W + delta, expected strategy "
                 "'bypass' where the weight is replaced"
             )
-        if delta_changed or seen.is_still(weight):
+        if delta_changed:
             return  # with another delta, what is there cannot be told from what should be
         assert self.merged_index is not None
         held = ops.gather(weight, self.merged_index)
@@ -191,13 +190,24 @@ class ResidentLinear(BypassLinear):
         slots = torch.where(self.merged_index >= 0, every, -1)
         return reference.merged_weight(self.base_values, slots, self.delta.detach())
 
-    def base_entries(self) -> Tensor:
-        return super().base_entries() if self.base_values is None else self.base_values
-
-    def base_weight(self) -> Tensor:
+    def base_entries(self, index: Tensor) -> Tensor:
+        entries = super().base_entries(index)
         if self.base_values is None or self.merged_index is None:
-            return super().base_weight()
-        return self._restored(self.merged_index, self.base_values)
+            return entries
+        index = index.to(self.weight.device)
+        for s in range(self.k):  # those that the layer has patched, one slot at a time
+            same = index == self.merged_index[:, s : s + 1]
+            entries = torch.where(same, self.base_values[:, s : s + 1], entries)
+        return entries
+
+    def _without_bypass(self) -> Tensor:
+        """A copy of W as it is without the bypass."""
+        assert self.base_values is not None
+        assert self.merged_index is not None
+        with torch.no_grad():
+            weight = self.weight.detach().clone()
+            ops.unmerge_(weight, self.merged_index, self.base_values)
+        return weight
 
     def __setattr__(self, name: str, value: Any) -> None:
         buffers = self.__dict__.get("_buffers", {})
@@ -226,7 +236,7 @@ class ResidentLinear(BypassLinear):
             self._leave_resident()
         super()._save_to_state_dict(destination, prefix, keep_vars)
         if self.base_values is not None:
-            destination[prefix + "weight"] = self.base_weight()
+            destination[prefix + "weight"] = self._without_bypass()
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
         if prefix + "weight" in state_dict or prefix + "index" in state_dict:
