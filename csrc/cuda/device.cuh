@@ -10,11 +10,13 @@
 #ifdef NEUROADA_HOST_CUDA
 #include "host_cuda.h"
 #define NEUROADA_UNROLL
+#define NEUROADA_ROLLED
 #else
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
 #include <cuda_runtime.h>
 #define NEUROADA_UNROLL _Pragma("unroll")
+#define NEUROADA_ROLLED _Pragma("unroll 1")
 #endif
 
 namespace neuroada::cuda {

@@ -82,7 +82,7 @@ __device__ __forceinline__ void stage_bypass(float* staged, const Connections& c
   const bool inside = t < tokens;
   const T* from = static_cast<const T*>(epilogue.transposed) + t;
   const int64_t stride = epilogue.transposed_stride;
-  NEUROADA_UNROLL
+  NEUROADA_ROLLED
   for (int i = 0; i < kSixteens; ++i) {
     const int column = i * 16 + own;
     const int64_t j = first_column + column;
@@ -90,6 +90,7 @@ __device__ __forceinline__ void stage_bypass(float* staged, const Connections& c
     float sum[kGroupTokens] = {};
     if (inside && !span.many()) add_connections(sum, connections, span, 1, from, stride);
     if (__ballot_sync(kAllLanes, span.many()) != 0) {
+      NEUROADA_ROLLED
       for (int owner = 0; owner < kWarp / kGroupTokens; ++owner) {
         add_many(sum, connections, span, owner, inside, from, stride);
       }
