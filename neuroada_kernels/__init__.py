@@ -9,7 +9,8 @@ from neuroada_kernels import functional, reference
 from neuroada_kernels._registry import BackendError, available_backends, use_backend
 from neuroada_kernels._version import __version__
 from neuroada_kernels.adapters import load_adapter, save_adapter
-from neuroada_kernels.model import AdaptSummary, adapt, merge, unmerge
+from neuroada_kernels.config import NeuroAdaConfig
+from neuroada_kernels.model import AdaptSummary, adapt, merge, select_connections, unmerge
 from neuroada_kernels.nn import NeuroAdaLinear, ReferenceNeuroAdaLinear
 from neuroada_kernels.plan import check_index, make_plan
 from neuroada_kernels.selection import select
@@ -17,6 +18,7 @@ from neuroada_kernels.selection import select
 __all__ = [
     "AdaptSummary",
     "BackendError",
+    "NeuroAdaConfig",
     "NeuroAdaLinear",
     "ReferenceNeuroAdaLinear",
     "__version__",
@@ -30,6 +32,7 @@ __all__ = [
     "reference",
     "save_adapter",
     "select",
+    "select_connections",
     "unmerge",
     "use_backend",
 ]

@@ -10,8 +10,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
+from neuroada_kernels.nn._deferred import Deferred
 from neuroada_kernels.plan import check_index, check_index_form
-from neuroada_kernels.selection import check_weight, select
+from neuroada_kernels.selection import check_weight
 
 _Self = TypeVar("_Self", bound="BypassLinear")
 
@@ -64,6 +65,7 @@ class BypassLinear(nn.Module):
     original: Tensor | None
     merged_index: Tensor | None
     _loading = False  # a state dict that was checked as a whole
+    _deferred: Deferred | None = None  # while index and delta wait for the weight's values
 
     def __init__(
         self,
@@ -82,10 +84,9 @@ class BypassLinear(nn.Module):
     ) -> None:
         super().__init__()
         linear = nn.Linear(in_features, out_features, bias, device, dtype)
-        index = select(
-            linear.weight, k, selection, scores, generator, neuron_fraction=neuron_fraction
-        )
-        self._adopt(linear, index, delta_dtype)
+        choice = Deferred(k, selection, scores, generator, neuron_fraction)
+        self._adopt(linear, choice.index_for(linear.weight), delta_dtype)
+        self._defer(choice)
 
     @classmethod
     def from_linear(
@@ -121,24 +122,25 @@ class BypassLinear(nn.Module):
             raise TypeError(f"linear: {type(linear).__name__}, expected torch.nn.Linear")
         if parametrize.is_parametrized(linear):
             raise ValueError("linear: has parametrizations, expected a weight of its own")
-        check_weight(linear.weight)
+        check_weight(linear.weight, values=index is not None)
+        choice = Deferred(k, selection, scores, generator, neuron_fraction)
         if index is None:
-            index = select(
-                linear.weight, k, selection, scores, generator, neuron_fraction=neuron_fraction
-            )
+            index = choice.index_for(linear.weight)
         else:
             check_index_form(index, linear.weight.shape[1])
             index = index.to(linear.weight.device, copy=True)
         layer = cls.__new__(cls)
         nn.Module.__init__(layer)
         layer._adopt(linear, index, delta_dtype)
+        layer._defer(choice)
         return layer
 
     def _adopt(self, linear: nn.Linear, index: Tensor, delta_dtype: torch.dtype) -> None:
         if not (isinstance(delta_dtype, torch.dtype) and delta_dtype.is_floating_point):
             raise TypeError(f"delta_dtype: {delta_dtype}, expected a floating torch.dtype")
         self.out_features, self.in_features = linear.weight.shape
-        self._check_index(index)
+        if not index.is_meta:
+            self._check_index(index)
         for name in ("weight", "bias"):
             parameter = linear._parameters[name]
             if parameter is not None:
@@ -157,6 +159,33 @@ class BypassLinear(nn.Module):
         return self.index.shape[1]
 
     @property
+    def connections(self) -> int:
+        """How many the layer has, or will have."""
+        if self._deferred is not None:
+            return self._deferred.connections(self.out_features)
+        return int((self.index >= 0).sum())
+
+    def select_connections(self) -> bool:
+        """Choose what waited for the weight's values; False where it still has none.
+
+        A layer over a weight on the meta device has no connections until then. Where it has
+        them, nothing changes.
+        """
+        if self._deferred is None:
+            return True
+        if self.weight.is_meta:
+            return False
+        index = self._deferred.index_for(self.weight)
+        self._deferred = None
+        with torch.no_grad():
+            if self.delta.is_meta:
+                delta = torch.empty_like(self.delta, device=index.device)
+                self.delta = nn.Parameter(delta, self.delta.requires_grad)
+            self.delta.zero_()
+        self.index = index
+        return True
+
+    @property
     def merged(self) -> bool:
         """Whether ``weight`` holds the bypass, so that the layer is a plain linear."""
         return self.original is not None
@@ -167,6 +196,7 @@ class BypassLinear(nn.Module):
         Where another module shares the weight, it sees the change. Merging twice changes nothing.
         """
         if not self.merged:
+            self.check_selected()
             self._check_index(self.index)
             with torch.no_grad():
                 self.merged_index = self.index.clone()
@@ -183,6 +213,8 @@ class BypassLinear(nn.Module):
         """``y [..., out_features]`` of ``x [..., in_features]``."""
         if not x.dim() or x.shape[-1] != self.in_features:
             raise ValueError(f"x: shape {list(x.shape)}, expected [..., {self.in_features}]")
+        if self._deferred is not None and not self.weight.is_meta:
+            self.check_selected()
         # Module.__getattr__ costs half a microsecond a look, which adds up at one token.
         if self._buffers["original"] is not None:
             return F.linear(x, self.weight, self.bias)
@@ -194,6 +226,19 @@ class BypassLinear(nn.Module):
             f"bias={self.bias is not None}, delta_dtype={str(self.delta.dtype).split('.')[-1]}"
             + (", merged" if self.merged else "")
         )
+
+    def _defer(self, choice: Deferred) -> None:
+        """Choose later, where the index has no values."""
+        if self.index.is_meta:
+            self._deferred = choice
+
+    def check_selected(self) -> None:
+        """Raise where the connections are still to be chosen."""
+        if self._deferred is not None:
+            raise RuntimeError(
+                "index: not chosen yet, since weight was on the meta device; "
+                "neuroada_kernels.select_connections(model) chooses once it has values"
+            )
 
     def _bypass_forward(self, x: Tensor) -> Tensor:
         raise NotImplementedError
@@ -281,6 +326,8 @@ class BypassLinear(nn.Module):
             )
         finally:
             del self._loading
+        if {"index", "delta"} <= incoming.keys() and not self.index.is_meta:
+            self._deferred = None
         if "original" in incoming:
             self.merged_index = self.index.clone()
 
