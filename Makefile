@@ -41,7 +41,7 @@ $(VENV)/installed-$(BUILD): $(VENV)/torch $(if $(filter cuda,$(BUILD)),$(VENV)/n
 
 # The kernels in Triton's interpreter, in a process of their own: it replaces the compiler as a whole.
 # Left out are the tests of threads and of host memory, and what is large.
-INTERPRETED := tests/triton_kernels tests/ops tests/test_compile.py tests/test_functional.py tests/test_numerics.py
+INTERPRETED := tests/triton_kernels tests/ops tests/test_compile.py tests/test_compile_resident.py tests/test_functional.py tests/test_numerics.py
 test-triton: install
 	TRITON_INTERPRET=1 NEUROADA_REQUIRE=triton $(BIN)/python -m pytest -m on_backend $(INTERPRETED)
 

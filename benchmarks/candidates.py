@@ -33,6 +33,7 @@ from neuroada_kernels.testing import Case, Inputs, make_inputs, rms_error, toler
 
 LORA_RANK = 8
 PEFT_LORA_RANK = 16
+RESIDENT = "resident"
 
 
 class WrongCandidateError(RuntimeError):
@@ -154,6 +155,8 @@ def table() -> dict[str, Candidate]:
             for name, unavailable in available_backends().items()
             if unavailable is None
         ),
+        # W + delta is rounded, then its product.
+        Candidate(RESIDENT, _resident, lambda exact, _: exact.bypass, _bypass_work, 2),
         # The two parts of dx are rounded before they are added.
         Candidate("reference", _reference, lambda exact, _: exact.bypass, _bypass_work, 2),
         # delta is rounded, then W + delta, then their product.
@@ -277,6 +280,24 @@ def _neuroada(inputs: Inputs) -> nn.Module:
     layer = NeuroAdaLinear.from_linear(_linear(inputs), index=inputs.index, delta_dtype=delta.dtype)
     layer.delta.data.copy_(delta)
     return layer
+
+
+def _resident(inputs: Inputs) -> nn.Module:
+    delta = inputs.delta
+    own = replace(inputs, weight=inputs.weight.clone())  # for it is the other candidates', too
+    layer = SteppedResident.from_linear(
+        _linear(own), index=inputs.index, delta_dtype=delta.dtype, strategy=RESIDENT
+    )
+    layer.delta.data.copy_(delta)
+    return layer
+
+
+class SteppedResident(NeuroAdaLinear):
+    """Its ``delta`` counts as changed before every forward, as after a step of an optimiser."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        torch.autograd.graph.increment_version(self.delta)
+        return super().forward(x)
 
 
 def _reference(inputs: Inputs) -> nn.Module:

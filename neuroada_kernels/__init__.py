@@ -14,6 +14,7 @@ from neuroada_kernels.model import AdaptSummary, adapt, merge, select_connection
 from neuroada_kernels.nn import NeuroAdaLinear, ReferenceNeuroAdaLinear
 from neuroada_kernels.plan import check_index, make_plan
 from neuroada_kernels.selection import select
+from neuroada_kernels.strategies import resident, set_strategy
 
 __all__ = [
     "AdaptSummary",
@@ -30,9 +31,11 @@ __all__ = [
     "make_plan",
     "merge",
     "reference",
+    "resident",
     "save_adapter",
     "select",
     "select_connections",
+    "set_strategy",
     "unmerge",
     "use_backend",
 ]

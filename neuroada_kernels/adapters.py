@@ -211,7 +211,10 @@ def _find_parameters(model: nn.Module, adapter: Adapter) -> dict[str, nn.Paramet
 
 
 def _differences(module: nn.Module, entry: AdaptedModule) -> list[str]:
-    weight = module.get_parameter("weight")
+    if isinstance(module, BypassLinear):
+        weight = module.base_weight()
+    else:
+        weight = module.get_parameter("weight")
     if tuple(weight.shape) != entry.base.shape:
         return [f"shape {list(weight.shape)}, expected {list(entry.base.shape)}"]
     return entry.base.differences(_fingerprint(weight, _entries(weight, entry.index), entry.index))
@@ -282,9 +285,9 @@ def _check_bases_known(layers: Mapping[str, BypassLinear]) -> None:
 
 
 def _fingerprint_of(layer: BypassLinear) -> Fingerprint:
-    """Of the weight as it is, or while merged as it was."""
-    values = _entries(layer.weight, layer.index) if layer.original is None else layer.original
-    return _fingerprint(layer.weight, values, layer.index)
+    """Of the weight without the bypass, which it may hold by now."""
+    _refuse_meta(layer.weight)
+    return _fingerprint(layer.weight, layer.base_entries(), layer.index)
 
 
 def _fingerprint(weight: Tensor, values: Tensor, index: Tensor) -> Fingerprint:
@@ -296,10 +299,14 @@ def _fingerprint(weight: Tensor, values: Tensor, index: Tensor) -> Fingerprint:
 
 def _entries(weight: Tensor, index: Tensor) -> Tensor:
     """``weight[j, index[j, s]]``, ``[d_out, k]``; of an empty slot any."""
-    if weight.is_meta:
-        raise ValueError("model: has weights on the meta device, expected values")
+    _refuse_meta(weight)
     columns = index.to(weight.device).clamp(min=0).long()
     return weight.detach().gather(1, columns)
+
+
+def _refuse_meta(weight: Tensor) -> None:
+    if weight.is_meta:
+        raise ValueError("model: has weights on the meta device, expected values")
 
 
 def _name(dtype: torch.dtype) -> str:

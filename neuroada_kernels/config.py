@@ -17,6 +17,7 @@ from neuroada_kernels.selection import METHODS
 ALL_LINEAR = "all-linear"
 SELECTIONS = (*METHODS, "gradient")
 BIASES = ("none", "all")
+STRATEGIES = ("bypass", "resident", "auto")
 
 
 @dataclass(frozen=True)
@@ -45,6 +46,10 @@ class NeuroAdaConfig:
         ``"none"``, or ``"all"``: every parameter of the model that is a bias trains too.
     delta_dtype : str or torch.dtype
         Dtype of the deltas.
+    strategy : str
+        ``"bypass"``, ``"resident"`` or ``"auto"``, see :class:`NeuroAdaLinear`. ``"resident"`` is
+        refused where another module reads a weight, as with tied embeddings; ``"auto"`` leaves
+        such layers at ``"bypass"``.
     layers : int or sequence of int, optional
         Numbers of the layers to adapt, a module's being the first number in its name.
     seed : int
@@ -66,6 +71,7 @@ class NeuroAdaConfig:
     neuron_fraction: float = 1.0
     bias: str = "none"
     delta_dtype: str | torch.dtype = "float32"
+    strategy: str = "bypass"
     layers: int | Sequence[int] | None = None
     seed: int = 0
     k_pattern: Mapping[str, int] = field(default_factory=dict)
@@ -82,6 +88,7 @@ class NeuroAdaConfig:
             raise ValueError(f"neuron_fraction: {self.neuron_fraction}, expected a share in (0, 1]")
         _check_choice("bias", self.bias, BIASES)
         self._set("delta_dtype", _dtype_name(self.delta_dtype))
+        _check_choice("strategy", self.strategy, STRATEGIES)
         if self.layers is not None:
             if not isinstance(self.layers, int | Sequence):
                 raise TypeError(f"layers: {self.layers!r}, expected numbers of layers")
@@ -190,7 +197,7 @@ def _names(argument: str, value: object) -> str | tuple[str, ...]:
 
 def _check_choice(argument: str, value: object, choices: tuple[str, ...]) -> None:
     if value not in choices:
-        raise ValueError(f"{argument}: {value!r}, expected one of {', '.join(choices)}")
+        raise ValueError(f"{argument}: {value!r}, expected one of {list(choices)}")
 
 
 def _check_k(argument: str, k: object) -> None:

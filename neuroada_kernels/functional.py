@@ -80,6 +80,25 @@ def apply_linear(
     plan: Tensor | None,
 ) -> Tensor:
     """:func:`neuroada_linear` for tensors of a layer, whose shapes are known to fit."""
+    x, bias = _checked_linear(x, weight, bias)
+    if is_transformed():
+        return reference.neuroada_linear(x, weight, index, delta, bias)
+    return ops.linear(x, weight, index, delta, bias, plan)
+
+
+def apply_resident(
+    x: Tensor, weight: Tensor, index: Tensor, delta: Tensor, bias: Tensor | None
+) -> Tensor:
+    """``F.linear(x, weight, bias)`` of a weight that holds ``W + delta``, with delta's gradient.
+
+    For tensors of a layer, as :func:`apply_linear`, and not under ``torch.func`` transforms.
+    """
+    x, bias = _checked_linear(x, weight, bias)
+    return ops.resident_linear(x, weight, index, delta, bias)
+
+
+def _checked_linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
+    """``x`` and ``bias`` as autocast wants them, once they and ``weight`` are found to fit."""
     if weight.device != x.device:
         raise ValueError(f"weight: on {weight.device}, expected {x.device}, as x")
     if weight.requires_grad and torch.is_grad_enabled():
@@ -93,9 +112,7 @@ def apply_linear(
     elif weight.dtype != x.dtype or (bias is not None and bias.dtype != x.dtype):
         name, tensor = ("weight", weight) if weight.dtype != x.dtype else ("bias", bias)
         raise TypeError(f"{name}: dtype {tensor.dtype}, expected {x.dtype}, as x")  # type: ignore[union-attr]
-    if _is_transformed():
-        return reference.neuroada_linear(x, weight, index, delta, bias)
-    return ops.linear(x, weight, index, delta, bias, plan)
+    return x, bias
 
 
 def neuroada_bypass(
@@ -139,7 +156,7 @@ def neuroada_bypass(
         x = x.to(y.dtype)
     elif y.dtype != x.dtype:
         raise TypeError(f"y: dtype {y.dtype}, expected {x.dtype}, as x")
-    if _is_transformed():
+    if is_transformed():
         return reference.neuroada_bypass(y, x, index, delta)
     return ops.bypass_add(y, x, index, delta, plan)
 
@@ -185,6 +202,6 @@ def autocast_dtype(x: Tensor) -> torch.dtype | None:
     return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None
 
 
-def _is_transformed() -> bool:
+def is_transformed() -> bool:
     """Whether a ``torch.func`` transform is at work, which our backward cannot follow."""
     return not torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active()

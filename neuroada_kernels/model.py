@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, overload
 
 import torch
@@ -13,7 +13,9 @@ from torch import Tensor, nn
 from neuroada_kernels._progress import progress_bar, worth_showing
 from neuroada_kernels.config import ALL_LINEAR, NeuroAdaConfig
 from neuroada_kernels.nn._base import BypassLinear
+from neuroada_kernels.nn._strategy import refusal
 from neuroada_kernels.nn.linear import NeuroAdaLinear
+from neuroada_kernels.strategies import shared_weights
 from neuroada_kernels.targets import find_targets
 
 
@@ -33,6 +35,10 @@ class AdaptSummary:
         Bytes of all deltas and indices in memory.
     optimizer_bytes : int
         Bytes of AdamW's state: two numbers for each one that trains, in its dtype.
+    resident : tuple of str
+        Names of those that train by the strategy ``"resident"``.
+    refused : mapping
+        Of those for which ``"auto"`` came to ``"bypass"``: name to reason.
     """
 
     modules: tuple[str, ...]
@@ -40,6 +46,8 @@ class AdaptSummary:
     total: int
     adapter_bytes: int
     optimizer_bytes: int
+    resident: tuple[str, ...] = ()
+    refused: Mapping[str, str] = field(default_factory=dict)
 
     @property
     def share(self) -> float:
@@ -50,6 +58,11 @@ class AdaptSummary:
     def of(cls, model: nn.Module, modules: tuple[str, ...]) -> AdaptSummary:
         """The summary of an adapted model, which names these modules."""
         layers = list(_layers(model))
+        named = {
+            name: layer
+            for name in modules
+            if isinstance(layer := model.get_submodule(name), BypassLinear)
+        }
         deltas = {id(layer.delta) for layer in layers}
         trained = [p for p in model.parameters() if p.requires_grad]
         return cls(
@@ -59,18 +72,26 @@ class AdaptSummary:
             total=sum(p.numel() for p in model.parameters()),
             adapter_bytes=sum(layer.delta.nbytes + layer.index.nbytes for layer in layers),
             optimizer_bytes=2 * sum(p.nbytes for p in trained),
+            resident=tuple(n for n, layer in named.items() if layer.strategy == "resident"),
+            refused={n: why for n, layer in named.items() if (why := layer.strategy_reason)},
         )
 
     def __str__(self) -> str:
         return (
             f"{len(self.modules)} modules adapted; {self.trainable:,} of {self.total:,} "
-            f"parameters train ({self.share:.3%}); {_megabytes(self.adapter_bytes)} of adapter, "
-            f"{_megabytes(self.optimizer_bytes)} of AdamW's state"
+            f"parameters train ({self.share:.3%}); {_size(self.adapter_bytes)} of adapter, "
+            f"{_size(self.optimizer_bytes)} of AdamW's state"
+            + (f"; {len(self.resident)} resident" if self.resident or self.refused else "")
+            + "".join(f"; {name} by bypass: {reason}" for name, reason in self.refused.items())
         )
 
 
-def _megabytes(count: int) -> str:
-    return f"{count / 1e6:,.2f} MB"
+def _size(count: float) -> str:
+    for unit in ("B", "kB", "MB"):
+        if count < 1000:
+            return f"{count:.3g} {unit}"
+        count /= 1000
+    return f"{count:,.3g} GB"
 
 
 @overload
@@ -100,6 +121,7 @@ def adapt(
     neuron_fraction: float = 1.0,
     bias: str = "none",
     delta_dtype: str | torch.dtype = "float32",
+    strategy: str = "bypass",
     layers: int | Sequence[int] | None = None,
     seed: int = 0,
     k_pattern: Mapping[str, int] | None = None,
@@ -127,8 +149,8 @@ def adapt(
         The model; its tensors are shared with the new layers, never copied.
     config : NeuroAdaConfig
         What to adapt, and how; kept as ``model.neuroada_config``.
-    k, target_modules, exclude_modules, selection, neuron_fraction, bias, delta_dtype, layers, \
-    seed, k_pattern
+    k, target_modules, exclude_modules, selection, neuron_fraction, bias, delta_dtype, strategy, \
+    layers, seed, k_pattern
         As in :class:`NeuroAdaConfig`, instead of ``config``.
     scores : mapping, optional
         Module name to scores of its weight's shape, for ``selection="scores"``.
@@ -147,13 +169,15 @@ def adapt(
     ------
     TypeError, ValueError
         If a target matches nothing or something that is no ``nn.Linear``, if a matched module is
-        read by its parent in a way that would pass the bypass by, or if an argument is not as
-        expected. The model is unchanged then.
+        read by its parent in a way that would pass the bypass by, if a weight may not be
+        resident, or if an argument is not as expected. The model is unchanged then.
     """
     config = _config_of(arguments, options, scores)
     targets = find_targets(model, config)
     if scores is not None:
         _check_scores(scores, targets)
+    strategy = config.strategy
+    shared = {} if strategy == "bypass" else shared_weights(model, targets.values())
     layers: dict[nn.Module, BypassLinear] = {}
     elements = sum({id(m): m.weight.numel() for m in targets.values()}.values())
     show = worth_showing(elements) if progress is None else progress
@@ -174,10 +198,16 @@ def adapt(
                     neuron_fraction=config.neuron_fraction,
                     delta_dtype=config.torch_delta_dtype,
                 )
+                if strategy == "resident" and not linear.weight.is_meta:
+                    reason = shared.get(linear) or layers[linear]._why_not_resident()
+                    if reason is not None:
+                        raise ValueError(refusal(reason))
             except (TypeError, ValueError) as error:
                 raise type(error)(f"{name}: {error}") from error
             advance(linear.weight.numel())
     replace(model, layers)
+    for module, layer in layers.items():
+        layer._set_strategy(strategy, shared.get(module))
     _freeze(model, config)
     keep_config(model, config)
     return AdaptSummary.of(model, tuple(targets))
@@ -197,17 +227,18 @@ def select_connections(model: nn.Module) -> list[str]:
     Raises
     ------
     ValueError
-        If a weight has NaN.
+        If a weight has NaN, or may not be resident though that was asked for.
     """
+    layers = {n: m for n, m in model.named_modules() if isinstance(m, BypassLinear)}
+    ready = [m for m in layers.values() if not (m.index.is_meta and m.weight.is_meta)]
+    shared = shared_weights(model, ready)
     waiting = []
-    for name, layer in model.named_modules():
-        if isinstance(layer, BypassLinear):
-            try:
-                ready = layer.select_connections()
-            except ValueError as error:
-                raise ValueError(f"{name}: {error}") from error
-            if not ready:
+    for name, layer in layers.items():
+        try:
+            if not layer.select_connections(shared.get(layer)):
                 waiting.append(name)
+        except ValueError as error:
+            raise ValueError(f"{name}: {error}") from error
     return waiting
 
 

@@ -48,15 +48,50 @@ def test_an_unadapted_model_becomes_the_one_that_was_saved(path, dtype, delta_dt
     assert {name: p.requires_grad for name, p in other.named_parameters()} == flags
 
 
-@pytest.mark.parametrize("merged", [False, True], ids=["", "merged"])
-def test_what_is_saved_does_not_depend_on_being_merged(path, merged):
+@pytest.mark.parametrize("state", ["as it was", "merged", "resident"])
+def test_what_is_saved_does_not_depend_on_what_the_weight_holds(path, state):
     model = adapted(dtype=torch.bfloat16)
     nk.save_adapter(model, path)
     before = path.read_bytes()
-    if merged:
+    if state == "merged":
         nk.merge(model)
+    elif state == "resident":
+        nk.set_strategy(model, "resident")
+        model(inputs(torch.bfloat16))
     nk.save_adapter(model, path)
     assert path.read_bytes() == before
+
+
+@pytest.mark.parametrize("k", [1, 3], ids=["of other connections", "of more connections"])
+def test_resident_layers_load_an_adapter(path, k):
+    saved = adapted(dtype=torch.bfloat16, k=k, selection="smallest")
+    nk.save_adapter(saved, path)
+    model = adapted(dtype=torch.bfloat16)
+    base = {name: layer.weight.clone() for name, layer in layers(model).items()}
+    nk.set_strategy(model, "resident")
+    model(inputs(torch.bfloat16))
+    nk.load_adapter(model, path)
+    assert_same_adapter(model, saved)
+    nk.set_strategy(saved, "resident")
+    assert torch.equal(model(inputs(torch.bfloat16)), saved(inputs(torch.bfloat16)))
+    nk.set_strategy(model, "bypass")
+    for name, layer in layers(model).items():
+        assert torch.equal(layer.weight, base[name]), name
+
+
+def test_a_refused_adapter_leaves_resident_layers_as_they_were(path):
+    other = Model(seed=1)
+    nk.adapt(other, 2, TARGETS)
+    nk.save_adapter(other, path)
+    model = adapted()
+    nk.set_strategy(model, "resident")
+    model(inputs())
+    held = {name: layer.weight.clone() for name, layer in layers(model).items()}
+    with pytest.raises(ValueError, match="not what the adapter is for"):
+        nk.load_adapter(model, path)
+    for name, layer in layers(model).items():
+        assert layer.strategy == "resident"
+        assert torch.equal(layer.weight, held[name]), name
 
 
 def test_an_adapted_model_keeps_the_parameters_that_an_optimizer_holds(path):

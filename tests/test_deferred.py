@@ -125,6 +125,32 @@ def test_a_copy_waits_as_well():
     assert_as_if_at_once(model, selection="random", seed=4)
 
 
+@pytest.mark.parametrize("strategy", ["resident", "auto"])
+def test_the_strategy_is_taken_up_with_the_values(strategy):
+    model = empty(strategy=strategy)
+    model.load_state_dict(Model().state_dict(), strict=False, assign=True)
+    assert {model.get_submodule(name).strategy for name in NAMES} == {"bypass"}
+    nk.select_connections(model)
+    assert {model.get_submodule(name).strategy for name in NAMES} == {"resident"}
+    assert_as_if_at_once(model, strategy=strategy)
+
+
+@pytest.mark.parametrize("strategy", ["resident", "auto"])
+def test_a_weight_that_turns_out_to_be_shared_is_not_resident(strategy):
+    with torch.device("meta"):
+        model = nn.Sequential(nn.Linear(6, 6), nn.Linear(6, 6))
+    nk.adapt(model, 2, ["0"], strategy=strategy)
+    weight = nn.Parameter(torch.randn(6, 6), requires_grad=False)
+    model[0].weight = model[1].weight = weight
+    if strategy == "resident":
+        with pytest.raises(ValueError, match=r"0: strategy: 'resident' .* shared with 1"):
+            nk.select_connections(model)
+    else:
+        assert nk.select_connections(model) == []
+        assert "shared with 1.weight" in model[0].strategy_reason
+    assert model[0].strategy == "bypass"
+
+
 @pytest.mark.parametrize("layer_type", [nk.NeuroAdaLinear, nk.ReferenceNeuroAdaLinear])
 def test_a_layer_made_without_values(layer_type):
     layer = layer_type(6, 4, 2, device="meta").to_empty(device="cpu")

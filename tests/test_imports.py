@@ -32,11 +32,12 @@ BELOW = {
     "backends": {"_registry", "_extension", "plan", "reference", "triton_kernels"},
     "ops": {"_registry"},
     "functional": {"ops", "reference"},
-    "nn": {"functional", "ops", "selection", "plan", "reference"},
+    "nn": {"config", "functional", "ops", "selection", "plan", "reference"},
     "config": {"selection"},
     "targets": {"config"},
     "_progress": set(),
-    "model": {"_progress", "config", "nn", "selection", "targets"},
+    "strategies": {"nn"},
+    "model": {"_progress", "config", "nn", "selection", "strategies", "targets"},
     "_files": set(),
     "adapter_file": {"_files", "_version", "plan"},
     "adapters": {"adapter_file", "config", "model", "nn", "plan", "targets"},
@@ -53,6 +54,7 @@ BELOW = {
         "plan",
         "reference",
         "selection",
+        "strategies",
     },
 }
 LIBRARY = set(BELOW)

@@ -163,7 +163,7 @@ def test_counts(model):
     assert summary.optimizer_bytes == 2 * 4 * 3 * neurons
     assert str(summary) == (
         f"7 modules adapted; 204 of {summary.total:,} parameters train ({summary.share:.3%}); "
-        "0.00 MB of adapter, 0.00 MB of AdamW's state"
+        "1.63 kB of adapter, 1.63 kB of AdamW's state"
     )
 
 

@@ -9,7 +9,7 @@ from neuroada_kernels.triton_kernels.bypass_bwd_input import bypass_bwd_input
 from neuroada_kernels.triton_kernels.bypass_fwd import bypass_fwd
 from neuroada_kernels.triton_kernels.linear_bwd_input import linear_bwd_input
 from neuroada_kernels.triton_kernels.linear_fwd import linear_fwd
-from neuroada_kernels.triton_kernels.merge import merge, unmerge
+from neuroada_kernels.triton_kernels.merge import merge, patch, unmerge
 from neuroada_kernels.triton_kernels.sddmm import sddmm, sddmm_partial
 from neuroada_kernels.triton_kernels.transpose import transpose
 
@@ -20,6 +20,7 @@ __all__ = [
     "linear_bwd_input",
     "linear_fwd",
     "merge",
+    "patch",
     "sddmm",
     "sddmm_partial",
     "transpose",

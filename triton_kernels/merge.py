@@ -1,4 +1,4 @@
-"""The bypass folded into W, and taken out of it again: both touch the chosen entries alone."""
+"""The bypass folded into W, once or anew, and taken out again: the chosen entries alone."""
 
 import torch
 import triton
@@ -33,6 +33,30 @@ def merge_kernel(
     place = weight + (e // k).to(tl.int64) * stride_row + column.to(tl.int64) * stride_column
     before = tl.load(place, mask=live, other=0)
     tl.store(original + e, before, mask=e < entries)
+    after = before.to(ACC) + tl.load(delta + e, mask=live, other=0).to(ACC)
+    tl.store(place, after.to(weight.dtype.element_ty), mask=live)
+
+
+@triton.jit
+def patch_kernel(
+    weight,
+    index,
+    delta,
+    original,
+    entries,
+    d_in,
+    stride_row,
+    stride_column,
+    k: tl.constexpr,
+    BLOCK: tl.constexpr,
+    ACC: tl.constexpr,
+):
+    """``W[j, index[e]] = original[e] + delta[e]``, with ``j = e // k``; shapes as for merging."""
+    e = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    column = tl.load(index + e, mask=e < entries, other=-1)
+    live = (column >= 0) & (column < d_in)
+    place = weight + (e // k).to(tl.int64) * stride_row + column.to(tl.int64) * stride_column
+    before = tl.load(original + e, mask=live, other=0)
     after = before.to(ACC) + tl.load(delta + e, mask=live, other=0).to(ACC)
     tl.store(place, after.to(weight.dtype.element_ty), mask=live)
 
@@ -73,6 +97,22 @@ def merge(weight: Tensor, index: Tensor, delta: Tensor) -> Tensor:
         ACC=accumulator(weight.dtype),
     )
     return original
+
+
+def patch(weight: Tensor, index: Tensor, delta: Tensor, original: Tensor) -> None:
+    """Write ``original + delta``, each ``[d_out, k]``, into ``weight``, rounded once."""
+    patch_kernel[(triton.cdiv(index.numel(), MERGE_BLOCK),)](
+        weight,
+        index,
+        delta,
+        original,
+        index.numel(),
+        weight.shape[1],
+        *weight.stride(),
+        k=index.shape[1],
+        BLOCK=MERGE_BLOCK,
+        ACC=accumulator(weight.dtype),
+    )
 
 
 def unmerge(weight: Tensor, index: Tensor, original: Tensor) -> None:

@@ -7,6 +7,7 @@
 #include <cstdint>
 
 #include "neuroada/dtype.h"
+#include "neuroada/merge_mode.h"
 
 namespace neuroada::cpu {
 
@@ -82,15 +83,15 @@ struct LinearBwdInput {
   int64_t weight_stride;
 };
 
-// original[j, s] = weight[j, index[j, s]], then weight[j, index[j, s]] += delta[j, s]
 struct Merge {
   DType dtype;  // of weight and original
+  MergeMode mode;
   int64_t d_out, k;
   void* weight;  // [d_out, d_in]
   int64_t weight_stride;
   const int32_t* index;  // [d_out, k]
-  const void* delta;     // [d_out, k], in the accumulate type
-  void* original;        // [d_out, k]
+  const void* delta;     // [d_out, k], in the accumulate type; for merge and patch
+  void* original;        // [d_out, k], zero in a slot without a connection; written by merge and gather
 };
 
 struct Kernels {

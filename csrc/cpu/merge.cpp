@@ -1,4 +1,7 @@
-// original[j, s] = weight[j, index[j, s]], then weight[j, index[j, s]] += delta[j, s]
+// merge:   original[j, s] = W[j, index[j, s]], then W[j, index[j, s]] = round(W + delta[j, s])
+// gather:  original[j, s] = W[j, index[j, s]]
+// patch:   W[j, index[j, s]] = round(original[j, s] + delta[j, s])
+// restore: W[j, index[j, s]] = original[j, s]
 //
 // The sum is taken in the accumulate type and rounded once to the weight's.
 #include <algorithm>
@@ -8,29 +11,42 @@
 namespace neuroada::cpu::NEUROADA_ISA {
 namespace {
 
-template <class T>
+template <class T, MergeMode mode>
 void run(const Merge& a, const Executor& all) {
   using A = accumulate_t<T>;
+  constexpr bool reads_weight = mode == MergeMode::merge || mode == MergeMode::gather;
+  constexpr bool adds_delta = mode == MergeMode::merge || mode == MergeMode::patch;
   const Executor executor = all.limited(8 * a.d_out * a.k);
   const int64_t parts = executor.threads;
+  T* const original = static_cast<T*>(a.original);
   executor.parallel(parts, [&](int64_t part) {
     for (int64_t j = a.d_out * part / parts; j < a.d_out * (part + 1) / parts; ++j) {
       T* row = static_cast<T*>(a.weight) + j * a.weight_stride;
       for (int64_t e = j * a.k; e < (j + 1) * a.k; ++e) {
-        T& kept = static_cast<T*>(a.original)[e];
-        kept = T{};
-        if (a.index[e] < 0) continue;
-        kept = row[a.index[e]];
-        narrow(widen(kept) + static_cast<const A*>(a.delta)[e], row[a.index[e]]);
+        const int32_t column = a.index[e];
+        if constexpr (reads_weight) original[e] = column < 0 ? T{} : row[column];
+        if (column < 0) continue;
+        if constexpr (adds_delta) narrow(widen(original[e]) + static_cast<const A*>(a.delta)[e], row[column]);
+        if constexpr (mode == MergeMode::restore) row[column] = original[e];
       }
     }
   });
 }
 
+template <class T>
+void run_mode(const Merge& args, const Executor& executor) {
+  switch (args.mode) {
+    case MergeMode::merge: return run<T, MergeMode::merge>(args, executor);
+    case MergeMode::gather: return run<T, MergeMode::gather>(args, executor);
+    case MergeMode::patch: return run<T, MergeMode::patch>(args, executor);
+    case MergeMode::restore: return run<T, MergeMode::restore>(args, executor);
+  }
+}
+
 }  // namespace
 
 void merge(const Merge& args, const Executor& executor) {
-  with_dtype(args.dtype, [&](auto element) { run<decltype(element)>(args, executor); });
+  with_dtype(args.dtype, [&](auto element) { run_mode<decltype(element)>(args, executor); });
 }
 
 }  // namespace neuroada::cpu::NEUROADA_ISA

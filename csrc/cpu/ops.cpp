@@ -184,21 +184,50 @@ Tensor sddmm_op(const Tensor& grad, const Tensor& x, const Tensor& index) {
   return out;
 }
 
-Tensor merge_op(Tensor weight, const Tensor& index, const Tensor& delta) {
+// What the four ops on the chosen entries of W share; delta may be missing.
+void run_merge(MergeMode mode, Tensor& weight, const Tensor& index, const Tensor* delta, Tensor& original) {
   check_matrix("weight", weight, -1, -1);
   const int64_t d_out = weight.size(0), d_in = weight.size(1);
   check_index(index, d_in);
   const int64_t k = index.size(1);
   check_matrix("index", index, d_out, k);
   const DType dtype = dtype_of("weight", weight);
-  check_matrix("delta", delta, d_out, k);
-  check_delta("delta", delta, dtype);
-  Tensor original = torch::stable::new_empty(weight, {d_out, k});
-  kernels().merge(
-      {dtype, d_out, k, weight.mutable_data_ptr(), weight.stride(0),
-       static_cast<const int32_t*>(index.const_data_ptr()), delta.const_data_ptr(), original.mutable_data_ptr()},
-      torch_executor());
+  if (delta) {
+    check_matrix("delta", *delta, d_out, k);
+    check_delta("delta", *delta, dtype);
+  }
+  check_matrix("original", original, d_out, k);
+  check_same_dtype("original", original, dtype, "weight");
+  check_contiguous("original", original);
+  kernels().merge({dtype, mode, d_out, k, weight.mutable_data_ptr(), weight.stride(0),
+                   static_cast<const int32_t*>(index.const_data_ptr()), delta ? delta->const_data_ptr() : nullptr,
+                   original.mutable_data_ptr()},
+                  torch_executor());
+}
+
+Tensor new_original(const Tensor& weight, const Tensor& index) {
+  check_matrix("index", index, -1, -1);
+  return torch::stable::new_empty(weight, {index.size(0), index.size(1)});
+}
+
+Tensor merge_op(Tensor weight, const Tensor& index, const Tensor& delta) {
+  Tensor original = new_original(weight, index);
+  run_merge(MergeMode::merge, weight, index, &delta, original);
   return original;
+}
+
+Tensor gather_op(Tensor weight, const Tensor& index) {
+  Tensor original = new_original(weight, index);
+  run_merge(MergeMode::gather, weight, index, nullptr, original);
+  return original;
+}
+
+void patch_op(Tensor weight, const Tensor& index, const Tensor& delta, Tensor original) {
+  run_merge(MergeMode::patch, weight, index, &delta, original);
+}
+
+void restore_op(Tensor weight, const Tensor& index, Tensor original) {
+  run_merge(MergeMode::restore, weight, index, nullptr, original);
 }
 
 }  // namespace
@@ -210,6 +239,9 @@ STABLE_TORCH_LIBRARY_IMPL(neuroada_C, CPU, m) {
   m.impl("linear_fwd", TORCH_BOX(&linear_fwd_op));
   m.impl("linear_bwd_input", TORCH_BOX(&linear_bwd_input_op));
   m.impl("merge", TORCH_BOX(&merge_op));
+  m.impl("gather", TORCH_BOX(&gather_op));
+  m.impl("patch", TORCH_BOX(&patch_op));
+  m.impl("restore", TORCH_BOX(&restore_op));
 }
 
 }  // namespace neuroada::cpu

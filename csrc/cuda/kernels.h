@@ -9,6 +9,7 @@
 #include <cstdint>
 
 #include "neuroada/dtype.h"
+#include "neuroada/merge_mode.h"
 
 namespace neuroada::cuda {
 
@@ -68,12 +69,7 @@ struct Sddmm {
   float* out;            // [d_out, k]
 };
 
-enum class MergeMode : uint8_t {
-  merge,    // original[j, s] = weight[j, index[j, s]], then weight[j, index[j, s]] += delta[j, s]
-  gather,   // original[j, s] = weight[j, index[j, s]]
-  patch,    // weight[j, index[j, s]] = original[j, s] + delta[j, s]
-  restore,  // weight[j, index[j, s]] = original[j, s]
-};
+using neuroada::MergeMode;
 
 struct Merge {
   DType dtype;  // of weight and original

@@ -70,8 +70,18 @@ def merge(weight: Tensor, index: Tensor, delta: Tensor) -> Tensor:
 
 
 def restore(weight: Tensor, index: Tensor, original: Tensor) -> None:
-    """The op ``unmerge_``; on CUDA alone is it compiled."""
+    """The op ``unmerge_``."""
     C.restore.default(weight, index.contiguous(), original.contiguous())
+
+
+def gather(weight: Tensor, index: Tensor) -> Tensor:
+    """The op ``gather``."""
+    return C.gather.default(weight, index.contiguous())  # type: ignore[no-any-return]
+
+
+def patch(weight: Tensor, index: Tensor, delta: Tensor, original: Tensor) -> None:
+    """The op ``patch_``."""
+    C.patch.default(weight, index.contiguous(), wide(delta, weight), original.contiguous())
 
 
 def strided_row(weight: Tensor) -> list[str]:

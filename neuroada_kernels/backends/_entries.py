@@ -1,11 +1,43 @@
-"""The chosen entries of W, in plain torch."""
+"""The chosen entries of W, in plain torch, for the backends that have no kernel of their own.
+
+They are moved as integers: on its way through a floating dtype a NaN may lose its bits.
+"""
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
+
+_INTEGERS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
+
+
+def _bits(tensor: Tensor) -> Tensor:
+    return tensor.view(_INTEGERS[tensor.element_size()])
+
+
+def chosen_entries(weight: Tensor, index: Tensor) -> Tensor:
+    """``W[j, index[j, s]]``, and zero in a slot without a connection."""
+    entries = _bits(weight).gather(1, index.clamp(min=0).long()).masked_fill_(index < 0, 0)
+    return entries.view(weight.dtype)
 
 
 def assign_entries(weight: Tensor, index: Tensor, values: Tensor) -> None:
-    """``W[j, index[j, s]] = values[j, s]``, for the backends that have no kernel of their own."""
-    row, slot = (index >= 0).nonzero(as_tuple=True)
-    weight[row, index[row, slot].long()] = values[row, slot]
+    """``W[j, index[j, s]] = values[j, s]``, without waiting for an accelerator."""
+    if index.numel() == 0:
+        return
+    weight, values = _bits(weight), _bits(values)
+    column, empty = index.long(), index < 0
+    if not index.is_cpu or bool(empty.any()):
+        # A slot without a connection repeats another one of its row; in a row without any, all
+        # write back what stands in column 0.
+        last, slot = column.max(1, keepdim=True)  # [d_out, 1]
+        repeated = torch.where(last < 0, weight[:, :1], values.gather(1, slot))
+        column = torch.where(empty, last.clamp(min=0), column)
+        values = torch.where(empty, repeated, values)
+    weight.scatter_(1, column, values)
+
+
+def patch_entries(weight: Tensor, index: Tensor, delta: Tensor, original: Tensor) -> None:
+    """``W[j, index[j, s]] = original[j, s] + delta[j, s]``, rounded once."""
+    dtype = torch.float64 if weight.dtype == torch.float64 else torch.float32
+    assign_entries(weight, index, (original.to(dtype) + delta.to(dtype)).to(weight.dtype))

@@ -15,7 +15,6 @@ from neuroada_kernels._registry import Backend, Implementation, register
 from neuroada_kernels.backends import _compiled
 from neuroada_kernels.backends._compiled import C, wide
 from neuroada_kernels.backends._dense import has_product
-from neuroada_kernels.backends._entries import assign_entries
 from neuroada_kernels.plan import make_plan
 
 _DTYPES = {torch.float32, torch.float64, torch.bfloat16, torch.float16}
@@ -103,7 +102,9 @@ register(
             "bypass_add": Implementation(_compiled.bypass_add, _unsupported),
             "bypass_backward": Implementation(_compiled.bypass_backward, _unsupported),
             "merge_": Implementation(_compiled.merge, _merge_unsupported),
-            "unmerge_": Implementation(assign_entries, _unsupported),
+            "unmerge_": Implementation(_compiled.restore, _merge_unsupported),
+            "gather": Implementation(_compiled.gather, _merge_unsupported),
+            "patch_": Implementation(_compiled.patch, _merge_unsupported),
         },
     )
 )

@@ -94,6 +94,8 @@ register(
             "bypass_backward": Implementation(_compiled.bypass_backward, _unsupported),
             "merge_": Implementation(_compiled.merge, _merge_unsupported),
             "unmerge_": Implementation(_compiled.restore, _merge_unsupported),
+            "gather": Implementation(_compiled.gather, _merge_unsupported),
+            "patch_": Implementation(_compiled.patch, _merge_unsupported),
         },
     )
 )

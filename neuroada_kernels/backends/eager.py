@@ -12,7 +12,7 @@ from torch import Tensor
 
 from neuroada_kernels._registry import Backend, Implementation, register
 from neuroada_kernels.backends._dense import add_dense, bias_for_bypass
-from neuroada_kernels.backends._entries import assign_entries
+from neuroada_kernels.backends._entries import assign_entries, chosen_entries, patch_entries
 
 #: Bytes of transposed blocks held at a time.
 _BLOCK_BYTES = 8 << 20
@@ -112,13 +112,8 @@ class _Slots:
 
 
 def _merge(weight: Tensor, index: Tensor, delta: Tensor) -> Tensor:
-    original = torch.zeros(index.shape, dtype=weight.dtype, device=weight.device)
-    row, slot = (index >= 0).nonzero(as_tuple=True)
-    column = index[row, slot].long()
-    original[row, slot] = weight[row, column]
-    dtype = torch.float64 if weight.dtype == torch.float64 else torch.float32
-    merged = original[row, slot].to(dtype) + delta[row, slot].to(dtype)
-    weight[row, column] = merged.to(weight.dtype)
+    original = chosen_entries(weight, index)
+    patch_entries(weight, index, delta, original)
     return original
 
 
@@ -143,6 +138,8 @@ register(
             "bypass_backward": Implementation(_bypass_backward, _serves_all),
             "merge_": Implementation(_merge, _serves_all),
             "unmerge_": Implementation(assign_entries, _serves_all),
+            "gather": Implementation(chosen_entries, _serves_all),
+            "patch_": Implementation(patch_entries, _serves_all),
         },
     )
 )

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from neuroada_kernels._registry import Backend, Implementation, register
 from neuroada_kernels.backends._dense import add_dense, bias_for_bypass
+from neuroada_kernels.backends._entries import chosen_entries
 from neuroada_kernels.plan import make_plan, plan_parts
 
 _DTYPES = {torch.float32, torch.float64, torch.bfloat16, torch.float16}
@@ -151,6 +152,10 @@ def _unmerge(weight: Tensor, index: Tensor, original: Tensor) -> None:
     _kernels().unmerge(weight, index.contiguous(), original.contiguous())
 
 
+def _patch(weight: Tensor, index: Tensor, delta: Tensor, original: Tensor) -> None:
+    _kernels().patch(weight, index.contiguous(), delta.contiguous(), original.contiguous())
+
+
 def _prefer_fused(inputs: Tensor, width: int, *, bias16: bool = False) -> bool:
     """Whether one kernel makes the ``[tokens, width]`` output, or torch's product onto a bypass."""
     configs = _kernels().configs
@@ -208,6 +213,8 @@ _OPS: dict[str, Callable[..., Any]] = {
     "bypass_backward": _bypass_backward,
     "merge_": _merge,
     "unmerge_": _unmerge,
+    "gather": chosen_entries,
+    "patch_": _patch,
 }
 
 register(

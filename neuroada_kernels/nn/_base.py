@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
 from typing import Any, TypeVar
 
@@ -10,7 +11,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
+from neuroada_kernels import ops
 from neuroada_kernels.nn._deferred import Deferred
+from neuroada_kernels.nn._strategy import check_known, check_strategy, refusal, why_not_resident
 from neuroada_kernels.plan import check_index, check_index_form
 from neuroada_kernels.selection import check_weight
 
@@ -39,6 +42,10 @@ class BypassLinear(nn.Module):
         Passed to :func:`neuroada_kernels.select`.
     delta_dtype : torch.dtype
         Dtype of ``delta``. It stays when the layer is cast by ``.to(dtype)`` or ``.half()``.
+    strategy : str
+        ``"bypass"`` adds the bypass beside the product and never writes ``weight``.
+        ``"resident"`` keeps ``round(W + delta)`` in it, see :attr:`strategy`. ``"auto"`` is
+        ``"resident"`` where that is allowed.
     device, dtype
         As in ``nn.Linear``.
 
@@ -56,6 +63,8 @@ class BypassLinear(nn.Module):
         Shape ``[out_features, k]``, zeros at first.
     original : Tensor or None
         Buffer, shape ``[out_features, k]``: while merged, the values that ``weight`` had.
+    strategy_reason : str or None
+        Why ``strategy="auto"`` came to ``"bypass"``.
     """
 
     weight: nn.Parameter
@@ -64,6 +73,8 @@ class BypassLinear(nn.Module):
     delta: nn.Parameter
     original: Tensor | None
     merged_index: Tensor | None
+    strategy_reason: str | None = None
+    _strategy = "bypass"
     _loading = False  # a state dict that was checked as a whole
     _deferred: Deferred | None = None  # while index and delta wait for the weight's values
 
@@ -79,14 +90,18 @@ class BypassLinear(nn.Module):
         generator: torch.Generator | None = None,
         neuron_fraction: float = 1.0,
         delta_dtype: torch.dtype = torch.float32,
+        strategy: str = "bypass",
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
         linear = nn.Linear(in_features, out_features, bias, device, dtype)
         choice = Deferred(k, selection, scores, generator, neuron_fraction)
-        self._adopt(linear, choice.index_for(linear.weight), delta_dtype)
+        index = choice.index_for(linear.weight)
+        check_strategy(strategy, linear.weight)
+        self._adopt(linear, index, delta_dtype)
         self._defer(choice)
+        self.strategy = strategy
 
     @classmethod
     def from_linear(
@@ -99,6 +114,7 @@ class BypassLinear(nn.Module):
         generator: torch.Generator | None = None,
         neuron_fraction: float = 1.0,
         delta_dtype: torch.dtype = torch.float32,
+        strategy: str = "bypass",
         index: Tensor | None = None,
     ) -> _Self:
         """The layer over the very tensors of ``linear``: shared, never copied, and frozen.
@@ -107,22 +123,24 @@ class BypassLinear(nn.Module):
         ----------
         linear : nn.Linear
             Its weight and bias stop requiring grad; nothing else of it changes.
-        k, selection, scores, generator, neuron_fraction, delta_dtype
-            As in the constructor.
+        k, selection, scores, generator, neuron_fraction, delta_dtype, strategy
+            As in the constructor. While ``"resident"``, ``linear`` computes with ``W + delta``
+            as well.
         index : Tensor, optional
             int32, shape ``[out_features, k]``: the connections, instead of selecting them.
 
         Raises
         ------
         TypeError, ValueError
-            If ``linear`` is no ``nn.Linear`` with a floating weight of its own, or an argument is
-            not as expected; then ``linear`` is unchanged.
+            If ``linear`` is no ``nn.Linear`` with a floating weight of its own, if its weight may
+            not be resident, or an argument is not as expected; then ``linear`` is unchanged.
         """
         if not isinstance(linear, nn.Linear):
             raise TypeError(f"linear: {type(linear).__name__}, expected torch.nn.Linear")
         if parametrize.is_parametrized(linear):
             raise ValueError("linear: has parametrizations, expected a weight of its own")
         check_weight(linear.weight, values=index is not None)
+        check_strategy(strategy, linear.weight)
         choice = Deferred(k, selection, scores, generator, neuron_fraction)
         if index is None:
             index = choice.index_for(linear.weight)
@@ -133,6 +151,7 @@ class BypassLinear(nn.Module):
         nn.Module.__init__(layer)
         layer._adopt(linear, index, delta_dtype)
         layer._defer(choice)
+        layer.strategy = strategy
         return layer
 
     def _adopt(self, linear: nn.Linear, index: Tensor, delta_dtype: torch.dtype) -> None:
@@ -149,7 +168,7 @@ class BypassLinear(nn.Module):
         self.register_buffer("index", index.contiguous())
         self.delta = nn.Parameter(torch.zeros(index.shape, dtype=delta_dtype, device=index.device))
         self.register_buffer("original", None)
-        # Where W was changed, whatever is written into index meanwhile.
+        # Where W was changed, merged or resident, whatever is written into index meanwhile.
         self.register_buffer("merged_index", None, persistent=False)
         self.train(linear.training)
 
@@ -165,17 +184,18 @@ class BypassLinear(nn.Module):
             return self._deferred.connections(self.out_features)
         return int((self.index >= 0).sum())
 
-    def select_connections(self) -> bool:
+    def select_connections(self, reason: str | None = None) -> bool:
         """Choose what waited for the weight's values; False where it still has none.
 
         A layer over a weight on the meta device has no connections until then. Where it has
-        them, nothing changes.
+        them, nothing changes. ``reason`` is one against the strategy ``"resident"``.
         """
-        if self._deferred is None:
+        deferred = self._deferred
+        if deferred is None:
             return True
         if self.weight.is_meta:
             return False
-        index = self._deferred.index_for(self.weight)
+        index = deferred.index_for(self.weight)
         self._deferred = None
         with torch.no_grad():
             if self.delta.is_meta:
@@ -183,12 +203,50 @@ class BypassLinear(nn.Module):
                 self.delta = nn.Parameter(delta, self.delta.requires_grad)
             self.delta.zero_()
         self.index = index
+        self._set_strategy(deferred.strategy, reason)
         return True
 
     @property
     def merged(self) -> bool:
         """Whether ``weight`` holds the bypass, so that the layer is a plain linear."""
         return self.original is not None
+
+    @property
+    def strategy(self) -> str:
+        """``"bypass"`` or ``"resident"``; setting ``"auto"`` decides between them.
+
+        While ``"resident"``, the storage of ``weight`` holds ``round(W + delta)``: the numbers of
+        mixed-precision training with ``delta`` as float32 master. Setting ``"bypass"`` restores W,
+        bit for bit.
+
+        Raises
+        ------
+        ValueError
+            On setting ``"resident"`` where it is refused, with the reason; nothing changes then.
+        """
+        return self._strategy
+
+    @strategy.setter
+    def strategy(self, strategy: str) -> None:
+        self._set_strategy(strategy)
+
+    def _set_strategy(self, strategy: str, reason: str | None = None) -> None:
+        """Set the strategy; ``reason`` is one against ``"resident"`` that only the caller sees."""
+        check_known(strategy)
+        if self._deferred is not None:
+            self._deferred = dataclasses.replace(self._deferred, strategy=strategy)
+            return
+        if strategy != "bypass" and reason is None:
+            reason = self._why_not_resident()
+        if strategy == "resident" and reason is not None:
+            raise ValueError(refusal(reason))
+        self.strategy_reason = reason if strategy == "auto" else None
+        if strategy == "bypass" or reason is not None:
+            self._leave_resident()
+            self._strategy = "bypass"
+        else:
+            self._strategy = "resident"
+            self._enter_resident()
 
     def merge(self) -> None:
         """Add ``delta`` into the chosen entries of ``weight``; the values they had are kept.
@@ -198,6 +256,7 @@ class BypassLinear(nn.Module):
         if not self.merged:
             self.check_selected()
             self._check_index(self.index)
+            self._leave_resident()
             with torch.no_grad():
                 self.merged_index = self.index.clone()
                 self.original = self._fold()
@@ -225,6 +284,8 @@ class BypassLinear(nn.Module):
             f"in_features={self.in_features}, out_features={self.out_features}, k={self.k}, "
             f"bias={self.bias is not None}, delta_dtype={str(self.delta.dtype).split('.')[-1]}"
             + (", merged" if self.merged else "")
+            + (f", strategy={self._strategy}" if self._strategy != "bypass" else "")
+            + (f", strategy=bypass since {self.strategy_reason}" if self.strategy_reason else "")
         )
 
     def _defer(self, choice: Deferred) -> None:
@@ -242,6 +303,35 @@ class BypassLinear(nn.Module):
 
     def _bypass_forward(self, x: Tensor) -> Tensor:
         raise NotImplementedError
+
+    def _why_not_resident(self) -> str | None:
+        return why_not_resident(self.weight)
+
+    def base_entries(self) -> Tensor:
+        """What W has at the chosen entries without the bypass, shape ``[out_features, k]``."""
+        return ops.gather(self.weight, self.index) if self.original is None else self.original
+
+    def base_weight(self) -> Tensor:
+        """W as it is without the bypass, shape ``[out_features, in_features]``.
+
+        The weight itself, or a copy of it where it holds ``W + delta`` by now.
+        """
+        if self.original is None or self.merged_index is None:
+            return self.weight.detach()
+        return self._restored(self.merged_index, self.original)
+
+    def _restored(self, index: Tensor, original: Tensor) -> Tensor:
+        """A copy of the weight with other values at the entries ``index``."""
+        with torch.no_grad():
+            weight = self.weight.detach().clone()
+            ops.unmerge_(weight, index, original)
+        return weight
+
+    def _enter_resident(self) -> None:
+        """Write ``W + delta`` into the weight, where the layer does so while it trains."""
+
+    def _leave_resident(self) -> None:
+        """Restore W."""
 
     def _fold(self) -> Tensor:
         raise NotImplementedError

@@ -12,13 +12,14 @@ from neuroada_kernels.selection import check_arguments, drawn_count, select
 
 @dataclass(frozen=True)
 class Deferred:
-    """The arguments of :func:`neuroada_kernels.select`, but for the weight."""
+    """The arguments of :func:`neuroada_kernels.select` but for the weight, and the strategy."""
 
     k: int
     method: str
     scores: Tensor | None
     generator: torch.Generator | None
     neuron_fraction: float
+    strategy: str = "bypass"
 
     def index_for(self, weight: Tensor) -> Tensor:
         """The index, int32 ``[d_out, k]``: without values where ``weight`` has none.

@@ -10,10 +10,11 @@ from torch import Tensor, nn
 
 from neuroada_kernels import functional, ops
 from neuroada_kernels.nn._base import BypassLinear
+from neuroada_kernels.nn._resident import ResidentLinear
 from neuroada_kernels.plan import make_plan
 
 
-class NeuroAdaLinear(BypassLinear):
+class NeuroAdaLinear(ResidentLinear):
     __doc__ = BypassLinear.__doc__
 
     plan: Tensor  # of the index, for the backward; see neuroada_kernels.plan
@@ -33,6 +34,7 @@ class NeuroAdaLinear(BypassLinear):
     def _replan(self) -> None:
         """Check and plan an index that was replaced, written in place, copied or moved."""
         if not self.index.is_meta:
+            self._leave_resident()
             self._check_index(self.index)
             self._make_plan()
 
@@ -40,8 +42,13 @@ class NeuroAdaLinear(BypassLinear):
         buffers, parameters = self._buffers, self._parameters
         index = buffers["index"]
         assert index is not None
-        if not torch.compiler.is_compiling() and _identity(index) != self._planned:
-            self._replan()
+        if not torch.compiler.is_compiling():
+            if _identity(index) != self._planned:
+                self._replan()
+            if self._strategy == "resident" and buffers["base_values"] is None:
+                self._resume()
+        if buffers["base_values"] is not None:
+            return self._resident_forward(x)
         return functional.apply_linear(
             x, self.weight, index, self.delta, parameters["bias"], buffers["plan"]
         )
@@ -53,7 +60,7 @@ class NeuroAdaLinear(BypassLinear):
         ops.unmerge_(self.weight, index, original)
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        super().__setstate__(state)  # type: ignore[no-untyped-call]
+        super().__setstate__(state)
         self._planned = None
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:

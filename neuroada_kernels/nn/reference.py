@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from neuroada_kernels import functional, reference
@@ -11,8 +12,13 @@ from neuroada_kernels.nn._base import BypassLinear
 
 class ReferenceNeuroAdaLinear(BypassLinear):
     __doc__ = BypassLinear.__doc__
+    # ``strategy="resident"`` has its arithmetic here, and not its storage: the weight that rounds
+    # to W + delta is built in every forward, and W stays as it is.
 
     def _bypass_forward(self, x: Tensor) -> Tensor:
+        if self.strategy == "resident":
+            weight = reference.merged_weight(self.weight, self.index, self.delta)
+            return F.linear(x, weight, self.bias)
         autocast = functional.autocast_dtype(x)
         x = x if autocast is None else x.to(autocast)
         return reference.neuroada_linear(x, self.weight, self.index, self.delta, self.bias)

@@ -5,6 +5,15 @@ An op asks :mod:`neuroada_kernels._registry` who serves it; it never imports a b
 
 from neuroada_kernels.ops.bypass_add import bypass_add
 from neuroada_kernels.ops.linear import linear
-from neuroada_kernels.ops.merge import merge_, unmerge_
+from neuroada_kernels.ops.merge import gather, merge_, patch_, unmerge_
+from neuroada_kernels.ops.resident import resident_linear
 
-__all__ = ["bypass_add", "linear", "merge_", "unmerge_"]
+__all__ = [
+    "bypass_add",
+    "gather",
+    "linear",
+    "merge_",
+    "patch_",
+    "resident_linear",
+    "unmerge_",
+]

@@ -1,9 +1,12 @@
-"""``neuroada::merge_`` and ``neuroada::unmerge_``: the bypass folded into W, and out of it again.
+"""The chosen entries of W: ``neuroada::merge_``, ``unmerge_``, ``gather`` and ``patch_``.
 
-    merge:   original[j, s] = W[j, index[j, s]], then W[j, index[j, s]] += delta[j, s]
-    unmerge: W[j, index[j, s]] = original[j, s]
+    merge_:   original[j, s] = W[j, index[j, s]], then W[j, index[j, s]] += delta[j, s]
+    unmerge_: W[j, index[j, s]] = original[j, s]
+    gather:   original[j, s] = W[j, index[j, s]]
+    patch_:   W[j, index[j, s]] = original[j, s] + delta[j, s]
 
-Both touch the chosen entries alone, so merging costs no copy of W and unmerging is exact.
+None touches another entry, so merging costs no copy of W. Sums are rounded once. ``unmerge_`` and
+``patch_`` assign: repeated, they change nothing, and what ``patch_`` writes never adds up.
 """
 
 from __future__ import annotations
@@ -12,7 +15,7 @@ import torch
 from torch import Tensor
 
 from neuroada_kernels import _registry
-from neuroada_kernels.ops._library import define
+from neuroada_kernels.ops._library import define, is_plain_eager
 
 
 def merge_(weight: Tensor, index: Tensor, delta: Tensor) -> Tensor:
@@ -23,6 +26,18 @@ def merge_(weight: Tensor, index: Tensor, delta: Tensor) -> Tensor:
 def unmerge_(weight: Tensor, index: Tensor, original: Tensor) -> None:
     """Write ``original [d_out, k]`` back into ``weight``, bit for bit."""
     torch.ops.neuroada.unmerge_.default(weight, index, original)
+
+
+def gather(weight: Tensor, index: Tensor) -> Tensor:
+    """The chosen entries of ``weight``, ``[d_out, k]``; zero in a slot without a connection."""
+    return torch.ops.neuroada.gather.default(weight, index)  # type: ignore[no-any-return]
+
+
+def patch_(weight: Tensor, index: Tensor, delta: Tensor, original: Tensor) -> None:
+    """Write ``original + delta``, each ``[d_out, k]``, into ``weight`` in place."""
+    if is_plain_eager(weight):
+        return _patch(weight, index, delta.detach(), original)
+    torch.ops.neuroada.patch_.default(weight, index, delta, original)
 
 
 def _merge(weight: Tensor, index: Tensor, delta: Tensor) -> Tensor:
@@ -39,13 +54,30 @@ def _unmerge(weight: Tensor, index: Tensor, original: Tensor) -> None:
     torch.autograd.graph.increment_version(weight)
 
 
-def _fake_merge(weight: Tensor, index: Tensor, delta: Tensor) -> Tensor:
+def _gather(weight: Tensor, index: Tensor) -> Tensor:
+    original: Tensor = _registry.resolve("gather", weight, index)(weight, index)
+    return original
+
+
+def _patch(weight: Tensor, index: Tensor, delta: Tensor, original: Tensor) -> None:
+    run = _registry.resolve("patch_", weight, index, delta, original)
+    run(weight, index, delta, original)
+    torch.autograd.graph.increment_version(weight)
+
+
+def _fake_entries(weight: Tensor, index: Tensor, *delta: Tensor) -> Tensor:
     return weight.new_empty(index.shape)
 
 
-def _fake_unmerge(weight: Tensor, index: Tensor, original: Tensor) -> None:
+def _fake_write(weight: Tensor, *rest: Tensor) -> None:
     return None
 
 
-define("merge_(Tensor(a!) weight, Tensor index, Tensor delta) -> Tensor", _merge, _fake_merge)
-define("unmerge_(Tensor(a!) weight, Tensor index, Tensor original) -> ()", _unmerge, _fake_unmerge)
+define("merge_(Tensor(a!) weight, Tensor index, Tensor delta) -> Tensor", _merge, _fake_entries)
+define("unmerge_(Tensor(a!) weight, Tensor index, Tensor original) -> ()", _unmerge, _fake_write)
+define("gather(Tensor weight, Tensor index) -> Tensor", _gather, _fake_entries)
+define(
+    "patch_(Tensor(a!) weight, Tensor index, Tensor delta, Tensor original) -> ()",
+    _patch,
+    _fake_write,
+)

@@ -38,7 +38,8 @@ def host(over: float) -> HostCost:
 
 
 def limits(against: str, dtype: str = "float32") -> dict[str, float]:
-    return {bar.case: bar.limit for bar in BARS if (bar.against, bar.dtype) == (against, dtype)}
+    chosen = [bar for bar in BARS if bar.candidate is None]
+    return {bar.case: bar.limit for bar in chosen if (bar.against, bar.dtype) == (against, dtype)}
 
 
 @pytest.mark.parametrize(
@@ -60,6 +61,30 @@ def test_bars_at_16_tokens_and_over_the_other_methods(dtype: str) -> None:
     assert limits("lora-r8", dtype) == dict.fromkeys(small, 1.0)
 
 
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_bars_of_resident_over_frozen(dtype: str) -> None:
+    bars = [bar for bar in BARS if bar.candidate == "resident" and bar.dtype == dtype]
+    assert {bar.case: bar.limit for bar in bars} == {
+        "T512-2048to2048-k1": 1.03,
+        "T512-2048to2048-k8": 1.05,
+        "T512-2048to2048-k20": 1.08,
+    }
+    assert {bar.against for bar in bars} == {"frozen"}
+
+
+def test_the_candidate_that_a_bar_names_is_judged() -> None:
+    rows = [
+        measured("frozen", (100,) * 3),
+        measured("neuroada-cpu", (90,) * 3, automatic=True),
+        measured("resident", (104,) * 3),
+    ]
+    (verdict,) = judge(rows, None, [Bar(1.03, "frozen", CASE.name, candidate="resident")])
+    assert verdict.value == 1.04
+    assert verdict.outcome == "missed"
+    (verdict,) = judge(rows[:2], None, [Bar(1.03, "frozen", CASE.name, candidate="resident")])
+    assert verdict.outcome == "not measured"
+
+
 def test_the_bar_of_the_host_cost() -> None:
     assert [bar.limit for bar in BARS if bar.against == HOST] == [25.0]
 
@@ -69,6 +94,7 @@ def test_every_bar_says_what_it_means() -> None:
     assert len(set(meanings)) == len(meanings)
     assert "T512-2048to2048-k8 float32: at most 1.08 of frozen" in meanings
     assert "T512-2048to2048-k8 float32: at most 0.667 of materialised" in meanings
+    assert "T512-2048to2048-k8 float32: resident at most 1.05 of frozen" in meanings
 
 
 @pytest.mark.parametrize(
@@ -126,7 +152,7 @@ def test_the_exit_status_is_1_where_a_bar_is_missed_or_none_was_judged(values, e
 def test_a_full_run_leaves_no_bar_unjudged() -> None:
     rows = []
     for case, dtype in itertools.product(BENCH_CASES, ("float32", "bfloat16")):
-        for name in ("frozen", "materialised", "lora-r8", "neuroada-cpu"):
+        for name in ("frozen", "materialised", "lora-r8", "neuroada-cpu", "resident"):
             row = measured(name, (100,) * 3, automatic=name == "neuroada-cpu", case=case)
             rows.append(Measurement(**{**vars(row), "dtype": dtype}))
     assert "not measured" not in {verdict.outcome for verdict in judge(rows, host(1))}

@@ -150,6 +150,20 @@ def test_a_named_backend_serves_forward_and_backward(monkeypatch: pytest.MonkeyP
     assert calls == ["linear", "linear_backward"]
 
 
+def test_resident_pays_for_patching_in_every_step_and_leaves_the_inputs_alone(monkeypatch) -> None:
+    patched, plain = [], nk.ops.patch_
+    monkeypatch.setattr(nk.ops, "patch_", lambda *given: patched.append(plain(*given)))
+    inputs = bench_inputs(CASE, torch.float32)
+    weight = inputs.weight.clone()
+    run = Run(table()["resident"], inputs)
+    for steps in (1, 2, 3):
+        patched.clear()
+        for _ in range(steps):
+            run.backward(run.forward())
+        assert len(patched) == steps
+    assert inputs.weight.equal(weight)
+
+
 def test_automatic_is_the_backend_of_highest_priority() -> None:
     inputs = bench_inputs(CASE, torch.float32)
     best = "cpu" if nk.available_backends()["cpu"] is None else "eager"

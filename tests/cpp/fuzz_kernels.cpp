@@ -5,6 +5,7 @@
 #include <csignal>
 #include <cstdlib>
 
+#include "merge_checks.h"
 #include "plan_checks.h"
 #include "run_cpu.h"
 
@@ -67,6 +68,9 @@ void fuzz_kernels(const Case& c, Random& random) {
     const Outputs<T> outputs = run(problem, kernels, in_turn(threads));
     if (c.values == Values::grid) {
       check_outputs(outputs, reference(problem), where);
+      check_patched(problem, where, [&](const Problem<T>& p, MergeMode mode, Matrix<T>& weight, Matrix<T>& original) {
+        run_mode(p, mode, weight, original, kernels, in_turn(threads));
+      });
     } else {
       CHECK(outputs.same_bits(run(problem, kernels, in_turn(1))), where + ": not the bits of one thread");
     }

@@ -9,6 +9,14 @@
 namespace neuroada::testing {
 
 template <class T>
+void run_mode(const Problem<T>& p, MergeMode mode, Matrix<T>& weight, Matrix<T>& original, const cpu::Kernels& kernels,
+              const cpu::Executor& executor) {
+  kernels.merge({dtype_of<T>(), mode, p.shape.d_out, p.shape.k, weight.data(), weight.stride(), p.index.data(),
+                 p.delta.data(), original.data()},
+                executor);
+}
+
+template <class T>
 Outputs<T> run(const Problem<T>& p, const cpu::Kernels& kernels, const cpu::Executor& executor) {
   const Case& c = p.shape;
   const DType dtype = dtype_of<T>();
@@ -37,9 +45,7 @@ Outputs<T> run(const Problem<T>& p, const cpu::Kernels& kernels, const cpu::Exec
   kernels.sddmm({dtype, c.tokens, c.d_in, c.d_out, c.k, p.grad.data(), p.grad.stride(), p.x.data(), p.x.stride(),
                  p.index.data(), r.grad_delta.data()},
                 executor);
-  kernels.merge(
-      {dtype, c.d_out, c.k, r.weight.data(), r.weight.stride(), p.index.data(), p.delta.data(), r.original.data()},
-      executor);
+  run_mode(p, MergeMode::merge, r.weight, r.original, kernels, executor);
   return r;
 }
 

@@ -1,11 +1,11 @@
-// Gather, patch and restore: what they write, that patching twice changes nothing, and that restoring
-// brings back every bit; and the rounding of the kernels, which merge applies to one value.
+// The four modes of the kernel on the chosen entries of W; columns out of range; and the rounding of the
+// kernels, which patch applies to one value.
+#include "merge_checks.h"
 #include "run_cuda.h"
 #include "values16.h"
 
 using namespace neuroada;
 using namespace neuroada::testing;
-using cuda::MergeMode;
 
 namespace {
 
@@ -14,54 +14,6 @@ constexpr cuda::Device kDevice{64 << 10, 2, 64, 1 << 20};
 template <class T>
 void run_mode(const Problem<T>& p, MergeMode mode, Matrix<T>& weight, Matrix<T>& original) {
   cuda::merge(merge_problem(p, mode, weight, original), kDevice, nullptr);
-}
-
-// Every bit pattern that a float32 or its half may hold, NaN payloads and negative zeros among them.
-template <class T>
-void fill_with_any_bits(Matrix<T>& matrix, Random& random) {
-  for (int64_t row = 0; row < matrix.rows(); ++row) {
-    for (int64_t column = 0; column < matrix.columns(); ++column) {
-      const uint64_t bits = random.next();
-      std::memcpy(&matrix(row, column), &bits, sizeof(T));
-    }
-  }
-}
-
-template <class T>
-void patched_weights_are_original_plus_delta(const Case& c) {
-  Random random(1);
-  const Problem<T> problem(c, random);
-  const std::string where = std::string(dtype_name<T>()) + ", " + c.name();
-  const Outputs<double> expected = reference(problem);
-  Matrix<T> weight = problem.weight, original(c.d_out, c.k, 0, c.lead);
-
-  run_mode(problem, MergeMode::gather, weight, original);
-  check_rounded(original, expected.original, where + ": gathered");
-  CHECK(weight.same_bits(problem.weight), where + ": gathering changed the weight");
-
-  for (const char* turn : {"patched", "patched again"}) {
-    const Matrix<T> kept = original;
-    run_mode(problem, MergeMode::patch, weight, original);
-    check_rounded(weight, expected.weight, where + ": " + turn);
-    CHECK(original.same_bits(kept), where + ": patching changed the originals");
-  }
-  run_mode(problem, MergeMode::restore, weight, original);
-  CHECK(weight.same_bits(problem.weight), where + ": restoring does not bring back the weight");
-}
-
-template <class T>
-void restoring_is_exact_to_the_bit(const Case& c) {
-  Random random(2);
-  Problem<T> problem(c, random);
-  fill_with_any_bits(problem.weight, random);
-  const std::string where = std::string(dtype_name<T>()) + ", any bits, " + c.name();
-  for (MergeMode first : {MergeMode::gather, MergeMode::merge}) {
-    Matrix<T> weight = problem.weight, original(c.d_out, c.k, 0, c.lead);
-    run_mode(problem, first, weight, original);
-    run_mode(problem, MergeMode::patch, weight, original);
-    run_mode(problem, MergeMode::restore, weight, original);
-    CHECK(weight.same_bits(problem.weight), where + ": restoring changes bits");
-  }
 }
 
 // A column that is out of range is a slot without a connection: nothing is read or written through it.
@@ -124,12 +76,7 @@ void patch_rounds_to_nearest_even() {
 int main() {
   each_cuda_dtype([](auto element) {
     using T = decltype(element);
-    for (const Case& c : {Case{1, 13, 40, 3, IndexKind::ragged, false, Base::none, 3, Values::grid, 1},
-                          Case{1, 64, 33, 8}, Case{1, 5, 70, 5, IndexKind::one_column, false, Base::none, 1},
-                          Case{1, 21, 31, 2, IndexKind::empty_rows}, Case{1, 7, 0, 3}, Case{1, 7, 3, 0}}) {
-      patched_weights_are_original_plus_delta<T>(c);
-      restoring_is_exact_to_the_bit<T>(c);
-    }
+    check_merge_modes<T>(dtype_name<T>(), &run_mode<T>);
     columns_out_of_range_are_no_connections<T>();
     if constexpr (sizeof(T) == 2) patch_rounds_to_nearest_even<T>();
   });

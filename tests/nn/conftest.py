@@ -13,7 +13,21 @@ def _seed() -> None:
     torch.manual_seed(0)
 
 
-@pytest.fixture(params=[NeuroAdaLinear, ReferenceNeuroAdaLinear], ids=lambda t: t.__name__)
+class ResidentNeuroAdaLinear(NeuroAdaLinear):
+    """One that is resident where it may be, unless it is told otherwise."""
+
+    def __init__(self, *args, strategy="auto", **options):
+        super().__init__(*args, strategy=strategy, **options)
+
+    @classmethod
+    def from_linear(cls, *args, strategy="auto", **options):
+        return super().from_linear(*args, strategy=strategy, **options)
+
+
+@pytest.fixture(
+    params=[NeuroAdaLinear, ResidentNeuroAdaLinear, ReferenceNeuroAdaLinear],
+    ids=lambda t: t.__name__,
+)
 def layer_type(request):
     return request.param
 

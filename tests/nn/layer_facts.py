@@ -7,8 +7,9 @@ from torch import Tensor
 
 
 def effective_weight(layer) -> Tensor:
-    """``W[j, index[j, s]] + delta[j, s]`` in float64, entry by entry."""
-    weight = layer.weight.detach().double().clone()
+    """``W[j, index[j, s]] + delta[j, s]`` in float64, entry by entry; W as the layer saves it."""
+    assert not layer.merged
+    weight = layer.state_dict()["weight"].double().clone()
     for j, columns in enumerate(layer.index.tolist()):
         for s, column in enumerate(columns):
             if column >= 0:

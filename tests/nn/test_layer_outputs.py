@@ -160,9 +160,10 @@ def test_one_layer_loads_from_the_other_and_agrees(layer_type, dtype, neuron_fra
 def test_repr_says_what_the_layer_is(layer_type):
     layer = layer_type(24, 16, 3, bias=False, delta_dtype=torch.bfloat16)
     text = "in_features=24, out_features=16, k=3, bias=False, delta_dtype=bfloat16"
-    assert repr(layer) == f"{layer_type.__name__}({text})"
+    strategy = ", strategy=resident" if layer.strategy == "resident" else ""
+    assert repr(layer) == f"{layer_type.__name__}({text}{strategy})"
     layer.merge()
-    assert repr(layer) == f"{layer_type.__name__}({text}, merged)"
+    assert repr(layer) == f"{layer_type.__name__}({text}, merged{strategy})"
 
 
 @pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])

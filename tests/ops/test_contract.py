@@ -103,6 +103,8 @@ def test_merging_and_unmerging(dtype, backend, device):
     opcheck(NEUROADA.merge_.default, a["weight"].clone(), a["index"], a["delta"])
     original = NEUROADA.merge_(a["weight"].clone(), a["index"], a["delta"])
     opcheck(NEUROADA.unmerge_.default, a["weight"].clone(), a["index"], original)
+    opcheck(NEUROADA.gather.default, a["weight"], a["index"])
+    opcheck(NEUROADA.patch_.default, a["weight"].clone(), a["index"], a["delta"], original)
 
 
 def test_a_fake_says_what_the_real_ops_return(dtype, backend, device):
@@ -112,6 +114,7 @@ def test_a_fake_says_what_the_real_ops_return(dtype, backend, device):
         NEUROADA.linear: (a["x"], a["weight"], *shared, a["bias"], a["plan"]),
         NEUROADA.bypass_add: (a["y"], a["x"], *shared, a["plan"]),
         NEUROADA.merge_: (a["weight"].clone(), *shared),
+        NEUROADA.gather: (a["weight"], a["index"]),
     } | {
         op: (*first, *shared, a["plan"], mask)
         for mask in MASKS[:1]

@@ -78,7 +78,9 @@ def touch_everything(case: Case, dtype: torch.dtype, place: Place) -> None:
         kernels.linear_fwd(inputs.x, weight, x_t, index, delta, inputs.bias, y, config)
         rest = (parts.column_start, parts.entry, delta, grad_x, config)
         kernels.linear_bwd_input(inputs.grad_output, weight, grad_t, *rest)
-    kernels.unmerge(weight, index, place(kernels.merge(weight, index, delta)))
+    original = place(kernels.merge(weight, index, delta))
+    kernels.patch(weight, index, delta, original)
+    kernels.unmerge(weight, index, original)
 
 
 def follow_plans_of_other_indices(place: Place) -> None:
@@ -191,6 +193,8 @@ def results_of(inputs: Inputs, move: dict[str, Place]) -> dict[str, Tensor]:
     made["linear_bwd_input"] = dx.clone()
     made["merge"] = kernels.merge(weight, index, delta)
     made["merged"] = weight.clone()
+    kernels.patch(weight, index, -delta, made["merge"])
+    made["patched"] = weight.clone()
     kernels.unmerge(weight, index, made["merge"])
     made["unmerged"] = weight.clone()
     return made

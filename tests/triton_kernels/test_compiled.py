@@ -58,6 +58,7 @@ def compiled(arch: int, dtype: torch.dtype, tokens: int) -> dict[str, Compiled]:
             grad, weight, grad_t, plan.column_start, plan.entry, delta, x, gemm
         )
         original = kernels.merge(weight, index, delta)
+        kernels.patch(weight, index, delta, original)
         kernels.unmerge(weight, index, original)
     return {kernel.name: kernel for kernel in found}
 
@@ -186,7 +187,9 @@ def test_sizes_and_strides_of_one_compile(dtype, sizes):
                 kernels.linear_bwd_input(grad, weight, *rest)
         if dtype != torch.float64:
             kernels.linear_fwd(x, weight, x_t, index, delta, bias, grad)
-        kernels.unmerge(weight, index, kernels.merge(weight, index, delta))
+        original = kernels.merge(weight, index, delta)
+        kernels.patch(weight, index, delta, original)
+        kernels.unmerge(weight, index, original)
     assert {kernel.name for kernel in found} >= {"sddmm_kernel", "bypass_bwd_input_kernel"}
 
 

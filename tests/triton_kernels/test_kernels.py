@@ -308,6 +308,7 @@ def test_columns_out_of_range_and_empty_slots_read_nothing():
     weight = torch.zeros(24, 16, device=DEVICE)
     original = kernels.merge(weight, inputs.index, inputs.delta)
     assert not original.any()
+    kernels.patch(weight, inputs.index, inputs.delta, original)
     assert weight.isfinite().all()
 
 
@@ -319,6 +320,9 @@ def test_merge_is_rounded_once_and_taken_back_bit_for_bit(layout, dtype):
     before = weight.clone()
     original = kernels.merge(weight, inputs.index, inputs.delta)
     assert weight.equal(nk.reference.merged_weight(before, inputs.index, inputs.delta))
+    for delta in (-inputs.delta, inputs.delta, inputs.delta):
+        kernels.patch(weight, inputs.index, delta, original)
+        assert weight.equal(nk.reference.merged_weight(before, inputs.index, delta))
     kernels.unmerge(weight, inputs.index, original)
     assert weight.equal(before)
 

@@ -13,13 +13,12 @@ void define_ops(Library& m) {
   m.def("bypass_bwd_input(Tensor grad, Tensor plan, Tensor delta, Tensor(a!) out) -> ()");
   m.def("sddmm(Tensor grad, Tensor x, Tensor index) -> Tensor");
   m.def("merge(Tensor(a!) weight, Tensor index, Tensor delta) -> Tensor");
-  // The two below have a kernel on the CPU alone.
-  m.def("linear_fwd(Tensor x, Tensor weight, Tensor index, Tensor delta, Tensor? bias) -> Tensor");
-  m.def("linear_bwd_input(Tensor grad, Tensor weight, Tensor plan, Tensor delta) -> Tensor");
-  // The three below have a kernel on CUDA alone.
   m.def("gather(Tensor weight, Tensor index) -> Tensor");
   m.def("patch(Tensor(a!) weight, Tensor index, Tensor delta, Tensor original) -> ()");
   m.def("restore(Tensor(a!) weight, Tensor index, Tensor original) -> ()");
+  // The two below have a kernel on the CPU alone.
+  m.def("linear_fwd(Tensor x, Tensor weight, Tensor index, Tensor delta, Tensor? bias) -> Tensor");
+  m.def("linear_bwd_input(Tensor grad, Tensor weight, Tensor plan, Tensor delta) -> Tensor");
 }
 
 }  // namespace neuroada

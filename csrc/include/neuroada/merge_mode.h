@@ -1,0 +1,16 @@
+// What is done with the chosen entries of W; each mode touches no other entry.
+#pragma once
+
+#include <cstdint>
+
+namespace neuroada {
+
+// Patch and restore assign, so that repeating them changes nothing.
+enum class MergeMode : uint8_t {
+  merge,    // original[j, s] = weight[j, index[j, s]], then weight[j, index[j, s]] += delta[j, s]
+  gather,   // original[j, s] = weight[j, index[j, s]]
+  patch,    // weight[j, index[j, s]] = original[j, s] + delta[j, s]
+  restore,  // weight[j, index[j, s]] = original[j, s]
+};
+
+}  // namespace neuroada

@@ -1,0 +1,249 @@
+"""The strategy ``resident``: while it is on, the storage of W holds ``round(W + delta)``.
+
+``base_values`` keeps what W itself has at the chosen entries. It is there exactly while W is
+patched. Patching and restoring both assign, from these kept values alone, so that doing either
+again, at any time, changes nothing.
+
+Python code cannot run before a compiled forward, nor before the replay of a CUDA graph, to see
+whether ``delta`` has changed: there W is patched in every forward.
+"""
+
+from __future__ import annotations
+
+import functools
+import sys
+import warnings
+import weakref
+from collections.abc import Callable
+from typing import Any, cast
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.optim.optimizer import register_optimizer_step_post_hook
+
+from neuroada_kernels import functional, ops, reference
+from neuroada_kernels.nn._base import BypassLinear
+from neuroada_kernels.nn._strategy import refusal, why_not_resident
+
+#: The layers that are or were resident, copies among them.
+_layers: weakref.WeakSet[ResidentLinear] = weakref.WeakSet()
+
+
+@functools.cache
+def _follow_optimizers() -> None:
+    """Raise the version of every delta that an optimiser steps, for it may not do so itself.
+
+    Torch's own fused ones do not, nor do those that write through ``.data`` or a pointer.
+    """
+    register_optimizer_step_post_hook(_raise_versions)
+
+
+def _raise_versions(optimizer: torch.optim.Optimizer, *_: Any) -> None:
+    stepped = {id(p) for group in optimizer.param_groups for p in group["params"]}
+    for layer in list(_layers):
+        if layer.base_values is not None and id(layer.delta) in stepped:
+            torch.autograd.graph.increment_version(layer.delta)
+
+
+class _Seen:
+    """A tensor as it was when it was last looked at."""
+
+    __slots__ = ("address", "tensor", "version")
+
+    def __init__(self, tensor: Tensor) -> None:
+        self.tensor = weakref.ref(tensor)
+        self.address = tensor.data_ptr()
+        self.version = None if tensor.is_inference() else tensor._version
+
+    def is_still(self, tensor: Tensor) -> bool:
+        return (
+            self.tensor() is tensor
+            and not tensor.is_inference()  # which counts no versions
+            and self.version == tensor._version
+            and self.address == tensor.data_ptr()
+        )
+
+
+class ResidentLinear(BypassLinear):
+    """A layer that can keep ``round(W + delta)`` in its weight.
+
+    Attributes
+    ----------
+    base_values : Tensor or None
+        Buffer, not saved, shape ``[out_features, k]``: while resident, the values that ``weight``
+        has without the bypass.
+    """
+
+    base_values: Tensor | None
+    _seen: tuple[_Seen, _Seen] | None = None  # delta and weight when W was last patched
+    _owner: int | None = None  # whose W it is to restore: no shallow copy's
+    _in_graph = False  # a CUDA graph may change delta without raising its version
+
+    def _adopt(self, linear: nn.Linear, index: Tensor, delta_dtype: torch.dtype) -> None:
+        super()._adopt(linear, index, delta_dtype)
+        self.register_buffer("base_values", None, persistent=False)
+
+    def _why_not_resident(self) -> str | None:
+        reason = super()._why_not_resident()
+        if reason is not None:
+            return reason
+        address = self.weight.data_ptr()
+        for other in list(_layers):
+            held = other.base_values is not None and other.weight.data_ptr() == address
+            if held and other is not self:
+                return "another adapter is resident in this weight"
+        return None
+
+    def _enter_resident(self) -> None:
+        if self.base_values is not None or self.merged:
+            return
+        self._check_index(self.index)
+        self._owner = id(self)
+        _follow_optimizers()
+        _layers.add(self)
+        with torch.inference_mode(False), torch.no_grad():
+            self.merged_index = self.index.clone()
+            # Kept before anything is written: nothing is lost to an interrupt in between.
+            self.base_values = ops.gather(self.weight, self.merged_index)
+        self._seen = None
+        self._patch(self.weight, self.delta)
+
+    def _leave_resident(self) -> None:
+        if self.base_values is None or self.merged_index is None:
+            return
+        with torch.no_grad():
+            ops.unmerge_(self.weight, self.merged_index, self.base_values)
+        self.base_values = self.merged_index = self._seen = None
+
+    def _resume(self) -> None:
+        """Enter again after what has left it for a while: merging, loading, moving."""
+        if self._strategy != "resident" or self.weight.is_meta or functional.is_transformed():
+            return
+        reason = self._why_not_resident()
+        if reason is None:
+            return self._enter_resident()
+        warnings.warn(f"{refusal(reason)}; it is 'bypass' from now on", stacklevel=4)
+        self._strategy, self.strategy_reason = "bypass", reason
+
+    def _resident_forward(self, x: Tensor) -> Tensor:
+        # Module.__getattr__ would cost more than the checks.
+        buffers, parameters = self._buffers, self._parameters
+        index, bias = cast(Tensor, buffers["index"]), parameters["bias"]
+        weight, delta = cast(Tensor, parameters["weight"]), cast(Tensor, parameters["delta"])
+        if functional.is_transformed():
+            return F.linear(x, reference.merged_weight(self.base_weight(), index, delta), bias)
+        if torch.compiler.is_compiling():
+            self._write(weight, delta)
+        elif not self._is_patched(weight, delta):
+            self._patch(weight, delta)
+        return functional.apply_resident(x, weight, index, delta, bias)
+
+    def _is_patched(self, weight: Tensor, delta: Tensor) -> bool:
+        if self._seen is None or self._in_graph:
+            return False
+        return self._seen[0].is_still(delta) and self._seen[1].is_still(weight)
+
+    def _write(self, weight: Tensor, delta: Tensor) -> None:
+        buffers = self._buffers
+        index, base_values = buffers["merged_index"], buffers["base_values"]
+        assert index is not None
+        assert base_values is not None
+        ops.patch_(weight, index, delta, base_values)
+
+    def _patch(self, weight: Tensor, delta: Tensor) -> None:
+        """Write ``W + delta``, after which a backward that is still to come sees another W.
+
+        Where ``delta`` has not changed, it sees the same, and need not be told.
+        """
+        changed = True
+        if self._seen is not None:
+            changed = not self._seen[0].is_still(delta)
+            self._check_weight(weight, self._seen[1], changed)
+        if weight.is_cuda and torch.cuda.is_current_stream_capturing():
+            self._in_graph = True
+        self._write(weight if changed else weight.data, delta)
+        self._seen = _Seen(delta), _Seen(weight)
+
+    def _check_weight(self, weight: Tensor, seen: _Seen, delta_changed: bool) -> None:
+        """Refuse where somebody else wrote the entries that are the layer's for now."""
+        if seen.tensor() is not weight:
+            raise RuntimeError(
+                "weight: is another one than that which holds W + delta, expected strategy "
+                "'bypass' where the weight is replaced"
+            )
+        if delta_changed or seen.is_still(weight):
+            return  # with another delta, what is there cannot be told from what should be
+        assert self.merged_index is not None
+        held = ops.gather(weight, self.merged_index)
+        expected = self._patched_values()
+        if not bool((held.eq(expected) | (held.isnan() & expected.isnan())).all()):
+            raise RuntimeError(
+                "weight: chosen entries were written while they hold W + delta, expected strategy "
+                "'bypass' where the weight is written"
+            )
+
+    def _patched_values(self) -> Tensor:
+        """``round(base_values + delta)``, zero in a slot without a connection."""
+        assert self.base_values is not None
+        assert self.merged_index is not None
+        every = torch.arange(self.k, dtype=torch.int32, device=self.index.device)
+        slots = torch.where(self.merged_index >= 0, every, -1)
+        return reference.merged_weight(self.base_values, slots, self.delta.detach())
+
+    def base_entries(self) -> Tensor:
+        return super().base_entries() if self.base_values is None else self.base_values
+
+    def base_weight(self) -> Tensor:
+        if self.base_values is None or self.merged_index is None:
+            return super().base_weight()
+        return self._restored(self.merged_index, self.base_values)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        buffers = self.__dict__.get("_buffers", {})
+        if name not in ("index", "weight") or buffers.get("base_values") is None:
+            return super().__setattr__(name, value)
+        if name == "index":
+            self._check_index(value)
+        elif isinstance(value, Tensor) and (reason := why_not_resident(value)) is not None:
+            raise ValueError(refusal(reason))
+        self._leave_resident()
+        super().__setattr__(name, value)
+        self._resume()
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
+        super()._apply(fn, recurse)
+        self._seen = None
+        if self.weight.is_meta:  # there is nothing left to restore
+            self.base_values = None
+        return self
+
+    def _save_to_state_dict(
+        self, destination: dict[str, Any], prefix: str, keep_vars: bool
+    ) -> None:
+        """Save W as it is without the bypass: a copy, or with ``keep_vars`` itself, restored."""
+        if keep_vars:
+            self._leave_resident()
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        if self.base_values is not None:
+            destination[prefix + "weight"] = self.base_weight()
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+        if prefix + "weight" in state_dict or prefix + "index" in state_dict:
+            self._leave_resident()
+        super()._load_from_state_dict(state_dict, prefix, *args)
+        if self.base_values is None:
+            self._resume()
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_seen": None}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)  # type: ignore[no-untyped-call]
+        self._owner = id(self)
+        _layers.add(self)
+
+    def __del__(self) -> None:
+        """Leave W as it was found, for whoever shares it."""
+        if self.__dict__.get("_owner") == id(self) and not sys.is_finalizing():
+            self._leave_resident()

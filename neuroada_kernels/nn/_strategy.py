@@ -1,0 +1,64 @@
+"""The two ways to train a bypass, and where the weight may not be written."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from neuroada_kernels.config import STRATEGIES
+
+_DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+
+
+def check_known(strategy: str) -> None:
+    """Raise ValueError where ``strategy`` is none."""
+    if strategy not in STRATEGIES:
+        raise ValueError(f"strategy: {strategy!r}, expected one of {list(STRATEGIES)}")
+
+
+def check_strategy(strategy: str, weight: Tensor) -> None:
+    """Raise ValueError where ``strategy`` is none, or ``"resident"`` and ``weight`` may not be.
+
+    A weight on the meta device may yet become one that may.
+    """
+    check_known(strategy)
+    if weight.is_meta:
+        return
+    if strategy == "resident" and (reason := why_not_resident(weight)) is not None:
+        raise ValueError(refusal(reason))
+
+
+def refusal(reason: str) -> str:
+    """The message of an error."""
+    return f"strategy: 'resident' is refused: {reason}; expected 'bypass' or 'auto'"
+
+
+def why_not_resident(weight: Tensor) -> str | None:
+    """Why nobody may write into this weight, in words, or None.
+
+    What other modules read of it cannot be seen from here;
+    :func:`neuroada_kernels.strategies.shared_weights` looks through a model.
+    """
+    if type(weight) not in (Tensor, nn.Parameter):
+        return (
+            f"weight is a {type(weight).__name__}, expected a plain tensor: what is sharded, "
+            "quantised or wrapped cannot be patched"
+        )
+    if weight.dtype not in _DTYPES:
+        return f"weight has dtype {weight.dtype}, expected float32, float64, bfloat16 or float16"
+    if weight.is_meta:
+        return "weight is on the meta device"
+    if weight.is_inference():
+        return "weight was made under inference_mode, and its changes cannot be followed"
+    return _why_not_storage(weight)
+
+
+def _why_not_storage(weight: Tensor) -> str | None:
+    storage = weight.untyped_storage()
+    if weight._is_view() or storage.nbytes() != weight.nbytes:
+        return "weight is a view of a tensor that others may read"
+    if weight.is_cpu and storage.filename is not None:
+        return f"weight is mapped from {storage.filename}, which patching would write"
+    if weight.is_cpu and storage.is_shared():
+        return "weight lies in memory that is mapped from a file or shared with other processes"
+    return None

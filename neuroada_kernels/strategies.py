@@ -1,0 +1,102 @@
+"""How the bypasses of a whole model train: see ``NeuroAdaLinear.strategy``."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterable, Iterator
+
+from torch import Tensor, nn
+
+from neuroada_kernels.nn._base import BypassLinear
+from neuroada_kernels.nn._strategy import check_known, refusal
+
+
+def set_strategy(model: nn.Module, strategy: str) -> dict[str, str]:
+    """Set the strategy of every NeuroAda layer of ``model``.
+
+    Parameters
+    ----------
+    model : nn.Module
+        With layers from :func:`neuroada_kernels.adapt`.
+    strategy : str
+        ``"bypass"``, ``"resident"`` or ``"auto"``.
+
+    Returns
+    -------
+    dict
+        Of the layers for which ``"auto"`` came to ``"bypass"``: name to reason.
+
+    Raises
+    ------
+    ValueError
+        If ``"resident"`` is refused for a layer, with its name and the reason; no layer changes
+        then.
+    """
+    check_known(strategy)
+    layers = {n: m for n, m in model.named_modules() if isinstance(m, BypassLinear)}
+    if not layers:
+        raise ValueError("model: has no NeuroAda layer inside, expected an adapted model")
+    shared = shared_weights(model, layers.values())
+    for name, layer in layers.items():
+        reason = shared.get(layer) or layer._why_not_resident()
+        if strategy == "resident" and reason is not None:
+            raise ValueError(f"{name}: {refusal(reason)}")
+    for layer in layers.values():
+        layer._set_strategy(strategy, shared.get(layer))
+    reasons = {name: layer.strategy_reason for name, layer in layers.items()}
+    return {name: reason for name, reason in reasons.items() if reason is not None}
+
+
+@contextlib.contextmanager
+def resident(model: nn.Module, strategy: str = "resident") -> Iterator[None]:
+    """Within the block the layers train ``"resident"``; leaving it, by an error too, restores W.
+
+    Parameters
+    ----------
+    model : nn.Module
+        With layers from :func:`neuroada_kernels.adapt`. After the block all are ``"bypass"``.
+    strategy : str
+        ``"auto"`` leaves out the layers for which ``"resident"`` is refused.
+
+    Raises
+    ------
+    ValueError
+        As :func:`set_strategy`.
+    """
+    set_strategy(model, strategy)
+    try:
+        yield
+    finally:
+        set_strategy(model, "bypass")
+
+
+def shared_weights(model: nn.Module, modules: Iterable[nn.Module]) -> dict[nn.Module, str]:
+    """Those of ``modules`` whose weight is read elsewhere in ``model``, and where, in words."""
+    readers: dict[int, list[tuple[nn.Module, str]]] = {}
+    for prefix, module in model.named_modules():
+        for kind in (module._parameters, module._buffers):
+            for name, tensor in kind.items():
+                if tensor is not None and (address := _address(tensor)):
+                    place = f"{prefix}.{name}" if prefix else name
+                    readers.setdefault(address, []).append((module, place))
+    shared = {}
+    for module in modules:
+        weight = module._parameters["weight"]
+        assert weight is not None
+        own = (module, "weight")
+        others = [
+            place
+            for other, place in readers.get(_address(weight), [])
+            if (other, place.rpartition(".")[2]) != own
+        ]
+        if others:
+            shared[module] = f"weight is shared with {', '.join(others)}"
+    return shared
+
+
+def _address(tensor: Tensor) -> int:
+    """Of its storage; 0 where there is none to share."""
+    try:
+        return tensor.untyped_storage().data_ptr()
+    except (RuntimeError, NotImplementedError):  # a subclass without a storage of its own
+        return 0
