@@ -9,7 +9,8 @@ from neuroada_kernels import functional, reference
 from neuroada_kernels._registry import BackendError, available_backends, use_backend
 from neuroada_kernels._version import __version__
 from neuroada_kernels.adapters import load_adapter, save_adapter
-from neuroada_kernels.model import AdaptSummary, adapt, merge, unmerge
+from neuroada_kernels.config import NeuroAdaConfig
+from neuroada_kernels.model import AdaptSummary, adapt, merge, select_connections, unmerge
 from neuroada_kernels.nn import NeuroAdaLinear, ReferenceNeuroAdaLinear
 from neuroada_kernels.plan import check_index, make_plan, order_slots
 from neuroada_kernels.selection import select
@@ -18,6 +19,7 @@ from neuroada_kernels.strategies import resident, set_strategy
 __all__ = [
     "AdaptSummary",
     "BackendError",
+    "NeuroAdaConfig",
     "NeuroAdaLinear",
     "ReferenceNeuroAdaLinear",
     "__version__",
@@ -33,6 +35,7 @@ __all__ = [
     "resident",
     "save_adapter",
     "select",
+    "select_connections",
     "set_strategy",
     "unmerge",
     "use_backend",

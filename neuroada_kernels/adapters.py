@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping
 from contextlib import ExitStack
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -19,14 +18,16 @@ from neuroada_kernels.adapter_file import (
     read_adapter,
     write_adapter,
 )
-from neuroada_kernels.model import AdaptSummary, check_target, grad_flags_kept_on_error, replace
+from neuroada_kernels.config import NeuroAdaConfig
+from neuroada_kernels.model import AdaptSummary, grad_flags_kept_on_error, keep_config, replace
 from neuroada_kernels.nn._base import BypassLinear
 from neuroada_kernels.nn.linear import NeuroAdaLinear
 from neuroada_kernels.plan import check_index
+from neuroada_kernels.targets import check_target
 
 
 def save_adapter(
-    model: nn.Module, path: str | os.PathLike[str], *, config: dict[str, Any] | None = None
+    model: nn.Module, path: str | os.PathLike[str], *, config: NeuroAdaConfig | None = None
 ) -> None:
     """Save what was trained of ``model``: every delta, and every other parameter that trains.
 
@@ -41,29 +42,35 @@ def save_adapter(
         ``DistributedDataParallel`` is saved as itself.
     path : str or path
         The file, by custom ``*.safetensors``.
-    config : dict, optional
-        How the model was adapted, as JSON has it; comes back with the file.
+    config : NeuroAdaConfig, optional
+        How the model was adapted, to go into the file; by default what :func:`adapt` was given.
 
     Raises
     ------
     ValueError
-        If the model has no NeuroAda layer, if ``path`` is a folder, if an index was written in
-        place and is not valid, or if merged layers share a weight, so that the base is not known.
+        If the model has no NeuroAda layer, if ``path`` is a folder, if connections are not chosen
+        yet, if an index was written in place and is not valid, or if merged layers share a
+        weight, so that the base is not known.
     """
-    layers, parameters = _trained(_unwrapped(model))
+    model = _unwrapped(model)
+    layers, parameters = _trained(model)
     if not layers:
         raise ValueError("model: has no NeuroAda layer, expected an adapted model")
     _check_bases_known(layers)
     for name, layer in layers.items():
         try:
+            layer.check_selected()
             check_index(layer.index, layer.in_features)
-        except ValueError as error:
+        except (RuntimeError, ValueError) as error:
             raise ValueError(f"{name}: {error}") from error
+    if config is None:
+        config = getattr(model, "neuroada_config", None)
     modules = {
         name: AdaptedModule(layer.index.cpu(), layer.delta.detach().cpu(), _fingerprint_of(layer))
         for name, layer in layers.items()
     }
-    write_adapter(Adapter(modules, parameters, config), path)
+    as_json = None if config is None else config.to_dict()
+    write_adapter(Adapter(modules, parameters, as_json), path)
 
 
 def load_adapter(
@@ -101,6 +108,7 @@ def load_adapter(
     """
     model = _unwrapped(model)
     adapter = read_adapter(path)
+    config = None if adapter.config is None else NeuroAdaConfig.from_dict(adapter.config)
     targets = _find(model, adapter)
     parameters = _find_parameters(model, adapter)
     differing = {name: _differences(targets[name], m) for name, m in adapter.modules.items()}
@@ -126,6 +134,7 @@ def load_adapter(
             parameter.requires_grad_()
         undo.pop_all()
     replace(model, new)
+    keep_config(model, config)
     return AdaptSummary.of(model, tuple(targets))
 
 
@@ -241,17 +250,26 @@ def _adapted(name: str, linear: nn.Module, entry: AdaptedModule) -> BypassLinear
 
 def _exchange(layer: BypassLinear, entry: AdaptedModule, undo: ExitStack) -> None:
     """Give ``layer`` another index and delta; ``undo`` gives the old ones back."""
-    index, delta = layer.index, layer.delta
-    if (delta.shape, delta.dtype) == (entry.delta.shape, entry.delta.dtype):
-        undo.callback(setattr, layer, "index", index)
+    index, delta, device = layer.index, layer.delta, layer.weight.device
+    # The last callback is the first to run: the index is checked against delta.
+    undo.callback(setattr, layer, "_deferred", layer._deferred)
+    undo.callback(_put_index, layer, index)
+    same_form = (delta.shape, delta.dtype) == (entry.delta.shape, entry.delta.dtype)
+    if same_form and delta.device == device:
         undo.callback(delta.copy_, delta.clone())
         delta.copy_(entry.delta)
     else:
-        # The last callback is the first to run: the index is checked against delta.
-        undo.callback(setattr, layer, "index", index)
         undo.callback(setattr, layer, "delta", delta)
-        layer.delta = nn.Parameter(entry.delta.to(delta.device, copy=True), delta.requires_grad)
-    layer.index = entry.index.to(index.device, copy=True)
+        layer.delta = nn.Parameter(entry.delta.to(device, copy=True), delta.requires_grad)
+    layer.index = entry.index.to(device, copy=True)
+    layer._deferred = None
+
+
+def _put_index(layer: BypassLinear, index: Tensor) -> None:
+    if index.is_meta:  # one that is still to be chosen, which has nothing to check
+        layer._buffers["index"] = index
+    else:
+        layer.index = index
 
 
 def _check_bases_known(layers: Mapping[str, BypassLinear]) -> None:

@@ -5,30 +5,47 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Any, overload
 
 import torch
 from torch import Tensor, nn
 
+from neuroada_kernels._progress import progress_bar, worth_showing
+from neuroada_kernels.config import ALL_LINEAR, NeuroAdaConfig
 from neuroada_kernels.nn._base import BypassLinear
-from neuroada_kernels.nn._strategy import check_known, refusal
+from neuroada_kernels.nn._strategy import refusal
 from neuroada_kernels.nn.linear import NeuroAdaLinear
 from neuroada_kernels.strategies import shared_weights
-
-_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+from neuroada_kernels.targets import find_targets
 
 
 @dataclass(frozen=True)
 class AdaptSummary:
     """What :func:`adapt` did.
 
-    ``modules`` are the replaced names; ``trainable`` counts connections (and nothing else trains),
-    ``total`` all parameters of the model, ``delta`` included. ``resident`` are the names with that
-    strategy, ``refused`` those for which ``"auto"`` came to ``"bypass"``, with the reason.
+    Attributes
+    ----------
+    modules : tuple of str
+        Names of the adapted modules.
+    trainable : int
+        Parameters that train: connections, and biases where these do.
+    total : int
+        All parameters of the model, deltas included.
+    adapter_bytes : int
+        Bytes of all deltas and indices in memory.
+    optimizer_bytes : int
+        Bytes of AdamW's state: two numbers for each one that trains, in its dtype.
+    resident : tuple of str
+        Names of those that train by the strategy ``"resident"``.
+    refused : mapping
+        Of those for which ``"auto"`` came to ``"bypass"``: name to reason.
     """
 
     modules: tuple[str, ...]
     trainable: int
     total: int
+    adapter_bytes: int
+    optimizer_bytes: int
     resident: tuple[str, ...] = ()
     refused: Mapping[str, str] = field(default_factory=dict)
 
@@ -39,59 +56,110 @@ class AdaptSummary:
 
     @classmethod
     def of(cls, model: nn.Module, modules: tuple[str, ...]) -> AdaptSummary:
-        """The summary of a model whose modules of these names are adapted."""
-        named = {name: model.get_submodule(name) for name in modules}
-        layers = {name: m for name, m in named.items() if isinstance(m, BypassLinear)}
+        """The summary of an adapted model, which names these modules."""
+        layers = list(_layers(model))
+        named = {
+            name: layer
+            for name in modules
+            if isinstance(layer := model.get_submodule(name), BypassLinear)
+        }
+        deltas = {id(layer.delta) for layer in layers}
+        trained = [p for p in model.parameters() if p.requires_grad]
         return cls(
             modules=modules,
-            trainable=sum(int((layer.index >= 0).sum()) for layer in {*layers.values()}),
+            trainable=sum(layer.connections for layer in layers)
+            + sum(p.numel() for p in trained if id(p) not in deltas),
             total=sum(p.numel() for p in model.parameters()),
-            resident=tuple(n for n, layer in layers.items() if layer.strategy == "resident"),
-            refused={n: why for n, layer in layers.items() if (why := layer.strategy_reason)},
+            adapter_bytes=sum(layer.delta.nbytes + layer.index.nbytes for layer in layers),
+            optimizer_bytes=2 * sum(p.nbytes for p in trained),
+            resident=tuple(n for n, layer in named.items() if layer.strategy == "resident"),
+            refused={n: why for n, layer in named.items() if (why := layer.strategy_reason)},
         )
 
     def __str__(self) -> str:
         return (
             f"{len(self.modules)} modules adapted; {self.trainable:,} of {self.total:,} "
-            f"parameters train ({self.share:.3%})"
+            f"parameters train ({self.share:.3%}); {_size(self.adapter_bytes)} of adapter, "
+            f"{_size(self.optimizer_bytes)} of AdamW's state"
             + (f"; {len(self.resident)} resident" if self.resident or self.refused else "")
             + "".join(f"; {name} by bypass: {reason}" for name, reason in self.refused.items())
         )
 
 
+def _size(count: float) -> str:
+    for unit in ("B", "kB", "MB"):
+        if count < 1000:
+            return f"{count:.3g} {unit}"
+        count /= 1000
+    return f"{count:,.3g} GB"
+
+
+@overload
+def adapt(
+    model: nn.Module,
+    config: NeuroAdaConfig,
+    *,
+    scores: Mapping[str, Tensor] | None = None,
+    generator: torch.Generator | None = None,
+    layer_type: type[BypassLinear] = NeuroAdaLinear,
+    progress: bool | None = None,
+) -> AdaptSummary: ...
+
+
+@overload
 def adapt(
     model: nn.Module,
     k: int = 1,
-    target_modules: Sequence[str] | str = "all-linear",
+    target_modules: str | Sequence[str] = ALL_LINEAR,
     *,
-    selection: str = "magnitude",
     scores: Mapping[str, Tensor] | None = None,
     generator: torch.Generator | None = None,
-    neuron_fraction: float = 1.0,
-    delta_dtype: torch.dtype = torch.float32,
-    strategy: str = "bypass",
     layer_type: type[BypassLinear] = NeuroAdaLinear,
+    progress: bool | None = None,
+    exclude_modules: str | Sequence[str] | None = None,
+    selection: str = "magnitude",
+    neuron_fraction: float = 1.0,
+    bias: str = "none",
+    delta_dtype: str | torch.dtype = "float32",
+    strategy: str = "bypass",
+    layers: int | Sequence[int] | None = None,
+    seed: int = 0,
+    k_pattern: Mapping[str, int] | None = None,
+) -> AdaptSummary: ...
+
+
+def adapt(
+    model: nn.Module,
+    *arguments: Any,
+    scores: Mapping[str, Tensor] | None = None,
+    generator: torch.Generator | None = None,
+    layer_type: type[BypassLinear] = NeuroAdaLinear,
+    progress: bool | None = None,
+    **options: Any,
 ) -> AdaptSummary:
-    """Replace matching ``nn.Linear`` modules in place, and freeze everything but their deltas.
+    """Replace linears of ``model`` in place, and freeze everything but what the adapter trains.
+
+    ``adapt(model, config)``, or ``adapt(model, k, target_modules, ...)`` with the fields of
+    :class:`NeuroAdaConfig` as arguments. A model on the meta device can be adapted before its
+    weights have values; :func:`select_connections` chooses the connections when they do.
 
     Parameters
     ----------
     model : nn.Module
         The model; its tensors are shared with the new layers, never copied.
-    k : int
-        Connections a neuron.
-    target_modules : sequence of str, or "all-linear"
-        Names, or their last parts (``"q_proj"`` matches ``"layers.0.attn.q_proj"``);
-        ``"all-linear"`` takes every ``nn.Linear``.
-    selection, generator, neuron_fraction, delta_dtype
-        As in :class:`NeuroAdaLinear`.
+    config : NeuroAdaConfig
+        What to adapt, and how; kept as ``model.neuroada_config``.
+    k, target_modules, exclude_modules, selection, neuron_fraction, bias, delta_dtype, strategy, \
+    layers, seed, k_pattern
+        As in :class:`NeuroAdaConfig`, instead of ``config``.
     scores : mapping, optional
         Module name to scores of its weight's shape, for ``selection="scores"``.
-    strategy : str
-        As in :class:`NeuroAdaLinear`. ``"resident"`` is refused where another module of the model
-        reads a weight, as with tied embeddings; ``"auto"`` leaves such layers at ``"bypass"``.
+    generator : torch.Generator, optional
+        For what is random, instead of the config's seed.
     layer_type : type
         The layer to put in, :class:`ReferenceNeuroAdaLinear` for comparisons.
+    progress : bool, optional
+        Show a progress bar; by default for models of a billion parameters, on a terminal.
 
     Returns
     -------
@@ -104,40 +172,74 @@ def adapt(
         read by its parent in a way that would pass the bypass by, if a weight may not be
         resident, or if an argument is not as expected. The model is unchanged then.
     """
-    check_known(strategy)
-    targets = _find_targets(model, target_modules)
+    config = _config_of(arguments, options, scores)
+    targets = find_targets(model, config)
     if scores is not None:
-        selection = _check_scores(scores, targets, selection)
+        _check_scores(scores, targets)
+    strategy = config.strategy
     shared = {} if strategy == "bypass" else shared_weights(model, targets.values())
     layers: dict[nn.Module, BypassLinear] = {}
-    with grad_flags_kept_on_error(model):
+    elements = sum({id(m): m.weight.numel() for m in targets.values()}.values())
+    show = worth_showing(elements) if progress is None else progress
+    with (
+        grad_flags_kept_on_error(model),
+        progress_bar("selecting connections", elements, show) as advance,
+    ):
         for name, linear in targets.items():
             if linear in layers:
                 continue
             try:
                 layers[linear] = layer_type.from_linear(
                     linear,
-                    k,
-                    selection=selection,
+                    config.k_of(name),
+                    selection=config.selection,
                     scores=None if scores is None else scores[name],
-                    generator=generator,
-                    neuron_fraction=neuron_fraction,
-                    delta_dtype=delta_dtype,
+                    generator=generator or config.generator_of(name),
+                    neuron_fraction=config.neuron_fraction,
+                    delta_dtype=config.torch_delta_dtype,
                 )
-                if strategy == "resident":
+                if strategy == "resident" and not linear.weight.is_meta:
                     reason = shared.get(linear) or layers[linear]._why_not_resident()
                     if reason is not None:
                         raise ValueError(refusal(reason))
             except (TypeError, ValueError) as error:
                 raise type(error)(f"{name}: {error}") from error
+            advance(linear.weight.numel())
     replace(model, layers)
     for module, layer in layers.items():
         layer._set_strategy(strategy, shared.get(module))
-    trained_before = {id(layer.delta) for layer in _layers(model)}
-    for parameter in model.parameters():
-        if id(parameter) not in trained_before:
-            parameter.requires_grad_(False)
+    _freeze(model, config)
+    keep_config(model, config)
     return AdaptSummary.of(model, tuple(targets))
+
+
+def select_connections(model: nn.Module) -> list[str]:
+    """Choose the connections of layers that were adapted on the meta device.
+
+    To be called once their weights have values, or after each shard of them: a layer whose weight
+    has none yet is left to the next call. Deltas become zero with it.
+
+    Returns
+    -------
+    list of str
+        Names of the layers that still wait.
+
+    Raises
+    ------
+    ValueError
+        If a weight has NaN, or may not be resident though that was asked for.
+    """
+    layers = {n: m for n, m in model.named_modules() if isinstance(m, BypassLinear)}
+    ready = [m for m in layers.values() if not (m.index.is_meta and m.weight.is_meta)]
+    shared = shared_weights(model, ready)
+    waiting = []
+    for name, layer in layers.items():
+        try:
+            if not layer.select_connections(shared.get(layer)):
+                waiting.append(name)
+        except ValueError as error:
+            raise ValueError(f"{name}: {error}") from error
+    return waiting
 
 
 def merge(model: nn.Module) -> None:
@@ -165,63 +267,56 @@ def replace(model: nn.Module, layers: Mapping[nn.Module, BypassLinear]) -> None:
             setattr(model.get_submodule(parent), child, layers[module])
 
 
-def _find_targets(model: nn.Module, target_modules: Sequence[str] | str) -> dict[str, nn.Linear]:
-    """Matching modules by every name they have, each found to be a linear that can be replaced."""
-    if isinstance(target_modules, str) and target_modules != "all-linear":
-        raise TypeError(
-            f"target_modules: {target_modules!r}, expected a list of names or 'all-linear'"
-        )
-    named = dict(model.named_modules(remove_duplicate=False))
-    linears = {name: m for name, m in named.items() if isinstance(m, nn.Linear) and name}
-    if target_modules == "all-linear":
-        found: dict[str, nn.Module] = dict(linears)
+def _config_of(
+    arguments: tuple[Any, ...], options: dict[str, Any], scores: Mapping[str, Tensor] | None
+) -> NeuroAdaConfig:
+    """The config that was given, or that of the single arguments."""
+    config = options.pop("config", arguments[0] if arguments else None)
+    if isinstance(config, NeuroAdaConfig):
+        if len(arguments) > 1 or options:
+            raise TypeError("config: given together with its fields, expected one of the two")
     else:
-        found = {}
-        for target in target_modules:
-            matches = [n for n in named if n and (n == target or n.endswith("." + target))]
-            if not matches:
-                ends = sorted({name.rpartition(".")[2] for name in linears})
-                raise ValueError(f"target_modules: {target!r} matches nothing, expected of {ends}")
-            chosen = {id(named[name]) for name in matches}
-            # A module that stands under several names stays one module.
-            found.update((name, m) for name, m in named.items() if id(m) in chosen)
-    if not found:
-        raise ValueError("target_modules: the model has no torch.nn.Linear inside")
-    return {name: check_target(name, module, named) for name, module in found.items()}
+        names = ("k", "target_modules")
+        if len(arguments) > len(names):
+            raise TypeError(
+                f"adapt: {len(arguments)} arguments by place, expected k, target_modules"
+            )
+        given = dict(zip(names, arguments, strict=False))
+        twice = sorted(given.keys() & options.keys())
+        if twice:
+            raise TypeError(f"{twice[0]}: given twice")
+        given |= {name: value for name, value in options.items() if name != "k_pattern"}
+        if options.get("k_pattern") is not None:
+            given["k_pattern"] = options["k_pattern"]
+        if scores is not None and given.get("selection", "magnitude") == "magnitude":
+            given["selection"] = "scores"
+        config = NeuroAdaConfig(**given)
+    if (scores is not None) != (config.selection == "scores"):
+        word = "missing" if scores is None else "given"
+        raise ValueError(f"scores: {word} with selection {config.selection!r}")
+    return config
 
 
-def check_target(name: str, module: nn.Module, named: Mapping[str, nn.Module]) -> nn.Linear:
-    """``module``, once it is found to be a linear that can be replaced in the model ``named``."""
-    if not isinstance(module, nn.Linear):
-        raise TypeError(f"{name}: {type(module).__name__}, expected torch.nn.Linear")
-    _check_parent(name, named[name.rpartition(".")[0]])
-    if type(module).forward is not nn.Linear.forward or "forward" in vars(module):
-        raise ValueError(f"{name}: {type(module).__name__} has a forward of its own")
-    if any(getattr(module, hooks) for hooks in _HOOKS):
-        raise ValueError(f"{name}: has hooks, which its replacement would lose")
-    return module
+def keep_config(model: nn.Module, config: NeuroAdaConfig | None) -> None:
+    """Keep how ``model`` was adapted as ``model.neuroada_config``, which travels with copies."""
+    vars(model)["neuroada_config"] = config
 
 
-def _check_scores(
-    scores: Mapping[str, Tensor], targets: Mapping[str, nn.Linear], selection: str
-) -> str:
-    """The selection method that goes with scores, once every target has its own."""
-    if selection not in ("magnitude", "scores"):
-        raise ValueError(f"scores: given with selection {selection!r}, expected 'scores'")
+def _freeze(model: nn.Module, config: NeuroAdaConfig) -> None:
+    """Let nothing train but deltas, and biases where the config says so."""
+    deltas = {id(layer.delta) for layer in _layers(model)}
+    for name, parameter in model.named_parameters():
+        if id(parameter) not in deltas:
+            is_bias = name.rpartition(".")[2].endswith("bias")
+            parameter.requires_grad_(config.bias == "all" and is_bias)
+
+
+def _check_scores(scores: Mapping[str, Tensor], targets: Mapping[str, nn.Linear]) -> None:
+    """Raise unless every target has its own."""
     missing = sorted(targets.keys() - scores.keys())
     unknown = sorted(scores.keys() - targets.keys())
     if missing or unknown:
         raise ValueError(f"scores: missing for targets {missing}, given for others {unknown}")
-    return "scores"
-
-
-def _check_parent(name: str, parent: nn.Module) -> None:
-    """Refuse where a fused path of torch reads the weight itself and would skip the bypass."""
-    if isinstance(parent, nn.MultiheadAttention | nn.TransformerEncoderLayer):
-        raise ValueError(
-            f"{name}: its parent {type(parent).__name__} reads the weight without calling the "
-            "module, expected a parent that calls it"
-        )
 
 
 @contextlib.contextmanager

@@ -57,13 +57,11 @@ def select(
         If a shape, ``k``, ``method`` or ``neuron_fraction`` is not as expected, if values are
         NaN, or if ``weight`` is on the meta device.
     """
-    check_weight(weight)
-    check_k(k, weight.shape[1])
     if scores is not None and method == "magnitude":
         method = "scores"
+    check_weight(weight)
+    check_arguments(weight, k, method, scores, neuron_fraction)
     score = _scorer(weight, method, scores, generator)
-    if not 0 < neuron_fraction <= 1:
-        raise ValueError(f"neuron_fraction: {neuron_fraction}, expected a share in (0, 1]")
 
     d_out, d_in = weight.shape
     index = torch.empty(d_out, k, dtype=torch.int32, device=weight.device)
@@ -76,30 +74,23 @@ def select(
     return index
 
 
-def check_weight(weight: Tensor) -> None:
-    """Raise unless ``weight`` is a floating matrix with values."""
+def check_weight(weight: Tensor, *, values: bool = True) -> None:
+    """Raise unless ``weight`` is a floating matrix, with values where these are needed."""
     if not isinstance(weight, Tensor):
         raise TypeError(f"weight: {type(weight).__name__}, expected a tensor")
     if not weight.is_floating_point():
         raise TypeError(f"weight: dtype {weight.dtype}, expected a floating dtype")
     if weight.dim() != 2 or 0 in weight.shape:
         raise ValueError(f"weight: shape {list(weight.shape)}, expected [d_out, d_in]")
-    if weight.is_meta:
+    if values and weight.is_meta:
         raise ValueError("weight: is on the meta device, expected values")
 
 
-def check_k(k: int, d_in: int) -> None:
-    """Raise unless ``k`` is an integer from 1 to ``d_in``."""
-    if not isinstance(k, int) or isinstance(k, bool):
-        raise TypeError(f"k: {k!r}, expected an integer")
-    if not 1 <= k <= d_in:
-        raise ValueError(f"k: {k}, expected 1 to {d_in}, the inputs of the weight")
-
-
-def _scorer(
-    weight: Tensor, method: str, scores: Tensor | None, generator: torch.Generator | None
-) -> Callable[[slice], Tensor]:
-    """The function from a range of rows to the scores of which the largest are chosen."""
+def check_arguments(
+    weight: Tensor, k: int, method: str, scores: Tensor | None, neuron_fraction: float
+) -> None:
+    """Raise unless the arguments of :func:`select` fit one another."""
+    check_k(k, weight.shape[1])
     if method not in METHODS:
         raise ValueError(f"method: {method!r}, expected one of {', '.join(METHODS)}")
     if (scores is not None) != (method == "scores"):
@@ -117,6 +108,23 @@ def _scorer(
             )
         if scores.is_meta:
             raise ValueError("scores: is on the meta device, expected values")
+    if not 0 < neuron_fraction <= 1:
+        raise ValueError(f"neuron_fraction: {neuron_fraction}, expected a share in (0, 1]")
+
+
+def check_k(k: int, d_in: int) -> None:
+    """Raise unless ``k`` is an integer from 1 to ``d_in``."""
+    if not isinstance(k, int) or isinstance(k, bool):
+        raise TypeError(f"k: {k!r}, expected an integer")
+    if not 1 <= k <= d_in:
+        raise ValueError(f"k: {k}, expected 1 to {d_in}, the inputs of the weight")
+
+
+def _scorer(
+    weight: Tensor, method: str, scores: Tensor | None, generator: torch.Generator | None
+) -> Callable[[slice], Tensor]:
+    """The function from a range of rows to the scores of which the largest are chosen."""
+    if scores is not None:
         return lambda rows: _without_nan("scores", scores.detach()[rows].to(weight.device))
     if method == "random":
         device = weight.device if generator is None else generator.device
@@ -148,9 +156,14 @@ def _largest(score: Tensor, k: int) -> Tensor:
     return chosen.nonzero()[:, 1].view(-1, k).int()
 
 
+def drawn_count(d_out: int, fraction: float) -> int:
+    """How many neurons a share of them is: at least one."""
+    return max(1, round(fraction * d_out))
+
+
 def _drawn_neurons(d_out: int, fraction: float, generator: torch.Generator | None) -> Tensor:
     device = "cpu" if generator is None else generator.device
     order = torch.randperm(d_out, generator=generator, device=device)
     drawn = torch.zeros(d_out, dtype=torch.bool, device=device)
-    drawn[order[: max(1, round(fraction * d_out))]] = True
+    drawn[order[: drawn_count(d_out, fraction)]] = True
     return drawn

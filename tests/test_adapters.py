@@ -189,9 +189,17 @@ def test_training_goes_on_as_without_saving(path):
 
 
 def test_the_config_comes_back(path):
-    config = {"k": 2, "target_modules": ["up", "ё"], "nothing": None}
-    nk.save_adapter(adapted(), path, config=config)
-    assert read_adapter(path).config == config
+    config = nk.NeuroAdaConfig(k=2, target_modules=["up", "down"], k_pattern={"up": 1}, layers=[1])
+    model = Model()
+    nk.adapt(model, config)
+    nk.save_adapter(model, path)
+    other = Model()
+    nk.load_adapter(other, path)
+    assert other.neuroada_config == config == model.neuroada_config
+    another = nk.NeuroAdaConfig(target_modules=["ё"])
+    nk.save_adapter(model, path, config=another)
+    nk.load_adapter(model, path)
+    assert model.neuroada_config == another
 
 
 def test_the_same_adapter_is_the_same_file(path, tmp_path):

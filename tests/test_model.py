@@ -159,8 +159,11 @@ def test_counts(model):
     assert summary.trainable == 3 * neurons
     assert summary.total == total + 3 * neurons
     assert summary.share == pytest.approx(3 * neurons / (total + 3 * neurons))
+    assert summary.adapter_bytes == (4 + 4) * 3 * neurons
+    assert summary.optimizer_bytes == 2 * 4 * 3 * neurons
     assert str(summary) == (
-        f"7 modules adapted; 204 of {summary.total:,} parameters train ({summary.share:.3%})"
+        f"7 modules adapted; 204 of {summary.total:,} parameters train ({summary.share:.3%}); "
+        "1.63 kB of adapter, 1.63 kB of AdamW's state"
     )
 
 
@@ -272,7 +275,8 @@ WRONG = {
         "linear1: its parent TransformerEncoderLayer reads the weight",
     ),
     "all of them": ({}, ValueError, "its parent"),
-    "text": ({"target_modules": "first"}, TypeError, "target_modules: 'first', expected a list"),
+    "part of a name, as expression": ({"target_modules": "fir"}, ValueError, "'fir' matches not"),
+    "a number": ({"target_modules": 1}, TypeError, "target_modules: 1, expected names"),
     "second too narrow": (
         {"target_modules": ["first", "narrow"], "k": 4},
         ValueError,
@@ -298,7 +302,7 @@ WRONG = {
     "method": (
         {"target_modules": ["first"], "selection": "best"},
         ValueError,
-        "method: 'best', expected one of",
+        "selection: 'best', expected one of",
     ),
     "delta dtype": (
         {"target_modules": ["first"], "delta_dtype": torch.int8},

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
 from typing import Any, TypeVar
 
@@ -10,9 +11,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
+from neuroada_kernels.nn._deferred import Deferred
 from neuroada_kernels.nn._strategy import check_known, check_strategy, refusal, why_not_resident
-from neuroada_kernels.plan import check_index, check_index_form, order_slots
-from neuroada_kernels.selection import check_weight, select
+from neuroada_kernels.plan import check_index, check_index_form
+from neuroada_kernels.selection import check_weight
 
 _Self = TypeVar("_Self", bound="BypassLinear")
 
@@ -75,6 +77,7 @@ class BypassLinear(nn.Module):
     strategy_reason: str | None = None
     _strategy = "bypass"
     _loading = False  # a state dict that was checked as a whole
+    _deferred: Deferred | None = None  # while index and delta wait for the weight's values
 
     def __init__(
         self,
@@ -94,11 +97,11 @@ class BypassLinear(nn.Module):
     ) -> None:
         super().__init__()
         linear = nn.Linear(in_features, out_features, bias, device, dtype)
-        index = select(
-            linear.weight, k, selection, scores, generator, neuron_fraction=neuron_fraction
-        )
+        choice = Deferred(k, selection, scores, generator, neuron_fraction)
+        index = choice.index_for(linear.weight)
         check_strategy(strategy, linear.weight)
-        self._adopt(linear, order_slots(index), delta_dtype)
+        self._adopt(linear, index, delta_dtype)
+        self._defer(choice)
         self.strategy = strategy
 
     @classmethod
@@ -137,20 +140,18 @@ class BypassLinear(nn.Module):
             raise TypeError(f"linear: {type(linear).__name__}, expected torch.nn.Linear")
         if parametrize.is_parametrized(linear):
             raise ValueError("linear: has parametrizations, expected a weight of its own")
-        check_weight(linear.weight)
+        check_weight(linear.weight, values=index is not None)
         check_strategy(strategy, linear.weight)
+        choice = Deferred(k, selection, scores, generator, neuron_fraction)
         if index is None:
-            index = order_slots(
-                select(
-                    linear.weight, k, selection, scores, generator, neuron_fraction=neuron_fraction
-                )
-            )
+            index = choice.index_for(linear.weight)
         else:
             check_index_form(index, linear.weight.shape[1])
             index = index.to(linear.weight.device, copy=True)
         layer = cls.__new__(cls)
         nn.Module.__init__(layer)
         layer._adopt(linear, index, delta_dtype)
+        layer._defer(choice)
         layer.strategy = strategy
         return layer
 
@@ -158,7 +159,8 @@ class BypassLinear(nn.Module):
         if not (isinstance(delta_dtype, torch.dtype) and delta_dtype.is_floating_point):
             raise TypeError(f"delta_dtype: {delta_dtype}, expected a floating torch.dtype")
         self.out_features, self.in_features = linear.weight.shape
-        self._check_index(index)
+        if not index.is_meta:
+            self._check_index(index)
         for name in ("weight", "bias"):
             parameter = linear._parameters[name]
             if parameter is not None:
@@ -175,6 +177,35 @@ class BypassLinear(nn.Module):
     def k(self) -> int:
         """Connections a neuron."""
         return self.index.shape[1]
+
+    @property
+    def connections(self) -> int:
+        """How many the layer has, or will have."""
+        if self._deferred is not None:
+            return self._deferred.connections(self.out_features)
+        return int((self.index >= 0).sum())
+
+    def select_connections(self, reason: str | None = None) -> bool:
+        """Choose what waited for the weight's values; False where it still has none.
+
+        A layer over a weight on the meta device has no connections until then. Where it has
+        them, nothing changes. ``reason`` is one against the strategy ``"resident"``.
+        """
+        deferred = self._deferred
+        if deferred is None:
+            return True
+        if self.weight.is_meta:
+            return False
+        index = deferred.index_for(self.weight)
+        self._deferred = None
+        with torch.no_grad():
+            if self.delta.is_meta:
+                delta = torch.empty_like(self.delta, device=index.device)
+                self.delta = nn.Parameter(delta, self.delta.requires_grad)
+            self.delta.zero_()
+        self.index = index
+        self._set_strategy(deferred.strategy, reason)
+        return True
 
     @property
     def merged(self) -> bool:
@@ -203,6 +234,9 @@ class BypassLinear(nn.Module):
     def _set_strategy(self, strategy: str, reason: str | None = None) -> None:
         """Set the strategy; ``reason`` is one against ``"resident"`` that only the caller sees."""
         check_known(strategy)
+        if self._deferred is not None:
+            self._deferred = dataclasses.replace(self._deferred, strategy=strategy)
+            return
         if strategy != "bypass" and reason is None:
             reason = self._why_not_resident()
         if strategy == "resident" and reason is not None:
@@ -221,6 +255,7 @@ class BypassLinear(nn.Module):
         Where another module shares the weight, it sees the change. Merging twice changes nothing.
         """
         if not self.merged:
+            self.check_selected()
             self._check_index(self.index)
             self._leave_resident()
             with torch.no_grad():
@@ -238,6 +273,8 @@ class BypassLinear(nn.Module):
         """``y [..., out_features]`` of ``x [..., in_features]``."""
         if not x.dim() or x.shape[-1] != self.in_features:
             raise ValueError(f"x: shape {list(x.shape)}, expected [..., {self.in_features}]")
+        if self._deferred is not None and not self.weight.is_meta:
+            self.check_selected()
         # Module.__getattr__ costs half a microsecond a look, which adds up at one token.
         if self._buffers["original"] is not None:
             return F.linear(x, self.weight, self.bias)
@@ -251,6 +288,19 @@ class BypassLinear(nn.Module):
             + (f", strategy={self._strategy}" if self._strategy != "bypass" else "")
             + (f", strategy=bypass since {self.strategy_reason}" if self.strategy_reason else "")
         )
+
+    def _defer(self, choice: Deferred) -> None:
+        """Choose later, where the index has no values."""
+        if self.index.is_meta:
+            self._deferred = choice
+
+    def check_selected(self) -> None:
+        """Raise where the connections are still to be chosen."""
+        if self._deferred is not None:
+            raise RuntimeError(
+                "index: not chosen yet, since weight was on the meta device; "
+                "neuroada_kernels.select_connections(model) chooses once it has values"
+            )
 
     def _bypass_forward(self, x: Tensor) -> Tensor:
         raise NotImplementedError
@@ -354,6 +404,8 @@ class BypassLinear(nn.Module):
             )
         finally:
             del self._loading
+        if {"index", "delta"} <= incoming.keys() and not self.index.is_meta:
+            self._deferred = None
         if "original" in incoming:
             self.merged_index = self.index.clone()
 

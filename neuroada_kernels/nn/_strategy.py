@@ -5,7 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-STRATEGIES = ("bypass", "resident", "auto")
+from neuroada_kernels.config import STRATEGIES
+
 _DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
 
@@ -16,8 +17,13 @@ def check_known(strategy: str) -> None:
 
 
 def check_strategy(strategy: str, weight: Tensor) -> None:
-    """Raise ValueError where ``strategy`` is none, or ``"resident"`` and ``weight`` may not be."""
+    """Raise ValueError where ``strategy`` is none, or ``"resident"`` and ``weight`` may not be.
+
+    A weight on the meta device may yet become one that may.
+    """
     check_known(strategy)
+    if weight.is_meta:
+        return
     if strategy == "resident" and (reason := why_not_resident(weight)) is not None:
         raise ValueError(refusal(reason))
 

@@ -25,8 +25,11 @@ class NeuroAdaLinear(ResidentLinear):
         self._make_plan()
 
     def _make_plan(self) -> None:
-        self.register_buffer("plan", make_plan(self.index, self.in_features), persistent=False)
-        self._planned = _identity(self.index)
+        if self.index.is_meta:
+            plan, self._planned = self.index.new_empty(0), None
+        else:
+            plan, self._planned = make_plan(self.index, self.in_features), _identity(self.index)
+        self.register_buffer("plan", plan, persistent=False)
 
     def _replan(self) -> None:
         """Check and plan an index that was replaced, written in place, copied or moved."""

@@ -1,0 +1,222 @@
+"""How a model is adapted, as one value that is checked, compared and written as JSON."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+from neuroada_kernels.selection import METHODS
+
+ALL_LINEAR = "all-linear"
+SELECTIONS = (*METHODS, "gradient")
+BIASES = ("none", "all")
+STRATEGIES = ("bypass", "resident", "auto")
+
+
+@dataclass(frozen=True)
+class NeuroAdaConfig:
+    """The arguments of :func:`neuroada_kernels.adapt`, but for tensors and functions.
+
+    Lists become tuples and dtypes their names, so that equal configs compare equal.
+
+    Parameters
+    ----------
+    k : int
+        Connections a neuron.
+    target_modules : str or sequence of str
+        As in PEFT: a list of names, or of their last parts (``"q_proj"`` matches
+        ``"layers.0.attn.q_proj"``); or a regular expression that matches whole names; or
+        ``"all-linear"``, every ``nn.Linear`` but the output head, where the model tells of one
+        by ``get_output_embeddings()``.
+    exclude_modules : str or sequence of str, optional
+        Names, last parts or a regular expression, of what is left out.
+    selection : str
+        ``"magnitude"``, ``"smallest"``, ``"random"``, ``"scores"`` as in
+        :func:`neuroada_kernels.select`, or ``"gradient"``: the largest gradients over some data.
+    neuron_fraction : float
+        Share of the neurons of each module that get bypasses, in (0, 1].
+    bias : str
+        ``"none"``, or ``"all"``: every parameter of the model that is a bias trains too.
+    delta_dtype : str or torch.dtype
+        Dtype of the deltas.
+    strategy : str
+        ``"bypass"``, ``"resident"`` or ``"auto"``, see :class:`NeuroAdaLinear`. ``"resident"`` is
+        refused where another module reads a weight, as with tied embeddings; ``"auto"`` leaves
+        such layers at ``"bypass"``.
+    layers : int or sequence of int, optional
+        Numbers of the layers to adapt, a module's being the first number in its name.
+    seed : int
+        For what is random; each module's choice depends on it and on the module's name alone.
+    k_pattern : mapping of str to int
+        Another ``k`` for some modules, by name, last part or regular expression; the first that
+        matches holds.
+
+    Raises
+    ------
+    TypeError, ValueError
+        If an argument is not as expected.
+    """
+
+    k: int = 1
+    target_modules: str | Sequence[str] = ALL_LINEAR
+    exclude_modules: str | Sequence[str] | None = None
+    selection: str = "magnitude"
+    neuron_fraction: float = 1.0
+    bias: str = "none"
+    delta_dtype: str | torch.dtype = "float32"
+    strategy: str = "bypass"
+    layers: int | Sequence[int] | None = None
+    seed: int = 0
+    k_pattern: Mapping[str, int] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        _check_k("k", self.k)
+        self._set("target_modules", _names("target_modules", self.target_modules))
+        if self.exclude_modules is not None:
+            self._set("exclude_modules", _names("exclude_modules", self.exclude_modules))
+        _check_choice("selection", self.selection, SELECTIONS)
+        if not _is_number(self.neuron_fraction):
+            raise TypeError(f"neuron_fraction: {self.neuron_fraction!r}, expected a number")
+        if not 0 < self.neuron_fraction <= 1:
+            raise ValueError(f"neuron_fraction: {self.neuron_fraction}, expected a share in (0, 1]")
+        _check_choice("bias", self.bias, BIASES)
+        self._set("delta_dtype", _dtype_name(self.delta_dtype))
+        _check_choice("strategy", self.strategy, STRATEGIES)
+        if self.layers is not None:
+            if not isinstance(self.layers, int | Sequence):
+                raise TypeError(f"layers: {self.layers!r}, expected numbers of layers")
+            layers = (self.layers,) if isinstance(self.layers, int) else tuple(self.layers)
+            if not layers or not all(_is_integer(n) and n >= 0 for n in layers):
+                raise ValueError(f"layers: {self.layers!r}, expected numbers of layers")
+            self._set("layers", layers)
+        if not _is_integer(self.seed) or not 0 <= self.seed < 2**63:
+            raise ValueError(f"seed: {self.seed!r}, expected an integer from 0 to 2^63 - 1")
+        if not isinstance(self.k_pattern, Mapping):
+            raise TypeError(f"k_pattern: {self.k_pattern!r}, expected k by name")
+        for name, k in self.k_pattern.items():
+            _names("k_pattern", name)
+            _check_k(f"k_pattern[{name!r}]", k)
+        self._set("k_pattern", dict(self.k_pattern))
+
+    def __hash__(self) -> int:
+        return hash(self.to_json())
+
+    @property
+    def torch_delta_dtype(self) -> torch.dtype:
+        """``delta_dtype`` as torch has it."""
+        dtype: torch.dtype = getattr(torch, str(self.delta_dtype))
+        return dtype
+
+    def k_of(self, name: str) -> int:
+        """The ``k`` of the module of that name."""
+        return next(
+            (k for pattern, k in self.k_pattern.items() if self.k_matches(pattern, name)), self.k
+        )
+
+    @staticmethod
+    def k_matches(pattern: str, name: str) -> bool:
+        """Whether a key of ``k_pattern`` means the module of that name."""
+        return matches(name, (pattern,)) or matches(name, rf"(?:.*\.)?(?:{pattern})")
+
+    def generator_of(self, name: str) -> torch.Generator | None:
+        """What chooses at random in the module of that name, where something does."""
+        if self.selection != "random" and self.neuron_fraction == 1:
+            return None
+        digest = hashlib.sha256(f"{self.seed} {name}".encode()).digest()
+        return torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") >> 1)
+
+    def to_dict(self) -> dict[str, Any]:
+        """As JSON has it: lists, text and numbers."""
+        return {
+            name: list(value) if isinstance(value, tuple) else value
+            for name, value in dataclasses.asdict(self).items()
+        }
+
+    def to_json(self) -> str:
+        """As one line of JSON."""
+        return json.dumps(self.to_dict(), sort_keys=True)
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> NeuroAdaConfig:
+        """The config that :meth:`to_dict` wrote; what is left out has its default.
+
+        Raises
+        ------
+        TypeError, ValueError
+            If there is a key that is not known, or a value that is not as expected.
+        """
+        if not isinstance(values, Mapping):
+            raise TypeError(f"values: {type(values).__name__}, expected a mapping")
+        known = {entry.name for entry in dataclasses.fields(cls)}
+        unknown = sorted(str(name) for name in values if name not in known)
+        if unknown:
+            raise ValueError(f"config: unknown {unknown}, expected of {sorted(known)}")
+        return cls(**values)
+
+    @classmethod
+    def from_json(cls, text: str) -> NeuroAdaConfig:
+        """The config that :meth:`to_json` wrote; raises as :meth:`from_dict` does."""
+        return cls.from_dict(json.loads(text))
+
+    def _set(self, name: str, value: object) -> None:
+        object.__setattr__(self, name, value)
+
+
+def matches(name: str, patterns: str | Sequence[str]) -> bool:
+    """Whether a regular expression matches the whole name, or one of a list its last parts."""
+    if isinstance(patterns, str):
+        return re.fullmatch(patterns, name) is not None
+    return any(name == pattern or name.endswith("." + pattern) for pattern in patterns)
+
+
+def _names(argument: str, value: object) -> str | tuple[str, ...]:
+    if isinstance(value, str):
+        try:
+            re.compile(value)
+        except re.error as error:
+            raise ValueError(f"{argument}: {value!r} is no regular expression: {error}") from error
+        if value:
+            return value
+    elif isinstance(value, Sequence | set | frozenset):
+        names = tuple(sorted(value) if isinstance(value, set | frozenset) else value)
+        if not all(isinstance(name, str) for name in names):
+            raise TypeError(f"{argument}: {value!r}, expected names")
+        if names and all(names):
+            return names
+    else:
+        raise TypeError(f"{argument}: {value!r}, expected names or a regular expression")
+    raise ValueError(f"{argument}: {value!r}, expected at least one name, and none empty")
+
+
+def _check_choice(argument: str, value: object, choices: tuple[str, ...]) -> None:
+    if value not in choices:
+        raise ValueError(f"{argument}: {value!r}, expected one of {list(choices)}")
+
+
+def _check_k(argument: str, k: object) -> None:
+    if not _is_integer(k):
+        raise TypeError(f"{argument}: {k!r}, expected an integer")
+    if k < 1:  # type: ignore[operator]
+        raise ValueError(f"{argument}: {k}, expected at least 1")
+
+
+def _dtype_name(dtype: object) -> str:
+    found = getattr(torch, dtype, None) if isinstance(dtype, str) else dtype
+    if not (isinstance(found, torch.dtype) and found.is_floating_point):
+        raise TypeError(f"delta_dtype: {dtype}, expected a floating torch.dtype or its name")
+    return str(found).removeprefix("torch.")
+
+
+def _is_integer(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)

@@ -1,0 +1,49 @@
+"""The choice of connections that waits until a weight on the meta device has values."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from neuroada_kernels.plan import order_slots
+from neuroada_kernels.selection import check_arguments, drawn_count, select
+
+
+@dataclass(frozen=True)
+class Deferred:
+    """The arguments of :func:`neuroada_kernels.select` but for the weight, and the strategy."""
+
+    k: int
+    method: str
+    scores: Tensor | None
+    generator: torch.Generator | None
+    neuron_fraction: float
+    strategy: str = "bypass"
+
+    def index_for(self, weight: Tensor) -> Tensor:
+        """The index, int32 ``[d_out, k]``: without values where ``weight`` has none.
+
+        Raises
+        ------
+        TypeError, ValueError
+            As ``select`` does, as far as that shows without values.
+        """
+        if not weight.is_meta:
+            index = select(
+                weight,
+                self.k,
+                self.method,
+                self.scores,
+                self.generator,
+                neuron_fraction=self.neuron_fraction,
+            )
+            return order_slots(index)
+        method = "scores" if self.scores is not None else self.method
+        check_arguments(weight, self.k, method, self.scores, self.neuron_fraction)
+        return torch.empty(weight.shape[0], self.k, dtype=torch.int32, device="meta")
+
+    def connections(self, d_out: int) -> int:
+        """How many will be chosen."""
+        return drawn_count(d_out, self.neuron_fraction) * self.k
