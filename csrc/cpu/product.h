@@ -161,7 +161,6 @@ void multiply_block(const ProductScratch<Cell>& scratch, const BlockPlace& place
                     const WeightBlock<typename Cell::Element>& block, int64_t tokens, Aside& aside) {
   using A = typename Cell::A;
   const int64_t stride = scratch.block_tokens;
-  if (place.cells == 0) std::fill_n(scratch.totals.get(), place.width * stride, A{0});
   each_panel<A>(tokens, [&](int64_t t, int64_t, auto vectors) {
     const A* x = scratch.panel(t) + place.cell * vectors * kLanes<A>;
     for (int64_t r = 0; r < place.width; r += kTileRows<vectors>) {

@@ -24,8 +24,12 @@ inline void check_copyable(const char* kernel, const Operand& operand) {
     throw std::runtime_error(std::string(kernel) + ": " + operand.name + ": " + why);
   };
   if (!aligned16(operand.data)) refuse("not 16-byte aligned");
+  if (operand.rows == 0) refuse("no rows, expected at least one");
   if (operand.columns == 0 || operand.columns % 8 != 0) {
     refuse(std::to_string(operand.columns) + " columns, expected a multiple of 8");
+  }
+  if (operand.stride < operand.columns) {
+    refuse("stride " + std::to_string(operand.stride) + ", expected no less than the columns");
   }
   if (operand.stride % 8 != 0) refuse("stride " + std::to_string(operand.stride) + ", expected a multiple of 8");
   if (std::max(operand.rows, operand.columns) > INT32_MAX - 256) refuse("a size of more than 2^31");
@@ -36,7 +40,8 @@ inline void check_copyable(const char* kernel, const Operand& operand) {
 template <class Tile>
 int64_t choose_chunk(int64_t tokens, int64_t width, int64_t columns, const Device& device) {
   const int64_t needed = ceil_div(tokens, Tile::kRows);
-  const int64_t most = std::clamp<int64_t>(device.scratch_bytes / (width * 2 * Tile::kRows), 1, needed);
+  const int64_t most =
+      std::clamp<int64_t>(device.scratch_bytes / (std::max<int64_t>(width, 1) * 2 * Tile::kRows), 1, needed);
   const auto busy = [&](int64_t row_tiles) {
     const int64_t tiles = row_tiles * ceil_div(columns, Tile::kColumns);
     return static_cast<double>(tiles) / static_cast<double>(ceil_div(tiles, device.multiprocessors));

@@ -73,7 +73,7 @@ __device__ __forceinline__ int32_t pieces_of(const Grid& grid) {
   return (grid.depth + Tile::kDepth - 1) / Tile::kDepth;
 }
 
-// One warp a consumer says that a stage may be written again, once all its lanes have read it.
+// One lane of each multiplying warp says that a stage may be written again, once the warp has read it.
 template <class Tile>
 __device__ __forceinline__ void prepare_barriers(Barrier* full, Barrier* empty) {
   if (threadIdx.x == 0) {
@@ -92,6 +92,7 @@ template <class T, class Tile, bool kRowsOfRight>
 __device__ void copy_tiles(ProductShared<T, Tile>& shared, const TensorMap& left, const TensorMap& right,
                            const Grid& grid) {
   constexpr int kBlock = kSwizzle / 2;
+  static_assert(!kRowsOfRight || Tile::kColumns % kBlock == 0, "a box of the right operand is kBlock columns");
   prefetch(left);
   prefetch(right);
   Stage stage;

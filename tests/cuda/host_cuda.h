@@ -1,10 +1,11 @@
-// Runs CUDA device code on the CPU: a std::thread for each thread of a CTA, a std::barrier for
+// Runs CUDA device code on the CPU: a std::thread for each thread of a CTA, a barrier for
 // __syncthreads, slots for the shuffles of a warp. CTAs run in turn, each with shared memory full of
 // NaN, allocated to the byte. So AddressSanitizer sees an index gone wrong, ThreadSanitizer a missing
 // barrier, and a wrong sum whatever was never written.
 #pragma once
 
-#include <barrier>
+#include <pthread.h>
+
 #include <cstddef>
 #include <cstdint>
 #include <cstdio>
@@ -31,15 +32,30 @@ struct Dim3 {
 
 constexpr int kLanes = 32;
 
+// Not std::barrier: GCC's wait through words that unrelated barriers share, an order that no GPU has, and
+// that hides races from ThreadSanitizer.
+class Barrier {
+ public:
+  explicit Barrier(unsigned threads) { pthread_barrier_init(&barrier_, nullptr, threads); }
+  ~Barrier() { pthread_barrier_destroy(&barrier_); }
+  Barrier(const Barrier&) = delete;
+  Barrier& operator=(const Barrier&) = delete;
+
+  void arrive_and_wait() { pthread_barrier_wait(&barrier_); }
+
+ private:
+  pthread_barrier_t barrier_;
+};
+
 // Two sets of slots in turn: who writes to one again has seen all others read it.
 struct Warp {
-  std::barrier<> barrier{kLanes};
+  Barrier barrier{kLanes};
   uint32_t slots[2][kLanes];
 };
 
 struct Cta {
   explicit Cta(unsigned threads) : barrier(threads), warps(threads / kLanes) {}
-  std::barrier<> barrier;
+  Barrier barrier;
   std::deque<Warp> warps;
   void* shared = nullptr;
   size_t shared_bytes = 0;

@@ -112,7 +112,7 @@ inline void wait(uint64_t& word, uint32_t parity) {
 inline void named_barrier(int name, unsigned threads) {
   constexpr int kNames = 16;
   struct Barriers {
-    std::deque<std::barrier<>> of;
+    std::deque<Barrier> of;
     explicit Barriers(unsigned threads) {
       for (int i = 0; i < kNames; ++i) of.emplace_back(threads);
     }

@@ -273,6 +273,12 @@ WRONG = [
     ("linear_fwd", "x16", lambda t: t[:, :4], "weight: shape [4, 8], expected [4, 4]"),
     ("linear_fwd", "x16", lambda t: t.repeat(1, 2)[:, 4:12], "linear_fwd: x: not 16-byte aligned"),
     ("linear_fwd", "x16", lambda t: odd(t), "linear_fwd: x: stride 9, expected a multiple of 8"),
+    (
+        "linear_fwd",
+        "x16",
+        lambda t: t[:1].expand(5, -1),
+        "linear_fwd: x: stride 0, expected no less",
+    ),
     ("linear_fwd", "weight16", lambda t: odd(t), "linear_fwd: weight: stride 9, expected"),
     ("linear_fwd", "weight16", lambda t: t.half(), "weight: dtype differs from that of x"),
     ("linear_fwd", "weight16", lambda t: t[:3], "weight: shape [3, 8], expected [4, 8]"),
@@ -307,6 +313,24 @@ def test_a_wrong_argument_is_named_and_nothing_is_written(op, name, spoil, messa
     assert message in str(raised.value)
     for written in ("out", "grad_x", "weight", "original"):
         assert (given[written] == 7).all()
+
+
+@pytest.mark.parametrize("op", ["linear_fwd", "linear_bwd_input"])
+def test_a_product_over_nothing_is_refused(op):
+    """Its chunks are cut by what a token takes, which is nothing here."""
+    given = arguments()
+    if op == "linear_fwd":
+        given |= {"x16": given["x16"][:, :0], "weight16": given["weight16"][:, :0]}
+        given["index"] = torch.full_like(given["index"], -1)
+    else:
+        given |= {"grad16": given["grad16"][:, :0], "weight_back16": given["weight_back16"][:0]}
+        given["delta_back"] = given["delta_back"][:0]
+        given["plan16"] = nk.make_plan(
+            torch.empty(0, given["delta_back"].shape[1], dtype=torch.int32),
+            given["weight_back16"].shape[1],
+        )
+    with pytest.raises(RuntimeError, match=f"{op}: .*: (0 columns|no rows)"):
+        CALLS[op](given)
 
 
 @pytest.mark.parametrize("op", CALLS)
