@@ -124,6 +124,7 @@ def test_an_h100_takes_product_and_bypass_in_one_kernel(monkeypatch):
         ({}, {"shape": (6, 12)}, "weight of shape [6, 12] with rows 8 apart"),
         ({}, {"shape": (0, 8)}, "weight of shape [0, 8]"),
         ({}, {"strides": (12, 1)}, "weight of shape [6, 8] with rows 12 apart"),
+        ({}, {"strides": (0, 1)}, "weight with rows that overlap, 0 apart"),
         ({}, {"address": 264}, "weight not 16-byte aligned"),
     ],
 )

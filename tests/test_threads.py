@@ -78,6 +78,17 @@ def test_the_same_call_gives_the_same_bits(case, dtype, backend, device):
     assert all(a.equal(b) for a, b in zip(first, bypass_results(inputs), strict=True))
 
 
+@pytest.mark.usefixtures("restore_threads")
+def test_the_fallback_gives_the_same_bits_where_torch_shares_out_its_sums():
+    """Some of torch's ways to add rows use atomics, from tens of thousands of elements on."""
+    inputs = make_inputs(Case(512, 256, 1024, 4), torch.float32)
+    torch.set_num_threads(2)
+    with nk.use_backend("eager"):
+        first = bypass_results(inputs)
+        for _ in range(5):
+            assert all(a.equal(b) for a, b in zip(first, bypass_results(inputs), strict=True))
+
+
 @cpu_backend
 @every_shape
 @pytest.mark.usefixtures("restore_threads")

@@ -118,6 +118,8 @@ def _not_in_one_kernel(inputs: Tensor, weight: Tensor, bias: Tensor | None = Non
                 f"{name} of shape {list(tensor.shape)} with rows {tensor.stride(0)} apart, "
                 "expected multiples of 8"
             )
+        if tensor.stride(0) < tensor.shape[1]:
+            reasons.append(f"{name} with rows that overlap, {tensor.stride(0)} apart")
         if tensor.data_ptr() % 16:
             reasons.append(f"{name} not 16-byte aligned")
     return reasons

@@ -81,11 +81,21 @@ def _bypass_backward(
         if grad_x is not None:
             total = grad_t.new_zeros(x.shape[1], grad_t.shape[1])
             for s in range(index.shape[1]):
-                # Accumulating by index_put is deterministic on every device.
                 products = slots.mask(grad_t * slots.value[:, s, None], s)
-                total.index_put_((slots.column[:, s],), products, accumulate=True)
+                _add_rows(total, slots.column[:, s], products)
             grad_x[part] = total.t()
     return grad_x, None if grad_delta is None else grad_delta.to(delta.dtype)
+
+
+def _add_rows(total: Tensor, rows: Tensor, products: Tensor) -> None:
+    """``total[rows[i]] += products[i]``, in an order that does not change from run to run.
+
+    On a CPU ``index_put_`` adds with atomics from some size on, elsewhere ``index_add_`` does.
+    """
+    if total.is_cpu:
+        total.index_add_(0, rows, products)
+    else:
+        total.index_put_((rows,), products, accumulate=True)
 
 
 class _Slots:
