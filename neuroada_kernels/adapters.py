@@ -19,7 +19,13 @@ from neuroada_kernels.adapter_file import (
     write_adapter,
 )
 from neuroada_kernels.config import NeuroAdaConfig
-from neuroada_kernels.model import AdaptSummary, grad_flags_kept_on_error, keep_config, replace
+from neuroada_kernels.model import (
+    AdaptSummary,
+    errors_name,
+    grad_flags_kept_on_error,
+    keep_config,
+    replace,
+)
 from neuroada_kernels.nn._base import BypassLinear
 from neuroada_kernels.nn.linear import NeuroAdaLinear
 from neuroada_kernels.plan import check_index
@@ -240,10 +246,8 @@ def _refuse_mismatch(differing: Mapping[str, list[str]], allow_mismatch: bool) -
 
 def _adapted(name: str, linear: nn.Module, entry: AdaptedModule) -> BypassLinear:
     assert isinstance(linear, nn.Linear)
-    try:
+    with errors_name(name):
         layer = NeuroAdaLinear.from_linear(linear, index=entry.index, delta_dtype=entry.delta.dtype)
-    except (TypeError, ValueError) as error:
-        raise type(error)(f"{name}: {error}") from error
     layer.delta.copy_(entry.delta)
     return layer
 
@@ -253,6 +257,7 @@ def _exchange(layer: BypassLinear, entry: AdaptedModule, undo: ExitStack) -> Non
     index, delta, device = layer.index, layer.delta, layer.weight.device
     # The last callback is the first to run: the index is checked against delta.
     undo.callback(setattr, layer, "_deferred", layer._deferred)
+    undo.callback(setattr, layer, "strategy_reason", layer.strategy_reason)
     undo.callback(_put_index, layer, index)
     same_form = (delta.shape, delta.dtype) == (entry.delta.shape, entry.delta.dtype)
     if same_form and delta.device == device:
@@ -262,7 +267,7 @@ def _exchange(layer: BypassLinear, entry: AdaptedModule, undo: ExitStack) -> Non
         undo.callback(setattr, layer, "delta", delta)
         layer.delta = nn.Parameter(entry.delta.to(device, copy=True), delta.requires_grad)
     layer.index = entry.index.to(device, copy=True)
-    layer._deferred = None
+    layer.drop_deferral()
 
 
 def _put_index(layer: BypassLinear, index: Tensor) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, overload
 
@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from neuroada_kernels._progress import progress_bar, worth_showing
 from neuroada_kernels.config import ALL_LINEAR, NeuroAdaConfig
+from neuroada_kernels.gradient import SCORE_BYTES, Loss, each_gradient
 from neuroada_kernels.nn._base import BypassLinear
 from neuroada_kernels.nn._strategy import refusal
 from neuroada_kernels.nn.linear import NeuroAdaLinear
@@ -101,6 +102,9 @@ def adapt(
     *,
     scores: Mapping[str, Tensor] | None = None,
     generator: torch.Generator | None = None,
+    data: Iterable[Any] | None = None,
+    loss: Loss | None = None,
+    score_bytes: int = SCORE_BYTES,
     layer_type: type[BypassLinear] = NeuroAdaLinear,
     progress: bool | None = None,
 ) -> AdaptSummary: ...
@@ -114,6 +118,9 @@ def adapt(
     *,
     scores: Mapping[str, Tensor] | None = None,
     generator: torch.Generator | None = None,
+    data: Iterable[Any] | None = None,
+    loss: Loss | None = None,
+    score_bytes: int = SCORE_BYTES,
     layer_type: type[BypassLinear] = NeuroAdaLinear,
     progress: bool | None = None,
     exclude_modules: str | Sequence[str] | None = None,
@@ -133,6 +140,9 @@ def adapt(
     *arguments: Any,
     scores: Mapping[str, Tensor] | None = None,
     generator: torch.Generator | None = None,
+    data: Iterable[Any] | None = None,
+    loss: Loss | None = None,
+    score_bytes: int = SCORE_BYTES,
     layer_type: type[BypassLinear] = NeuroAdaLinear,
     progress: bool | None = None,
     **options: Any,
@@ -149,13 +159,23 @@ def adapt(
         The model; its tensors are shared with the new layers, never copied.
     config : NeuroAdaConfig
         What to adapt, and how; kept as ``model.neuroada_config``.
-    k, target_modules, exclude_modules, selection, neuron_fraction, bias, delta_dtype, strategy, \
-    layers, seed, k_pattern
-        As in :class:`NeuroAdaConfig`, instead of ``config``.
+    k : int
+        Connections a neuron.
+    target_modules : str or sequence of str
+        Names, their last parts, a regular expression, or ``"all-linear"``.
+    **options
+        Any other field of :class:`NeuroAdaConfig`: ``selection``, ``bias``, ``strategy``, ...
     scores : mapping, optional
         Module name to scores of its weight's shape, for ``selection="scores"``.
     generator : torch.Generator, optional
         For what is random, instead of the config's seed.
+    data : iterable, optional
+        Batches, for ``selection="gradient"``: a DataLoader, or a list.
+    loss : callable, optional
+        From the model and a batch to a scalar, for ``selection="gradient"``.
+    score_bytes : int
+        Memory for the gradients that ``selection="gradient"`` looks at together. The data is gone
+        through once for each so many bytes of weights in float32.
     layer_type : type
         The layer to put in, :class:`ReferenceNeuroAdaLinear` for comparisons.
     progress : bool, optional
@@ -173,41 +193,47 @@ def adapt(
         resident, or if an argument is not as expected. The model is unchanged then.
     """
     config = _config_of(arguments, options, scores)
+    _check_data(config, data, loss)
     targets = find_targets(model, config)
     if scores is not None:
         _check_scores(scores, targets)
-    strategy = config.strategy
-    shared = {} if strategy == "bypass" else shared_weights(model, targets.values())
-    layers: dict[nn.Module, BypassLinear] = {}
-    elements = sum({id(m): m.weight.numel() for m in targets.values()}.values())
+    linears = _once(targets)
+    elements = sum(linear.weight.numel() for linear in linears.values())
     show = worth_showing(elements) if progress is None else progress
-    with (
-        grad_flags_kept_on_error(model),
-        progress_bar("selecting connections", elements, show) as advance,
-    ):
-        for name, linear in targets.items():
-            if linear in layers:
-                continue
-            try:
-                layers[linear] = layer_type.from_linear(
-                    linear,
-                    config.k_of(name),
-                    selection=config.selection,
-                    scores=None if scores is None else scores[name],
-                    generator=generator or config.generator_of(name),
-                    neuron_fraction=config.neuron_fraction,
-                    delta_dtype=config.torch_delta_dtype,
-                )
-                if strategy == "resident" and not linear.weight.is_meta:
-                    reason = shared.get(linear) or layers[linear]._why_not_resident()
-                    if reason is not None:
-                        raise ValueError(refusal(reason))
-            except (TypeError, ValueError) as error:
-                raise type(error)(f"{name}: {error}") from error
-            advance(linear.weight.numel())
+    shared = {} if config.strategy == "bypass" else shared_weights(model, linears.values())
+    layers: dict[nn.Module, BypassLinear] = {}
+
+    def adapt_one(name: str, scores: Tensor | None) -> None:
+        linear = linears[name]
+        with errors_name(name):
+            layers[linear] = layer_type.from_linear(
+                linear,
+                config.k_of(name),
+                selection="scores" if scores is not None else config.selection,
+                scores=scores,
+                generator=generator or config.generator_of(name),
+                neuron_fraction=config.neuron_fraction,
+                delta_dtype=config.torch_delta_dtype,
+            )
+            if config.strategy == "resident" and not linear.weight.is_meta:
+                reason = shared.get(linear) or layers[linear]._why_not_resident()
+                if reason is not None:
+                    raise ValueError(refusal(reason))
+
+    with grad_flags_kept_on_error(model):
+        if data is not None and loss is not None:
+            for name, gradient in each_gradient(
+                model, linears, data, loss, score_bytes=score_bytes, show_progress=show
+            ):
+                adapt_one(name, gradient)
+        else:
+            with progress_bar("selecting connections", elements, show) as advance:
+                for name, linear in linears.items():
+                    adapt_one(name, None if scores is None else scores[name])
+                    advance(linear.weight.numel())
     replace(model, layers)
     for module, layer in layers.items():
-        layer._set_strategy(strategy, shared.get(module))
+        layer._set_strategy(config.strategy, shared.get(module))
     _freeze(model, config)
     keep_config(model, config)
     return AdaptSummary.of(model, tuple(targets))
@@ -234,11 +260,9 @@ def select_connections(model: nn.Module) -> list[str]:
     shared = shared_weights(model, ready)
     waiting = []
     for name, layer in layers.items():
-        try:
+        with errors_name(name):
             if not layer.select_connections(shared.get(layer)):
                 waiting.append(name)
-        except ValueError as error:
-            raise ValueError(f"{name}: {error}") from error
     return waiting
 
 
@@ -267,13 +291,21 @@ def replace(model: nn.Module, layers: Mapping[nn.Module, BypassLinear]) -> None:
             setattr(model.get_submodule(parent), child, layers[module])
 
 
+def _once(targets: Mapping[str, nn.Linear]) -> dict[str, nn.Linear]:
+    """Each module under the first of its names."""
+    first: dict[nn.Linear, str] = {}
+    for name, linear in targets.items():
+        first.setdefault(linear, name)
+    return {name: linear for linear, name in first.items()}
+
+
 def _config_of(
     arguments: tuple[Any, ...], options: dict[str, Any], scores: Mapping[str, Tensor] | None
 ) -> NeuroAdaConfig:
     """The config that was given, or that of the single arguments."""
-    config = options.pop("config", arguments[0] if arguments else None)
+    config = options.get("config", arguments[0] if arguments else None)
     if isinstance(config, NeuroAdaConfig):
-        if len(arguments) > 1 or options:
+        if len(arguments) + len(options) > 1:
             raise TypeError("config: given together with its fields, expected one of the two")
     else:
         names = ("k", "target_modules")
@@ -302,6 +334,14 @@ def keep_config(model: nn.Module, config: NeuroAdaConfig | None) -> None:
     vars(model)["neuroada_config"] = config
 
 
+def _check_data(config: NeuroAdaConfig, data: Iterable[Any] | None, loss: Loss | None) -> None:
+    needed = config.selection == "gradient"
+    for argument, value in (("data", data), ("loss", loss)):
+        if (value is not None) != needed:
+            word = "missing" if value is None else "given"
+            raise ValueError(f"{argument}: {word} with selection {config.selection!r}")
+
+
 def _freeze(model: nn.Module, config: NeuroAdaConfig) -> None:
     """Let nothing train but deltas, and biases where the config says so."""
     deltas = {id(layer.delta) for layer in _layers(model)}
@@ -317,6 +357,15 @@ def _check_scores(scores: Mapping[str, Tensor], targets: Mapping[str, nn.Linear]
     unknown = sorted(scores.keys() - targets.keys())
     if missing or unknown:
         raise ValueError(f"scores: missing for targets {missing}, given for others {unknown}")
+
+
+@contextlib.contextmanager
+def errors_name(module: str) -> Iterator[None]:
+    """Where the block raises for bad input, the message opens with the name of the module."""
+    try:
+        yield
+    except (TypeError, ValueError) as error:
+        raise type(error)(f"{module}: {error}") from error
 
 
 @contextlib.contextmanager

@@ -38,7 +38,8 @@ def set_strategy(model: nn.Module, strategy: str) -> dict[str, str]:
         raise ValueError("model: has no NeuroAda layer inside, expected an adapted model")
     shared = shared_weights(model, layers.values())
     for name, layer in layers.items():
-        reason = shared.get(layer) or layer._why_not_resident()
+        # What is still on the meta device is checked when it has values.
+        reason = shared.get(layer) or (None if layer.deferred else layer._why_not_resident())
         if strategy == "resident" and reason is not None:
             raise ValueError(f"{name}: {refusal(reason)}")
     for layer in layers.values():
@@ -81,8 +82,9 @@ def shared_weights(model: nn.Module, modules: Iterable[nn.Module]) -> dict[nn.Mo
                     readers.setdefault(address, []).append((module, place))
     shared = {}
     for module in modules:
-        weight = module._parameters["weight"]
-        assert weight is not None
+        weight = module._parameters.get("weight")
+        if weight is None:  # parametrized: there is none to write, which is refused for itself
+            continue
         own = (module, "weight")
         others = [
             place

@@ -88,3 +88,16 @@ class Unchanged:
         assert self.facts() == facts
         for name, tensor in self.values().items():
             assert torch.equal(tensor, values[name]), name
+
+
+def layers(model: nn.Module) -> dict[str, nk.NeuroAdaLinear]:
+    return {n: m for n, m in model.named_modules() if isinstance(m, nk.NeuroAdaLinear)}
+
+
+def assert_same_adapter(first: nn.Module, second: nn.Module) -> None:
+    assert layers(first).keys() == layers(second).keys()
+    for name, layer in layers(first).items():
+        other = layers(second)[name]
+        assert torch.equal(layer.index, other.index), name
+        assert layer.delta.dtype == other.delta.dtype, name
+        assert torch.equal(layer.delta, other.delta), name

@@ -7,31 +7,17 @@ from pathlib import Path
 
 import pytest
 import torch
-from adapted import NAMES, TARGETS, Model, Unchanged, adapted, inputs, trained
+from adapted import NAMES, TARGETS, Model, adapted, assert_same_adapter, inputs, layers, trained
 from safetensors import safe_open
 from torch import nn
 
 import neuroada_kernels as nk
 from neuroada_kernels.adapter_file import read_adapter
-from neuroada_kernels.model import adapt
 
 
 @pytest.fixture
 def path(tmp_path: Path) -> Path:
     return tmp_path / "adapter.safetensors"
-
-
-def layers(model: nn.Module) -> dict[str, nk.NeuroAdaLinear]:
-    return {n: m for n, m in model.named_modules() if isinstance(m, nk.NeuroAdaLinear)}
-
-
-def assert_same_adapter(first: nn.Module, second: nn.Module) -> None:
-    assert layers(first).keys() == layers(second).keys()
-    for name, layer in layers(first).items():
-        other = layers(second)[name]
-        assert torch.equal(layer.index, other.index), name
-        assert layer.delta.dtype == other.delta.dtype, name
-        assert torch.equal(layer.delta, other.delta), name
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64])
@@ -242,6 +228,22 @@ def test_compiled_models_save_and_load_under_plain_names(path, compiled):
     assert all(torch.equal(a.delta, b.delta) for a, b in zip(found, saved, strict=True))
 
 
+@pytest.mark.filterwarnings("ignore")
+def test_a_model_inside_ddp_saves_and_loads_as_itself(path):
+    torch.distributed.init_process_group(
+        "gloo", store=torch.distributed.HashStore(), rank=0, world_size=1
+    )
+    try:
+        wrapped = nn.parallel.DistributedDataParallel(adapted())
+        nk.save_adapter(wrapped, path)
+        other = nn.parallel.DistributedDataParallel(adapted(seed=5))
+        nk.load_adapter(other, path)
+        assert sorted(read_adapter(path).modules) == sorted(NAMES)
+        assert torch.equal(other(inputs()), wrapped(inputs()))
+    finally:
+        torch.distributed.destroy_process_group()
+
+
 def test_a_module_under_two_names_is_one(path):
     def shared() -> nn.Module:
         torch.manual_seed(0)
@@ -269,227 +271,3 @@ def test_a_layer_by_itself_saves_and_loads(path):
     assert torch.equal(other.delta, layer.delta)
     with pytest.raises(ValueError, match="a single layer, expected a NeuroAda layer"):
         nk.load_adapter(linear, path)
-
-
-def scaled(model: nn.Module) -> nn.Module:
-    with torch.no_grad():
-        model.blocks[1].down.weight *= 2
-    return model
-
-
-def wider() -> nn.Module:
-    model = Model()
-    model.blocks[0].up = nn.Linear(7, 12)
-    return model
-
-
-def without_a_block() -> nn.Module:
-    model = Model()
-    del model.blocks[1]
-    return model
-
-
-def other_kind() -> nn.Module:
-    model = Model()
-    model.blocks[0].up = nn.Identity()
-    return model
-
-
-def hooked() -> nn.Module:
-    model = Model()
-    model.blocks[0].down.register_forward_hook(print)
-    return model
-
-
-def more_adapted() -> nn.Module:
-    model = adapted()
-    adapt(model, 1, ["head"])
-    return model
-
-
-def merged() -> nn.Module:
-    model = adapted()
-    nk.merge(model)
-    return model
-
-
-def twice() -> nn.Module:
-    model = Model()
-    model.blocks[1] = model.blocks[0]
-    return model
-
-
-REFUSED = {
-    "other values": (lambda: scaled(Model()), ValueError, "blocks.1.down: other values at the ch"),
-    "other values, adapted": (lambda: scaled(adapted()), ValueError, "blocks.1.down: other values"),
-    "another model": (lambda: Model(seed=1), ValueError, "and 1 more; allow_mismatch=True loads"),
-    "another dtype": (
-        lambda: Model(dtype=torch.float64),
-        ValueError,
-        "blocks.0.up: dtype float64, expected float32",
-    ),
-    "another shape": (wider, ValueError, r"blocks.0.up: shape \[12, 7\], expected \[12, 6\]$"),
-    "a module less": (without_a_block, ValueError, "has no blocks.1.down, blocks.1.up, which"),
-    "no linear": (other_kind, TypeError, "blocks.0.up: Identity, expected torch.nn.Linear"),
-    "hooks": (hooked, ValueError, "blocks.0.down: has hooks"),
-    "adapted elsewhere too": (more_adapted, ValueError, "head adapted, which the adapter does not"),
-    "merged": (merged, ValueError, "blocks.0.up: is merged, unmerge first"),
-    "one module twice": (twice, ValueError, "one module where the adapter has two"),
-    "no values": (lambda: Model().to("meta"), ValueError, "on the meta device"),
-}
-
-
-@pytest.mark.parametrize("wrong", REFUSED)
-def test_a_wrong_model_is_refused_and_stays_as_it_was(path, wrong):
-    make, error, message = REFUSED[wrong]
-    nk.save_adapter(adapted(), path)
-    model = make()
-    if wrong == "no values":
-        with pytest.raises(error, match=message):
-            nk.load_adapter(model, path)
-        return
-    with Unchanged(model), pytest.raises(error, match=message):
-        nk.load_adapter(model, path)
-
-
-@pytest.mark.parametrize("make", [lambda: scaled(Model()), lambda: Model(dtype=torch.float64)])
-def test_a_mismatch_of_values_or_dtype_can_be_insisted_on(path, make):
-    saved = adapted()
-    nk.save_adapter(saved, path)
-    model = make()
-    nk.load_adapter(model, path, allow_mismatch=True)
-    assert_same_adapter(saved, model)
-
-
-def test_a_mismatch_of_shapes_cannot(path):
-    nk.save_adapter(adapted(), path)
-    model = wider()
-    with Unchanged(model), pytest.raises(ValueError, match=r"shape \[12, 7\], expected \[12, 6\]"):
-        nk.load_adapter(model, path, allow_mismatch=True)
-
-
-def test_other_values_beside_the_chosen_connections_do_not_matter(path):
-    saved = adapted()
-    nk.save_adapter(saved, path)
-    model = Model()
-    layer = saved.blocks[0].up
-    with torch.no_grad():
-        chosen = torch.zeros_like(layer.weight).scatter(1, layer.index.long(), 1).bool()
-        model.blocks[0].up.weight[~chosen] += 1
-    nk.load_adapter(model, path)
-
-
-@pytest.mark.parametrize("wrong", ["missing", "shape", "dtype"])
-def test_wrong_parameters_are_refused(path, wrong):
-    saved = Model()
-    nk.adapt(saved, 2, TARGETS)
-    saved.head.requires_grad_()
-    nk.save_adapter(saved, path)
-    model = Model()
-    model.head = {
-        "missing": nn.Identity(),
-        "shape": nn.Linear(6, 5),
-        "dtype": nn.Linear(6, 4, dtype=torch.float64),
-    }[wrong]
-    message = {
-        "missing": "has no head.bias, head.weight, which",
-        "shape": r"head.bias: shape \[5\], expected \[4\]",
-        "dtype": "head.bias: dtype float64, expected float32",
-    }[wrong]
-    with Unchanged(model), pytest.raises(ValueError, match=message):
-        nk.load_adapter(model, path)
-
-
-@pytest.mark.parametrize("fails_at", [1, 2, 3])
-@pytest.mark.parametrize("k", [2, 3], ids=["same shapes", "other shapes"])
-def test_an_error_midway_leaves_the_model_as_it_was(path, monkeypatch, k, fails_at):
-    """Also one that no check foresees, such as memory running out."""
-    saved = Model()
-    nk.adapt(saved, 2, TARGETS)
-    saved.head.bias.requires_grad_()
-    nk.save_adapter(trained(saved, 1), path)
-    model = adapted(k=k, seed=2)
-    calls = 0
-    plan = nk.NeuroAdaLinear._make_plan
-
-    def failing(layer: nk.NeuroAdaLinear) -> None:
-        nonlocal calls
-        calls += 1
-        if calls == fails_at:
-            raise MemoryError
-        plan(layer)
-
-    with Unchanged(model), monkeypatch.context() as patch:
-        patch.setattr(nk.NeuroAdaLinear, "_make_plan", failing)
-        with pytest.raises(MemoryError):
-            nk.load_adapter(model, path)
-    assert torch.equal(model(inputs()), adapted(k=k, seed=2)(inputs()))
-
-
-def test_a_model_without_layers_cannot_be_saved(path):
-    with pytest.raises(ValueError, match="no NeuroAda layer"):
-        nk.save_adapter(Model(), path)
-    with pytest.raises(TypeError, match="model: str, expected"):
-        nk.save_adapter("model", path)
-    assert not path.exists()
-
-
-def test_an_invalid_index_cannot_be_saved(path):
-    model = adapted()
-    model.blocks[0].up.index[0] = 99
-    with pytest.raises(ValueError, match="up: index: column 99 in row 0 is out of range"):
-        nk.save_adapter(model, path)
-    assert not path.exists()
-
-
-def test_merged_layers_over_one_weight_cannot_be_saved(path):
-    first, second = nn.Linear(6, 6), nn.Linear(6, 6)
-    second.weight = first.weight
-    model = nn.Sequential(first, second)
-    nk.adapt(model, 2)
-    trained(model, 0)
-    nk.save_adapter(model, path)
-    before = path.read_bytes()
-    nk.merge(model)
-    with pytest.raises(ValueError, match="1: is merged and shares its weight with 0"):
-        nk.save_adapter(model, path)
-    assert path.read_bytes() == before
-
-
-def test_a_folder_is_no_place_for_the_file(tmp_path):
-    with pytest.raises(ValueError, match="is a folder, expected a file"):
-        nk.save_adapter(adapted(), tmp_path)
-    with pytest.raises(FileNotFoundError):
-        nk.save_adapter(adapted(), tmp_path / "missing" / "adapter")
-    assert not list(tmp_path.iterdir())
-
-
-def test_a_link_keeps_pointing_to_the_file(path, tmp_path):
-    link = tmp_path / "latest"
-    link.symlink_to(path.name)
-    nk.save_adapter(adapted(), link)
-    assert link.is_symlink()
-    assert read_adapter(path).modules
-
-
-def test_a_file_can_be_read_by_whom_the_umask_lets(path):
-    umask = os.umask(0o027)
-    try:
-        nk.save_adapter(adapted(), path)
-    finally:
-        os.umask(umask)
-    assert path.stat().st_mode & 0o777 == 0o640
-
-
-def test_a_failing_save_leaves_the_old_file_and_nothing_else(path, tmp_path, monkeypatch):
-    nk.save_adapter(adapted(), path)
-    before = path.read_bytes()
-
-    def full(*args: object) -> None:
-        raise OSError("no space left on device")
-
-    monkeypatch.setattr(os, "fsync", full)
-    with pytest.raises(OSError, match="no space"):
-        nk.save_adapter(adapted(seed=1), path)
-    assert path.read_bytes() == before
-    assert list(tmp_path.iterdir()) == [path]

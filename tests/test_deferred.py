@@ -214,6 +214,37 @@ def test_an_adapter_or_a_state_dict_brings_its_connections(tmp_path, start):
     assert torch.equal(model(inputs()), saved(inputs()))
 
 
+@pytest.mark.parametrize("strategy", ["bypass", "auto", "resident"])
+@pytest.mark.parametrize("by", ["adapter", "state dict"])
+def test_loaded_connections_say_that_the_strategy_is_not_taken_up(tmp_path, strategy, by):
+    saved = adapted(selection="smallest")
+    model = empty(strategy=strategy)
+    model.load_state_dict(Model().state_dict(), strict=False, assign=True)
+    if by == "adapter":
+        nk.save_adapter(saved, tmp_path / "adapter")
+        nk.load_adapter(model, tmp_path / "adapter")
+    else:  # of tensors that are the model's own from then on
+        model.load_state_dict(copy.deepcopy(saved.state_dict()), assign=True)
+    for name in NAMES:
+        layer = model.get_submodule(name)
+        assert layer.strategy == "bypass"
+        assert (layer.strategy_reason is None) == (strategy == "bypass")
+        assert ("its connections were loaded" in repr(layer)) == (strategy != "bypass")
+    assert nk.set_strategy(model, strategy) == {}
+    assert model.get_submodule(NAMES[0]).strategy == (
+        "bypass" if strategy == "bypass" else "resident"
+    )
+    torch.testing.assert_close(model(inputs()), saved(inputs()))
+
+
+def test_the_strategy_of_a_model_without_values_waits_as_well():
+    model = empty()
+    assert nk.set_strategy(model, "resident") == {}
+    model.load_state_dict(Model().state_dict(), strict=False, assign=True)
+    nk.select_connections(model)
+    assert all(model.get_submodule(name).strategy == "resident" for name in NAMES)
+
+
 def test_a_failed_load_leaves_it_waiting(tmp_path, monkeypatch):
     nk.save_adapter(adapted(), tmp_path / "adapter")
     model = empty()

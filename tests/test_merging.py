@@ -288,9 +288,9 @@ print(peak() - before)
 def test_memory_is_a_few_blocks_whatever_the_size_of_the_base(tmp_path, adapter):
     small = write_base(tmp_path / "small", Model())
     linear = nn.Linear(4096, 8192, bias=False, dtype=torch.bfloat16, device="meta")
-    large = nn.Sequential(linear.to_empty(device="cpu").requires_grad_(False))
-    large[0].weight.zero_()
-    nk.adapt(large, 1)
+    linear.to_empty(device="cpu").weight.requires_grad_(False).zero_()
+    index = torch.zeros(8192, 1, dtype=torch.int32)
+    large = nn.Sequential(nk.NeuroAdaLinear.from_linear(linear, index=index))
     nk.save_adapter(large, tmp_path / "large.adapter")
     save_file({"0.weight": large[0].weight.detach()}, tmp_path / "large")
     paths = [small, adapter, tmp_path / "1"]

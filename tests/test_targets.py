@@ -64,6 +64,7 @@ FIRST = [name for name in ALL if name.startswith("blocks.0")]
 def test_the_modules_of_a_config(options, expected):
     for adapt in (
         lambda model: nk.adapt(model, NeuroAdaConfig(**options)),
+        lambda model: nk.adapt(model, config=NeuroAdaConfig(**options)),
         lambda model: nk.adapt(model, **options),
     ):
         model = Decoder()
@@ -127,6 +128,8 @@ def test_a_config_and_its_fields_are_not_given_together():
         ((NeuroAdaConfig(), ["mlp"]), {}),
         ((NeuroAdaConfig(),), {"k": 2}),
         ((1,), {"k": 2}),
+        ((1,), {"config": NeuroAdaConfig()}),
+        ((), {"config": NeuroAdaConfig(), "k": 1}),
         ((1, ["mlp"], "magnitude"), {}),
     ):
         with pytest.raises(TypeError, match=r"given|by place"):

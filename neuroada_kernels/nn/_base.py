@@ -65,7 +65,7 @@ class BypassLinear(nn.Module):
     original : Tensor or None
         Buffer, shape ``[out_features, k]``: while merged, the values that ``weight`` had.
     strategy_reason : str or None
-        Why ``strategy="auto"`` came to ``"bypass"``.
+        Why ``strategy="auto"`` came to ``"bypass"``, or one that was asked for on the meta device.
     """
 
     weight: nn.Parameter
@@ -206,6 +206,21 @@ class BypassLinear(nn.Module):
         self.index = index
         self._set_strategy(deferred.strategy, reason)
         return True
+
+    @property
+    def deferred(self) -> bool:
+        """Whether the connections are still to be chosen."""
+        return self._deferred is not None
+
+    def drop_deferral(self) -> None:
+        """Choose nothing any more, since index and delta were loaded.
+
+        The strategy stays ``"bypass"``, and ``strategy_reason`` says why: who else reads the
+        weight is not known here, but to :func:`neuroada_kernels.set_strategy`.
+        """
+        if self._deferred is not None and self._deferred.strategy != "bypass":
+            self.strategy_reason = "its connections were loaded; set_strategy takes it up"
+        self._deferred = None
 
     @property
     def merged(self) -> bool:
@@ -405,7 +420,7 @@ class BypassLinear(nn.Module):
         finally:
             del self._loading
         if {"index", "delta"} <= incoming.keys() and not self.index.is_meta:
-            self._deferred = None
+            self.drop_deferral()
         if "original" in incoming:
             self.merged_index = self.index.clone()
 

@@ -223,7 +223,6 @@ class ResidentLinear(BypassLinear):
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
         super()._apply(fn, recurse)
-        self._seen = None
         if self.weight.is_meta:  # there is nothing left to restore
             self.base_values = None
         return self

@@ -24,6 +24,7 @@ RESULTS = {
     "cpu": "a processor",
     "cpu_capability": "AVX2",
     "torch": "2.13.0",
+    "commit": "0123456789abcdef",
     "host_cost": {"over_frozen_us": {"median": 14.4}, "frozen_us": {"median": 3.1}},
     "results": [_row("frozen", 1.0), _row("neuroada-cpu", 1.043, True), _row("lora-r8", 1.127)],
 }

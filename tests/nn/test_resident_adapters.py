@@ -58,3 +58,15 @@ def test_another_base_is_refused_and_a_resident_model_stays_as_it_was(tmp_path):
         nk.load_adapter(model, tmp_path / "a.safetensors")
     assert model(x).equal(y)
     assert model[0].strategy == "resident"
+
+
+def test_an_index_written_in_place_since_is_the_one_that_is_saved(tmp_path):
+    """With W's own values there, some of which the layer has patched for its old index."""
+    for strategy in ("bypass", "resident"):
+        model = model_of(strategy)
+        model[0].index.copy_((model[0].index + 5) % 24)
+        nk.save_adapter(model, tmp_path / "a.safetensors", config=nk.NeuroAdaConfig(k=3))
+        content = (tmp_path / "a.safetensors").read_bytes()
+        if strategy == "bypass":
+            expected = content
+    assert content == expected

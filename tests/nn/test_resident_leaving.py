@@ -226,6 +226,28 @@ def test_a_shallow_copy_that_dies_does_not_take_the_bypass_along():
     assert layer.strategy == "resident"
 
 
+def test_a_replica_that_dies_leaves_the_weight_patched():
+    """As nn.DataParallel makes one for each call."""
+    layer = trained(nn.Linear(24, 16))
+    patched, version = bits(layer.weight), layer.weight._version
+    replica = layer._replicate_for_data_parallel()
+    del replica
+    gc.collect()
+    assert bits(layer.weight).equal(patched)
+    assert layer.weight._version == version
+
+
+@pytest.mark.parametrize("make_copy", [copy.deepcopy, lambda m: pickle.loads(pickle.dumps(m))])
+def test_a_copy_that_dies_before_its_first_forward_restores_its_weight(linear, make_copy):
+    before = bits(linear.weight)
+    twin = make_copy(trained(linear))
+    weight = twin.weight
+    assert not bits(weight).equal(before)
+    del twin
+    gc.collect()
+    assert bits(weight).equal(before)
+
+
 @pytest.mark.parametrize("to", [torch.bfloat16, torch.float16, torch.float64, torch.float32])
 def test_a_cast_in_the_middle_of_training_casts_w_and_leaves_delta(linear, to):
     expected = linear.weight.detach().clone().to(to)
