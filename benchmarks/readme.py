@@ -29,7 +29,8 @@ def table(results: dict[str, Any]) -> str:
         f"Forward and backward as a ratio to the frozen linear (`F.linear` and dx alone), medians "
         f"of {results['rounds']} interleaved rounds, ratio taken round by round; "
         f"{results['threads']} threads of an {results['cpu']} "
-        f"({results['cpu_capability']}), torch {results['torch']}. `neuroada bench` repeats it."
+        f"({results['cpu_capability']}), torch {results['torch']}, "
+        f"commit {results['commit'][:7]}. `neuroada bench` repeats it."
     )
     if host is not None:
         measured += (
