@@ -93,6 +93,7 @@ PYBIND11_MODULE(_C, m) {
   m.doc() = "Build facts, CPU features and the index planner of neuroada_kernels.";
   m.def("build_facts", &build_facts, "How the extension was built.");
   m.def("cpu_features", &cpu_features, "The instruction sets with kernels that this processor runs.");
+  m.def("cpu_vendor", &neuroada::cpu::vendor, "\"intel\", \"amd\", or \"\" for any other.");
   m.def(
       "cpu_isa", [] { return std::string(neuroada::cpu::kernels().isa); },
       "The instruction set whose kernels run; raises where NEUROADA_CPU_ISA names one that cannot.");

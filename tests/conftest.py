@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import gc
 import os
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 
 import pytest
 import torch
@@ -29,6 +30,19 @@ def pytest_configure(config: pytest.Config) -> None:
         # NumPy computes there, and says so where a result is not finite; a GPU does not.
         for words in ("invalid value", "overflow", "divide by zero"):
             config.addinivalue_line("filterwarnings", f"ignore:{words} encountered:RuntimeWarning")
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_call(item: pytest.Item) -> Generator[None, object, object]:
+    """Under Triton's interpreter, which runs one kernel at a time, no layer is collected in the
+    middle of a kernel: a resident one gives its weight back then, by a kernel of its own."""
+    if os.environ.get("TRITON_INTERPRET") != "1":
+        return (yield)
+    gc.disable()
+    try:
+        return (yield)
+    finally:
+        gc.enable()
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

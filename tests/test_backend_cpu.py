@@ -31,9 +31,9 @@ CASE = Case(tokens=33, d_in=72, d_out=90, k=2)
 
 @pytest.fixture(autouse=True)
 def choice_is_made_anew():
-    cpu._fewest_tokens.cache_clear()
+    cpu._tokens_of_one_kernel.cache_clear()
     yield
-    cpu._fewest_tokens.cache_clear()
+    cpu._tokens_of_one_kernel.cache_clear()
 
 
 def outputs(inputs: Inputs) -> tuple[Tensor, ...]:
@@ -85,28 +85,33 @@ def test_a_weight_that_lies_by_columns_takes_torchs_product(monkeypatch):
 F32, F64, BF16, F16 = torch.float32, torch.float64, torch.bfloat16, torch.float16
 
 
+ALWAYS, NEVER = (0, math.inf), (math.inf, math.inf)
+
+
 @pytest.mark.parametrize(
-    ("isa", "has_product", "amx", "fewest"),
+    ("isa", "has_product", "amx", "vendor", "tokens"),
     [
-        ("generic", True, False, {F32: math.inf, F64: math.inf, BF16: math.inf, F16: math.inf}),
-        ("avx2", False, False, {F32: 2, F64: math.inf, BF16: 0, F16: 0}),
-        ("avx512", True, False, {F32: 2, F64: math.inf, BF16: 4, F16: math.inf}),
-        ("avx512_bf16", True, False, {F32: 2, F64: math.inf, BF16: 9, F16: math.inf}),
-        ("avx512_bf16", True, True, {F32: 2, F64: math.inf, BF16: math.inf, F16: math.inf}),
+        ("generic", True, False, "intel", {F32: NEVER, F64: NEVER, BF16: NEVER, F16: NEVER}),
+        ("avx2", False, False, "amd", {F32: (2, math.inf), F64: NEVER, BF16: ALWAYS, F16: ALWAYS}),
+        ("avx512", True, False, "amd", {F32: (2, math.inf), BF16: (4, math.inf), F16: NEVER}),
+        ("avx512_bf16", True, False, "amd", {F32: (2, math.inf), BF16: (9, math.inf), F16: NEVER}),
+        ("avx512_bf16", True, True, "intel", {F32: (2, 32), F64: NEVER, BF16: NEVER, F16: NEVER}),
     ],
 )
 def test_one_kernel_is_chosen_where_it_was_measured_faster(
-    isa, has_product, amx, fewest, monkeypatch
+    isa, has_product, amx, vendor, tokens, monkeypatch
 ):
     monkeypatch.delenv("NEUROADA_CPU_FUSED", raising=False)
     monkeypatch.setattr(cpu, "has_product", lambda dtype: has_product)
     monkeypatch.setattr(cpu, "_has_amx", lambda: amx)
+    monkeypatch.setattr(torch.backends.mkl, "is_available", lambda: True)
 
     class Module:
         cpu_isa = staticmethod(lambda: isa)
+        cpu_vendor = staticmethod(lambda: vendor)
 
     monkeypatch.setattr(_extension, "module", Module)
-    assert {dtype: cpu._fewest_tokens(dtype) for dtype in fewest} == fewest
+    assert {dtype: cpu._tokens_of_one_kernel(dtype) for dtype in tokens} == tokens
 
 
 def test_what_the_environment_says_must_be_0_or_1(monkeypatch):

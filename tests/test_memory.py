@@ -17,6 +17,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import torch.nn.functional as F
 from gradients import linear, linear_tensors
 from torch import Tensor
 
@@ -133,6 +134,20 @@ def forward_and_backward(inputs: Inputs, plan: Tensor) -> Callable[[], None]:
     return run
 
 
+def frozen_step(inputs: Inputs) -> Callable[[], None]:
+    x = inputs.x.clone().requires_grad_()
+
+    def run() -> None:
+        torch.autograd.grad(F.linear(x, inputs.weight, inputs.bias), x, inputs.grad_output)
+
+    return run
+
+
+def warm(run: Callable[[], None]) -> Callable[[], None]:
+    run()
+    return run
+
+
 def test_the_profiler_sees_a_copy_of_the_weight(tmp_path):
     weight = torch.randn(1024, 1024)
     assert max(allocations(lambda: weight + 1, tmp_path)) == 4 * MIB
@@ -147,12 +162,12 @@ def test_nothing_of_the_weights_size_is_allocated(bias, dtype, backend, device, 
     case = Case(tokens=8, d_in=1024, d_out=1024, k=8, bias=bias)
     inputs = make_inputs(case, dtype)
     run = forward_and_backward(inputs, nk.make_plan(inputs.index, case.d_in))
-    run()
-    sizes = allocations(run, tmp_path)
-    weight = inputs.weight.nbytes
-    # Largest is a block of the eager backend: 8 tokens of x, in float32, transposed.
-    assert max(sizes) <= weight // 8
-    assert max(itertools.accumulate(sizes)) <= weight // 4
+    small = inputs.weight.nbytes // 8  # a block of the eager backend: 8 tokens of x, transposed
+    ours, frozen = (allocations(warm(f), tmp_path) for f in (run, frozen_step(inputs)))
+    # With AMX, oneDNN lays W out anew for its tiles during a product, the frozen linear's too.
+    large = [size for size in ours if size > small]
+    assert large == [size for size in frozen if size > small]
+    assert max(itertools.accumulate(ours)) <= 2 * small + max(large, default=0)
 
 
 def test_float16_widens_the_weight_in_blocks(backend, device, tmp_path):

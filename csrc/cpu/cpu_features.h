@@ -31,4 +31,13 @@ inline bool has_avx512_bf16() {
 #endif
 }
 
+// "intel", "amd", or "" for any other: whose library torch's own product is at home with.
+inline const char* vendor() {
+#if defined(__x86_64__)
+  if (__builtin_cpu_is("intel")) return "intel";
+  if (__builtin_cpu_is("amd")) return "amd";
+#endif
+  return "";
+}
+
 }  // namespace neuroada::cpu

@@ -3,6 +3,7 @@
 #pragma once
 
 #include <algorithm>
+#include <utility>
 
 #include "cells.h"
 
@@ -42,11 +43,21 @@ struct NothingAside {
   void step() {}
 };
 
+// f(0), f(1), ... as constants: only so do the sums of a tile stay in registers from one loop to the next.
+template <class F, int... i>
+inline __attribute__((always_inline)) void unroll_over(F&& f, std::integer_sequence<int, i...>) {
+  (f(std::integral_constant<int, i>{}), ...);
+}
+template <int n, class F>
+inline __attribute__((always_inline)) void unroll(F&& f) {
+  unroll_over(f, std::make_integer_sequence<int, n>{});
+}
+
 // The sums of the cells [begin, end), for the rows of a tile and a panel of `vectors` vectors of tokens,
 // as a new first value of `sums` or added to it. `packed` says which step of W is that of a cell.
-template <class Cell, int vectors, bool packed, class Aside>
+template <class Cell, int vectors, bool packed, bool first, class Aside>
 inline void sum_cells(const TileJob<Cell>& job, int64_t begin, int64_t end, typename Cell::A* sums, int64_t stride,
-                      bool first, Aside& aside) {
+                      Aside& aside) {
   using A = typename Cell::A;
   using Element = typename Cell::Element;
   constexpr int lanes = kLanes<A>, tile_rows = kTileRows<vectors>;
@@ -58,29 +69,28 @@ inline void sum_cells(const TileJob<Cell>& job, int64_t begin, int64_t end, type
   const Element* rows[pointers];
   for (int i = 0; i < pointers; ++i) rows[i] = job.weight.at + 3 * i * row_step;
   Vec<A> sum[tile_rows][vectors];
-  for (auto& row : sum) {
-    for (auto& vector : row) vector = zero<A>();
-  }
+  const auto each_sum = [](auto&& f) __attribute__((always_inline)) {
+    unroll<tile_rows>([&](auto r) __attribute__((always_inline)) {
+      unroll<vectors>([&](auto v) __attribute__((always_inline)) { f(r, v); });
+    });
+  };
+  each_sum([&](auto r, auto v) __attribute__((always_inline)) { sum[r][v] = zero<A>(); });
   for (int64_t c = begin; c < end;) {
     aside.step();
     for (const int64_t pause = Aside::kCells == INT64_MAX ? end : std::min(c + Aside::kCells, end); c < pause; ++c) {
-      Vec<A> x[vectors];
-#pragma GCC unroll 3
-      for (int v = 0; v < vectors; ++v) x[v] = load(job.panel + (c * vectors + v) * lanes);
-#pragma GCC unroll 12
-      for (int r = 0; r < tile_rows; ++r) {
-        const Vec<A> value = Cell::broadcast_weight(rows[r / 3] + c * cell_step + r % 3 * row_step);
-#pragma GCC unroll 3
-        for (int v = 0; v < vectors; ++v) Cell::add(sum[r][v], x[v], value);
-      }
+      Vec<A> x[vectors], value;
+      unroll<vectors>([&](auto v)
+                          __attribute__((always_inline)) { x[v] = load(job.panel + (c * vectors + v) * lanes); });
+      each_sum([&](auto r, auto v) __attribute__((always_inline)) {
+        if constexpr (v == 0) value = Cell::broadcast_weight(rows[r / 3] + c * cell_step + r % 3 * row_step);
+        Cell::add(sum[r][v], x[v], value);
+      });
     }
   }
-  for (int r = 0; r < tile_rows; ++r) {
-    for (int v = 0; v < vectors; ++v) {
-      A* place = sums + r * stride + v * lanes;
-      store(place, first ? sum[r][v] : load(place) + sum[r][v]);
-    }
-  }
+  each_sum([&](auto r, auto v) __attribute__((always_inline)) {
+    A* place = sums + r * stride + v * lanes;
+    store(place, first ? sum[r][v] : load(place) + sum[r][v]);
+  });
 }
 
 // Short sums round less than one long one: where it shows, those of a tile are added up beside the total.
@@ -88,12 +98,14 @@ template <class Cell, int vectors, bool packed, class Aside>
 void multiply_tile(const TileJob<Cell>& job, Aside& aside) {
   using A = typename Cell::A;
   if (job.cells <= Cell::kShortSum) {
-    return sum_cells<Cell, vectors, packed>(job, 0, job.cells, job.total, job.total_stride, job.first, aside);
+    if (job.first) return sum_cells<Cell, vectors, packed, true>(job, 0, job.cells, job.total, job.total_stride, aside);
+    return sum_cells<Cell, vectors, packed, false>(job, 0, job.cells, job.total, job.total_stride, aside);
   }
   constexpr int width = vectors * kLanes<A>;
   alignas(64) A sums[kTileRows<vectors> * width];
-  for (int64_t c = 0; c < job.cells; c += Cell::kShortSum) {
-    sum_cells<Cell, vectors, packed>(job, c, std::min(c + Cell::kShortSum, job.cells), sums, width, c == 0, aside);
+  sum_cells<Cell, vectors, packed, true>(job, 0, Cell::kShortSum, sums, width, aside);
+  for (int64_t c = Cell::kShortSum; c < job.cells; c += Cell::kShortSum) {
+    sum_cells<Cell, vectors, packed, false>(job, c, std::min(c + Cell::kShortSum, job.cells), sums, width, aside);
   }
   for (int r = 0; r < kTileRows<vectors>; ++r) {
     for (int i = 0; i < width; i += kLanes<A>) {

@@ -40,12 +40,16 @@ def _linear_backward(
 
 def _one_kernel(x: Tensor, weight: Tensor) -> bool:
     """Whether product and bypass go in one kernel, which reads W along its rows."""
-    return x.shape[0] >= _fewest_tokens(x.dtype) and weight.stride(1) == 1
+    fewest, most = _tokens_of_one_kernel(x.dtype)
+    return fewest <= x.shape[0] <= most and weight.stride(1) == 1
+
+
+_ALWAYS, _NEVER = (0.0, math.inf), (math.inf, math.inf)
 
 
 @functools.cache
-def _fewest_tokens(dtype: torch.dtype) -> float:
-    """From how many tokens on one kernel is faster than torch's product onto a bypass.
+def _tokens_of_one_kernel(dtype: torch.dtype) -> tuple[float, float]:
+    """From how many tokens to how many one kernel is faster than torch's product onto a bypass.
 
     As measured; ``docs/kernels.md`` has the figures. ``NEUROADA_CPU_FUSED=0|1`` decides instead.
     """
@@ -53,17 +57,23 @@ def _fewest_tokens(dtype: torch.dtype) -> float:
     if forced not in (None, "0", "1"):
         raise ValueError(f"NEUROADA_CPU_FUSED: {forced!r}, expected 0 or 1")
     if forced is not None:
-        return 0 if forced == "1" else math.inf
+        return _ALWAYS if forced == "1" else _NEVER
     isa = "generic" if _extension.module is None else _extension.module.cpu_isa()
     if isa == "generic" or dtype == torch.float64:
-        return math.inf
+        return _NEVER
     if dtype == torch.float32:
-        return 2
+        return 2, 32 if _has_fast_mkl() else math.inf
     if not has_product(dtype):
-        return 0
+        return _ALWAYS
     if dtype == torch.float16 or _has_amx():
-        return math.inf  # its own units multiply faster than any vector
-    return 9 if isa == "avx512_bf16" else 4
+        return _NEVER  # its own units multiply faster than any vector
+    return 9 if isa == "avx512_bf16" else 4, math.inf
+
+
+def _has_fast_mkl() -> bool:
+    """Whether torch's float32 product is MKL's on a processor that MKL is made for."""
+    intel = _extension.module is not None and _extension.module.cpu_vendor() == "intel"
+    return intel and torch.backends.mkl.is_available()
 
 
 def _has_amx() -> bool:
