@@ -22,7 +22,7 @@ from neuroada_kernels.selection import select
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 
 
-class NeuroAdaPeftLayer(BaseTunerLayer):  # type: ignore[misc]
+class NeuroAdaPeftLayer(BaseTunerLayer):
     """What PEFT asks of a layer: adapters that are added, moved, merged and deleted by name.
 
     Attributes
@@ -39,6 +39,7 @@ class NeuroAdaPeftLayer(BaseTunerLayer):  # type: ignore[misc]
     base_layer: nn.Module
     in_features: int
     out_features: int
+    active_adapters: list[str]
 
     def _adopt(self, base_layer: nn.Module, **quantization: Any) -> None:
         self.base_layer = base_layer
@@ -138,7 +139,7 @@ class NeuroAdaPeftLayer(BaseTunerLayer):  # type: ignore[misc]
 
     def _fold(self, weight: Tensor, names: list[str]) -> None:
         for name in names:
-            index = self.neuroada_index[name].clone()
+            index: Tensor = self.neuroada_index[name].clone()
             original = ops.merge_(weight, index, self.neuroada_delta[name].detach())
             self._originals.append((index, original))
             self.merged_adapters.append(name)
@@ -158,7 +159,7 @@ class NeuroAdaPeftLayer(BaseTunerLayer):  # type: ignore[misc]
                 raise TypeError(
                     f"base_layer: a {backend.backend_name} weight, which cannot be merged into"
                 )
-            return backend.get_base_weight(self.get_base_layer()).clone()  # type: ignore[no-any-return]
+            return backend.get_base_weight(self.get_base_layer()).clone()
         return _float_weight(self.get_base_layer())
 
     def _write_back(self, weight: Tensor) -> None:
@@ -182,7 +183,7 @@ class NeuroAdaPeftLayer(BaseTunerLayer):  # type: ignore[misc]
         if device is None:
             tensors = [*self.get_base_layer().parameters(), *self.get_base_layer().buffers()]
             device = tensors[0].device if tensors else torch.device("cpu")
-        return device  # type: ignore[no-any-return]
+        return device
 
     def _move_adapter_to_device_of_base_layer(
         self, adapter_name: str, device: torch.device | None = None
@@ -241,12 +242,12 @@ class NeuroAdaPeftLinear(nn.Module, NeuroAdaPeftLayer):
         if self.disable_adapters:
             if self.merged:
                 self.unmerge()
-            return self.base_layer(x, *args, **kwargs)  # type: ignore[no-any-return]
+            return self.base_layer(x, *args, **kwargs)
         if adapter_names is not None:
             return self._mixed_batch_forward(x, adapter_names, *args, **kwargs)
         names = [name for name in self.active_adapters if name in self.neuroada_delta]
         if self.merged or not names:
-            return self.base_layer(x, *args, **kwargs)  # type: ignore[no-any-return]
+            return self.base_layer(x, *args, **kwargs)
         if not args and not kwargs and is_plain(self.base_layer):
             y = self._fused(x, names.pop(0))
         else:
@@ -334,13 +335,15 @@ def features_of(base: nn.Module) -> tuple[int, int]:
 def _float_weight(base: nn.Module) -> Tensor:
     """W ``[d_out, d_in]`` of a base that is not quantised, as it lies in memory."""
     weight = getattr(base, "weight", None)
-    floating = isinstance(weight, Tensor) and weight.is_floating_point() and weight.dim() == 2
-    if not floating or weight.is_meta:
+    if not isinstance(weight, Tensor) or not weight.is_floating_point() or weight.dim() != 2:
         raise TypeError(f"base_layer: {type(base).__name__} has no floating weight [d_out, d_in]")
+    if weight.is_meta:
+        raise ValueError("base_layer: its weight is on the meta device, expected values")
     weight = weight.detach()
-    return weight.t() if isinstance(base, Conv1D) else weight  # type: ignore[no-any-return]
+    return weight.t() if isinstance(base, Conv1D) else weight
 
 
 def _new_is_meta() -> bool:
     """Whether new parameters come to lie on the meta device, as under ``low_cpu_mem_usage``."""
-    return nn.ParameterDict({"probe": nn.Parameter(torch.empty(0))})["probe"].is_meta  # type: ignore[no-any-return]
+    probe: Tensor = nn.Linear(1, 1, bias=False).weight
+    return probe.is_meta

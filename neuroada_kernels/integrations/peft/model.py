@@ -32,7 +32,7 @@ _ROOT = "base_model.model."  # what PeftModel puts before the names of the model
 _READ_BY_PARENT = (nn.MultiheadAttention, nn.TransformerEncoderLayer)
 
 
-class NeuroAdaModel(BaseTuner):  # type: ignore[misc]
+class NeuroAdaModel(BaseTuner):
     """A model with ``neuroada`` adapters; ``peft.get_peft_model`` makes it.
 
     Parameters
@@ -214,9 +214,7 @@ class NeuroAdaModel(BaseTuner):  # type: ignore[misc]
         known = {n for layer in adapted_layers(self.model).values() for n in layer.neuroada_delta}
         unknown = sorted(set(names) - known - {"__base__"})
         if unknown:
-            raise ValueError(
-                f"Trying to infer with non-existing adapter(s): {', '.join(unknown)}"
-            )
+            raise ValueError(f"Trying to infer with non-existing adapter(s): {', '.join(unknown)}")
 
     @classmethod
     def _remap_adapter_state_dict_for_load(
