@@ -81,3 +81,16 @@ def curve(model: nn.Module, steps: int, lr: float = 0.02) -> list[float]:
 
 def layers(model: nn.Module) -> dict[str, nk.NeuroAdaLinear]:
     return {n: m for n, m in model.named_modules() if isinstance(m, nk.NeuroAdaLinear)}
+
+
+def values(model: nn.Module) -> dict[str, Tensor]:
+    return {name: tensor.clone() for name, tensor in model.state_dict().items()}
+
+
+def changed(model: nn.Module, before: dict[str, Tensor]) -> set[str]:
+    """Names of what has other bits than before."""
+    return {
+        name
+        for name, tensor in model.state_dict().items()
+        if not tensor.view(torch.uint8).equal(before[name].view(torch.uint8))
+    }

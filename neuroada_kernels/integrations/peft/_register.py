@@ -41,8 +41,8 @@ def add_member(kind: type[enum.Enum], name: str) -> None:
     internal._value2member_map_[name] = member
     if hasattr(kind, "_hashable_values_"):  # Python 3.13
         internal._hashable_values_.append(name)
-    found = [internal(name), internal[name], getattr(kind, name), list(kind)[-1]]
-    if any(one is not member for one in found) or member != name or member not in kind:
+    found = [internal(name), internal[name], getattr(kind, name), *list(kind)[-1:]]
+    if any(one is not member for one in found) or member not in kind:
         raise TypeError(f"{kind.__name__}: has another form than enums of Python 3.10 to 3.13")
 
 

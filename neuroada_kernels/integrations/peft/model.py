@@ -18,6 +18,7 @@ from peft.utils import get_quantization_kwargs
 from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import Tensor, nn
 
+from neuroada_kernels.config import ALL_LINEAR
 from neuroada_kernels.integrations.peft._register import PREFIX
 from neuroada_kernels.integrations.peft._weighted import add_weighted
 from neuroada_kernels.integrations.peft.config import NeuroAdaPeftConfig
@@ -62,9 +63,9 @@ class NeuroAdaModel(BaseTuner):
 
     def _prepare_model(self, peft_config: NeuroAdaPeftConfig, model: nn.Module) -> None:
         """Refuse what cannot be adapted, before PEFT has changed anything."""
-        _maybe_include_all_linear_layers(peft_config, model)
-        settings = peft_config.neuroada
         named = dict(model.named_modules())
+        _expand_all_linear(peft_config, model, named)
+        settings = peft_config.neuroada
         inside = tuple(f"{n}." for n, m in named.items() if isinstance(m, BaseTunerLayer))
         targets = [
             name
@@ -230,6 +231,17 @@ class NeuroAdaModel(BaseTuner):
             model, config, adapter_name, state_dict
         )
         return remapped
+
+
+def _expand_all_linear(
+    config: NeuroAdaPeftConfig, model: nn.Module, named: Mapping[str, nn.Module]
+) -> None:
+    """As PEFT does it, but for the insides of modules that another adapter trains as a whole."""
+    if config.target_modules == ALL_LINEAR:
+        _maybe_include_all_linear_layers(config, model)
+        whole = tuple(f"{n}." for n, m in named.items() if isinstance(m, AuxiliaryTrainingWrapper))
+        names = {name for name in config.target_modules if not name.startswith(whole)}
+        config.target_modules = names  # type: ignore[assignment]
 
 
 def adapted_layers(model: nn.Module) -> dict[str, NeuroAdaPeftLayer]:
