@@ -118,7 +118,11 @@ def x_and_gradients_of_merged(model: nn.Module) -> Tensor:
 
 def test_a_quantised_linear_without_a_way_back_keeps_its_bypass(backend):
     backend.supports_merge = False
-    model = adapted(Int8Linear(linear()))
+    quantised = Int8Linear(linear())
+    with pytest.raises(ValueError, match="for 0, whose int8 of this test weight cannot be read"):
+        adapted(quantised)
+    model = adapted(quantised, selection="random")
+    set_connections(model, {"0": nk.select(linear().weight, 3)})
     before = values(model)
     with pytest.raises(TypeError, match="int8 of this test weight, which cannot be merged into"):
         model.merge_adapter()

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import enum
+import importlib
 import pickle
 import subprocess
 import sys
 
 import peft
+import peft.utils
 import pytest
 from peft.mapping import (
     PEFT_TYPE_TO_CONFIG_MAPPING,
@@ -45,6 +47,14 @@ def test_peft_still_needs_its_enum_extended():
 def test_a_peft_that_changed_is_refused_by_name():
     with pytest.raises(ImportError, match=rf"peft {peft.__version__} takes no method 'neuroada'"):
         register(NeuroAdaPeftConfig, NeuroAdaModel)  # it is there already, as if it were PEFT's own
+
+
+def test_a_peft_that_lacks_what_is_used_is_refused_by_name(monkeypatch):
+    for name in [name for name in sys.modules if name.startswith("neuroada_kernels.integrations")]:
+        monkeypatch.delitem(sys.modules, name)
+    monkeypatch.delattr(peft.utils, "resolve_quantization_backend")
+    with pytest.raises(ImportError, match=rf"peft {peft.__version__} differs: cannot import name"):
+        importlib.import_module("neuroada_kernels.integrations.peft")
 
 
 class Frozen(str):

@@ -5,17 +5,23 @@ saves loads with ``PeftModel.from_pretrained`` wherever this was imported before
 """
 
 try:
-    import peft as _peft  # noqa: F401
+    import peft as _peft
 except ModuleNotFoundError as error:
     raise ImportError(
         f"neuroada_kernels.integrations.peft needs PEFT, and there is no {error.name}: "
         "pip install 'neuroada-kernels[peft]'"
     ) from error
 
-from neuroada_kernels.integrations.peft._register import register
-from neuroada_kernels.integrations.peft.config import NeuroAdaPeftConfig
-from neuroada_kernels.integrations.peft.layer import NeuroAdaPeftLayer, NeuroAdaPeftLinear
-from neuroada_kernels.integrations.peft.model import NeuroAdaModel, set_connections
+try:
+    from neuroada_kernels.integrations.peft._register import register
+    from neuroada_kernels.integrations.peft.config import NeuroAdaPeftConfig
+    from neuroada_kernels.integrations.peft.layer import NeuroAdaPeftLayer, NeuroAdaPeftLinear
+    from neuroada_kernels.integrations.peft.model import NeuroAdaModel, set_connections
+except ImportError as error:
+    raise ImportError(
+        f"neuroada_kernels.integrations.peft needs PEFT 0.21.2 or a later 0.21, and peft "
+        f"{_peft.__version__} differs: {error}"
+    ) from error
 
 register(NeuroAdaPeftConfig, NeuroAdaModel)
 

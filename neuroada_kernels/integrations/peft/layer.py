@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -67,14 +65,14 @@ class NeuroAdaPeftLayer(BaseTunerLayer):
         elif config.inference_mode:
             index = torch.full(shape, -1, dtype=torch.int32, device=device)
         else:
-            with self._original_weight() as weight:
-                index = select(
-                    weight,
-                    shape[1],
-                    settings.selection,
-                    generator=settings.generator_of(key),
-                    neuron_fraction=settings.neuron_fraction,
-                )
+            weight = self._weight_to_choose_by(settings.selection)
+            index = select(
+                weight,
+                shape[1],
+                settings.selection,
+                generator=settings.generator_of(key),
+                neuron_fraction=settings.neuron_fraction,
+            )
             index = order_slots(index).to(device)
         delta = torch.zeros(shape, dtype=settings.torch_delta_dtype, device=device)
         self.neuroada_delta[adapter_name] = nn.Parameter(delta)
@@ -166,17 +164,18 @@ class NeuroAdaPeftLayer(BaseTunerLayer):
         if self.quantization_backend is not None:
             self.quantization_backend.set_base_weight(self, weight)
 
-    @contextmanager
-    def _original_weight(self) -> Iterator[Tensor]:
-        """W ``[d_out, d_in]`` to read, without what is merged into it."""
+    def _weight_to_choose_by(self, selection: str) -> Tensor:
+        """W ``[d_out, d_in]``, or only its shape where values do not matter."""
+        if selection == "random":
+            shape = (self.out_features, self.in_features)
+            return torch.zeros((), device=self._base_device()).expand(shape)
         if self.merged:
             raise RuntimeError(
                 f"base_layer: {', '.join(self.merged_adapters)} merged into it, unmerge first: "
                 "connections are chosen by the base's weight"
             )
-        backend = self.quantization_backend
-        base = self.get_base_layer()
-        yield _float_weight(base) if backend is None else backend.get_base_weight(base)
+        base, backend = self.get_base_layer(), self.quantization_backend
+        return _float_weight(base) if backend is None else backend.get_base_weight(base)
 
     def _base_device(self) -> torch.device:
         device, _ = self._get_base_layer_device_and_dtype(self.get_base_layer())
@@ -330,6 +329,26 @@ def features_of(base: nn.Module) -> tuple[int, int]:
             "Conv1D of transformers, or a module with in_features and out_features"
         )
     return found
+
+
+def check_choosable(
+    name: str, base: nn.Module, config: NeuroAdaPeftConfig, **quantization: Any
+) -> None:
+    """Raise where connections go by a weight that is quantised without a way back.
+
+    Raises
+    ------
+    ValueError
+        With the name of the module.
+    """
+    backend = resolve_quantization_backend(base, **quantization)
+    by_value = config.selection != "random" and not config.inference_mode
+    if by_value and backend is not None and not backend.supports_merge:
+        raise ValueError(
+            f"selection: {config.selection!r} for {name}, whose {backend.backend_name} weight "
+            "cannot be read, expected 'random'; set_connections then puts in what was chosen by "
+            "the weight before it was quantised"
+        )
 
 
 def _float_weight(base: nn.Module) -> Tensor:

@@ -25,6 +25,7 @@ from neuroada_kernels.integrations.peft.config import NeuroAdaPeftConfig
 from neuroada_kernels.integrations.peft.layer import (
     NeuroAdaPeftLayer,
     NeuroAdaPeftLinear,
+    check_choosable,
     features_of,
 )
 from neuroada_kernels.plan import check_index
@@ -84,6 +85,7 @@ class NeuroAdaModel(BaseTuner):
             if isinstance(base, BaseTunerLayer):
                 base = base.get_base_layer()
             d_in, _ = features_of(base)
+            check_choosable(name, base, peft_config, **get_quantization_kwargs(model))
             if settings.k_of(name) > d_in:
                 raise ValueError(f"k: {settings.k_of(name)}, expected 1 to {d_in} for {name}")
         for pattern in settings.k_pattern if targets else ():
@@ -113,10 +115,7 @@ class NeuroAdaModel(BaseTuner):
     def _replace_module(
         self, parent: nn.Module, child_name: str, new_module: nn.Module, child: nn.Module
     ) -> None:
-        if isinstance(new_module, NeuroAdaPeftLayer):
-            setattr(parent, child_name, new_module)  # its tensors lie where they should
-        else:
-            super()._replace_module(parent, child_name, new_module, child)
+        setattr(parent, child_name, new_module)  # whose tensors lie where they should
 
     def _cast_adapter_dtype(self, adapter_name: str, autocast_adapter_dtype: bool = True) -> None:
         """Nothing: the config chooses delta's dtype, float32 if it says nothing."""
