@@ -22,7 +22,7 @@ def run(monkeypatch, tmp_path):
 
 
 def test_a_causal_model_is_adapted_saved_loaded_and_merged(run, tmp_path, capsys):
-    found = run("hf_causal_lm.py", "--steps", "60")
+    found = run("hf_causal_lm.py", "--steps", "40")
     assert "16,384 of 377,472 parameters train" in capsys.readouterr().out
     assert found["losses"][-1] < found["losses"][0] - 1
     assert found["difference"] < 1e-4
@@ -31,7 +31,7 @@ def test_a_causal_model_is_adapted_saved_loaded_and_merged(run, tmp_path, capsys
 
 
 def test_peft_and_the_trainer_train_save_serve_and_merge(run, tmp_path):
-    found = run("peft_trainer.py", "--steps", "60")
+    found = run("peft_trainer.py", "--steps", "40")
     assert found["losses"][-1] < found["losses"][0] - 1
     default, untrained, base = found["mixed"]
     assert found["merged"][0].equal(default)

@@ -110,12 +110,12 @@ def gradients(run: nn.Module, model: nn.Module) -> dict[str, Tensor]:
 def test_compiled_it_is_one_graph_that_takes_another_adapter(tmp_path):
     files = []
     for number, selection in enumerate(["magnitude", "random"]):
-        source = llama()
+        source = llama(num_hidden_layers=1)
         nk.adapt(source, k=4, selection=selection)
         give_values(source, number)
         files.append((tmp_path / f"{selection}.safetensors", gradients(source, source)))
         nk.save_adapter(source, files[-1][0])
-    model = llama()
+    model = llama(num_hidden_layers=1)
     nk.load_adapter(model, files[0][0])
     compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
     torch.testing.assert_close(gradients(compiled, model), files[0][1])
@@ -127,7 +127,7 @@ def test_compiled_it_is_one_graph_that_takes_another_adapter(tmp_path):
 
 @pytest.mark.usefixtures("fresh_compiler")
 def test_compiled_under_autocast_it_computes_what_eager_does():
-    model = llama()
+    model = llama(num_hidden_layers=1)
     nk.adapt(model, k=4)
     give_values(model)
     compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
@@ -141,7 +141,7 @@ def test_compiled_under_autocast_it_computes_what_eager_does():
 
 
 def test_exported_it_is_a_program_of_its_own():
-    model = llama()
+    model = llama(num_hidden_layers=1)
     nk.adapt(model, k=4)
     give_values(model)
     length = torch.export.Dim("length", min=2, max=64)
