@@ -12,6 +12,7 @@ from small_llama import batch, changed, curve, give_values, layers, llama, logit
 from torch import nn
 
 import neuroada_kernels as nk
+from neuroada_kernels.convert import convert_adapter
 from neuroada_kernels.integrations.peft import NeuroAdaPeftConfig, set_connections
 from neuroada_kernels.integrations.peft.model import adapted_layers
 
@@ -95,6 +96,18 @@ def test_a_frozen_adapter_chooses_nothing_before_it_is_loaded(tmp_path):
         nn.init.constant_(broken.get_submodule(QUERY).weight, torch.nan)  # not to choose by
         with refusal:
             PeftModel.from_pretrained(broken, tmp_path, is_trainable=is_trainable)
+
+
+def test_the_package_s_own_file_is_made_of_peft_s(tmp_path):
+    """With its biases, and without the neurons that have no connections."""
+    base = llama(attention_bias=True)
+    base.save_pretrained(tmp_path / "base")
+    model = give_values(adapted(base, neuron_fraction=0.5, bias="all", modules_to_save=["lm_head"]))
+    model.save_pretrained(tmp_path / "peft")
+    convert_adapter(tmp_path / "peft", tmp_path / "base", tmp_path / "own.safetensors")
+    own = llama(attention_bias=True)
+    nk.load_adapter(own, tmp_path / "own.safetensors")
+    torch.testing.assert_close(logits(own), logits(model))
 
 
 def damaged(saved: dict[str, torch.Tensor], how: str) -> dict[str, torch.Tensor]:
