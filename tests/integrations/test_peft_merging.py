@@ -43,6 +43,18 @@ def test_unmerging_restores_the_base_bit_for_bit(dtype):
     assert logits(model).equal(expected)
 
 
+def test_a_weight_that_two_layers_share_is_restored():
+    base = nn.Sequential(nn.Linear(6, 6, bias=False), nn.Linear(6, 6, bias=False))
+    base[1].weight = base[0].weight
+    config = NeuroAdaPeftConfig(k=6, target_modules=["0", "1"])
+    model = give_values(get_peft_model(base, config), 1)
+    before = values(model)
+    model.merge_adapter()
+    assert len(changed(model, before)) == 2
+    model.unmerge_adapter()
+    assert not changed(model, before)
+
+
 def test_merging_twice_changes_nothing():
     model = adapted()
     model.merge_adapter()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from peft import get_peft_model
+from peft import PeftModel, get_peft_model
 from small_llama import batch, give_values, llama, logits, loss_of, trainable
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -44,15 +44,20 @@ def test_in_every_precision_it_is_the_package_s_own_layer(dtype, autocast):
     assert all(f.equal(e) for f, e in zip(found.values(), expected.values(), strict=True))
 
 
-def test_the_dtype_of_delta_is_the_config_s_whatever_happens_to_the_model(tmp_path):
-    for dtype in (torch.float32, torch.bfloat16):
-        name = str(dtype).removeprefix("torch.")
-        model = get_peft_model(llama(), NeuroAdaPeftConfig(delta_dtype=name))
-        model.half().float().bfloat16()
-        assert {p.dtype for p in trainable(model).values()} == {dtype}
-        assert {
-            layer.neuroada_index["default"].dtype for layer in adapted_layers(model).values()
-        } == {torch.int32}
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_the_dtype_of_delta_is_the_config_s_whatever_happens_to_the_model(dtype, tmp_path):
+    name = str(dtype).removeprefix("torch.")
+    model = give_values(get_peft_model(llama(), NeuroAdaPeftConfig(delta_dtype=name)))
+    before = {n: p.detach().clone() for n, p in trainable(model).items()}
+    model.half().float().bfloat16().save_pretrained(tmp_path)
+    loaded = [
+        PeftModel.from_pretrained(llama(torch.float16), tmp_path, low_cpu_mem_usage=low)
+        for low in (False, True)
+    ]
+    for one in (model, *loaded):
+        state = one.state_dict()
+        assert all(state[n].dtype == dtype and state[n].equal(p) for n, p in before.items())
+        assert {t.dtype for n, t in state.items() if "neuroada_index" in n} == {torch.int32}
 
 
 def test_an_update_below_the_base_s_last_place_acts():

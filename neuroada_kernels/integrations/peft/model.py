@@ -13,6 +13,7 @@ from peft.tuners.tuners_utils import (
     BaseTunerLayer,
     _maybe_include_all_linear_layers,
     check_target_module_exists,
+    onload_layer,
 )
 from peft.utils import get_quantization_kwargs
 from peft.utils.other import AuxiliaryTrainingWrapper
@@ -127,6 +128,13 @@ class NeuroAdaModel(BaseTuner):
         if safe_merge:
             self._check_merge(adapter_names)
         super().merge_adapter(adapter_names=adapter_names, safe_merge=safe_merge)
+
+    def unmerge_adapter(self) -> None:
+        """As PEFT has it, the last layer first: weights that two share unwind as they merged."""
+        for module in reversed(list(self.model.modules())):
+            if isinstance(module, BaseTunerLayer):  # of another method, too, as merging does
+                with onload_layer(module):
+                    module.unmerge()
 
     def _unload_and_optionally_merge(
         self,
