@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from contextlib import nullcontext
 
 import pytest
@@ -147,6 +148,27 @@ def test_a_state_dict_goes_from_one_adapter_into_another():
     )
     source.set_adapter("other")
     assert logits(target).equal(logits(source))
+
+
+def test_copies_and_pickles_compute_the_same(tmp_path):
+    model = give_values(adapted())
+    torch.save(model, tmp_path / "whole.pt")
+    model.save_pretrained(tmp_path, safe_serialization=False)
+    expected = trained_once(model)
+    for other in (
+        copy.deepcopy(model),
+        torch.load(tmp_path / "whole.pt", weights_only=False),
+        PeftModel.from_pretrained(llama(), tmp_path, is_trainable=True),
+    ):
+        assert trained_once(other) == expected
+
+
+def trained_once(model: nn.Module) -> list[float]:
+    """The losses of two steps by the same adapter, which is then as it was."""
+    before = values(model)
+    losses = curve(model, 2)
+    model.load_state_dict(before)
+    return losses
 
 
 def test_several_adapters_are_switched_and_summed():
