@@ -267,7 +267,8 @@ def _exchange(layer: BypassLinear, entry: AdaptedModule, undo: ExitStack) -> Non
         undo.callback(setattr, layer, "delta", delta)
         layer.delta = nn.Parameter(entry.delta.to(device, copy=True), delta.requires_grad)
     layer.index = entry.index.to(device, copy=True)
-    layer.drop_deferral()
+    if layer.deferred:  # writing an attribute for nothing would cost a compiled model its guards
+        layer.drop_deferral()
 
 
 def _put_index(layer: BypassLinear, index: Tensor) -> None:

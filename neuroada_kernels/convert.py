@@ -1,9 +1,10 @@
-"""``neuroada convert``: adapters of the authors' code, and of PEFT's sparse tuners, as ours.
+"""``neuroada convert``: adapters of the authors' code, and of sparse tuners in PEFT, as ours.
 
 The authors' code (github.com/FightingFighting/NeuroAda) saves ``state_dict_tunable.pt``, with
 1-D values ``NAME.weight_new``, and ``positions.npy``, by weight the places of these values. PEFT
 saves ``adapter_model.safetensors``: SHiRA ``NAME.shira_weight`` and ``NAME.shira_indices``
-``[2, n]``, Super-Tuning ``NAME.supertuning_values`` and flat ``NAME.supertuning_indices``. All of
+``[2, n]``, Super-Tuning ``NAME.supertuning_values`` and flat ``NAME.supertuning_indices``, and our
+own method there ``NAME.neuroada_delta`` and ``NAME.neuroada_index``, both ``[d_out, k]``. All of
 them add the values into the weight. Whatever places they chose, ours has k of them in a row.
 """
 
@@ -244,6 +245,7 @@ def _from_peft(folder: Path) -> tuple[dict[str, _Entries], dict[str, Tensor]]:
     parts = {
         "SHIRA": ("shira_weight", "shira_indices"),
         "SUPERTUNING": ("supertuning_values", "supertuning_indices"),
+        "NEUROADA": ("neuroada_delta", "neuroada_index"),
     }
     if kind not in parts:
         raise ValueError(f"{folder}: peft_type {kind!r:.80}, expected one of {sorted(parts)}")
@@ -267,12 +269,26 @@ def _from_peft(folder: Path) -> tuple[dict[str, _Entries], dict[str, Tensor]]:
                 f"{module}: has no {places_name} in the file, which PEFT saves with "
                 "save_precomputed_indices=True"
             )
-        # SHiRA has rows and columns one above the other.
-        places = places.t() if kind == "SHIRA" else places
-        entries[module] = _Entries(state.pop(name), places)
+        values = state.pop(name)
+        if kind == "SHIRA":  # rows and columns one above the other
+            places = places.t()
+        elif kind == "NEUROADA":
+            values, places = _live_slots(module, values, places)
+        entries[module] = _Entries(values, places)
     if not entries:
         raise ValueError(f"{path}: has no tensor NAME.{values_name}")
-    return entries, state
+    return entries, {name.replace(".base_layer.", "."): t for name, t in state.items()}
+
+
+def _live_slots(module: str, delta: Tensor, index: Tensor) -> tuple[Tensor, Tensor]:
+    """Values ``[n]`` and row and column ``[n, 2]`` of the connections of ``[d_out, k]``."""
+    if index.dim() != 2 or index.shape != delta.shape or index.dtype != torch.int32:
+        raise ValueError(
+            f"{module}: index {index.dtype} {list(index.shape)} and delta {list(delta.shape)}, "
+            "expected int32 and both [d_out, k]"
+        )
+    row, slot = (index != -1).nonzero(as_tuple=True)
+    return delta[row, slot], torch.stack([row, index[row, slot].long()], 1)
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -280,7 +296,7 @@ def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         prog="neuroada convert",
         description="Make an adapter of state_dict_tunable.pt and positions.npy, as the authors' "
-        "code saves them, or of the folder of a SHiRA or Super-Tuning adapter of PEFT.",
+        "code saves them, or of the folder of a SHiRA, Super-Tuning or NeuroAda adapter of PEFT.",
     )
     parser.add_argument("source", metavar="SOURCE", help="the .pt file, or the folder")
     parser.add_argument("base", metavar="BASE", help="the checkpoint it was trained on")

@@ -269,7 +269,7 @@ def test_what_cannot_be_ours_is_refused(tmp_path, base, case):
 @pytest.mark.parametrize(
     ("kind", "config", "message"),
     [
-        ("LORA", {}, r"peft_type 'LORA', expected one of \['SHIRA', 'SUPERTUNING'\]"),
+        ("LORA", {}, r"peft_type 'LORA', expected one of \['NEUROADA', 'SHIRA', 'SUPERTUNING'\]"),
         ("SUPERTUNING", {"r": 8}, "has a low-rank part, r 8"),
         ("SHIRA", {"fan_in_fan_out": True}, "fan_in_fan_out"),
     ],

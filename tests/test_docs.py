@@ -20,4 +20,4 @@ def test_the_code_of_a_page_runs(page, tmp_path, monkeypatch):
 
 
 def test_there_are_pages_with_code():
-    assert {"adapters.md", "adapting.md"} <= {page.name for page in PAGES}
+    assert {"adapters.md", "adapting.md", "peft.md"} <= {page.name for page in PAGES}

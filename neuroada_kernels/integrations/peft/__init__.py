@@ -1,0 +1,34 @@
+"""NeuroAda as a method of Hugging Face PEFT: importing this registers it as ``neuroada``.
+
+``get_peft_model(model, NeuroAdaPeftConfig(k=8))`` then does what it does for LoRA, and what it
+saves loads with ``PeftModel.from_pretrained`` wherever this was imported before.
+"""
+
+try:
+    import peft as _peft
+except ModuleNotFoundError as error:
+    raise ImportError(
+        f"neuroada_kernels.integrations.peft needs PEFT, and there is no {error.name}: "
+        "pip install 'neuroada-kernels[peft]'"
+    ) from error
+
+try:
+    from neuroada_kernels.integrations.peft._register import register
+    from neuroada_kernels.integrations.peft.config import NeuroAdaPeftConfig
+    from neuroada_kernels.integrations.peft.layer import NeuroAdaPeftLayer, NeuroAdaPeftLinear
+    from neuroada_kernels.integrations.peft.model import NeuroAdaModel, set_connections
+except ImportError as error:
+    raise ImportError(
+        f"neuroada_kernels.integrations.peft needs PEFT 0.21.2 or a later 0.21, and peft "
+        f"{_peft.__version__} differs: {error}"
+    ) from error
+
+register(NeuroAdaPeftConfig, NeuroAdaModel)
+
+__all__ = [
+    "NeuroAdaModel",
+    "NeuroAdaPeftConfig",
+    "NeuroAdaPeftLayer",
+    "NeuroAdaPeftLinear",
+    "set_connections",
+]
