@@ -176,9 +176,9 @@ __device__ __forceinline__ void finish_tile(const float (&sum)[Tile::kAccumulato
   NEUROADA_UNROLL
   for (int strip = 0; strip < Tile::kColumns / Tile::kStrip; ++strip) {
     const int64_t first_column = at.column + strip * Tile::kStrip;
-    sync_warpgroup(1 + consumer);  // what was staged before has been read
+    sync_threads<kWarpgroup>(1 + consumer);  // what was staged before has been read
     stage_bypass<T, Tile>(staged, connections, epilogue, first_column, grid.columns, first_row, grid.rows);
-    sync_warpgroup(1 + consumer);
+    sync_threads<kWarpgroup>(1 + consumer);
     write_strip<T, Tile>(sum + strip * (Tile::kStrip / 2), staged, epilogue, first_column, grid.columns, first_row,
                          grid.rows, grid.first_row);
   }

@@ -7,19 +7,28 @@
 namespace neuroada::cuda {
 
 // A tile of the output: 64 rows for each of `Consumers` warpgroups, `Columns` columns, and a ring of
-// `Stages` pieces of the sum over 64 of its terms, which fill a swizzled row.
-template <int Consumers, int Columns, int Stages>
+// `Stages` pieces of the sum over 64 of its terms, which fill a swizzled row. The epilogue takes `Strip`
+// columns a round.
+template <int Consumers, int Columns, int Stages, int Strip = Columns < 64 ? Columns : 64>
 struct ProductTile {
   static constexpr int kConsumers = Consumers, kColumns = Columns, kStages = Stages;
   static constexpr int kRowsEach = 64;
   static constexpr int kRows = kRowsEach * Consumers;
   static constexpr int kDepth = kSwizzle / 2;
   static constexpr int kThreads = kWarpgroup * (1 + Consumers);
-  static constexpr int kAccumulators = Columns / 2;           // of a thread
-  static constexpr int kStrip = Columns < 64 ? Columns : 64;  // columns of one round of the epilogue
-  static constexpr int kStripStride = kRowsEach + 4;          // floats, see epilogue_sm90.cuh
-  static_assert(Columns % 32 == 0 && Columns % kStrip == 0 && Columns <= 256);
+  static constexpr int kAccumulators = Columns / 2;  // of a thread
+  static constexpr int kStrip = Strip;
+  static constexpr int kStripStride = kRowsEach + 4;  // floats, see epilogue_sm90.cuh
+  static_assert(Strip % 32 == 0 && Columns % Strip == 0 && Columns <= 256);
 };
+
+// Whether a CTA that starts with as many registers a thread as it can may come to have `copying` in one
+// warpgroup and `multiplying` in the others: a warpgroup that claims more than there are waits for ever.
+template <class Tile>
+__host__ __device__ constexpr bool registers_suffice(int copying, int multiplying) {
+  constexpr int kAtStart = 65536 / Tile::kThreads / 8 * 8;
+  return copying + Tile::kConsumers * multiplying <= kAtStart * (1 + Tile::kConsumers);
+}
 
 template <class T, class Tile>
 struct alignas(kSwizzleAtom) ProductShared {
@@ -73,13 +82,13 @@ __device__ __forceinline__ int32_t pieces_of(const Grid& grid) {
   return (grid.depth + Tile::kDepth - 1) / Tile::kDepth;
 }
 
-// One lane of each multiplying warp says that a stage may be written again, once the warp has read it.
+// One lane of each of `readers` warps says that a stage may be written again, once the warp has read it.
 template <class Tile>
-__device__ __forceinline__ void prepare_barriers(Barrier* full, Barrier* empty) {
+__device__ __forceinline__ void prepare_barriers(Barrier* full, Barrier* empty, uint32_t readers) {
   if (threadIdx.x == 0) {
     for (int i = 0; i < Tile::kStages; ++i) {
       init_barrier(full[i], 1);
-      init_barrier(empty[i], Tile::kConsumers * kWarpgroup / kWarp);
+      init_barrier(empty[i], readers);
     }
     publish_barriers();
   }

@@ -107,6 +107,18 @@ def test_one_kernel_for_product_and_bypass_rounds_once(case, dtype):
     assert grad_delta.equal(C.sddmm(grad, inputs.x, inputs.index))
 
 
+@pytest.mark.parametrize("case", ALIGNED, ids=lambda case: case.name)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_one_pass_gives_both_gradients(case, dtype):
+    inputs = make_inputs(case, dtype)
+    truth, grad = exact(inputs), inputs.grad_output
+    rest = (inputs.x, inputs.weight, inputs.index, inputs.delta, None)
+    grad_x, grad_delta = _compiled.linear_backward_in_one_pass(grad, *rest)
+    assert rms_error(grad_x, truth.linear_grad_x) <= tolerance(dtype, case.d_out * (1 + case.k))
+    assert rms_error(grad_delta, truth.grad_delta) <= tolerance(dtype, case.tokens, torch.float32)
+    assert grad_delta.dtype == inputs.delta.dtype
+
+
 def test_one_kernel_of_nothing_is_nothing():
     inputs = make_inputs(Case(tokens=0, d_in=64, d_out=48, k=8, bias=True), torch.bfloat16)
     rest = (inputs.weight, inputs.index, inputs.delta)
@@ -114,6 +126,10 @@ def test_one_kernel_of_nothing_is_nothing():
     grad = inputs.grad_output
     both = _compiled.linear_backward_in_one(grad, inputs.x, *rest, None, [True, True])
     assert both[0].shape == (0, 64)
+    assert not both[1].any()
+    both = _compiled.linear_backward_in_one_pass(grad, inputs.x, *rest, None)
+    assert both[0].shape == (0, 64)
+    assert both[1].shape == inputs.delta.shape
     assert not both[1].any()
 
 
@@ -180,7 +196,10 @@ def test_whatever_a_plan_holds_nothing_outside_is_reached(value):
     C.bypass_bwd_input(grad, plan, delta, out)
     assert guard.shape == out.shape
     sixteen = torch.randn(49, 40, dtype=torch.bfloat16)
-    C.linear_bwd_input(sixteen[:9], sixteen[9:, :24].contiguous(), plan, delta)
+    x, weight = torch.zeros(9, 24, dtype=torch.bfloat16), sixteen[9:, :24].contiguous()
+    C.linear_bwd_input(sixteen[:9], weight, plan, delta)
+    index = torch.full((40, 2), value, dtype=torch.int32)
+    assert not C.linear_bwd(sixteen[:9], x, weight, index, plan, delta)[1].any()
 
 
 def arguments() -> dict[str, Tensor]:
@@ -211,6 +230,7 @@ def sixteen_bits() -> dict[str, Tensor]:
         "weight_back16": torch.randn(8, 8, dtype=dtype),
         "plan16": torch.zeros(8 + 1 + 64 + 1 + 7, dtype=torch.int32),
         "delta_back": torch.randn(8, 2),
+        "index_back": torch.tensor([[0, 1], [2, 7], [4, 5], [1, -1]] * 2, dtype=torch.int32),
     }
 
 
@@ -227,6 +247,9 @@ CALLS: dict[str, Callable[..., object]] = {
     ),
     "linear_bwd_input": lambda a: C.linear_bwd_input(
         *(a[n] for n in ("grad16", "weight_back16", "plan16", "delta_back"))
+    ),
+    "linear_bwd": lambda a: C.linear_bwd(
+        *(a[n] for n in ("grad16", "x16", "weight_back16", "index_back", "plan16", "delta_back"))
     ),
     "merge": lambda a: C.merge(a["weight"], a["index"], a["delta"]),
     "gather": lambda a: C.gather(a["weight"], a["index"]),
@@ -270,7 +293,7 @@ WRONG = [
     ("sddmm", "x", lambda t: t.half(), "x: dtype differs"),
     ("sddmm", "index", lambda t: t.short(), "index: dtype is not the expected int32"),
     ("linear_fwd", "x16", lambda t: t.float(), "x: dtype float32, expected bfloat16 or float16"),
-    ("linear_fwd", "x16", lambda t: t[:, :4], "weight: shape [4, 8], expected [4, 4]"),
+    ("linear_fwd", "x16", lambda t: t[:, :4], "weight: shape [4, 8], expected [-1, 4]"),
     ("linear_fwd", "x16", lambda t: t.repeat(1, 2)[:, 4:12], "linear_fwd: x: not 16-byte aligned"),
     ("linear_fwd", "x16", lambda t: odd(t), "linear_fwd: x: stride 9, expected a multiple of 8"),
     (
@@ -281,16 +304,23 @@ WRONG = [
     ),
     ("linear_fwd", "weight16", lambda t: odd(t), "linear_fwd: weight: stride 9, expected"),
     ("linear_fwd", "weight16", lambda t: t.half(), "weight: dtype differs from that of x"),
-    ("linear_fwd", "weight16", lambda t: t[:3], "weight: shape [3, 8], expected [4, 8]"),
+    ("linear_fwd", "weight16", lambda t: t[:3], "index: shape [4, 2], expected [3, -1]"),
     ("linear_fwd", "bias16", lambda t: t[:3], "bias: shape [3], expected [4]"),
     ("linear_fwd", "bias16", lambda t: t.float(), "bias: dtype differs"),
     ("linear_fwd", "delta", lambda t: t[:3], "delta: shape [3, 2], expected [4, 2]"),
-    ("linear_bwd_input", "grad16", lambda t: t[:, :4], "grad: shape [5, 4], expected [-1, 8]"),
+    ("linear_bwd_input", "grad16", lambda t: t[:, :4], "weight: shape [8, 8], expected [4, -1]"),
     ("linear_bwd_input", "grad16", lambda t: odd(t), "linear_bwd_input: grad: stride 9"),
     ("linear_bwd_input", "weight_back16", lambda t: t[:, :4], "weight: 4 columns, expected a mul"),
     ("linear_bwd_input", "weight_back16", lambda t: t.half(), "weight: dtype differs"),
     ("linear_bwd_input", "plan16", lambda t: t[:73], "plan: shape [73], expected at least [74]"),
     ("linear_bwd_input", "plan16", lambda t: t.repeat(2), "plan: 88 connections, expected at most"),
+    ("linear_bwd", "x16", lambda t: t[:4], "x: shape [4, 8], expected [5, 8]"),
+    ("linear_bwd", "x16", lambda t: t.half(), "x: dtype differs from that of grad"),
+    ("linear_bwd", "x16", lambda t: odd(t), "linear_bwd: x: stride 9, expected a multiple of 8"),
+    ("linear_bwd", "grad16", lambda t: t.float(), "grad: dtype float32, expected bfloat16"),
+    ("linear_bwd", "index_back", lambda t: t[:7], "index: shape [7, 2], expected [8, -1]"),
+    ("linear_bwd", "delta_back", lambda t: t[:, :1], "delta: shape [8, 1], expected [8, 2]"),
+    ("linear_bwd", "plan16", lambda t: t.repeat(2), "plan: 88 connections, expected at most"),
     ("merge", "weight", lambda t: t.double(), "weight: dtype float64"),
     ("merge", "weight", lambda t: t.t().contiguous().t(), "weight: stride 4 along a row"),
     ("merge", "delta", lambda t: t.double(), "delta: dtype is not the expected float32"),
@@ -315,7 +345,7 @@ def test_a_wrong_argument_is_named_and_nothing_is_written(op, name, spoil, messa
         assert (given[written] == 7).all()
 
 
-@pytest.mark.parametrize("op", ["linear_fwd", "linear_bwd_input"])
+@pytest.mark.parametrize("op", ["linear_fwd", "linear_bwd_input", "linear_bwd"])
 def test_a_product_over_nothing_is_refused(op):
     """Its chunks are cut by what a token takes, which is nothing here."""
     given = arguments()
@@ -324,7 +354,7 @@ def test_a_product_over_nothing_is_refused(op):
         given["index"] = torch.full_like(given["index"], -1)
     else:
         given |= {"grad16": given["grad16"][:, :0], "weight_back16": given["weight_back16"][:0]}
-        given["delta_back"] = given["delta_back"][:0]
+        given["delta_back"], given["index_back"] = given["delta_back"][:0], given["index_back"][:0]
         given["plan16"] = nk.make_plan(
             torch.empty(0, given["delta_back"].shape[1], dtype=torch.int32),
             given["weight_back16"].shape[1],
@@ -347,6 +377,7 @@ def test_a_freed_storage_is_refused(op):
         "sddmm": "grad",
         "linear_fwd": "weight16",
         "linear_bwd_input": "weight_back16",
+        "linear_bwd": "weight_back16",
     }.get(op, "weight")
     given[name].untyped_storage().resize_(0)
     with pytest.raises(RuntimeError, match=f"{name.partition('_')[0].removesuffix('16')}: its"):
