@@ -14,7 +14,7 @@ static_assert(sizeof(BackwardShared<BFloat16, HopperBwdTile>) <= 227 << 10, "the
 // A token takes its transposed grad, and its share of one sum a slot for every tile of tokens.
 template <class Tile>
 LinearBwdScratch linear_bwd_scratch_of(const BypassBwdInput& p, const Device& device) {
-  const int64_t bytes = p.d_out * (2 + ceil_div(p.k * static_cast<int64_t>(sizeof(float)), Tile::kRows));
+  const int64_t bytes = 2 * p.d_out + ceil_div(p.d_out * p.k * static_cast<int64_t>(sizeof(float)), Tile::kRows);
   const int64_t chunk = choose_chunk<Tile>(p.tokens, bytes, p.d_in, device);
   const int64_t starts = (ceil_div(p.d_in, Tile::kColumns) + 1) * ceil_div(p.d_out, kGroupNeurons);
   return {chunk, starts, ceil_div(chunk, Tile::kRows)};
