@@ -27,7 +27,7 @@ struct Span {
 };
 
 struct Epilogue {
-  const void* transposed;     // [.., transposed_stride], 16-byte rows, from the launch's first token on
+  const void* transposed;     // [.., transposed_stride], 16-byte rows, from the launch's first token on; or null
   int64_t transposed_stride;  // a multiple of 8
   const void* bias;           // [columns], or null for zero
   void* out;                  // [first_row + rows, columns]
@@ -80,7 +80,7 @@ __device__ __forceinline__ void stage_bypass(float* staged, const Connections& c
   const int own = threadIdx.x % kWarpgroup / kGroupTokens;
   const int64_t t = first_token + group * kGroupTokens;
   const bool inside = t < tokens;
-  const T* from = static_cast<const T*>(epilogue.transposed) + t;
+  const T* from = epilogue.transposed ? static_cast<const T*>(epilogue.transposed) + t : nullptr;
   const int64_t stride = epilogue.transposed_stride;
   NEUROADA_ROLLED
   for (int i = 0; i < kSixteens; ++i) {

@@ -59,6 +59,12 @@ inline uint32_t shared_address(const void* pointer) { return host_cuda::shared_a
 inline void init_barrier(Barrier& barrier, uint32_t count) { host_cuda::init_barrier(barrier.state, count); }
 inline void publish_barriers() {}
 inline void arrive(Barrier& barrier) { host_cuda::arrive(barrier.state, 0); }
+template <class T>
+void write_operand(T* to, T value) {
+  *to = value;
+  host_cuda::unfenced = true;
+}
+inline void fence_operands() { host_cuda::unfenced = false; }
 inline void arrive_expecting(Barrier& barrier, uint32_t bytes) { host_cuda::arrive(barrier.state, bytes); }
 inline void wait(Barrier& barrier, uint32_t parity) { host_cuda::wait(barrier.state, parity); }
 
@@ -71,7 +77,10 @@ inline void load_transposed(uint32_t (&word)[4], const void* row) {
   host_cuda::load_transposed(word, host_cuda::shared_address(row));
 }
 
-inline void sync_warp() { host_cuda::exchange(0); }
+inline void sync_warp() {
+  host_cuda::check_fenced();
+  host_cuda::exchange(0);
+}
 template <int kThreads>
 void sync_threads(int name) {
   host_cuda::named_barrier<kThreads>(name);
@@ -133,6 +142,14 @@ __device__ __forceinline__ void arrive_expecting(Barrier& barrier, uint32_t byte
   asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(shared_address(&barrier)), "r"(bytes)
                : "memory");
 }
+
+// What the tensor cores or a copy will read, or write over: between such a write and whatever tells another
+// thread of it stands fence_operands.
+template <class T>
+__device__ __forceinline__ void write_operand(T* to, T value) {
+  *to = value;
+}
+__device__ __forceinline__ void fence_operands() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
 
 // Returns once the phase of this parity is complete; before the first phase, that of parity 1 is.
 __device__ __forceinline__ void wait(Barrier& barrier, uint32_t parity) {

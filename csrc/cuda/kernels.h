@@ -130,6 +130,24 @@ struct LinearBwdScratch {
   int64_t partials;  // of partial [partials, d_out, k]
 };
 
+// out = from weight^T + bias, or out = from weight, where each weight[j, index[j, s]] is round(weight + delta[j, s])
+// as `patch` has it: rounded for as long as its tile is in shared memory. On sm_90a.
+struct LinearPatched {
+  DType dtype;  // bfloat16 or float16: of from, weight, bias and out
+  int64_t tokens, d_in, d_out, k;
+  const void* from;  // x [tokens, d_in], or grad [tokens, d_out]
+  int64_t from_stride;
+  const void* weight;  // [d_out, d_in]
+  int64_t weight_stride;
+  const int32_t* index;  // [d_out, k]
+  const float* delta;    // [d_out, k]
+  const void* bias;      // [d_out], or null for zero and for grad
+  int32_t* start;        // [linear_patched_starts], scratch
+  BlockEntry* entry;     // [d_out, k], scratch
+  void* out;             // [tokens, d_out], or [tokens, d_in]
+  int64_t out_stride;
+};
+
 // out[j, s] = sum_t grad[t, j] x[t, index[j, s]], and zero in a slot without a connection
 struct Sddmm {
   DType dtype;  // of grad and x
@@ -174,10 +192,13 @@ int64_t sddmm_parts(const Sddmm&, const Device&);
 void linear_fwd(const LinearFwd&, const Device&, void* stream);
 void linear_bwd_input(const LinearBwdInput&, const Device&, void* stream);
 void linear_bwd(const LinearBwd&, const Device&, void* stream);
+void linear_patched_fwd(const LinearPatched&, const Device&, void* stream);
+void linear_patched_bwd_input(const LinearPatched&, const Device&, void* stream);
 
 // How many tokens they transpose at a time, a multiple of 8; what they get as scratch does not count.
 int64_t linear_fwd_chunk(const BypassFwd&, const Device&);
 int64_t linear_bwd_input_chunk(const BypassBwdInput&, const Device&);
 LinearBwdScratch linear_bwd_scratch(const BypassBwdInput&, const Device&);
+int64_t linear_patched_starts(int64_t d_in, int64_t d_out, bool forward);
 
 }  // namespace neuroada::cuda

@@ -20,10 +20,10 @@ __global__ void __launch_bounds__(Tile::kThreads, 1) linear_bwd_sm90_kernel(cons
 #ifdef NEUROADA_HOPPER
   static_assert(registers_suffice<Tile>(kSumRegisters, kMultiplyBesideSumRegisters));
   auto& shared = shared_as<BackwardShared<T, Tile>>();
-  prepare_barriers<Tile>(shared.full, shared.empty, Tile::kConsumers * kWarpgroup / kWarp + kSumWarps);
+  prepare_barriers<Tile>(shared.full, shared.empty, Tile::kConsumers * kWarpgroup / kWarp + kSpareWarps);
   if (threadIdx.x >= kWarpgroup) {
     claim_registers<kMultiplyBesideSumRegisters>();
-    multiply_tiles<T, Tile, true>(shared, a.linear, threadIdx.x / kWarpgroup - 1);
+    multiply_tiles<T, Tile, true>(shared, a.linear, nullptr, threadIdx.x / kWarpgroup - 1);
     return;
   }
   release_registers<kSumRegisters>();

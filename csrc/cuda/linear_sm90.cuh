@@ -21,12 +21,12 @@ constexpr int kCopyRegisters = 40, kMultiplyRegisters = 232;
 // One consumer: its 64 rows of every tile that this CTA has.
 template <class T, class Tile, bool kRowsOfRight, class Connections>
 __device__ __forceinline__ void multiply_tiles(ProductShared<T, Tile>& shared, const LinearLaunch<Connections>& a,
-                                               int consumer) {
+                                               Barrier* patched, int consumer) {
   const int32_t pieces = pieces_of<Tile>(a.grid);
   Stage stage;
   for (int64_t tile = blockIdx.x; tile < tiles_of(a.grid); tile += gridDim.x) {
     float sum[Tile::kAccumulators];
-    multiply_tile<T, Tile, kRowsOfRight>(sum, shared, consumer, pieces, stage);
+    multiply_tile<T, Tile, kRowsOfRight>(sum, shared, patched, consumer, pieces, stage);
     finish_tile<T, Tile>(sum, shared.staged[consumer], a.connections, a.epilogue, a.grid, place_of<Tile>(a.grid, tile),
                          consumer);
   }
@@ -45,9 +45,15 @@ __global__ void __launch_bounds__(Tile::kThreads, 1)
     return;
   }
   claim_registers<kMultiplyRegisters>();
-  multiply_tiles<T, Tile, kRowsOfRight>(shared, a, threadIdx.x / kWarpgroup - 1);
+  multiply_tiles<T, Tile, kRowsOfRight>(shared, a, nullptr, threadIdx.x / kWarpgroup - 1);
 #endif
 }
+
+// For a weight that holds the bypass already.
+struct NoConnections {
+  __device__ __forceinline__ Span of(int64_t) const { return {0, 0}; }
+  __device__ __forceinline__ Connection at(int32_t) const { return {-1, 0}; }
+};
 
 // The connections of neuron j are its slots.
 struct SlotConnections {

@@ -54,7 +54,8 @@ int64_t choose_chunk(int64_t tokens, int64_t bytes, int64_t columns, const Devic
 }
 
 // out [left.rows, columns] = left right + epilogue, with right [columns, left.columns], or transposed: calls
-// launch_chunk(first token, arguments) for each chunk, once that is transposed.
+// launch_chunk(first token, arguments) for each chunk, once that is transposed; that is left out where
+// transposed is null.
 template <class T, class Tile, bool kRowsOfRight, class Connections, class Launch>
 void each_chunk(const char* kernel, DType dtype, const Operand& left, const Operand& right, int64_t chunk,
                 void* transposed, const void* bias, void* out, int64_t out_stride, const Connections& connections,
@@ -70,7 +71,7 @@ void each_chunk(const char* kernel, DType dtype, const Operand& left, const Oper
   for (int64_t first = 0; first < left.rows; first += chunk) {
     const int64_t tokens = std::min(chunk, left.rows - first);
     const T* from = static_cast<const T*>(left.data) + first * left.stride;
-    transpose({dtype, tokens, left.columns, from, left.stride, transposed, chunk}, device, stream);
+    if (transposed) transpose({dtype, tokens, left.columns, from, left.stride, transposed, chunk}, device, stream);
     Grid& grid = args.grid;
     grid.first_row = static_cast<int32_t>(first);
     grid.rows = static_cast<int32_t>(tokens);

@@ -36,9 +36,14 @@ struct alignas(kSwizzleAtom) ProductShared {
   T right[Tile::kStages][Tile::kColumns * Tile::kDepth];  // [columns, depth] or blocks of [depth, 64]
   float staged[Tile::kConsumers][Tile::kStrip * Tile::kStripStride];
   Barrier full[Tile::kStages], empty[Tile::kStages];
+  Barrier patched[Tile::kStages];  // used where the right operand is, see patch_sm90.cuh
 
   static constexpr uint32_t kStageBytes = sizeof(left[0]) + sizeof(right[0]);
 };
+
+// Those of the copying warpgroup that copy nothing.
+constexpr int kSpareWarps = kWarpgroup / kWarp - 1;
+__device__ __forceinline__ int spare_warp() { return threadIdx.x / kWarp - 1; }
 
 // The tiles of the output, and the rows of this launch within the matrices.
 struct Grid {
@@ -141,16 +146,17 @@ __device__ __forceinline__ void multiply_stage(float (&sum)[Tile::kAccumulators]
   }
 }
 
-// One consumer: sum = its 64 rows of one tile. The products of a stage run while those of the next are
-// started, so a stage is given back one later.
+// One consumer: sum = its 64 rows of one tile, from stages that are full and, if patched is not null, patched.
+// The products of a stage run while those of the next are started, so a stage is given back one later.
 template <class T, class Tile, bool kRowsOfRight>
 __device__ __forceinline__ void multiply_tile(float (&sum)[Tile::kAccumulators], ProductShared<T, Tile>& shared,
-                                              int consumer, int32_t pieces, Stage& stage) {
+                                              Barrier* patched, int consumer, int32_t pieces, Stage& stage) {
   const bool speaks = threadIdx.x % kWarp == 0;
   int before = 0;
   keep_in_registers(sum);
   for (int32_t piece = 0; piece < pieces; ++piece, stage.advance<Tile::kStages>()) {
     wait(shared.full[stage.index], stage.parity);
+    if (patched) wait(patched[stage.index], stage.parity);
     wgmma_fence();
     multiply_stage<T, Tile, kRowsOfRight>(sum, shared.left[stage.index] + consumer * Tile::kRowsEach * Tile::kDepth,
                                           shared.right[stage.index], piece == 0);

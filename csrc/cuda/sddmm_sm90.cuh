@@ -22,7 +22,6 @@ struct Sums {
   int32_t d_out, k;
 };
 
-constexpr int kSumWarps = kWarpgroup / kWarp - 1;
 constexpr int kBatch = 8;           // connections of one product
 constexpr int kLanesEach = 4;       // of a connection's column
 constexpr int kPartTokens = 32;     // of two steps of a product: a lane has 8 of them, in 16 bytes
@@ -35,15 +34,13 @@ struct BackwardShared : ProductShared<T, Tile> {
   alignas(16) T x[Tile::kColumns * Tile::kRows];
 };
 
-__device__ __forceinline__ int sum_warp() { return threadIdx.x / kWarp - 1; }
-
 // Columns and tokens outside the matrix are zeros; so is their grad.
 template <class T, class Tile>
 __device__ void stage_x(T* staged, const Sums& a, const Grid& grid, TilePlace at) {
   constexpr int kParts = Tile::kRows / kPartTokens, kItems = Tile::kColumns / kStagedColumns * kParts;
   const int lane = threadIdx.x % kWarp, quarter = lane % kLanesEach;
   NEUROADA_ROLLED
-  for (int item = sum_warp(); item < kItems; item += kSumWarps) {
+  for (int item = spare_warp(); item < kItems; item += kSpareWarps) {
     const int part = item % kParts, column = item / kParts * kStagedColumns + lane / kLanesEach * 8;
     const int32_t t = at.row + part * kPartTokens + quarter * 2, c = at.column + column;
     const T* from = static_cast<const T*>(a.x) + t * a.x_stride + c;
@@ -94,14 +91,14 @@ class EntryReader {
  private:
   __device__ __forceinline__ GroupEntries offsets() {
     const int32_t group = group_;
-    group_ += kSumWarps;
+    group_ += kSpareWarps;
     if (group >= groups_) return {};
     const int32_t begin = start_[group], end = start_[groups_ + group];
     return {a_.entry + int64_t{group} * kGroupNeurons * a_.k + begin, end - begin, {}};
   }
 
   const Sums& a_;
-  int32_t groups_, group_ = sum_warp();
+  int32_t groups_, group_ = spare_warp();
   const int32_t* start_;  // of the block
   GroupEntries now_, next_;
 };
@@ -187,14 +184,14 @@ __device__ __forceinline__ void sum_tiles(BackwardShared<T, Tile>& shared, const
   for (int64_t tile = blockIdx.x; tile < tiles_of(grid); tile += gridDim.x) {
     const TilePlace at = place_of<Tile>(grid, tile);
     EntryReader reader(a, at.column / Tile::kColumns);
-    sync_threads<kSumWarps * kWarp>(name);  // what was staged before has been read
+    sync_threads<kSpareWarps * kWarp>(name);  // what was staged before has been read
     stage_x<T, Tile>(shared.x, a, grid, at);
-    sync_threads<kSumWarps * kWarp>(name);
+    sync_threads<kSpareWarps * kWarp>(name);
     float* partial = a.partial + int64_t{at.row / Tile::kRows} * a.d_out * a.k;
-    int group = sum_warp();
+    int group = spare_warp();
     for (int32_t piece = 0; piece < pieces_of<Tile>(grid); ++piece, stage.advance<Tile::kStages>()) {
       wait(shared.full[stage.index], stage.parity);
-      for (; group < kGroups; group += kSumWarps) {
+      for (; group < kGroups; group += kSpareWarps) {
         sum_group<T, Tile>(reader.next(), shared.left[stage.index], group, shared.x, partial);
       }
       group -= kGroups;

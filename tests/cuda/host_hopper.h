@@ -49,6 +49,12 @@ inline void load_transposed(uint32_t (&word)[4], uint32_t row) {
   }
 }
 
+// Whether this thread has written operands that fence.proxy.async does not show to the tensor cores yet.
+inline thread_local bool unfenced = false;
+inline void check_fenced() {
+  if (unfenced) stop("operands are written without fence.proxy.async before others are told");
+}
+
 // ---- mbarrier: counts and phase in its own 64 bits, blocking beside it
 
 struct BarrierWord {
@@ -100,6 +106,7 @@ inline void init_barrier(uint64_t& word, uint32_t count) {
 }
 
 inline void arrive(uint64_t& word, uint32_t bytes) {
+  check_fenced();
   change_barrier(word, [&](BarrierWord& barrier) {
     if (barrier.pending == 0) stop("more threads arrive at an mbarrier than it counts");
     --barrier.pending;
