@@ -153,6 +153,8 @@ def test_dtypes_that_one_kernel_does_not_take(monkeypatch):
         ("1", torch.float32, [True, False], "two", "one"),
         ("1", BF16, [False, True], "one", "two"),
         ("2", BF16, [True, True], "one", "one pass"),
+        ("3", BF16, [True, True], "patched", "patched"),
+        ("3", torch.float32, [False, True], "two", "two"),
         ("2", None, [True, False], "one", "one"),
         ("2", None, [False, True], "one", "two"),
     ],
@@ -168,6 +170,8 @@ def test_which_kernels_a_call_takes(monkeypatch, forced, bias, mask, forward, ba
         ("linear_backward", "two"),
         ("linear_backward_in_one", "one"),
         ("linear_backward_in_one_pass", "one pass"),
+        ("linear_patched", "patched"),
+        ("linear_backward_patched", "patched"),
     ):
         monkeypatch.setattr(cuda._compiled, name, lambda *args, kernels=kernels: kernels)
     x = weight = on_gpu(BF16)
@@ -185,9 +189,11 @@ def test_an_x_that_cannot_be_copied_is_left_to_sddmm(monkeypatch):
 
 
 def test_what_the_environment_says_must_be_a_form(monkeypatch):
-    for wrong in ("yes", "3", ""):
+    for wrong in ("yes", "4", ""):
         monkeypatch.setenv("NEUROADA_CUDA_FUSED", wrong)
-        with pytest.raises(ValueError, match=f"NEUROADA_CUDA_FUSED: '{wrong}', expected 0, 1 or 2"):
+        with pytest.raises(
+            ValueError, match=f"NEUROADA_CUDA_FUSED: '{wrong}', expected 0, 1, 2 or 3"
+        ):
             cuda._form()
 
 

@@ -68,6 +68,11 @@ Tensor new_ordered(const Tensor& delta, int64_t live) {
   return torch::stable::new_empty(delta, {live, static_cast<int64_t>(sizeof(WeightedNeuron) / sizeof(float))});
 }
 
+// Scratch for the connections by blocks of columns.
+Tensor new_entries(const Tensor& index) {
+  return torch::stable::new_empty(index, {index.numel(), static_cast<int64_t>(sizeof(BlockEntry) / sizeof(int32_t))});
+}
+
 const int32_t* int32_values(const Tensor& tensor) { return static_cast<const int32_t*>(tensor.const_data_ptr()); }
 const float* float_values(const Tensor& tensor) { return static_cast<const float*>(tensor.const_data_ptr()); }
 
@@ -235,7 +240,7 @@ std::tuple<Tensor, Tensor> linear_bwd_op(const Tensor& grad, const Tensor& x, co
   const LinearBwdScratch needed = linear_bwd_scratch(backward.args, device.facts());
   Tensor transposed = torch::stable::new_empty(grad, {d_out, needed.chunk});
   Tensor start = torch::stable::new_empty(index, {needed.starts});
-  Tensor entry = torch::stable::new_empty(index, {d_out, k, static_cast<int64_t>(sizeof(BlockEntry) / 4)});
+  Tensor entry = new_entries(index);
   Tensor partial = torch::stable::new_empty(delta, {needed.partials, d_out, k});
   linear_bwd({{backward.args, weight.const_data_ptr(), weight.stride(0), needed.chunk, transposed.mutable_data_ptr()},
               x.const_data_ptr(),
@@ -247,6 +252,52 @@ std::tuple<Tensor, Tensor> linear_bwd_op(const Tensor& grad, const Tensor& x, co
               static_cast<float*>(grad_delta.mutable_data_ptr())},
              device.facts(), device.stream());
   return {out, grad_delta};
+}
+
+// from weight^T + bias, or from weight: with round(weight + delta), which no memory holds.
+Tensor linear_patched(const char* name, const Tensor& from, const Tensor& weight, const Tensor& index,
+                      const Tensor& delta, const std::optional<Tensor>& bias, bool forward) {
+  const Site site = site_of(name, from);
+  check_matrix(name, from, -1, -1, site);
+  check_weight(weight, forward ? -1 : from.size(1), forward ? from.size(1) : -1, name, from, site);
+  const int64_t tokens = from.size(0), d_out = weight.size(0), d_in = weight.size(1);
+  check_index(index, d_out, site);
+  const int64_t k = index.size(1);
+  check_delta(delta, d_out, k, site);
+  const DType dtype = dtype_of(name, from);
+  if (bias) check_bias(*bias, d_out, dtype, site);
+  const CurrentDevice device(site);
+  Tensor out = torch::stable::new_empty(from, {tokens, forward ? d_out : d_in});
+  if (out.numel() == 0) return out;
+  Tensor start = torch::stable::new_empty(index, {linear_patched_starts(d_in, d_out, forward)});
+  Tensor entry = new_entries(index);
+  const LinearPatched args{dtype,
+                           tokens,
+                           d_in,
+                           d_out,
+                           k,
+                           from.const_data_ptr(),
+                           from.stride(0),
+                           weight.const_data_ptr(),
+                           weight.stride(0),
+                           int32_values(index),
+                           float_values(delta),
+                           bias ? bias->const_data_ptr() : nullptr,
+                           static_cast<int32_t*>(start.mutable_data_ptr()),
+                           static_cast<BlockEntry*>(entry.mutable_data_ptr()),
+                           out.mutable_data_ptr(),
+                           out.stride(0)};
+  (forward ? linear_patched_fwd : linear_patched_bwd_input)(args, device.facts(), device.stream());
+  return out;
+}
+
+Tensor linear_patched_fwd_op(const Tensor& x, const Tensor& weight, const Tensor& index, const Tensor& delta,
+                             std::optional<Tensor> bias) {
+  return linear_patched("x", x, weight, index, delta, bias, true);
+}
+
+Tensor linear_patched_bwd_input_op(const Tensor& grad, const Tensor& weight, const Tensor& index, const Tensor& delta) {
+  return linear_patched("grad", grad, weight, index, delta, std::nullopt, false);
 }
 
 // What the four ops on the chosen entries of W share; delta may be missing.
@@ -303,6 +354,8 @@ STABLE_TORCH_LIBRARY_IMPL(neuroada_C, CUDA, m) {
   m.impl("linear_fwd", TORCH_BOX(&linear_fwd_op));
   m.impl("linear_bwd_input", TORCH_BOX(&linear_bwd_input_op));
   m.impl("linear_bwd", TORCH_BOX(&linear_bwd_op));
+  m.impl("linear_patched_fwd", TORCH_BOX(&linear_patched_fwd_op));
+  m.impl("linear_patched_bwd_input", TORCH_BOX(&linear_patched_bwd_input_op));
   m.impl("merge", TORCH_BOX(&merge_op));
   m.impl("gather", TORCH_BOX(&gather_op));
   m.impl("patch", TORCH_BOX(&patch_op));

@@ -82,6 +82,30 @@ def linear_backward_in_one_pass(
     return grad_x, grad_delta.to(delta.dtype)
 
 
+def linear_patched(
+    x: Tensor, weight: Tensor, index: Tensor, delta: Tensor, bias: Tensor | None
+) -> Tensor:
+    """The op ``linear`` with ``round(weight + delta)``: with the rounding of the weight."""
+    bias = None if bias is None else bias.contiguous()
+    y: Tensor = C.linear_patched_fwd.default(x, weight, index.contiguous(), wide(delta, x), bias)
+    return y
+
+
+def linear_backward_patched(
+    grad: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    index: Tensor,
+    delta: Tensor,
+    plan: Tensor | None,
+    output_mask: list[bool],
+) -> tuple[Tensor, Tensor | None]:
+    """The op ``linear_backward`` where dx is wanted, that of :func:`linear_patched`."""
+    _, grad_delta = bypass_backward(grad, x, index, delta, plan, [False, output_mask[1]])
+    args = (grad, weight, index.contiguous(), wide(delta, grad))
+    return C.linear_patched_bwd_input.default(*args), grad_delta
+
+
 def bypass_add(x: Tensor, y: Tensor, index: Tensor, delta: Tensor) -> Tensor:
     """The op ``bypass_add``."""
     out = torch.empty(y.shape, dtype=y.dtype, device=y.device)
@@ -145,8 +169,9 @@ def wide(delta: Tensor, x: Tensor) -> Tensor:
 def forced_form(device: str, forms: int) -> int | None:
     """What ``NEUROADA_<device>_FUSED`` says: how much goes in one kernel, 0 up to ``forms`` - 1.
 
-    0 is bypass and product each by itself, 1 both in one kernel; on a GPU of compute capability
-    9.0, 2 is the gradient of delta in that of dx as well.
+    0 is bypass and product each by itself, 1 both in one kernel. On a GPU of compute capability
+    9.0, 2 is the gradient of delta in that of dx as well, and 3 the product of a weight whose
+    tiles are patched where the kernel holds them: with the rounding of the strategy ``resident``.
 
     Raises
     ------

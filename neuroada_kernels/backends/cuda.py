@@ -71,9 +71,12 @@ def _no_arch_for(capability: tuple[int, int], archs: tuple[str, ...]) -> tuple[s
 def _linear(x: Tensor, weight: Tensor, index: Tensor, delta: Tensor, bias: Tensor | None) -> Tensor:
     # Two kernels add a bias in 16 bits to what they have rounded already.
     bias16 = bias is not None and bias.dtype in _DTYPES_OF_ONE_KERNEL
-    if not _form(bias16) or _not_in_one_kernel(x, weight, bias=bias):
-        return _compiled.linear(x, weight, index, delta, bias)
-    return _compiled.linear_in_one(x, weight, index, delta, bias)
+    form = _form(bias16)
+    if form == 0 or _not_in_one_kernel(x, weight, bias=bias):
+        run = _compiled.linear
+    else:
+        run = _compiled.linear_patched if form == 3 else _compiled.linear_in_one
+    return run(x, weight, index, delta, bias)
 
 
 def _linear_backward(
@@ -88,6 +91,8 @@ def _linear_backward(
     form = _form() if output_mask[0] else 0
     if form == 0 or _not_in_one_kernel(grad, weight):
         return _compiled.linear_backward(grad, x, weight, index, delta, plan, output_mask)
+    if form == 3:
+        return _compiled.linear_backward_patched(grad, x, weight, index, delta, plan, output_mask)
     if form == 1 or not output_mask[1] or _not_in_one_kernel(grad, weight, x=x):
         return _compiled.linear_backward_in_one(grad, x, weight, index, delta, plan, output_mask)
     return _compiled.linear_backward_in_one_pass(grad, x, weight, index, delta, plan)
@@ -97,10 +102,10 @@ def _form(bias16: bool = False) -> int:
     """How much goes in one kernel where it takes that; the forms of :func:`_compiled.forced_form`.
 
     Predicted, not measured: one kernel is slower but for saving a pass over y where torch's
-    product would round y twice; ``docs/kernels.md`` has the figures. ``NEUROADA_CUDA_FUSED=0|1|2``
-    decides instead.
+    product would round y twice; ``docs/kernels.md`` has the figures. ``NEUROADA_CUDA_FUSED``
+    decides instead, and alone may ask for the other rounding of form 3.
     """
-    forced = _compiled.forced_form("CUDA", 3)
+    forced = _compiled.forced_form("CUDA", 4)
     return int(bias16) if forced is None else forced
 
 

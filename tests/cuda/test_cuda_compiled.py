@@ -97,7 +97,7 @@ def instructions(arch: str) -> dict[str, set[str]]:
 _INSTRUCTIONS = r"(?:(?:LD|ST)[GSL]|LDSM|H(?:G)?MMA|UTMALDG|SYNCS|USETMAXREG|WARPGROUP)(?:\.\w+)*"
 
 
-PRODUCTS = ("linear_sm90_kernel", "linear_bwd_sm90_kernel")
+PRODUCTS = ("linear_sm90_kernel", "linear_bwd_sm90_kernel", "linear_patched_sm90_kernel")
 
 
 def is_for_sm90(name: str) -> bool:
@@ -107,8 +107,8 @@ def is_for_sm90(name: str) -> bool:
 
 def test_every_kernel_is_compiled_for_every_arch_that_it_is_for():
     names = {key.partition(" ")[2] for key in resources()}
-    # Staged ones, their helpers, merge; for sm_90a three products and what goes with them.
-    assert len(names) == 3 * 3 * 2 + 2 + 3 * 4 + 3 * 2 + 2 + 2
+    # Staged ones, their helpers, merge; for sm_90a five products and what goes with them.
+    assert len(names) == 3 * 3 * 2 + 2 + 3 * 4 + 5 * 2 + 2 + 2
     assert set(resources()) == {
         f"sm_{arch} {name}"
         for arch in ARCHS
@@ -139,16 +139,18 @@ def test_every_kernel_launches_with_the_threads_of_a_cta():
 def test_products_for_sm90_are_made_by_the_hardware_for_them():
     """TMA, wgmma in the largest shape, mbarriers, registers that move; y in 16 bytes a lane."""
     kernels = {n: used for n, used in instructions("90a").items() if n.startswith(PRODUCTS)}
-    assert len(kernels) == 6
+    assert len(kernels) == 10
     for name, used in kernels.items():
         (product,) = {i for i in used if i.startswith("HGMMA")}
         bfloat16 = ".BF16" if "BFloat16" in name else ""
         both = name.startswith("linear_bwd")
-        rows_of_w = ".tnspB" if both or "PlanConnections" in name else ""
+        forward = "false" in name
+        rows_of_w = "" if forward else ".tnspB"
         assert product == f"HGMMA.64x256x16.F32{bfloat16}{rows_of_w}", name
         parts = {i.partition(".")[0] for i in used}
         assert parts >= {"UTMALDG", "SYNCS", "USETMAXREG", "WARPGROUP"}, name
-        assert {"LDG.E.128", "STG.E.128", "STS.128"} <= used, name
+        gathers = set() if name.startswith("linear_patched") else {"LDG.E.128"}
+        assert gathers | {"STG.E.128", "STS.128"} <= used, name
         # The SDDMM beside dx: grad transposed on its way to the products of a warp.
         sddmm = {"LDSM.16.MT88.4", f"HMMA.16816.F32{bfloat16}"}
         assert {i for i in used if i.startswith(("LDSM", "HMMA"))} == (sddmm if both else set())

@@ -119,6 +119,24 @@ def test_one_pass_gives_both_gradients(case, dtype):
     assert grad_delta.dtype == inputs.delta.dtype
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_patched_tiles_are_a_patched_weight(dtype):
+    """The rounding of ``resident``: that of the weight, and then once that of the result."""
+    case = ALIGNED[0]
+    inputs = make_inputs(case, dtype)
+    weight, grad = inputs.weight.clone(), inputs.grad_output
+    _compiled.merge(weight, inputs.index, inputs.delta)
+    rest = (inputs.index, inputs.delta)
+    y = _compiled.linear_patched(inputs.x, inputs.weight, *rest, inputs.bias)
+    exact_y = inputs.x.double() @ weight.double().t() + inputs.bias.double()
+    assert rms_error(y, exact_y) <= tolerance(dtype, case.d_in + 1)
+    both = _compiled.linear_backward_patched(
+        grad, inputs.x, inputs.weight, *rest, None, [True, True]
+    )
+    assert rms_error(both[0], grad.double() @ weight.double()) <= tolerance(dtype, case.d_out)
+    assert both[1].equal(C.sddmm(grad, inputs.x, inputs.index))
+
+
 def test_one_kernel_of_nothing_is_nothing():
     inputs = make_inputs(Case(tokens=0, d_in=64, d_out=48, k=8, bias=True), torch.bfloat16)
     rest = (inputs.weight, inputs.index, inputs.delta)
@@ -251,6 +269,12 @@ CALLS: dict[str, Callable[..., object]] = {
     "linear_bwd": lambda a: C.linear_bwd(
         *(a[n] for n in ("grad16", "x16", "weight_back16", "index_back", "plan16", "delta_back"))
     ),
+    "linear_patched_fwd": lambda a: C.linear_patched_fwd(
+        *(a[n] for n in ("x16", "weight16", "index", "delta", "bias16"))
+    ),
+    "linear_patched_bwd_input": lambda a: C.linear_patched_bwd_input(
+        *(a[n] for n in ("grad16", "weight_back16", "index_back", "delta_back"))
+    ),
     "merge": lambda a: C.merge(a["weight"], a["index"], a["delta"]),
     "gather": lambda a: C.gather(a["weight"], a["index"]),
     "patch": lambda a: C.patch(*(a[n] for n in ("weight", "index", "delta", "original"))),
@@ -321,6 +345,17 @@ WRONG = [
     ("linear_bwd", "index_back", lambda t: t[:7], "index: shape [7, 2], expected [8, -1]"),
     ("linear_bwd", "delta_back", lambda t: t[:, :1], "delta: shape [8, 1], expected [8, 2]"),
     ("linear_bwd", "plan16", lambda t: t.repeat(2), "plan: 88 connections, expected at most"),
+    ("linear_patched_fwd", "x16", lambda t: t.float(), "x: dtype float32, expected bfloat16"),
+    ("linear_patched_fwd", "index", lambda t: t[:3], "index: shape [3, 2], expected [4, -1]"),
+    ("linear_patched_fwd", "delta", lambda t: t[:3], "delta: shape [3, 2], expected [4, 2]"),
+    ("linear_patched_fwd", "bias16", lambda t: t[:3], "bias: shape [3], expected [4]"),
+    ("linear_patched_bwd_input", "grad16", lambda t: t[:, :4], "weight: shape [8, 8], expected [4"),
+    (
+        "linear_patched_bwd_input",
+        "grad16",
+        lambda t: odd(t),
+        "_bwd_input: grad: stride 9, expected",
+    ),
     ("merge", "weight", lambda t: t.double(), "weight: dtype float64"),
     ("merge", "weight", lambda t: t.t().contiguous().t(), "weight: stride 4 along a row"),
     ("merge", "delta", lambda t: t.double(), "delta: dtype is not the expected float32"),
@@ -378,6 +413,8 @@ def test_a_freed_storage_is_refused(op):
         "linear_fwd": "weight16",
         "linear_bwd_input": "weight_back16",
         "linear_bwd": "weight_back16",
+        "linear_patched_fwd": "weight16",
+        "linear_patched_bwd_input": "weight_back16",
     }.get(op, "weight")
     given[name].untyped_storage().resize_(0)
     with pytest.raises(RuntimeError, match=f"{name.partition('_')[0].removesuffix('16')}: its"):
