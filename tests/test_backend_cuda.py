@@ -98,9 +98,10 @@ def test_float64_is_left_to_others(monkeypatch):
 
 def test_a_weight_whose_rows_have_gaps_is_not_written_into(monkeypatch):
     pretend(monkeypatch)
-    assert cuda._merge_unsupported(on_gpu()) == []
+    merge = _registry._backends["cuda"].implementations["merge_"]
+    assert merge.unsupported(on_gpu()) == []
     weight = on_gpu(strides=(1, 6))
-    assert "weight with stride 6 along a row" in cuda._merge_unsupported(weight)[0]
+    assert "weight with stride 6 along a row" in merge.unsupported(weight)[0]
 
 
 BF16, F16 = torch.bfloat16, torch.float16
@@ -109,7 +110,7 @@ BF16, F16 = torch.bfloat16, torch.float16
 def test_an_h100_takes_product_and_bypass_in_one_kernel(monkeypatch):
     pretend(monkeypatch)
     for dtype in (BF16, F16):
-        assert cuda._not_in_one_kernel(on_gpu(dtype), on_gpu(dtype), on_gpu(dtype)) == []
+        assert cuda._not_in_one_kernel(on_gpu(dtype), on_gpu(dtype), bias=on_gpu(dtype)) == []
         padded = on_gpu(dtype, strides=(24, 1), address=16)
         assert cuda._not_in_one_kernel(padded, padded) == []
 
@@ -138,7 +139,7 @@ def test_dtypes_that_one_kernel_does_not_take(monkeypatch):
     pretend(monkeypatch)
     (reason,) = cuda._not_in_one_kernel(on_gpu(torch.float32), on_gpu(torch.float32))
     assert reason == "dtype torch.float32, expected bfloat16 or float16"
-    (reason,) = cuda._not_in_one_kernel(on_gpu(BF16), on_gpu(BF16), on_gpu(torch.float32))
+    (reason,) = cuda._not_in_one_kernel(on_gpu(BF16), on_gpu(BF16), bias=on_gpu(torch.float32))
     assert reason == "bias of dtype torch.float32, expected torch.bfloat16"
 
 
@@ -151,6 +152,11 @@ def test_dtypes_that_one_kernel_does_not_take(monkeypatch):
         ("1", None, [True, True], "one", "one"),
         ("1", torch.float32, [True, False], "two", "one"),
         ("1", BF16, [False, True], "one", "two"),
+        ("2", BF16, [True, True], "one", "one pass"),
+        ("3", BF16, [True, True], "patched", "patched"),
+        ("3", torch.float32, [False, True], "two", "two"),
+        ("2", None, [True, False], "one", "one"),
+        ("2", None, [False, True], "one", "two"),
     ],
 )
 def test_which_kernels_a_call_takes(monkeypatch, forced, bias, mask, forward, backward):
@@ -163,6 +169,9 @@ def test_which_kernels_a_call_takes(monkeypatch, forced, bias, mask, forward, ba
         ("linear_in_one", "one"),
         ("linear_backward", "two"),
         ("linear_backward_in_one", "one"),
+        ("linear_backward_in_one_pass", "one pass"),
+        ("linear_patched", "patched"),
+        ("linear_backward_patched", "patched"),
     ):
         monkeypatch.setattr(cuda._compiled, name, lambda *args, kernels=kernels: kernels)
     x = weight = on_gpu(BF16)
@@ -170,10 +179,22 @@ def test_which_kernels_a_call_takes(monkeypatch, forced, bias, mask, forward, ba
     assert cuda._linear_backward(x, x, weight, None, None, None, mask) == backward
 
 
-def test_what_the_environment_says_must_be_0_or_1(monkeypatch):
-    monkeypatch.setenv("NEUROADA_CUDA_FUSED", "yes")
-    with pytest.raises(ValueError, match="NEUROADA_CUDA_FUSED: 'yes', expected 0 or 1"):
-        cuda._prefer_one_kernel()
+def test_an_x_that_cannot_be_copied_is_left_to_sddmm(monkeypatch):
+    pretend(monkeypatch)
+    monkeypatch.setenv("NEUROADA_CUDA_FUSED", "2")
+    monkeypatch.setattr(cuda._compiled, "linear_backward_in_one", lambda *args: "one")
+    grad = weight = on_gpu(BF16)
+    x = on_gpu(BF16, address=264)
+    assert cuda._linear_backward(grad, x, weight, None, None, None, [True, True]) == "one"
+
+
+def test_what_the_environment_says_must_be_a_form(monkeypatch):
+    for wrong in ("yes", "4", ""):
+        monkeypatch.setenv("NEUROADA_CUDA_FUSED", wrong)
+        with pytest.raises(
+            ValueError, match=f"NEUROADA_CUDA_FUSED: '{wrong}', expected 0, 1, 2 or 3"
+        ):
+            cuda._form()
 
 
 @pytest.mark.parametrize(

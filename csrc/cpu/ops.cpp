@@ -45,10 +45,6 @@ void check_index(const Tensor& index, int64_t d_in) {
                   " is out of range for a weight with ", d_in, " inputs");
 }
 
-void check_same_dtype(const char* name, const Tensor& tensor, DType dtype, const char* other) {
-  STD_TORCH_CHECK(dtype_of(name, tensor) == dtype, name, ": dtype differs from that of ", other);
-}
-
 void check_weight(const Tensor& weight, int64_t d_out, int64_t d_in, DType dtype, const char* other) {
   check_matrix("weight", weight, d_out, d_in);
   check_same_dtype("weight", weight, dtype, other);
@@ -185,7 +181,7 @@ Tensor sddmm_op(const Tensor& grad, const Tensor& x, const Tensor& index) {
 }
 
 // What the four ops on the chosen entries of W share; delta may be missing.
-void run_merge(MergeMode mode, Tensor& weight, const Tensor& index, const Tensor* delta, Tensor& original) {
+void run_merge(MergeMode mode, const Tensor& weight, const Tensor& index, const Tensor* delta, const Tensor& original) {
   check_matrix("weight", weight, -1, -1);
   const int64_t d_out = weight.size(0), d_in = weight.size(1);
   check_index(index, d_in);
@@ -199,9 +195,9 @@ void run_merge(MergeMode mode, Tensor& weight, const Tensor& index, const Tensor
   check_matrix("original", original, d_out, k);
   check_same_dtype("original", original, dtype, "weight");
   check_contiguous("original", original);
-  kernels().merge({dtype, mode, d_out, k, weight.mutable_data_ptr(), weight.stride(0),
+  kernels().merge({dtype, mode, d_out, k, data_of(weight, writes_weight(mode)), weight.stride(0),
                    static_cast<const int32_t*>(index.const_data_ptr()), delta ? delta->const_data_ptr() : nullptr,
-                   original.mutable_data_ptr()},
+                   data_of(original, writes_original(mode))},
                   torch_executor());
 }
 
@@ -216,17 +212,17 @@ Tensor merge_op(Tensor weight, const Tensor& index, const Tensor& delta) {
   return original;
 }
 
-Tensor gather_op(Tensor weight, const Tensor& index) {
+Tensor gather_op(const Tensor& weight, const Tensor& index) {
   Tensor original = new_original(weight, index);
   run_merge(MergeMode::gather, weight, index, nullptr, original);
   return original;
 }
 
-void patch_op(Tensor weight, const Tensor& index, const Tensor& delta, Tensor original) {
+void patch_op(Tensor weight, const Tensor& index, const Tensor& delta, const Tensor& original) {
   run_merge(MergeMode::patch, weight, index, &delta, original);
 }
 
-void restore_op(Tensor weight, const Tensor& index, Tensor original) {
+void restore_op(Tensor weight, const Tensor& index, const Tensor& original) {
   run_merge(MergeMode::restore, weight, index, nullptr, original);
 }
 

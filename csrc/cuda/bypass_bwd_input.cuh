@@ -8,6 +8,7 @@
 
 #include "kernels.h"
 #include "neuroada/planner.h"
+#include "plan.cuh"
 #include "staging.cuh"
 
 namespace neuroada::cuda {
@@ -31,11 +32,6 @@ __device__ __forceinline__ int32_t split_of(const BypassBwdInput& p, int64_t par
 
 __device__ __forceinline__ Columns columns_of(const BypassBwdInput& p, int64_t part, int64_t parts) {
   return {split_of(p, part, parts), split_of(p, part + 1, parts)};
-}
-
-__device__ __forceinline__ int32_t column_start(const BypassBwdInput& p, int64_t column) {
-  const int32_t start = p.plan[column];
-  return start < 0 ? 0 : start < p.live ? start : static_cast<int32_t>(p.live);
 }
 
 // Rounds of 32 columns; where all warps of the CTA stage tiles together, those of the busiest.
@@ -130,7 +126,9 @@ __global__ void __launch_bounds__(kMaxThreads, 1) bypass_bwd_input_kernel(Bypass
   for (int32_t round = 0; round < rounds; ++round) {
     const int64_t c = int64_t{own.begin} + round * kWarp + threadIdx.x % kWarp;
     const bool mine = c < own.end;
-    const int32_t begin = mine ? column_start(p, c) : 0, end = mine ? column_start(p, c + 1) : 0;
+    const int32_t live = static_cast<int32_t>(p.live);
+    const int32_t begin = mine ? start_of_column(p.plan, live, c) : 0;
+    const int32_t end = mine ? start_of_column(p.plan, live, c + 1) : 0;
     float sum[N] = {};
     for (int32_t first = 0; first < a.tiles.columns; first += a.tiles.width) {
       if (!a.tiles.single()) stage<T, kGroups>(tile, a.tiles, grad, p.grad_stride, p.tokens, t, first);

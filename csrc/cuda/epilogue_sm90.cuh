@@ -27,7 +27,7 @@ struct Span {
 };
 
 struct Epilogue {
-  const void* transposed;     // [.., transposed_stride], 16-byte rows, from the launch's first token on
+  const void* transposed;     // [.., transposed_stride], 16-byte rows, from the launch's first token on; or null
   int64_t transposed_stride;  // a multiple of 8
   const void* bias;           // [columns], or null for zero
   void* out;                  // [first_row + rows, columns]
@@ -80,7 +80,7 @@ __device__ __forceinline__ void stage_bypass(float* staged, const Connections& c
   const int own = threadIdx.x % kWarpgroup / kGroupTokens;
   const int64_t t = first_token + group * kGroupTokens;
   const bool inside = t < tokens;
-  const T* from = static_cast<const T*>(epilogue.transposed) + t;
+  const T* from = epilogue.transposed ? static_cast<const T*>(epilogue.transposed) + t : nullptr;
   const int64_t stride = epilogue.transposed_stride;
   NEUROADA_ROLLED
   for (int i = 0; i < kSixteens; ++i) {
@@ -176,9 +176,9 @@ __device__ __forceinline__ void finish_tile(const float (&sum)[Tile::kAccumulato
   NEUROADA_UNROLL
   for (int strip = 0; strip < Tile::kColumns / Tile::kStrip; ++strip) {
     const int64_t first_column = at.column + strip * Tile::kStrip;
-    sync_warpgroup(1 + consumer);  // what was staged before has been read
+    sync_threads<kWarpgroup>(1 + consumer);  // what was staged before has been read
     stage_bypass<T, Tile>(staged, connections, epilogue, first_column, grid.columns, first_row, grid.rows);
-    sync_warpgroup(1 + consumer);
+    sync_threads<kWarpgroup>(1 + consumer);
     write_strip<T, Tile>(sum + strip * (Tile::kStrip / 2), staged, epilogue, first_column, grid.columns, first_row,
                          grid.rows, grid.first_row);
   }

@@ -59,6 +59,12 @@ inline uint32_t shared_address(const void* pointer) { return host_cuda::shared_a
 inline void init_barrier(Barrier& barrier, uint32_t count) { host_cuda::init_barrier(barrier.state, count); }
 inline void publish_barriers() {}
 inline void arrive(Barrier& barrier) { host_cuda::arrive(barrier.state, 0); }
+template <class T>
+void write_operand(T* to, T value) {
+  *to = value;
+  host_cuda::unfenced = true;
+}
+inline void fence_operands() { host_cuda::unfenced = false; }
 inline void arrive_expecting(Barrier& barrier, uint32_t bytes) { host_cuda::arrive(barrier.state, bytes); }
 inline void wait(Barrier& barrier, uint32_t parity) { host_cuda::wait(barrier.state, parity); }
 
@@ -67,8 +73,18 @@ inline void copy_box(void* to, const TensorMap& map, int32_t column, int32_t row
   host_cuda::copy_box(to, map, column, row, barrier.state);
 }
 
-inline void sync_warp() { host_cuda::exchange(0); }
-inline void sync_warpgroup(int name) { host_cuda::named_barrier(name, kWarpgroup); }
+inline void load_transposed(uint32_t (&word)[4], const void* row) {
+  host_cuda::load_transposed(word, host_cuda::shared_address(row));
+}
+
+inline void sync_warp() {
+  host_cuda::check_fenced();
+  host_cuda::exchange(0);
+}
+template <int kThreads>
+void sync_threads(int name) {
+  host_cuda::named_barrier<kThreads>(name);
+}
 
 template <int N>
 void release_registers() {}
@@ -77,6 +93,11 @@ void claim_registers() {}
 
 template <int N>
 void keep_in_registers(float (&)[N]) {}
+template <class T>
+void mma(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) {
+  host_cuda::mma<T>(d, a, b);
+}
+
 inline void wgmma_fence() { host_cuda::wgmma_fence(); }
 inline void wgmma_commit() { host_cuda::wgmma_commit(); }
 template <int N>
@@ -122,6 +143,14 @@ __device__ __forceinline__ void arrive_expecting(Barrier& barrier, uint32_t byte
                : "memory");
 }
 
+// What the tensor cores or a copy will read, or write over: between such a write and whatever tells another
+// thread of it stands fence_operands.
+template <class T>
+__device__ __forceinline__ void write_operand(T* to, T value) {
+  *to = value;
+}
+__device__ __forceinline__ void fence_operands() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
+
 // Returns once the phase of this parity is complete; before the first phase, that of parity 1 is.
 __device__ __forceinline__ void wait(Barrier& barrier, uint32_t parity) {
   uint32_t complete = 0;
@@ -152,10 +181,21 @@ __device__ __forceinline__ void copy_box(void* to, const TensorMap& map, int32_t
       : "memory");
 }
 
+// "ldmatrix": four 8 x 8 matrices of 16-bit elements. Lane l gives the address of row l % 8 of matrix l / 8,
+// and gets from each matrix column l / 4 of rows 2 (l % 4) and 2 (l % 4) + 1.
+__device__ __forceinline__ void load_transposed(uint32_t (&word)[4], const void* row) {
+  asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0, %1, %2, %3}, [%4];"
+               : "=r"(word[0]), "=r"(word[1]), "=r"(word[2]), "=r"(word[3])
+               : "r"(shared_address(row))
+               : "memory");
+}
+
 __device__ __forceinline__ void sync_warp() { __syncwarp(); }
 
-__device__ __forceinline__ void sync_warpgroup(int name) {
-  asm volatile("bar.sync %0, %1;" ::"r"(name), "n"(kWarpgroup) : "memory");
+// "bar.sync": the named barrier of this many threads, whole warps.
+template <int kThreads>
+__device__ __forceinline__ void sync_threads(int name) {
+  asm volatile("bar.sync %0, %1;" ::"r"(name), "n"(kThreads) : "memory");
 }
 
 template <int N>
@@ -173,6 +213,26 @@ __device__ __forceinline__ void keep_in_registers(float (&d)[N]) {
   NEUROADA_UNROLL
   for (int i = 0; i < N; ++i) asm volatile("" : "+f"(d[i])::"memory");
 }
+
+#define NEUROADA_MMA(type)                                                            \
+  asm volatile("mma.sync.aligned.m16n8k16.row.col.f32." type "." type                 \
+               ".f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};" \
+               : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])                       \
+               : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]))
+
+// d += a b of a warp, "mma.m16n8k16": a [16, 16], b [16, 8]. Lane l has of a, two neighbouring columns a
+// word, (l / 4, 2 (l % 4)), the same 8 rows down, 8 columns on, and both; of b rows 2 (l % 4) and the next in
+// column l / 4, and 8 rows down; of d (l / 4, 2 (l % 4)) and the next column, and the same 8 rows down.
+template <class T>
+__device__ __forceinline__ void mma(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) {
+  if constexpr (std::is_same_v<T, BFloat16>) {
+    NEUROADA_MMA("bf16");
+  } else {
+    NEUROADA_MMA("f16");
+  }
+}
+
+#undef NEUROADA_MMA
 
 __device__ __forceinline__ void wgmma_fence() { asm volatile("wgmma.fence.sync.aligned;" ::: "memory"); }
 __device__ __forceinline__ void wgmma_commit() { asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory"); }

@@ -77,34 +77,74 @@ struct Transpose {
 
 // out[t, j] = sum_c x[t, c] weight[j, c] + bias[j] + sum_s delta[j, s] x[t, index[j, s]], on sm_90a
 struct LinearFwd {
-  DType dtype;  // bfloat16 or float16: of x, weight, bias and out
-  int64_t tokens, d_in, d_out, k;
-  const void* x;  // [tokens, d_in]
-  int64_t x_stride;
-  const void* weight;  // [d_out, d_in]
+  BypassFwd bypass;    // without a base, in bfloat16 or float16
+  const void* weight;  // [d_out, d_in], of the same dtype
   int64_t weight_stride;
-  const int32_t* index;  // [d_out, k]
-  const float* delta;    // [d_out, k]
-  const void* bias;      // [d_out], or null for zero
-  void* transposed;      // [d_in, linear_fwd_chunk], scratch, 16-byte aligned
-  void* out;             // [tokens, d_out]
-  int64_t out_stride;
+  int64_t chunk;     // tokens that are transposed at a time, see linear_fwd_chunk
+  void* transposed;  // [d_in, chunk], scratch, 16-byte aligned
 };
 
 // out[t, c] = sum_j grad[t, j] weight[j, c] + sum over (j, s) with index[j, s] = c of delta[j, s] grad[t, j]
 struct LinearBwdInput {
-  DType dtype;  // bfloat16 or float16: of grad, weight and out
+  BypassBwdInput bypass;  // in bfloat16 or float16
+  const void* weight;     // [d_out, d_in], of the same dtype
+  int64_t weight_stride;
+  int64_t chunk;     // see linear_bwd_input_chunk
+  void* transposed;  // [d_out, chunk], scratch, 16-byte aligned
+};
+
+constexpr int kGroupNeurons = 16;
+
+// A connection of a group of neurons: its place e = j * k + s, its column within a block, j within the group.
+struct alignas(8) BlockEntry {
+  int32_t e;
+  uint16_t column, row;
+};
+
+// The connections of each group of neurons by blocks of columns: of those of group g, which begin at entry
+// [16 g, 0], start[b, g] up to start[b + 1, g] lie in block b, in rising order of e.
+struct BlockEntries {
+  int64_t d_in, d_out, k;
+  int64_t width;         // of a block, up to 65536 columns
+  const int32_t* index;  // [d_out, k]
+  int32_t* start;        // [blocks + 1, ceil(d_out / 16)]
+  BlockEntry* entry;     // [d_out, k]
+};
+
+// LinearBwdInput, and in the same pass over grad
+// grad_delta[j, s] = sum_t grad[t, j] x[t, index[j, s]], and zero in a slot without a connection
+struct LinearBwd {
+  LinearBwdInput input;  // with the chunk of linear_bwd_scratch
+  const void* x;         // [tokens, d_in], of the same dtype
+  int64_t x_stride;
+  const int32_t* index;  // [d_out, k]
+  int32_t* start;        // scratch, as are the two below: see LinearBwdScratch
+  BlockEntry* entry;
+  float* partial;
+  float* grad_delta;  // [d_out, k]
+};
+
+struct LinearBwdScratch {
+  int64_t chunk;
+  int64_t starts;    // of start, and entry is [d_out, k]
+  int64_t partials;  // of partial [partials, d_out, k]
+};
+
+// out = from weight^T + bias, or out = from weight, where each weight[j, index[j, s]] is round(weight + delta[j, s])
+// as `patch` has it: rounded for as long as its tile is in shared memory. On sm_90a.
+struct LinearPatched {
+  DType dtype;  // bfloat16 or float16: of from, weight, bias and out
   int64_t tokens, d_in, d_out, k;
-  const void* grad;  // [tokens, d_out]
-  int64_t grad_stride;
+  const void* from;  // x [tokens, d_in], or grad [tokens, d_out]
+  int64_t from_stride;
   const void* weight;  // [d_out, d_in]
   int64_t weight_stride;
-  const int32_t* plan;
-  int64_t live;
-  const float* delta;       // [d_out, k]
-  WeightedNeuron* ordered;  // [live], scratch
-  void* transposed;         // [d_out, linear_bwd_input_chunk], scratch, 16-byte aligned
-  void* out;                // [tokens, d_in]
+  const int32_t* index;  // [d_out, k]
+  const float* delta;    // [d_out, k]
+  const void* bias;      // [d_out], or null for zero and for grad
+  int32_t* start;        // [linear_patched_starts], scratch
+  BlockEntry* entry;     // [d_out, k], scratch
+  void* out;             // [tokens, d_out], or [tokens, d_in]
   int64_t out_stride;
 };
 
@@ -142,17 +182,23 @@ void bypass_bwd_input(const BypassBwdInput&, const Device&, void* stream);
 void sddmm(const Sddmm&, const Device&, void* stream);
 void merge(const Merge&, const Device&, void* stream);
 void transpose(const Transpose&, const Device&, void* stream);
+void block_entries(const BlockEntries&, const Device&, void* stream);
 
 // In how many parts of the tokens SDDMM sums first.
 int64_t sddmm_parts(const Sddmm&, const Device&);
 
-// These two copy their operands by the hardware of sm_90: x, weight and grad are 16-byte aligned, their
-// rows and sizes along a row multiples of 8 elements, and no size is zero. They check that first.
+// These copy their operands by the hardware of sm_90: x, weight and grad are 16-byte aligned, their rows
+// and sizes along a row multiples of 8 elements, and no size is zero. They check that first.
 void linear_fwd(const LinearFwd&, const Device&, void* stream);
 void linear_bwd_input(const LinearBwdInput&, const Device&, void* stream);
+void linear_bwd(const LinearBwd&, const Device&, void* stream);
+void linear_patched_fwd(const LinearPatched&, const Device&, void* stream);
+void linear_patched_bwd_input(const LinearPatched&, const Device&, void* stream);
 
-// How many tokens they transpose at a time, a multiple of 8.
-int64_t linear_fwd_chunk(const LinearFwd&, const Device&);
-int64_t linear_bwd_input_chunk(const LinearBwdInput&, const Device&);
+// How many tokens they transpose at a time, a multiple of 8; what they get as scratch does not count.
+int64_t linear_fwd_chunk(const BypassFwd&, const Device&);
+int64_t linear_bwd_input_chunk(const BypassBwdInput&, const Device&);
+LinearBwdScratch linear_bwd_scratch(const BypassBwdInput&, const Device&);
+int64_t linear_patched_starts(int64_t d_in, int64_t d_out, bool forward);
 
 }  // namespace neuroada::cuda

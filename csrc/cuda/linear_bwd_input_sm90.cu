@@ -5,12 +5,12 @@
 
 namespace neuroada::cuda {
 
-int64_t linear_bwd_input_chunk(const LinearBwdInput& p, const Device& device) {
-  return choose_chunk<HopperTile>(p.tokens, p.d_out, p.d_in, device);
+int64_t linear_bwd_input_chunk(const BypassBwdInput& p, const Device& device) {
+  return choose_chunk<HopperTile>(p.tokens, 2 * p.d_out, p.d_in, device);
 }
 
 void linear_bwd_input(const LinearBwdInput& p, const Device& device, void* stream) {
-  run_linear_bwd_input<HopperTile>(p, linear_bwd_input_chunk(p, device), device, stream);
+  run_linear_bwd_input<HopperTile>(p, device, stream);
 }
 
 }  // namespace neuroada::cuda

@@ -5,12 +5,12 @@
 
 namespace neuroada::cuda {
 
-int64_t linear_fwd_chunk(const LinearFwd& p, const Device& device) {
-  return choose_chunk<HopperTile>(p.tokens, p.d_in, p.d_out, device);
+int64_t linear_fwd_chunk(const BypassFwd& p, const Device& device) {
+  return choose_chunk<HopperTile>(p.tokens, 2 * p.d_in, p.d_out, device);
 }
 
 void linear_fwd(const LinearFwd& p, const Device& device, void* stream) {
-  run_linear_fwd<HopperTile>(p, linear_fwd_chunk(p, device), device, stream);
+  run_linear_fwd<HopperTile>(p, device, stream);
 }
 
 }  // namespace neuroada::cuda

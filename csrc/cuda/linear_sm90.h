@@ -35,13 +35,13 @@ inline void check_copyable(const char* kernel, const Operand& operand) {
   if (std::max(operand.rows, operand.columns) > INT32_MAX - 256) refuse("a size of more than 2^31");
 }
 
-// Tokens of a chunk: as many as the workspace holds, or down to half of that, so that the last round of
-// tiles leaves the fewest multiprocessors idle.
+// Tokens of a chunk, each of which takes `bytes` of scratch: as many as there is room for, or down to half of
+// that, so that the last round of tiles leaves the fewest multiprocessors idle.
 template <class Tile>
-int64_t choose_chunk(int64_t tokens, int64_t width, int64_t columns, const Device& device) {
+int64_t choose_chunk(int64_t tokens, int64_t bytes, int64_t columns, const Device& device) {
   const int64_t needed = ceil_div(tokens, Tile::kRows);
   const int64_t most =
-      std::clamp<int64_t>(device.scratch_bytes / (std::max<int64_t>(width, 1) * 2 * Tile::kRows), 1, needed);
+      std::clamp<int64_t>(device.scratch_bytes / (std::max<int64_t>(bytes, 1) * Tile::kRows), 1, needed);
   const auto busy = [&](int64_t row_tiles) {
     const int64_t tiles = row_tiles * ceil_div(columns, Tile::kColumns);
     return static_cast<double>(tiles) / static_cast<double>(ceil_div(tiles, device.multiprocessors));
@@ -53,12 +53,13 @@ int64_t choose_chunk(int64_t tokens, int64_t width, int64_t columns, const Devic
   return ceil_div(std::min(best * Tile::kRows, tokens), 8) * 8;
 }
 
-// out [left.rows, columns] = left right + epilogue, with right [columns, left.columns], or transposed.
-template <class T, class Tile, bool kRowsOfRight, class Connections>
-void run_linear(const char* kernel, DType dtype, const Operand& left, const Operand& right, int64_t chunk,
+// out [left.rows, columns] = left right + epilogue, with right [columns, left.columns], or transposed: calls
+// launch_chunk(first token, arguments) for each chunk, once that is transposed; that is left out where
+// transposed is null.
+template <class T, class Tile, bool kRowsOfRight, class Connections, class Launch>
+void each_chunk(const char* kernel, DType dtype, const Operand& left, const Operand& right, int64_t chunk,
                 void* transposed, const void* bias, void* out, int64_t out_stride, const Connections& connections,
-                const Device& device, void* stream) {
-  using Shared = ProductShared<T, Tile>;
+                const Device& device, void* stream, Launch&& launch_chunk) {
   const int64_t columns = kRowsOfRight ? right.columns : right.rows;
   LinearLaunch<Connections> args{};
   args.left =
@@ -70,7 +71,7 @@ void run_linear(const char* kernel, DType dtype, const Operand& left, const Oper
   for (int64_t first = 0; first < left.rows; first += chunk) {
     const int64_t tokens = std::min(chunk, left.rows - first);
     const T* from = static_cast<const T*>(left.data) + first * left.stride;
-    transpose({dtype, tokens, left.columns, from, left.stride, transposed, chunk}, device, stream);
+    if (transposed) transpose({dtype, tokens, left.columns, from, left.stride, transposed, chunk}, device, stream);
     Grid& grid = args.grid;
     grid.first_row = static_cast<int32_t>(first);
     grid.rows = static_cast<int32_t>(tokens);
@@ -78,38 +79,57 @@ void run_linear(const char* kernel, DType dtype, const Operand& left, const Oper
     grid.depth = static_cast<int32_t>(left.columns);
     grid.row_tiles = static_cast<int32_t>(ceil_div(tokens, Tile::kRows));
     grid.column_tiles = static_cast<int32_t>(ceil_div(columns, Tile::kColumns));
-    launch(kernel, linear_sm90_kernel<T, Tile, kRowsOfRight, Connections>,
-           std::min(int64_t{grid.row_tiles} * grid.column_tiles, device.multiprocessors), 1, Tile::kThreads,
-           static_cast<int64_t>(sizeof(Shared)), stream, args);
+    launch_chunk(first, args);
   }
 }
 
-template <class Tile>
-void run_linear_fwd(const LinearFwd& p, int64_t chunk, const Device& device, void* stream) {
-  constexpr const char* kName = "linear_fwd";
-  const Operand x{"x", p.x, p.tokens, p.d_in, p.x_stride};
-  const Operand weight{"weight", p.weight, p.d_out, p.d_in, p.weight_stride};
-  check_copyable(kName, x);
-  check_copyable(kName, weight);
-  const SlotConnections connections{p.index, p.delta, static_cast<int32_t>(p.k), static_cast<int32_t>(p.d_in)};
-  with_element16(kName, p.dtype, [&](auto element) {
-    run_linear<decltype(element), Tile, false>(kName, p.dtype, x, weight, chunk, p.transposed, p.bias, p.out,
-                                               p.out_stride, connections, device, stream);
-  });
+inline int64_t ctas_of(const Grid& grid, const Device& device) {
+  return std::min(int64_t{grid.row_tiles} * grid.column_tiles, device.multiprocessors);
+}
+
+template <class T, class Tile, bool kRowsOfRight, class Connections>
+void run_linear(const char* kernel, DType dtype, const Operand& left, const Operand& right, int64_t chunk,
+                void* transposed, const void* bias, void* out, int64_t out_stride, const Connections& connections,
+                const Device& device, void* stream) {
+  each_chunk<T, Tile, kRowsOfRight>(kernel, dtype, left, right, chunk, transposed, bias, out, out_stride, connections,
+                                    device, stream, [&](int64_t, const LinearLaunch<Connections>& args) {
+                                      launch(kernel, linear_sm90_kernel<T, Tile, kRowsOfRight, Connections>,
+                                             ctas_of(args.grid, device), 1, Tile::kThreads,
+                                             static_cast<int64_t>(sizeof(ProductShared<T, Tile>)), stream, args);
+                                    });
 }
 
 template <class Tile>
-void run_linear_bwd_input(const LinearBwdInput& p, int64_t chunk, const Device& device, void* stream) {
+void run_linear_fwd(const LinearFwd& p, const Device& device, void* stream) {
+  constexpr const char* kName = "linear_fwd";
+  const BypassFwd& b = p.bypass;
+  const Operand x{"x", b.x, b.tokens, b.d_in, b.x_stride};
+  const Operand weight{"weight", p.weight, b.d_out, b.d_in, p.weight_stride};
+  check_copyable(kName, x);
+  check_copyable(kName, weight);
+  const SlotConnections connections{b.index, b.delta, static_cast<int32_t>(b.k), static_cast<int32_t>(b.d_in)};
+  with_element16(kName, b.dtype, [&](auto element) {
+    run_linear<decltype(element), Tile, false>(kName, b.dtype, x, weight, p.chunk, p.transposed, b.bias, b.out,
+                                               b.out_stride, connections, device, stream);
+  });
+}
+
+inline PlanConnections connections_of(const BypassBwdInput& b) {
+  return {b.plan, b.ordered, static_cast<int32_t>(b.live), static_cast<int32_t>(b.d_out)};
+}
+
+template <class Tile>
+void run_linear_bwd_input(const LinearBwdInput& p, const Device& device, void* stream) {
   constexpr const char* kName = "linear_bwd_input";
-  const Operand grad{"grad", p.grad, p.tokens, p.d_out, p.grad_stride};
-  const Operand weight{"weight", p.weight, p.d_out, p.d_in, p.weight_stride};
+  const BypassBwdInput& b = p.bypass;
+  const Operand grad{"grad", b.grad, b.tokens, b.d_out, b.grad_stride};
+  const Operand weight{"weight", p.weight, b.d_out, b.d_in, p.weight_stride};
   check_copyable(kName, grad);
   check_copyable(kName, weight);
-  order_entries({p.d_in, p.d_out, p.k, p.plan, p.live, p.delta, p.ordered}, device, stream);
-  const PlanConnections connections{p.plan, p.ordered, static_cast<int32_t>(p.live), static_cast<int32_t>(p.d_out)};
-  with_element16(kName, p.dtype, [&](auto element) {
-    run_linear<decltype(element), Tile, true>(kName, p.dtype, grad, weight, chunk, p.transposed, nullptr, p.out,
-                                              p.out_stride, connections, device, stream);
+  order_entries({b.d_in, b.d_out, b.k, b.plan, b.live, b.delta, b.ordered}, device, stream);
+  with_element16(kName, b.dtype, [&](auto element) {
+    run_linear<decltype(element), Tile, true>(kName, b.dtype, grad, weight, p.chunk, p.transposed, nullptr, b.out,
+                                              b.out_stride, connections_of(b), device, stream);
   });
 }
 

@@ -9,6 +9,7 @@
 #include <torch/csrc/stable/tensor.h>
 
 #include <optional>
+#include <tuple>
 
 #include "current_device.h"
 #include "neuroada/planner.h"
@@ -20,10 +21,6 @@ DType element_dtype(const char* name, const Tensor& tensor) {
   const DType dtype = dtype_of(name, tensor);
   STD_TORCH_CHECK(dtype != DType::f64, name, ": dtype float64, expected float32, bfloat16 or float16");
   return dtype;
-}
-
-void check_same_dtype(const char* name, const Tensor& tensor, DType dtype, const char* first) {
-  STD_TORCH_CHECK(dtype_of(name, tensor) == dtype, name, ": dtype differs from that of ", first);
 }
 
 // index, delta or originals: a dense [d_out, k].
@@ -71,13 +68,17 @@ Tensor new_ordered(const Tensor& delta, int64_t live) {
   return torch::stable::new_empty(delta, {live, static_cast<int64_t>(sizeof(WeightedNeuron) / sizeof(float))});
 }
 
+// Scratch for the connections by blocks of columns.
+Tensor new_entries(const Tensor& index) {
+  return torch::stable::new_empty(index, {index.numel(), static_cast<int64_t>(sizeof(BlockEntry) / sizeof(int32_t))});
+}
+
 const int32_t* int32_values(const Tensor& tensor) { return static_cast<const int32_t*>(tensor.const_data_ptr()); }
 const float* float_values(const Tensor& tensor) { return static_cast<const float*>(tensor.const_data_ptr()); }
 
-// base + bias + bypass(x) into out, which may be base.
-void bypass_fwd_op(const Tensor& x, const Tensor& index, const Tensor& delta, std::optional<Tensor> bias,
-                   std::optional<Tensor> base, Tensor out) {
-  const Site site = site_of("x", x);
+// The arguments of a forward pass into out, once they are found to be valid.
+BypassFwd forward_args(const Tensor& x, const Tensor& index, const Tensor& delta, const std::optional<Tensor>& bias,
+                       const std::optional<Tensor>& base, Tensor& out, Site site) {
   check_matrix("x", x, -1, -1, site);
   check_index(index, -1, site);
   const int64_t tokens = x.size(0), d_in = x.size(1), d_out = index.size(0), k = index.size(1);
@@ -90,16 +91,29 @@ void bypass_fwd_op(const Tensor& x, const Tensor& index, const Tensor& delta, st
     check_same_dtype("base", *base, dtype, "x");
   }
   if (bias) check_bias(*bias, d_out, dtype, site);
-  const CurrentDevice device(site);
-  bypass_fwd({dtype, tokens, d_in, d_out, k, x.const_data_ptr(), x.stride(0), int32_values(index), float_values(delta),
-              base ? base->const_data_ptr() : nullptr, base ? base->stride(0) : 0,
-              bias ? bias->const_data_ptr() : nullptr, out.mutable_data_ptr(), out.stride(0)},
-             device.facts(), device.stream());
+  return {dtype,
+          tokens,
+          d_in,
+          d_out,
+          k,
+          x.const_data_ptr(),
+          x.stride(0),
+          int32_values(index),
+          float_values(delta),
+          base ? base->const_data_ptr() : nullptr,
+          base ? base->stride(0) : 0,
+          bias ? bias->const_data_ptr() : nullptr,
+          out.mutable_data_ptr(),
+          out.stride(0)};
 }
 
-// bypass(grad) transposed, into out, which is written whole.
-void bypass_bwd_input_op(const Tensor& grad, const Tensor& plan, const Tensor& delta, Tensor out) {
-  const Site site = site_of("grad", grad);
+// The arguments of a backward pass into out, and scratch for the plan's connections in order.
+struct BackwardArgs {
+  Tensor ordered;
+  BypassBwdInput args;
+};
+
+BackwardArgs backward_args(const Tensor& grad, const Tensor& plan, const Tensor& delta, Tensor& out, Site site) {
   check_delta(delta, -1, -1, site);
   const int64_t d_out = delta.size(0), k = delta.size(1);
   check_matrix("grad", grad, -1, d_out, site);
@@ -108,12 +122,28 @@ void bypass_bwd_input_op(const Tensor& grad, const Tensor& plan, const Tensor& d
   const DType dtype = element_dtype("grad", grad);
   check_same_dtype("out", out, dtype, "grad");
   const int64_t live = check_plan(plan, d_in, delta, site);
-  const CurrentDevice device(site);
   Tensor ordered = new_ordered(delta, live);
-  bypass_bwd_input({dtype, tokens, d_in, d_out, k, grad.const_data_ptr(), grad.stride(0), int32_values(plan), live,
-                    float_values(delta), static_cast<WeightedNeuron*>(ordered.mutable_data_ptr()),
-                    out.mutable_data_ptr(), out.stride(0)},
-                   device.facts(), device.stream());
+  return {ordered,
+          {dtype, tokens, d_in, d_out, k, grad.const_data_ptr(), grad.stride(0), int32_values(plan), live,
+           float_values(delta), static_cast<WeightedNeuron*>(ordered.mutable_data_ptr()), out.mutable_data_ptr(),
+           out.stride(0)}};
+}
+
+// base + bias + bypass(x) into out, which may be base.
+void bypass_fwd_op(const Tensor& x, const Tensor& index, const Tensor& delta, std::optional<Tensor> bias,
+                   std::optional<Tensor> base, Tensor out) {
+  const Site site = site_of("x", x);
+  const BypassFwd args = forward_args(x, index, delta, bias, base, out, site);
+  const CurrentDevice device(site);
+  bypass_fwd(args, device.facts(), device.stream());
+}
+
+// bypass(grad) transposed, into out, which is written whole.
+void bypass_bwd_input_op(const Tensor& grad, const Tensor& plan, const Tensor& delta, Tensor out) {
+  const Site site = site_of("grad", grad);
+  const BackwardArgs backward = backward_args(grad, plan, delta, out, site);
+  const CurrentDevice device(site);
+  bypass_bwd_input(backward.args, device.facts(), device.stream());
 }
 
 Tensor sddmm_op(const Tensor& grad, const Tensor& x, const Tensor& index) {
@@ -145,10 +175,13 @@ Tensor sddmm_op(const Tensor& grad, const Tensor& x, const Tensor& index) {
   return out;
 }
 
-DType element16_dtype(const char* name, const Tensor& tensor) {
-  const DType dtype = element_dtype(name, tensor);
-  STD_TORCH_CHECK(dtype != DType::f32, name, ": dtype float32, expected bfloat16 or float16");
-  return dtype;
+// What a product and its weight must be: [rows, columns], 16 bits, of the dtype of its first operand.
+void check_weight(const Tensor& weight, int64_t rows, int64_t columns, const char* first, const Tensor& operand,
+                  Site site) {
+  const DType dtype = element_dtype(first, operand);
+  STD_TORCH_CHECK(dtype != DType::f32, first, ": dtype float32, expected bfloat16 or float16");
+  check_matrix("weight", weight, rows, columns, site);
+  check_same_dtype("weight", weight, dtype, first);
 }
 
 // x weight^T + bias + bypass(x), rounded once.
@@ -156,76 +189,119 @@ Tensor linear_fwd_op(const Tensor& x, const Tensor& weight, const Tensor& index,
                      std::optional<Tensor> bias) {
   const Site site = site_of("x", x);
   check_matrix("x", x, -1, -1, site);
-  check_index(index, -1, site);
-  const int64_t tokens = x.size(0), d_in = x.size(1), d_out = index.size(0), k = index.size(1);
-  const DType dtype = element16_dtype("x", x);
-  check_delta(delta, d_out, k, site);
-  check_matrix("weight", weight, d_out, d_in, site);
-  check_same_dtype("weight", weight, dtype, "x");
-  if (bias) check_bias(*bias, d_out, dtype, site);
+  check_weight(weight, -1, x.size(1), "x", x, site);
+  check_matrix("index", index, weight.size(0), -1, site);
   const CurrentDevice device(site);
-  Tensor out = torch::stable::new_empty(x, {tokens, d_out});
-  if (tokens == 0 || d_out == 0) return out;
-  LinearFwd args{dtype,
-                 tokens,
-                 d_in,
-                 d_out,
-                 k,
-                 x.const_data_ptr(),
-                 x.stride(0),
-                 weight.const_data_ptr(),
-                 weight.stride(0),
-                 int32_values(index),
-                 float_values(delta),
-                 bias ? bias->const_data_ptr() : nullptr,
-                 nullptr,
-                 out.mutable_data_ptr(),
-                 out.stride(0)};
-  Tensor transposed = torch::stable::new_empty(x, {d_in, linear_fwd_chunk(args, device.facts())});
-  args.transposed = transposed.mutable_data_ptr();
-  linear_fwd(args, device.facts(), device.stream());
+  Tensor out = torch::stable::new_empty(x, {x.size(0), weight.size(0)});
+  const BypassFwd bypass = forward_args(x, index, delta, bias, std::nullopt, out, site);
+  if (out.numel() == 0) return out;
+  const int64_t chunk = linear_fwd_chunk(bypass, device.facts());
+  Tensor transposed = torch::stable::new_empty(x, {bypass.d_in, chunk});
+  linear_fwd({bypass, weight.const_data_ptr(), weight.stride(0), chunk, transposed.mutable_data_ptr()}, device.facts(),
+             device.stream());
   return out;
 }
 
 // grad weight + bypass(grad) transposed, rounded once.
 Tensor linear_bwd_input_op(const Tensor& grad, const Tensor& weight, const Tensor& plan, const Tensor& delta) {
   const Site site = site_of("grad", grad);
-  check_delta(delta, -1, -1, site);
-  const int64_t d_out = delta.size(0), k = delta.size(1);
-  check_matrix("grad", grad, -1, d_out, site);
-  check_matrix("weight", weight, d_out, -1, site);
-  const int64_t tokens = grad.size(0), d_in = weight.size(1);
-  const DType dtype = element16_dtype("grad", grad);
-  check_same_dtype("weight", weight, dtype, "grad");
-  const int64_t live = check_plan(plan, d_in, delta, site);
+  check_matrix("grad", grad, -1, -1, site);
+  check_weight(weight, grad.size(1), -1, "grad", grad, site);
   const CurrentDevice device(site);
-  Tensor out = torch::stable::new_empty(grad, {tokens, d_in});
-  if (tokens == 0 || d_in == 0) return out;
-  Tensor ordered = new_ordered(delta, live);
-  LinearBwdInput args{dtype,
-                      tokens,
-                      d_in,
-                      d_out,
-                      k,
-                      grad.const_data_ptr(),
-                      grad.stride(0),
-                      weight.const_data_ptr(),
-                      weight.stride(0),
-                      int32_values(plan),
-                      live,
-                      float_values(delta),
-                      static_cast<WeightedNeuron*>(ordered.mutable_data_ptr()),
-                      nullptr,
-                      out.mutable_data_ptr(),
-                      out.stride(0)};
-  Tensor transposed = torch::stable::new_empty(grad, {d_out, linear_bwd_input_chunk(args, device.facts())});
-  args.transposed = transposed.mutable_data_ptr();
-  linear_bwd_input(args, device.facts(), device.stream());
+  Tensor out = torch::stable::new_empty(grad, {grad.size(0), weight.size(1)});
+  const BackwardArgs backward = backward_args(grad, plan, delta, out, site);
+  if (out.numel() == 0) return out;
+  const int64_t chunk = linear_bwd_input_chunk(backward.args, device.facts());
+  Tensor transposed = torch::stable::new_empty(grad, {backward.args.d_out, chunk});
+  linear_bwd_input({backward.args, weight.const_data_ptr(), weight.stride(0), chunk, transposed.mutable_data_ptr()},
+                   device.facts(), device.stream());
   return out;
 }
 
+// The same, and grad_delta = sddmm(grad, x).
+std::tuple<Tensor, Tensor> linear_bwd_op(const Tensor& grad, const Tensor& x, const Tensor& weight, const Tensor& index,
+                                         const Tensor& plan, const Tensor& delta) {
+  const Site site = site_of("grad", grad);
+  check_matrix("grad", grad, -1, -1, site);
+  check_weight(weight, grad.size(1), -1, "grad", grad, site);
+  check_matrix("x", x, grad.size(0), weight.size(1), site);
+  check_same_dtype("x", x, dtype_of("grad", grad), "grad");
+  check_index(index, weight.size(0), site);
+  check_delta(delta, weight.size(0), index.size(1), site);
+  const CurrentDevice device(site);
+  Tensor out = torch::stable::new_empty(grad, {grad.size(0), weight.size(1)});
+  const BackwardArgs backward = backward_args(grad, plan, delta, out, site);
+  const int64_t d_out = backward.args.d_out, k = backward.args.k;
+  Tensor grad_delta = torch::stable::new_empty(grad, {d_out, k}, ScalarType::Float);
+  if (out.numel() == 0) {
+    torch::stable::fill_(grad_delta, 0);
+    return {out, grad_delta};
+  }
+  const LinearBwdScratch needed = linear_bwd_scratch(backward.args, device.facts());
+  Tensor transposed = torch::stable::new_empty(grad, {d_out, needed.chunk});
+  Tensor start = torch::stable::new_empty(index, {needed.starts});
+  Tensor entry = new_entries(index);
+  Tensor partial = torch::stable::new_empty(delta, {needed.partials, d_out, k});
+  linear_bwd({{backward.args, weight.const_data_ptr(), weight.stride(0), needed.chunk, transposed.mutable_data_ptr()},
+              x.const_data_ptr(),
+              x.stride(0),
+              int32_values(index),
+              static_cast<int32_t*>(start.mutable_data_ptr()),
+              static_cast<BlockEntry*>(entry.mutable_data_ptr()),
+              static_cast<float*>(partial.mutable_data_ptr()),
+              static_cast<float*>(grad_delta.mutable_data_ptr())},
+             device.facts(), device.stream());
+  return {out, grad_delta};
+}
+
+// from weight^T + bias, or from weight: with round(weight + delta), which no memory holds.
+Tensor linear_patched(const char* name, const Tensor& from, const Tensor& weight, const Tensor& index,
+                      const Tensor& delta, const std::optional<Tensor>& bias, bool forward) {
+  const Site site = site_of(name, from);
+  check_matrix(name, from, -1, -1, site);
+  check_weight(weight, forward ? -1 : from.size(1), forward ? from.size(1) : -1, name, from, site);
+  const int64_t tokens = from.size(0), d_out = weight.size(0), d_in = weight.size(1);
+  check_index(index, d_out, site);
+  const int64_t k = index.size(1);
+  check_delta(delta, d_out, k, site);
+  const DType dtype = dtype_of(name, from);
+  if (bias) check_bias(*bias, d_out, dtype, site);
+  const CurrentDevice device(site);
+  Tensor out = torch::stable::new_empty(from, {tokens, forward ? d_out : d_in});
+  if (out.numel() == 0) return out;
+  Tensor start = torch::stable::new_empty(index, {linear_patched_starts(d_in, d_out, forward)});
+  Tensor entry = new_entries(index);
+  const LinearPatched args{dtype,
+                           tokens,
+                           d_in,
+                           d_out,
+                           k,
+                           from.const_data_ptr(),
+                           from.stride(0),
+                           weight.const_data_ptr(),
+                           weight.stride(0),
+                           int32_values(index),
+                           float_values(delta),
+                           bias ? bias->const_data_ptr() : nullptr,
+                           static_cast<int32_t*>(start.mutable_data_ptr()),
+                           static_cast<BlockEntry*>(entry.mutable_data_ptr()),
+                           out.mutable_data_ptr(),
+                           out.stride(0)};
+  (forward ? linear_patched_fwd : linear_patched_bwd_input)(args, device.facts(), device.stream());
+  return out;
+}
+
+Tensor linear_patched_fwd_op(const Tensor& x, const Tensor& weight, const Tensor& index, const Tensor& delta,
+                             std::optional<Tensor> bias) {
+  return linear_patched("x", x, weight, index, delta, bias, true);
+}
+
+Tensor linear_patched_bwd_input_op(const Tensor& grad, const Tensor& weight, const Tensor& index, const Tensor& delta) {
+  return linear_patched("grad", grad, weight, index, delta, std::nullopt, false);
+}
+
 // What the four ops on the chosen entries of W share; delta may be missing.
-void run_merge(MergeMode mode, Tensor& weight, const Tensor& index, const Tensor* delta, Tensor& original) {
+void run_merge(MergeMode mode, const Tensor& weight, const Tensor& index, const Tensor* delta, const Tensor& original) {
   const Site site = site_of("weight", weight);
   check_matrix("weight", weight, -1, -1, site);
   check_index(index, weight.size(0), site);
@@ -235,8 +311,8 @@ void run_merge(MergeMode mode, Tensor& weight, const Tensor& index, const Tensor
   check_slots("original", original, d_out, k, site);
   check_same_dtype("original", original, dtype, "weight");
   const CurrentDevice device(site);
-  merge({dtype, mode, d_in, d_out, k, weight.mutable_data_ptr(), weight.stride(0), int32_values(index),
-         delta ? float_values(*delta) : nullptr, original.mutable_data_ptr()},
+  merge({dtype, mode, d_in, d_out, k, data_of(weight, writes_weight(mode)), weight.stride(0), int32_values(index),
+         delta ? float_values(*delta) : nullptr, data_of(original, writes_original(mode))},
         device.facts(), device.stream());
 }
 
@@ -251,17 +327,17 @@ Tensor merge_op(Tensor weight, const Tensor& index, const Tensor& delta) {
   return original;
 }
 
-Tensor gather_op(Tensor weight, const Tensor& index) {
+Tensor gather_op(const Tensor& weight, const Tensor& index) {
   Tensor original = new_original(weight, index);
   run_merge(MergeMode::gather, weight, index, nullptr, original);
   return original;
 }
 
-void patch_op(Tensor weight, const Tensor& index, const Tensor& delta, Tensor original) {
+void patch_op(Tensor weight, const Tensor& index, const Tensor& delta, const Tensor& original) {
   run_merge(MergeMode::patch, weight, index, &delta, original);
 }
 
-void restore_op(Tensor weight, const Tensor& index, Tensor original) {
+void restore_op(Tensor weight, const Tensor& index, const Tensor& original) {
   run_merge(MergeMode::restore, weight, index, nullptr, original);
 }
 
@@ -277,6 +353,9 @@ STABLE_TORCH_LIBRARY_IMPL(neuroada_C, CUDA, m) {
   m.impl("sddmm", TORCH_BOX(&sddmm_op));
   m.impl("linear_fwd", TORCH_BOX(&linear_fwd_op));
   m.impl("linear_bwd_input", TORCH_BOX(&linear_bwd_input_op));
+  m.impl("linear_bwd", TORCH_BOX(&linear_bwd_op));
+  m.impl("linear_patched_fwd", TORCH_BOX(&linear_patched_fwd_op));
+  m.impl("linear_patched_bwd_input", TORCH_BOX(&linear_patched_bwd_input_op));
   m.impl("merge", TORCH_BOX(&merge_op));
   m.impl("gather", TORCH_BOX(&gather_op));
   m.impl("patch", TORCH_BOX(&patch_op));

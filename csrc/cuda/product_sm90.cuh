@@ -7,19 +7,28 @@
 namespace neuroada::cuda {
 
 // A tile of the output: 64 rows for each of `Consumers` warpgroups, `Columns` columns, and a ring of
-// `Stages` pieces of the sum over 64 of its terms, which fill a swizzled row.
-template <int Consumers, int Columns, int Stages>
+// `Stages` pieces of the sum over 64 of its terms, which fill a swizzled row. The epilogue takes `Strip`
+// columns a round.
+template <int Consumers, int Columns, int Stages, int Strip = Columns < 64 ? Columns : 64>
 struct ProductTile {
   static constexpr int kConsumers = Consumers, kColumns = Columns, kStages = Stages;
   static constexpr int kRowsEach = 64;
   static constexpr int kRows = kRowsEach * Consumers;
   static constexpr int kDepth = kSwizzle / 2;
   static constexpr int kThreads = kWarpgroup * (1 + Consumers);
-  static constexpr int kAccumulators = Columns / 2;           // of a thread
-  static constexpr int kStrip = Columns < 64 ? Columns : 64;  // columns of one round of the epilogue
-  static constexpr int kStripStride = kRowsEach + 4;          // floats, see epilogue_sm90.cuh
-  static_assert(Columns % 32 == 0 && Columns % kStrip == 0 && Columns <= 256);
+  static constexpr int kAccumulators = Columns / 2;  // of a thread
+  static constexpr int kStrip = Strip;
+  static constexpr int kStripStride = kRowsEach + 4;  // floats, see epilogue_sm90.cuh
+  static_assert(Strip % 32 == 0 && Columns % Strip == 0 && Columns <= 256);
 };
+
+// Whether a CTA that starts with as many registers a thread as it can may come to have `copying` in one
+// warpgroup and `multiplying` in the others: a warpgroup that claims more than there are waits for ever.
+template <class Tile>
+__host__ __device__ constexpr bool registers_suffice(int copying, int multiplying) {
+  constexpr int kAtStart = 65536 / Tile::kThreads / 8 * 8;
+  return copying + Tile::kConsumers * multiplying <= kAtStart * (1 + Tile::kConsumers);
+}
 
 template <class T, class Tile>
 struct alignas(kSwizzleAtom) ProductShared {
@@ -27,9 +36,14 @@ struct alignas(kSwizzleAtom) ProductShared {
   T right[Tile::kStages][Tile::kColumns * Tile::kDepth];  // [columns, depth] or blocks of [depth, 64]
   float staged[Tile::kConsumers][Tile::kStrip * Tile::kStripStride];
   Barrier full[Tile::kStages], empty[Tile::kStages];
+  Barrier patched[Tile::kStages];  // used where the right operand is, see patch_sm90.cuh
 
   static constexpr uint32_t kStageBytes = sizeof(left[0]) + sizeof(right[0]);
 };
+
+// Those of the copying warpgroup that copy nothing.
+constexpr int kSpareWarps = kWarpgroup / kWarp - 1;
+__device__ __forceinline__ int spare_warp() { return threadIdx.x / kWarp - 1; }
 
 // The tiles of the output, and the rows of this launch within the matrices.
 struct Grid {
@@ -73,13 +87,13 @@ __device__ __forceinline__ int32_t pieces_of(const Grid& grid) {
   return (grid.depth + Tile::kDepth - 1) / Tile::kDepth;
 }
 
-// One lane of each multiplying warp says that a stage may be written again, once the warp has read it.
+// One lane of each of `readers` warps says that a stage may be written again, once the warp has read it.
 template <class Tile>
-__device__ __forceinline__ void prepare_barriers(Barrier* full, Barrier* empty) {
+__device__ __forceinline__ void prepare_barriers(Barrier* full, Barrier* empty, uint32_t readers) {
   if (threadIdx.x == 0) {
     for (int i = 0; i < Tile::kStages; ++i) {
       init_barrier(full[i], 1);
-      init_barrier(empty[i], Tile::kConsumers * kWarpgroup / kWarp);
+      init_barrier(empty[i], readers);
     }
     publish_barriers();
   }
@@ -132,16 +146,17 @@ __device__ __forceinline__ void multiply_stage(float (&sum)[Tile::kAccumulators]
   }
 }
 
-// One consumer: sum = its 64 rows of one tile. The products of a stage run while those of the next are
-// started, so a stage is given back one later.
+// One consumer: sum = its 64 rows of one tile, from stages that are full and, if patched is not null, patched.
+// The products of a stage run while those of the next are started, so a stage is given back one later.
 template <class T, class Tile, bool kRowsOfRight>
 __device__ __forceinline__ void multiply_tile(float (&sum)[Tile::kAccumulators], ProductShared<T, Tile>& shared,
-                                              int consumer, int32_t pieces, Stage& stage) {
+                                              Barrier* patched, int consumer, int32_t pieces, Stage& stage) {
   const bool speaks = threadIdx.x % kWarp == 0;
   int before = 0;
   keep_in_registers(sum);
   for (int32_t piece = 0; piece < pieces; ++piece, stage.advance<Tile::kStages>()) {
     wait(shared.full[stage.index], stage.parity);
+    if (patched) wait(patched[stage.index], stage.parity);
     wgmma_fence();
     multiply_stage<T, Tile, kRowsOfRight>(sum, shared.left[stage.index] + consumer * Tile::kRowsEach * Tile::kDepth,
                                           shared.right[stage.index], piece == 0);

@@ -3,9 +3,13 @@ product by torch."""
 
 from __future__ import annotations
 
+import os
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
+from neuroada_kernels._registry import Implementation
 from neuroada_kernels.backends._dense import add_dense, bias_for_bypass
 from neuroada_kernels.plan import make_plan
 
@@ -62,6 +66,46 @@ def linear_backward_in_one(
     return C.linear_bwd_input.default(grad, weight, plan, wide(delta, grad)), grad_delta
 
 
+def linear_backward_in_one_pass(
+    grad: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    index: Tensor,
+    delta: Tensor,
+    plan: Tensor | None,
+) -> tuple[Tensor, Tensor]:
+    """The op ``linear_backward`` where both gradients are wanted, in one kernel."""
+    if plan is None:
+        plan = make_plan(index, x.shape[1])
+    args = (grad, x, weight, index.contiguous(), plan, wide(delta, grad))
+    grad_x, grad_delta = C.linear_bwd.default(*args)
+    return grad_x, grad_delta.to(delta.dtype)
+
+
+def linear_patched(
+    x: Tensor, weight: Tensor, index: Tensor, delta: Tensor, bias: Tensor | None
+) -> Tensor:
+    """The op ``linear`` with ``round(weight + delta)``: with the rounding of the weight."""
+    bias = None if bias is None else bias.contiguous()
+    y: Tensor = C.linear_patched_fwd.default(x, weight, index.contiguous(), wide(delta, x), bias)
+    return y
+
+
+def linear_backward_patched(
+    grad: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    index: Tensor,
+    delta: Tensor,
+    plan: Tensor | None,
+    output_mask: list[bool],
+) -> tuple[Tensor, Tensor | None]:
+    """The op ``linear_backward`` where dx is wanted, that of :func:`linear_patched`."""
+    _, grad_delta = bypass_backward(grad, x, index, delta, plan, [False, output_mask[1]])
+    args = (grad, weight, index.contiguous(), wide(delta, grad))
+    return C.linear_patched_bwd_input.default(*args), grad_delta
+
+
 def bypass_add(x: Tensor, y: Tensor, index: Tensor, delta: Tensor) -> Tensor:
     """The op ``bypass_add``."""
     out = torch.empty(y.shape, dtype=y.dtype, device=y.device)
@@ -109,7 +153,7 @@ def patch(weight: Tensor, index: Tensor, delta: Tensor, original: Tensor) -> Non
     C.patch.default(weight, index.contiguous(), wide(delta, weight), original.contiguous())
 
 
-def strided_row(weight: Tensor) -> list[str]:
+def _strided_row(weight: Tensor) -> list[str]:
     """Why the kernels cannot write into ``weight``."""
     if weight.stride(1) == 1 or weight.shape[1] == 1:
         return []
@@ -120,3 +164,47 @@ def wide(delta: Tensor, x: Tensor) -> Tensor:
     """``delta`` in the dtype in which the kernels sum for ``x``, contiguous."""
     dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
     return (delta if delta.dtype == dtype else delta.to(dtype)).contiguous()
+
+
+def forced_form(device: str, forms: int) -> int | None:
+    """What ``NEUROADA_<device>_FUSED`` says: how much goes in one kernel, 0 up to ``forms`` - 1.
+
+    0 is bypass and product each by itself, 1 both in one kernel. On a GPU of compute capability
+    9.0, 2 is the gradient of delta in that of dx as well, and 3 the product of a weight whose
+    tiles are patched where the kernel holds them: with the rounding of the strategy ``resident``.
+
+    Raises
+    ------
+    ValueError
+        If it says anything else.
+    """
+    name = f"NEUROADA_{device}_FUSED"
+    forced = os.environ.get(name)
+    if forced is None:
+        return None
+    known = [str(form) for form in range(forms)]
+    if forced not in known:
+        raise ValueError(f"{name}: {forced!r}, expected {', '.join(known[:-1])} or {known[-1]}")
+    return int(forced)
+
+
+def implementations(
+    linear: Callable[..., Tensor],
+    linear_backward: Callable[..., tuple[Tensor | None, Tensor | None]],
+    unsupported: Callable[..., list[str]],
+) -> dict[str, Implementation]:
+    """The ops of a device by name: the two that choose among forms are the backend's own."""
+
+    def merge_unsupported(weight: Tensor, *rest: object) -> list[str]:
+        return unsupported(weight) + _strided_row(weight)
+
+    return {
+        "linear": Implementation(linear, unsupported),
+        "linear_backward": Implementation(linear_backward, unsupported),
+        "bypass_add": Implementation(bypass_add, unsupported),
+        "bypass_backward": Implementation(bypass_backward, unsupported),
+        "merge_": Implementation(merge, merge_unsupported),
+        "unmerge_": Implementation(restore, merge_unsupported),
+        "gather": Implementation(gather, merge_unsupported),
+        "patch_": Implementation(patch, merge_unsupported),
+    }

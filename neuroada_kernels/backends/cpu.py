@@ -5,13 +5,12 @@ from __future__ import annotations
 
 import functools
 import math
-import os
 
 import torch
 from torch import Tensor
 
 from neuroada_kernels import _extension
-from neuroada_kernels._registry import Backend, Implementation, register
+from neuroada_kernels._registry import Backend, register
 from neuroada_kernels.backends import _compiled
 from neuroada_kernels.backends._dense import has_product
 
@@ -53,11 +52,9 @@ def _tokens_of_one_kernel(dtype: torch.dtype) -> tuple[float, float]:
 
     As measured; ``docs/kernels.md`` has the figures. ``NEUROADA_CPU_FUSED=0|1`` decides instead.
     """
-    forced = os.environ.get("NEUROADA_CPU_FUSED")
-    if forced not in (None, "0", "1"):
-        raise ValueError(f"NEUROADA_CPU_FUSED: {forced!r}, expected 0 or 1")
+    forced = _compiled.forced_form("CPU", 2)
     if forced is not None:
-        return _ALWAYS if forced == "1" else _NEVER
+        return _ALWAYS if forced else _NEVER
     isa = "generic" if _extension.module is None else _extension.module.cpu_isa()
     if isa == "generic" or dtype == torch.float64:
         return _NEVER
@@ -90,24 +87,11 @@ def _unsupported(first: Tensor, *rest: object) -> list[str]:
     return reasons
 
 
-def _merge_unsupported(weight: Tensor, *rest: object) -> list[str]:
-    return _unsupported(weight) + _compiled.strided_row(weight)
-
-
 register(
     Backend(
         name="cpu",
         priority={"cpu": 2},
         unavailable=lambda: _extension.library_error,
-        implementations={
-            "linear": Implementation(_linear, _unsupported),
-            "linear_backward": Implementation(_linear_backward, _unsupported),
-            "bypass_add": Implementation(_compiled.bypass_add, _unsupported),
-            "bypass_backward": Implementation(_compiled.bypass_backward, _unsupported),
-            "merge_": Implementation(_compiled.merge, _merge_unsupported),
-            "unmerge_": Implementation(_compiled.restore, _merge_unsupported),
-            "gather": Implementation(_compiled.gather, _merge_unsupported),
-            "patch_": Implementation(_compiled.patch, _merge_unsupported),
-        },
+        implementations=_compiled.implementations(_linear, _linear_backward, _unsupported),
     )
 )

@@ -7,13 +7,12 @@ Its kernels have run on no GPU yet, so it serves only by name.
 from __future__ import annotations
 
 import functools
-import os
 
 import torch
 from torch import Tensor
 
 from neuroada_kernels import _extension
-from neuroada_kernels._registry import Backend, Implementation, register
+from neuroada_kernels._registry import Backend, register
 from neuroada_kernels.backends import _compiled
 
 _DTYPES = {torch.float32, torch.bfloat16, torch.float16}
@@ -72,9 +71,12 @@ def _no_arch_for(capability: tuple[int, int], archs: tuple[str, ...]) -> tuple[s
 def _linear(x: Tensor, weight: Tensor, index: Tensor, delta: Tensor, bias: Tensor | None) -> Tensor:
     # Two kernels add a bias in 16 bits to what they have rounded already.
     bias16 = bias is not None and bias.dtype in _DTYPES_OF_ONE_KERNEL
-    if not _prefer_one_kernel(bias16) or _not_in_one_kernel(x, weight, bias):
-        return _compiled.linear(x, weight, index, delta, bias)
-    return _compiled.linear_in_one(x, weight, index, delta, bias)
+    form = _form(bias16)
+    if form == 0 or _not_in_one_kernel(x, weight, bias=bias):
+        run = _compiled.linear
+    else:
+        run = _compiled.linear_patched if form == 3 else _compiled.linear_in_one
+    return run(x, weight, index, delta, bias)
 
 
 def _linear_backward(
@@ -86,31 +88,38 @@ def _linear_backward(
     plan: Tensor | None,
     output_mask: list[bool],
 ) -> tuple[Tensor | None, Tensor | None]:
-    one_kernel = output_mask[0] and _prefer_one_kernel() and not _not_in_one_kernel(grad, weight)
-    run = _compiled.linear_backward_in_one if one_kernel else _compiled.linear_backward
-    return run(grad, x, weight, index, delta, plan, output_mask)
+    form = _form() if output_mask[0] else 0
+    if form == 0 or _not_in_one_kernel(grad, weight):
+        return _compiled.linear_backward(grad, x, weight, index, delta, plan, output_mask)
+    if form == 3:
+        return _compiled.linear_backward_patched(grad, x, weight, index, delta, plan, output_mask)
+    if form == 1 or not output_mask[1] or _not_in_one_kernel(grad, weight, x=x):
+        return _compiled.linear_backward_in_one(grad, x, weight, index, delta, plan, output_mask)
+    return _compiled.linear_backward_in_one_pass(grad, x, weight, index, delta, plan)
 
 
-def _prefer_one_kernel(bias16: bool = False) -> bool:
-    """Whether product and bypass go in one kernel where it takes them.
+def _form(bias16: bool = False) -> int:
+    """How much goes in one kernel where it takes that; the forms of :func:`_compiled.forced_form`.
 
-    Predicted, not measured: it is slower but for saving a pass over y where torch's product would
-    round y twice; ``docs/kernels.md`` has the figures. ``NEUROADA_CUDA_FUSED=0|1`` decides instead.
+    Predicted, not measured: one kernel is slower but for saving a pass over y where torch's
+    product would round y twice; ``docs/kernels.md`` has the figures. ``NEUROADA_CUDA_FUSED``
+    decides instead, and alone may ask for the other rounding of form 3.
     """
-    forced = os.environ.get("NEUROADA_CUDA_FUSED")
-    if forced not in (None, "0", "1"):
-        raise ValueError(f"NEUROADA_CUDA_FUSED: {forced!r}, expected 0 or 1")
-    return bias16 if forced is None else forced == "1"
+    forced = _compiled.forced_form("CUDA", 4)
+    return int(bias16) if forced is None else forced
 
 
-def _not_in_one_kernel(inputs: Tensor, weight: Tensor, bias: Tensor | None = None) -> list[str]:
+def _not_in_one_kernel(
+    inputs: Tensor, weight: Tensor, *, bias: Tensor | None = None, x: Tensor | None = None
+) -> list[str]:
     """Why the kernels for sm_90a do not take a product: what their copies cannot read."""
     reasons = _one_kernel_arch_reasons(inputs.device.index)
     if inputs.dtype not in _DTYPES_OF_ONE_KERNEL:
         reasons.append(f"dtype {inputs.dtype}, expected bfloat16 or float16")
     if bias is not None and bias.dtype != inputs.dtype:
         reasons.append(f"bias of dtype {bias.dtype}, expected {inputs.dtype}")
-    for name, tensor in (("inputs", inputs), ("weight", weight)):
+    copied = {"inputs": inputs, "weight": weight} | ({} if x is None else {"x": x})
+    for name, tensor in copied.items():
         if tensor.stride(1) != 1:
             reasons.append(f"{name} with stride {tensor.stride(1)} along a row, expected 1")
         if tensor.numel() == 0 or tensor.shape[1] % 8 or tensor.stride(0) % 8:
@@ -143,25 +152,12 @@ def _unsupported(first: Tensor, *rest: object) -> list[str]:
     return reasons
 
 
-def _merge_unsupported(weight: Tensor, *rest: object) -> list[str]:
-    return _unsupported(weight) + _compiled.strided_row(weight)
-
-
 register(
     Backend(
         name="cuda",
         priority={"cuda": 2},
         unavailable=_unavailable,
         experimental=True,
-        implementations={
-            "linear": Implementation(_linear, _unsupported),
-            "linear_backward": Implementation(_linear_backward, _unsupported),
-            "bypass_add": Implementation(_compiled.bypass_add, _unsupported),
-            "bypass_backward": Implementation(_compiled.bypass_backward, _unsupported),
-            "merge_": Implementation(_compiled.merge, _merge_unsupported),
-            "unmerge_": Implementation(_compiled.restore, _merge_unsupported),
-            "gather": Implementation(_compiled.gather, _merge_unsupported),
-            "patch_": Implementation(_compiled.patch, _merge_unsupported),
-        },
+        implementations=_compiled.implementations(_linear, _linear_backward, _unsupported),
     )
 )

@@ -153,4 +153,5 @@ inline unsigned __ballot_sync(unsigned, bool predicate) {
   return mask;
 }
 
+inline int __popc(unsigned mask) { return __builtin_popcount(mask); }
 inline int __ffs(int mask) { return __builtin_ffs(mask); }

@@ -94,17 +94,21 @@ def instructions(arch: str) -> dict[str, set[str]]:
     return found
 
 
-_INSTRUCTIONS = r"(?:(?:LD|ST)[GSL]|HGMMA|UTMALDG|SYNCS|USETMAXREG|WARPGROUP)(?:\.\w+)*"
+_INSTRUCTIONS = r"(?:(?:LD|ST)[GSL]|LDSM|H(?:G)?MMA|UTMALDG|SYNCS|USETMAXREG|WARPGROUP)(?:\.\w+)*"
+
+
+PRODUCTS = ("linear_sm90_kernel", "linear_bwd_sm90_kernel", "linear_patched_sm90_kernel")
 
 
 def is_for_sm90(name: str) -> bool:
-    return name.startswith(("linear_sm90_kernel", "transpose_kernel"))
+    helpers = ("transpose_kernel", "block_entries_kernel", "add_tiles_kernel")
+    return name.startswith(PRODUCTS + helpers)
 
 
 def test_every_kernel_is_compiled_for_every_arch_that_it_is_for():
     names = {key.partition(" ")[2] for key in resources()}
-    # Staged ones, their helpers, merge; for sm_90a two products and what transposes for them.
-    assert len(names) == 3 * 3 * 2 + 2 + 3 * 4 + 2 * 2 + 2
+    # Staged ones, their helpers, merge; for sm_90a five products and what goes with them.
+    assert len(names) == 3 * 3 * 2 + 2 + 3 * 4 + 5 * 2 + 2 + 2
     assert set(resources()) == {
         f"sm_{arch} {name}"
         for arch in ARCHS
@@ -127,29 +131,35 @@ def test_no_kernel_needs_more_than_the_table_says():
 def test_every_kernel_launches_with_the_threads_of_a_cta():
     """A multiprocessor has 65536 registers, a CTA of the products 384 threads, others up to 512."""
     for key, used in resources().items():
-        threads = 384 if "linear_sm90" in key else 512
+        threads = 384 if key.partition(" ")[2].startswith(PRODUCTS) else 512
         assert used["registers"] <= 65536 // threads // 8 * 8, key
 
 
 @pytest.mark.skipif("90a" not in ARCHS, reason="nvcc does not know sm_90a")
 def test_products_for_sm90_are_made_by_the_hardware_for_them():
     """TMA, wgmma in the largest shape, mbarriers, registers that move; y in 16 bytes a lane."""
-    kernels = {n: used for n, used in instructions("90a").items() if n.startswith("linear_sm90")}
-    assert len(kernels) == 4
+    kernels = {n: used for n, used in instructions("90a").items() if n.startswith(PRODUCTS)}
+    assert len(kernels) == 10
     for name, used in kernels.items():
         (product,) = {i for i in used if i.startswith("HGMMA")}
         bfloat16 = ".BF16" if "BFloat16" in name else ""
-        rows_of_w = ".tnspB" if "PlanConnections" in name else ""
+        both = name.startswith("linear_bwd")
+        forward = "false" in name
+        rows_of_w = "" if forward else ".tnspB"
         assert product == f"HGMMA.64x256x16.F32{bfloat16}{rows_of_w}", name
         parts = {i.partition(".")[0] for i in used}
         assert parts >= {"UTMALDG", "SYNCS", "USETMAXREG", "WARPGROUP"}, name
-        assert {"LDG.E.128", "STG.E.128", "STS.128"} <= used, name
+        gathers = set() if name.startswith("linear_patched") else {"LDG.E.128"}
+        assert gathers | {"STG.E.128", "STS.128"} <= used, name
+        # The SDDMM beside dx: grad transposed on its way to the products of a warp.
+        sddmm = {"LDSM.16.MT88.4", f"HMMA.16816.F32{bfloat16}"}
+        assert {i for i in used if i.startswith(("LDSM", "HMMA"))} == (sddmm if both else set())
 
 
 @every_arch
 def test_staged_columns_are_read_and_written_sixteen_bytes_at_a_time(arch):
     staged = {name: used for name, used in instructions(arch).items() if "<" in name}
-    others = ("merge", "linear_sm90", "transpose")
+    others = ("merge", "transpose", *PRODUCTS)
     staged = {name: used for name, used in staged.items() if not name.startswith(others)}
     assert len(staged) == 18
     for name, used in staged.items():

@@ -107,6 +107,36 @@ def test_one_kernel_for_product_and_bypass_rounds_once(case, dtype):
     assert grad_delta.equal(C.sddmm(grad, inputs.x, inputs.index))
 
 
+@pytest.mark.parametrize("case", ALIGNED, ids=lambda case: case.name)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_one_pass_gives_both_gradients(case, dtype):
+    inputs = make_inputs(case, dtype)
+    truth, grad = exact(inputs), inputs.grad_output
+    rest = (inputs.x, inputs.weight, inputs.index, inputs.delta, None)
+    grad_x, grad_delta = _compiled.linear_backward_in_one_pass(grad, *rest)
+    assert rms_error(grad_x, truth.linear_grad_x) <= tolerance(dtype, case.d_out * (1 + case.k))
+    assert rms_error(grad_delta, truth.grad_delta) <= tolerance(dtype, case.tokens, torch.float32)
+    assert grad_delta.dtype == inputs.delta.dtype
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_patched_tiles_are_a_patched_weight(dtype):
+    """The rounding of ``resident``: that of the weight, and then once that of the result."""
+    case = ALIGNED[0]
+    inputs = make_inputs(case, dtype)
+    weight, grad = inputs.weight.clone(), inputs.grad_output
+    _compiled.merge(weight, inputs.index, inputs.delta)
+    rest = (inputs.index, inputs.delta)
+    y = _compiled.linear_patched(inputs.x, inputs.weight, *rest, inputs.bias)
+    exact_y = inputs.x.double() @ weight.double().t() + inputs.bias.double()
+    assert rms_error(y, exact_y) <= tolerance(dtype, case.d_in + 1)
+    both = _compiled.linear_backward_patched(
+        grad, inputs.x, inputs.weight, *rest, None, [True, True]
+    )
+    assert rms_error(both[0], grad.double() @ weight.double()) <= tolerance(dtype, case.d_out)
+    assert both[1].equal(C.sddmm(grad, inputs.x, inputs.index))
+
+
 def test_one_kernel_of_nothing_is_nothing():
     inputs = make_inputs(Case(tokens=0, d_in=64, d_out=48, k=8, bias=True), torch.bfloat16)
     rest = (inputs.weight, inputs.index, inputs.delta)
@@ -114,6 +144,10 @@ def test_one_kernel_of_nothing_is_nothing():
     grad = inputs.grad_output
     both = _compiled.linear_backward_in_one(grad, inputs.x, *rest, None, [True, True])
     assert both[0].shape == (0, 64)
+    assert not both[1].any()
+    both = _compiled.linear_backward_in_one_pass(grad, inputs.x, *rest, None)
+    assert both[0].shape == (0, 64)
+    assert both[1].shape == inputs.delta.shape
     assert not both[1].any()
 
 
@@ -180,7 +214,10 @@ def test_whatever_a_plan_holds_nothing_outside_is_reached(value):
     C.bypass_bwd_input(grad, plan, delta, out)
     assert guard.shape == out.shape
     sixteen = torch.randn(49, 40, dtype=torch.bfloat16)
-    C.linear_bwd_input(sixteen[:9], sixteen[9:, :24].contiguous(), plan, delta)
+    x, weight = torch.zeros(9, 24, dtype=torch.bfloat16), sixteen[9:, :24].contiguous()
+    C.linear_bwd_input(sixteen[:9], weight, plan, delta)
+    index = torch.full((40, 2), value, dtype=torch.int32)
+    assert not C.linear_bwd(sixteen[:9], x, weight, index, plan, delta)[1].any()
 
 
 def arguments() -> dict[str, Tensor]:
@@ -211,6 +248,7 @@ def sixteen_bits() -> dict[str, Tensor]:
         "weight_back16": torch.randn(8, 8, dtype=dtype),
         "plan16": torch.zeros(8 + 1 + 64 + 1 + 7, dtype=torch.int32),
         "delta_back": torch.randn(8, 2),
+        "index_back": torch.tensor([[0, 1], [2, 7], [4, 5], [1, -1]] * 2, dtype=torch.int32),
     }
 
 
@@ -227,6 +265,15 @@ CALLS: dict[str, Callable[..., object]] = {
     ),
     "linear_bwd_input": lambda a: C.linear_bwd_input(
         *(a[n] for n in ("grad16", "weight_back16", "plan16", "delta_back"))
+    ),
+    "linear_bwd": lambda a: C.linear_bwd(
+        *(a[n] for n in ("grad16", "x16", "weight_back16", "index_back", "plan16", "delta_back"))
+    ),
+    "linear_patched_fwd": lambda a: C.linear_patched_fwd(
+        *(a[n] for n in ("x16", "weight16", "index", "delta", "bias16"))
+    ),
+    "linear_patched_bwd_input": lambda a: C.linear_patched_bwd_input(
+        *(a[n] for n in ("grad16", "weight_back16", "index_back", "delta_back"))
     ),
     "merge": lambda a: C.merge(a["weight"], a["index"], a["delta"]),
     "gather": lambda a: C.gather(a["weight"], a["index"]),
@@ -270,7 +317,7 @@ WRONG = [
     ("sddmm", "x", lambda t: t.half(), "x: dtype differs"),
     ("sddmm", "index", lambda t: t.short(), "index: dtype is not the expected int32"),
     ("linear_fwd", "x16", lambda t: t.float(), "x: dtype float32, expected bfloat16 or float16"),
-    ("linear_fwd", "x16", lambda t: t[:, :4], "weight: shape [4, 8], expected [4, 4]"),
+    ("linear_fwd", "x16", lambda t: t[:, :4], "weight: shape [4, 8], expected [-1, 4]"),
     ("linear_fwd", "x16", lambda t: t.repeat(1, 2)[:, 4:12], "linear_fwd: x: not 16-byte aligned"),
     ("linear_fwd", "x16", lambda t: odd(t), "linear_fwd: x: stride 9, expected a multiple of 8"),
     (
@@ -281,16 +328,34 @@ WRONG = [
     ),
     ("linear_fwd", "weight16", lambda t: odd(t), "linear_fwd: weight: stride 9, expected"),
     ("linear_fwd", "weight16", lambda t: t.half(), "weight: dtype differs from that of x"),
-    ("linear_fwd", "weight16", lambda t: t[:3], "weight: shape [3, 8], expected [4, 8]"),
+    ("linear_fwd", "weight16", lambda t: t[:3], "index: shape [4, 2], expected [3, -1]"),
     ("linear_fwd", "bias16", lambda t: t[:3], "bias: shape [3], expected [4]"),
     ("linear_fwd", "bias16", lambda t: t.float(), "bias: dtype differs"),
     ("linear_fwd", "delta", lambda t: t[:3], "delta: shape [3, 2], expected [4, 2]"),
-    ("linear_bwd_input", "grad16", lambda t: t[:, :4], "grad: shape [5, 4], expected [-1, 8]"),
+    ("linear_bwd_input", "grad16", lambda t: t[:, :4], "weight: shape [8, 8], expected [4, -1]"),
     ("linear_bwd_input", "grad16", lambda t: odd(t), "linear_bwd_input: grad: stride 9"),
     ("linear_bwd_input", "weight_back16", lambda t: t[:, :4], "weight: 4 columns, expected a mul"),
     ("linear_bwd_input", "weight_back16", lambda t: t.half(), "weight: dtype differs"),
     ("linear_bwd_input", "plan16", lambda t: t[:73], "plan: shape [73], expected at least [74]"),
     ("linear_bwd_input", "plan16", lambda t: t.repeat(2), "plan: 88 connections, expected at most"),
+    ("linear_bwd", "x16", lambda t: t[:4], "x: shape [4, 8], expected [5, 8]"),
+    ("linear_bwd", "x16", lambda t: t.half(), "x: dtype differs from that of grad"),
+    ("linear_bwd", "x16", lambda t: odd(t), "linear_bwd: x: stride 9, expected a multiple of 8"),
+    ("linear_bwd", "grad16", lambda t: t.float(), "grad: dtype float32, expected bfloat16"),
+    ("linear_bwd", "index_back", lambda t: t[:7], "index: shape [7, 2], expected [8, -1]"),
+    ("linear_bwd", "delta_back", lambda t: t[:, :1], "delta: shape [8, 1], expected [8, 2]"),
+    ("linear_bwd", "plan16", lambda t: t.repeat(2), "plan: 88 connections, expected at most"),
+    ("linear_patched_fwd", "x16", lambda t: t.float(), "x: dtype float32, expected bfloat16"),
+    ("linear_patched_fwd", "index", lambda t: t[:3], "index: shape [3, 2], expected [4, -1]"),
+    ("linear_patched_fwd", "delta", lambda t: t[:3], "delta: shape [3, 2], expected [4, 2]"),
+    ("linear_patched_fwd", "bias16", lambda t: t[:3], "bias: shape [3], expected [4]"),
+    ("linear_patched_bwd_input", "grad16", lambda t: t[:, :4], "weight: shape [8, 8], expected [4"),
+    (
+        "linear_patched_bwd_input",
+        "grad16",
+        lambda t: odd(t),
+        "_bwd_input: grad: stride 9, expected",
+    ),
     ("merge", "weight", lambda t: t.double(), "weight: dtype float64"),
     ("merge", "weight", lambda t: t.t().contiguous().t(), "weight: stride 4 along a row"),
     ("merge", "delta", lambda t: t.double(), "delta: dtype is not the expected float32"),
@@ -315,7 +380,7 @@ def test_a_wrong_argument_is_named_and_nothing_is_written(op, name, spoil, messa
         assert (given[written] == 7).all()
 
 
-@pytest.mark.parametrize("op", ["linear_fwd", "linear_bwd_input"])
+@pytest.mark.parametrize("op", ["linear_fwd", "linear_bwd_input", "linear_bwd"])
 def test_a_product_over_nothing_is_refused(op):
     """Its chunks are cut by what a token takes, which is nothing here."""
     given = arguments()
@@ -324,7 +389,7 @@ def test_a_product_over_nothing_is_refused(op):
         given["index"] = torch.full_like(given["index"], -1)
     else:
         given |= {"grad16": given["grad16"][:, :0], "weight_back16": given["weight_back16"][:0]}
-        given["delta_back"] = given["delta_back"][:0]
+        given["delta_back"], given["index_back"] = given["delta_back"][:0], given["index_back"][:0]
         given["plan16"] = nk.make_plan(
             torch.empty(0, given["delta_back"].shape[1], dtype=torch.int32),
             given["weight_back16"].shape[1],
@@ -347,6 +412,9 @@ def test_a_freed_storage_is_refused(op):
         "sddmm": "grad",
         "linear_fwd": "weight16",
         "linear_bwd_input": "weight_back16",
+        "linear_bwd": "weight_back16",
+        "linear_patched_fwd": "weight16",
+        "linear_patched_bwd_input": "weight_back16",
     }.get(op, "weight")
     given[name].untyped_storage().resize_(0)
     with pytest.raises(RuntimeError, match=f"{name.partition('_')[0].removesuffix('16')}: its"):

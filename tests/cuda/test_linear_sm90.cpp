@@ -1,7 +1,6 @@
 // The fused kernels for sm_90a are their formulas, in tiles so small that few tokens make many of them,
 // and in the tile that a GPU runs. Grid values are summed exactly: outputs are compared for equality.
-#include "cuda/linear_sm90.h"
-#include "run_cuda.h"
+#include "run_linear.h"
 
 using namespace neuroada;
 using namespace neuroada::testing;
@@ -9,54 +8,6 @@ using cuda::HopperTile;
 using cuda::ProductTile;
 
 namespace {
-
-constexpr cuda::Device kDevice{0, 2, 64, 1 << 20};
-
-// With HopperTile by the entry points that a GPU has, which choose the chunk themselves.
-template <class T, class Tile>
-Matrix<T> run_fwd(const Problem<T>& p, int64_t chunk, int64_t out_gap = 0) {
-  const Case& c = p.shape;
-  Matrix<T> out(c.tokens, c.d_out, out_gap), transposed(c.d_in, chunk);
-  const cuda::LinearFwd args{
-      dtype_of<T>(),   c.tokens,          c.d_in,         c.d_out,        c.k,        p.x.data(),        p.x.stride(),
-      p.weight.data(), p.weight.stride(), p.index.data(), p.delta.data(), bias_of(p), transposed.data(), out.data(),
-      out.stride()};
-  if constexpr (std::is_same_v<Tile, HopperTile>) {
-    CHECK(cuda::linear_fwd_chunk(args, kDevice) == chunk, "not the whole in one chunk");
-    cuda::linear_fwd(args, kDevice, nullptr);
-  } else {
-    cuda::run_linear_fwd<Tile>(args, chunk, kDevice, nullptr);
-  }
-  return out;
-}
-
-template <class T, class Tile>
-Matrix<T> run_bwd(const Problem<T>& p, int64_t chunk, int64_t out_gap = 0) {
-  const Case& c = p.shape;
-  Matrix<T> out(c.tokens, c.d_in, out_gap), transposed(c.d_out, chunk);
-  const std::vector<int32_t> plan = make_plan(p.index, c.d_in);
-  const int64_t live = static_cast<int64_t>(plan.size()) - plan_size(c.d_in, 0);
-  Matrix<cuda::WeightedNeuron> ordered(1, live);
-  const cuda::LinearBwdInput args{dtype_of<T>(), c.tokens,        c.d_in,          c.d_out,           c.k,
-                                  p.grad.data(), p.grad.stride(), p.weight.data(), p.weight.stride(), plan.data(),
-                                  live,          p.delta.data(),  ordered.data(),  transposed.data(), out.data(),
-                                  out.stride()};
-  if constexpr (std::is_same_v<Tile, HopperTile>) {
-    CHECK(cuda::linear_bwd_input_chunk(args, kDevice) == chunk, "not the whole in one chunk");
-    cuda::linear_bwd_input(args, kDevice, nullptr);
-  } else {
-    cuda::run_linear_bwd_input<Tile>(args, chunk, kDevice, nullptr);
-  }
-  return out;
-}
-
-template <class Tile>
-std::string describe(const char* kernel, const char* dtype, const Case& c) {
-  return std::string(kernel) + " " + dtype + ", " + std::to_string(Tile::kRows) + " x " +
-         std::to_string(Tile::kColumns) + ", " + std::to_string(Tile::kStages) + " stages, " + c.name();
-}
-
-int64_t whole(int64_t tokens) { return cuda::ceil_div(tokens, 8) * 8; }
 
 template <class T, class Tile>
 void check_fwd(const Case& c, int64_t chunk = 0, int64_t out_gap = 0) {
@@ -157,20 +108,14 @@ void no_index_and_no_plan_reach_outside_the_arguments() {
   std::vector<int32_t> plan(static_cast<size_t>(plan_size(16, kLive)));
   for (int64_t range : {60, 1 << 30}) {
     for (int32_t& value : plan) value = static_cast<int32_t>(random.below(2 * range) - range / 4);
-    cuda::run_linear_bwd_input<Small>({DType::bf16, 9, 16, 40, 2, p.grad.data(), 40, p.weight.data(), 16, plan.data(),
-                                       kLive, p.delta.data(), ordered.data(), transposed.data(), out.data(), 16},
-                                      16, kDevice, nullptr);
+    cuda::run_linear_bwd_input<Small>({{DType::bf16, 9, 16, 40, 2, p.grad.data(), 40, plan.data(), kLive,
+                                        p.delta.data(), ordered.data(), out.data(), 16},
+                                       p.weight.data(),
+                                       16,
+                                       16,
+                                       transposed.data()},
+                                      kLinearDevice, nullptr);
   }
-}
-
-template <class F>
-std::string error_of(F&& f) {
-  try {
-    f();
-  } catch (const std::runtime_error& error) {
-    return error.what();
-  }
-  return "no error";
 }
 
 void what_the_copies_cannot_take_is_refused() {
@@ -191,7 +136,7 @@ void what_the_copies_cannot_take_is_refused() {
 void chunks_fit_the_workspace_and_fill_the_device() {
   constexpr cuda::Device kGpu{227 << 10, 132, 512, 32 << 20};
   const auto chunk = [&](int64_t tokens, int64_t width, int64_t columns) {
-    return cuda::choose_chunk<HopperTile>(tokens, width, columns, kGpu);
+    return cuda::choose_chunk<HopperTile>(tokens, 2 * width, columns, kGpu);
   };
   CHECK(chunk(8192, 4096, 4096) == 32 * 128, std::to_string(chunk(8192, 4096, 4096)));
   CHECK(chunk(8192, 14336, 4096) == 8 * 128, std::to_string(chunk(8192, 14336, 4096)));

@@ -26,6 +26,12 @@ inline void check_storage(const char* name, const Tensor& tensor) {
   STD_TORCH_CHECK(tensor.numel() == 0 || tensor.const_data_ptr() != nullptr, name, ": its storage is empty");
 }
 
+// What an op only reads is asked for as such: a tensor that shares its values until it is written would be
+// copied otherwise.
+inline void* data_of(const Tensor& tensor, bool written) {
+  return written ? tensor.mutable_data_ptr() : const_cast<void*>(tensor.const_data_ptr());
+}
+
 // Where the kernels of a call run, and all its tensors have to lie.
 struct Site {
   bool cuda;
@@ -62,6 +68,10 @@ inline DType dtype_of(const char* name, const Tensor& tensor) {
     default: STD_TORCH_CHECK(false, name, ": dtype is not float32, float64, bfloat16 or float16");
   }
   return DType::f32;
+}
+
+inline void check_same_dtype(const char* name, const Tensor& tensor, DType dtype, const char* other) {
+  STD_TORCH_CHECK(dtype_of(name, tensor) == dtype, name, ": dtype differs from that of ", other);
 }
 
 inline void check_dtype(const char* name, const Tensor& tensor, ScalarType expected, const char* expected_name) {

@@ -13,4 +13,7 @@ enum class MergeMode : uint8_t {
   restore,  // weight[j, index[j, s]] = original[j, s]
 };
 
+constexpr bool writes_weight(MergeMode mode) { return mode != MergeMode::gather; }
+constexpr bool writes_original(MergeMode mode) { return mode == MergeMode::merge || mode == MergeMode::gather; }
+
 }  // namespace neuroada

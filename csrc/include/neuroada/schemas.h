@@ -16,6 +16,13 @@ void define_ops(Library& m) {
   // The two below have a kernel on the CPU and on sm_90a.
   m.def("linear_fwd(Tensor x, Tensor weight, Tensor index, Tensor delta, Tensor? bias) -> Tensor");
   m.def("linear_bwd_input(Tensor grad, Tensor weight, Tensor plan, Tensor delta) -> Tensor");
+  // dx and the gradient of delta in one pass over grad, on sm_90a alone.
+  m.def(
+      "linear_bwd(Tensor grad, Tensor x, Tensor weight, Tensor index, Tensor plan, Tensor delta) -> "
+      "(Tensor, Tensor)");
+  // The products of a weight that holds round(W + delta), which only the kernel's copies of W do; on sm_90a alone.
+  m.def("linear_patched_fwd(Tensor x, Tensor weight, Tensor index, Tensor delta, Tensor? bias) -> Tensor");
+  m.def("linear_patched_bwd_input(Tensor grad, Tensor weight, Tensor index, Tensor delta) -> Tensor");
   m.def("gather(Tensor weight, Tensor index) -> Tensor");
   m.def("patch(Tensor(a!) weight, Tensor index, Tensor delta, Tensor original) -> ()");
   m.def("restore(Tensor(a!) weight, Tensor index, Tensor original) -> ()");
