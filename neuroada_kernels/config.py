@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 
+from neuroada_kernels._dtypes import name_of
 from neuroada_kernels.selection import METHODS
 
 ALL_LINEAR = "all-linear"
@@ -211,7 +212,7 @@ def _dtype_name(dtype: object) -> str:
     found = getattr(torch, dtype, None) if isinstance(dtype, str) else dtype
     if not (isinstance(found, torch.dtype) and found.is_floating_point):
         raise TypeError(f"delta_dtype: {dtype}, expected a floating torch.dtype or its name")
-    return str(found).removeprefix("torch.")
+    return name_of(found)
 
 
 def _is_integer(value: object) -> bool:

@@ -8,6 +8,7 @@ import os
 from pathlib import Path
 from typing import Any
 
+from neuroada_kernels._dtypes import name_of
 from neuroada_kernels.adapter_file import read_adapter
 
 
@@ -22,7 +23,7 @@ def describe(path: str | os.PathLike[str]) -> dict[str, Any]:
             "dtype": module.base.dtype,
             "k": module.index.shape[1],
             "connections": int((module.index >= 0).sum()),
-            "delta_dtype": str(module.delta.dtype).removeprefix("torch."),
+            "delta_dtype": name_of(module.delta.dtype),
             "largest_delta": float(delta.abs().max()),
         }
     return {

@@ -12,6 +12,7 @@ from pathlib import Path
 from torch import Tensor
 
 from neuroada_kernels import ops
+from neuroada_kernels._dtypes import name_of
 from neuroada_kernels._files import beside, replacing, sync
 from neuroada_kernels.adapter_file import (
     AdaptedModule,
@@ -114,14 +115,14 @@ def _changes(
     for name, change in wanted.items():
         stored = checkpoint.tensors[name]
         if isinstance(change, Tensor):
-            shape, dtype = tuple(change.shape), str(change.dtype).removeprefix("torch.")
+            shape, dtype = tuple(change.shape), name_of(change.dtype)
         else:
             shape, dtype = change.base.shape, change.base.dtype
         if stored.shape != shape:
             raise ValueError(f"{name}: shape {list(stored.shape)}, expected {list(shape)}")
         if stored.dtype not in FLOATING:
             raise ValueError(f"{name}: dtype {stored.dtype}, expected a floating dtype")
-        found = str(FLOATING[stored.dtype]).removeprefix("torch.")
+        found = name_of(FLOATING[stored.dtype])
         if found != dtype and not allow_mismatch:
             raise ValueError(f"{name}: dtype {found}, expected {dtype}")
         changes.append((name, stored, change))

@@ -22,6 +22,7 @@ SOURCES = {
 
 #: What the modules of each part may import, besides their own part. The package itself is "".
 BELOW = {
+    "_dtypes": set(),
     "_version": set(),
     "_extension": set(),
     "_registry": set(),
@@ -31,9 +32,9 @@ BELOW = {
     "triton_kernels": set(),
     "backends": {"_registry", "_extension", "plan", "reference", "triton_kernels"},
     "ops": {"_registry"},
-    "functional": {"ops", "reference"},
-    "nn": {"config", "functional", "ops", "selection", "plan", "reference"},
-    "config": {"selection"},
+    "functional": {"_dtypes", "ops", "reference"},
+    "nn": {"_dtypes", "config", "functional", "ops", "selection", "plan", "reference"},
+    "config": {"_dtypes", "selection"},
     "targets": {"config"},
     "_progress": set(),
     "strategies": {"nn"},
@@ -60,9 +61,9 @@ BELOW = {
 }
 LIBRARY = set(BELOW)
 BELOW["checkpoint"] = set()
-BELOW["inspection"] = {"adapter_file"}
-BELOW["merging"] = {"_files", "adapter_file", "checkpoint", "ops"}
-BELOW["convert"] = {"adapter_file", "checkpoint"}
+BELOW["inspection"] = {"_dtypes", "adapter_file"}
+BELOW["merging"] = {"_dtypes", "_files", "adapter_file", "checkpoint", "ops"}
+BELOW["convert"] = {"_dtypes", "adapter_file", "checkpoint"}
 BELOW["benchmarks"] = LIBRARY
 BELOW["info"] = LIBRARY | {"benchmarks"}
 BELOW["demo"] = LIBRARY | {"benchmarks", "info"}
