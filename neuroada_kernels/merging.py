@@ -22,6 +22,7 @@ from neuroada_kernels.adapter_file import (
     within,
 )
 from neuroada_kernels.checkpoint import BLOCK_BYTES, FLOATING, Checkpoint, Stored, blocks
+from neuroada_kernels.nn.foreign import CONV1D
 
 #: Told the bytes that were written since it was last told, and those there will be in all.
 Progress = Callable[[int, int], None]
@@ -114,6 +115,8 @@ def _changes(
     changes = []
     for name, change in wanted.items():
         stored = checkpoint.tensors[name]
+        if isinstance(change, AdaptedModule) and change.base.kind == CONV1D:
+            raise ValueError(f"{name}: of a {CONV1D}, which is transposed; merge it in memory")
         if isinstance(change, Tensor):
             shape, dtype = tuple(change.shape), name_of(change.dtype)
         else:
@@ -156,9 +159,10 @@ def _merge_file(
             if isinstance(change, Tensor) or allow_mismatch:
                 continue
             if entries.hexdigest() != change.base.sha256:
+                kind = change.base.kind
                 raise ValueError(
                     f"{name}: other values at the chosen connections than the adapter was trained "
-                    "on; allow_mismatch merges all the same"
+                    f"on{f', a {kind}' if kind else ''}; allow_mismatch merges all the same"
                 )
 
 

@@ -35,14 +35,16 @@ BELOW = {
     "functional": {"_dtypes", "ops", "reference"},
     "nn": {"_dtypes", "config", "functional", "ops", "selection", "plan", "reference"},
     "config": {"_dtypes", "selection"},
-    "targets": {"config"},
+    "targets": {"config", "nn"},
     "_progress": set(),
     "strategies": {"nn"},
-    "gradient": {"_progress"},
-    "model": {"_progress", "config", "gradient", "nn", "strategies", "targets"},
+    "gradient": {"_progress", "nn"},
+    "arguments": {"config", "gradient"},
+    "model": {"_progress", "arguments", "config", "gradient", "nn", "strategies", "targets"},
+    "model_merge": {"nn"},
     "_files": set(),
     "adapter_file": {"_files", "_version", "plan"},
-    "adapters": {"adapter_file", "config", "model", "nn", "plan", "targets"},
+    "adapters": {"_dtypes", "adapter_file", "config", "model", "nn", "plan", "targets"},
     "testing": {"selection"},
     "": {
         "_registry",
@@ -52,6 +54,7 @@ BELOW = {
         "config",
         "functional",
         "model",
+        "model_merge",
         "nn",
         "plan",
         "reference",
@@ -62,7 +65,7 @@ BELOW = {
 LIBRARY = set(BELOW)
 BELOW["checkpoint"] = set()
 BELOW["inspection"] = {"_dtypes", "adapter_file"}
-BELOW["merging"] = {"_dtypes", "_files", "adapter_file", "checkpoint", "ops"}
+BELOW["merging"] = {"_dtypes", "_files", "adapter_file", "checkpoint", "nn", "ops"}
 BELOW["convert"] = {"_dtypes", "adapter_file", "checkpoint"}
 BELOW["benchmarks"] = LIBRARY
 BELOW["info"] = LIBRARY | {"benchmarks"}

@@ -1,6 +1,7 @@
 """The layers."""
 
+from neuroada_kernels.nn.bypass import NeuroAdaBypass, Requantization
 from neuroada_kernels.nn.linear import NeuroAdaLinear
 from neuroada_kernels.nn.reference import ReferenceNeuroAdaLinear
 
-__all__ = ["NeuroAdaLinear", "ReferenceNeuroAdaLinear"]
+__all__ = ["NeuroAdaBypass", "NeuroAdaLinear", "ReferenceNeuroAdaLinear", "Requantization"]

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from neuroada_kernels.nn._deferred import Deferred
-from neuroada_kernels.nn._layer import BypassLayer
+from neuroada_kernels.nn._layer import BaseForm, BypassLayer
 from neuroada_kernels.nn._strategy import check_strategy, why_not_resident
 from neuroada_kernels.plan import check_index_form
 from neuroada_kernels.selection import check_weight
@@ -202,8 +202,8 @@ class BypassLinear(BypassLayer):
     def base_entries(self, index: Tensor) -> Tensor:
         return self.weight.detach().gather(1, index.to(self.weight.device).clamp(min=0).long())
 
-    def base_form(self) -> tuple[str | None, torch.dtype]:
-        return None, self.weight.dtype
+    def base_form(self) -> BaseForm:
+        return BaseForm(None, self.weight.dtype, self.weight.device)
 
     def _why_not_resident(self) -> str | None:
         return why_not_resident(self.weight)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -13,6 +13,14 @@ from neuroada_kernels._dtypes import name_of
 from neuroada_kernels.nn._deferred import Deferred
 from neuroada_kernels.nn._strategy import check_known, refusal
 from neuroada_kernels.plan import check_index, check_index_form
+
+
+class BaseForm(NamedTuple):
+    """The kind of base, None for a plain linear; dtype and device of the entries of its weight."""
+
+    kind: str | None
+    dtype: torch.dtype
+    device: torch.device
 
 
 class BypassLayer(nn.Module):
@@ -148,6 +156,21 @@ class BypassLayer(nn.Module):
                 self._unfold(self.merged_index, self.original)
             self.original = self.merged_index = None
 
+    def merged_again(self) -> Callable[[], None]:
+        """What undoes :meth:`unmerge`, whatever has happened to ``delta`` since merging."""
+        original, index = self.original, self.merged_index
+        if original is None or index is None:
+            return lambda: None
+        merged = self.base_entries(index)
+
+        def back() -> None:
+            if self.original is None:
+                with torch.no_grad():
+                    self._unfold(index, merged)
+                self.original, self.merged_index = original, index
+
+        return back
+
     def _defer(self, choice: Deferred) -> None:
         """Choose later, where the index has no values."""
         if self.index.is_meta:
@@ -168,8 +191,8 @@ class BypassLayer(nn.Module):
         """
         raise NotImplementedError
 
-    def base_form(self) -> tuple[str | None, torch.dtype]:
-        """What kind of base it is, where it is none of ours, and the dtype of its entries."""
+    def base_form(self) -> BaseForm:
+        """What the layer's weight is."""
         raise NotImplementedError
 
     def _state_repr(self) -> str:
@@ -253,7 +276,7 @@ class BypassLayer(nn.Module):
             return
         if "original" in incoming:
             if self.original is None:
-                self.original = torch.zeros_like(self.delta, dtype=self.base_form()[1])
+                self.original = torch.zeros_like(self.delta, dtype=self.base_form().dtype)
         elif self._weight_name in incoming:
             self.original = self.merged_index = None
         self._loading = True
