@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import warnings
 from types import ModuleType
+from unittest import mock
 
 import pytest
 import torch
@@ -14,8 +15,13 @@ D_IN, D_OUT = 64, 48
 
 
 def library(name: str) -> ModuleType:
-    """A library, or a skipped test; what it warns of when it is loaded is not ours."""
-    with warnings.catch_warnings():
+    """A library, or a skipped test; what it warns of when it is loaded is not ours.
+
+    bitsandbytes compiles functions of its CPU backend, which takes a C++ compiler half a minute;
+    they are the same uncompiled.
+    """
+    compile_nothing = mock.patch("torch.compile", lambda function=None, **_: function)
+    with warnings.catch_warnings(), compile_nothing:
         warnings.simplefilter("ignore")
         pytest.importorskip(name.partition(".")[0])
         return importlib.import_module(name)

@@ -75,7 +75,8 @@ class _Weight4bit(BaseWeight):
         part = data.detach().view(torch.uint8).view(-1)[start // 2 : (stop + 1) // 2, None]
         state = functional.QuantState(
             absmax=self._scales()[blocks],
-            shape=torch.Size((stop - start,)),
+            # Two a byte: an odd number would have torch.compile at work for each new one.
+            shape=torch.Size((2 * part.shape[0],)),
             dtype=self.state.dtype,
             blocksize=size,
             code=self.state.code,

@@ -45,7 +45,7 @@ class _Weightless(BaseWeight):
     def rows(self, rows: slice) -> Tensor:
         raise ValueError(
             f"base: {type(self.module).__name__} has no plain weight [out_features, in_features] "
-            "to choose by, expected selection 'random', 'scores' or 'gradient'"
+            "to read; selection 'random', 'scores' or 'gradient' does without"
         )
 
     def entries(self, index: Tensor) -> Tensor:

@@ -76,7 +76,7 @@ def test_magnitude_is_that_of_the_dequantised_weight(kind, monkeypatch):
     assert torch.equal(layer.index, nk.order_slots(nk.select(foreign.dense(base), 4)))
 
 
-@pytest.mark.parametrize("shape", [(33, 7), (50, 5), (3, 129)])
+@pytest.mark.parametrize("shape", [(34, 7), (50, 5), (6, 129)])
 @pytest.mark.parametrize("nested", [True, False])
 def test_rows_of_four_bits_need_not_end_where_blocks_do(shape, nested, monkeypatch):
     monkeypatch.setattr("neuroada_kernels.selection._BLOCK_ELEMENTS", 2 * shape[0])
