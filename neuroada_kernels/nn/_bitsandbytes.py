@@ -52,7 +52,7 @@ class _Weight4bit(BaseWeight):
         if getattr(self.state, "packing_format_for_cpu", False):
             raise ValueError(
                 "base: Linear4bit was packed for inference by an evaluation on the CPU, expected "
-                "one that is adapted before it is evaluated"
+                "one that is adapted first; load it again"
             )
         kind = f"bitsandbytes {weight.quant_type}"
         shape = (int(module.out_features), int(module.in_features))  # type: ignore[arg-type]
