@@ -31,7 +31,7 @@ from neuroada_kernels.model import (
 )
 from neuroada_kernels.nn._layer import BypassLayer
 from neuroada_kernels.nn.bypass import NeuroAdaBypass
-from neuroada_kernels.nn.foreign import base_weight
+from neuroada_kernels.nn.foreign import base_weight, missing_library
 from neuroada_kernels.nn.linear import NeuroAdaLinear
 from neuroada_kernels.plan import check_index
 from neuroada_kernels.targets import check_target, is_foreign
@@ -243,7 +243,10 @@ def _differences(name: str, module: nn.Module, entry: AdaptedModule) -> list[str
         base = _Base.of(module)
     if base.shape != entry.base.shape:
         return [f"shape {list(base.shape)}, expected {list(entry.base.shape)}"]
-    return entry.base.differences(base.fingerprint(entry.index))
+    differences = entry.base.differences(base.fingerprint(entry.index))
+    if base.kind != entry.base.kind and (missing := missing_library(entry.base.kind or "")):
+        differences.append(missing)
+    return differences
 
 
 def _parameter_differences(parameter: Tensor, saved: Tensor) -> list[str]:

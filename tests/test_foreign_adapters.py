@@ -134,3 +134,13 @@ def test_a_file_of_conv1d_is_not_merged_into_a_checkpoint_the_wrong_way_round(pa
             tmp_path / "base.safetensors", path, tmp_path / "out.safetensors", allow_mismatch=True
         )
     assert not (tmp_path / "out.safetensors").exists()
+
+
+def test_a_library_that_is_missing_is_named(path, monkeypatch):
+    nk.save_adapter(trained(("nf4",)), path)
+    other = Mixed(("plain",))
+    other.layers["nf4"] = other.layers["plain"]
+    monkeypatch.setattr("neuroada_kernels.nn.foreign.find_spec", lambda name: None)
+    words = r"bitsandbytes is not installed: pip install 'neuroada-kernels\[quantized\]'"
+    with pytest.raises(ValueError, match=f"expected bitsandbytes nf4, {words}"):
+        nk.load_adapter(other, path)

@@ -262,4 +262,5 @@ print(json.dumps(sorted({{name.partition(".")[0] for name in set(sys.modules) - 
     loaded = set(json.loads(done.stdout))
     assert NAME in loaded
     optional = {"matplotlib", "rich", "peft", "transformers", "triton", "pytest", "hypothesis"}
+    optional |= {"bitsandbytes", "torchao"}
     assert not loaded & optional

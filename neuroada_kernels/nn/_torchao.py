@@ -35,11 +35,9 @@ class TorchaoWeight(BaseWeight):
         return self._whole[rows]
 
     def quantise(self, weight: Tensor) -> object:
-        from torchao import quantization as ao
-
-        held, weight = self.weight, weight.to(self.dtype)
-        if type(held) is ao.Float8Tensor:
-            return ao.Float8Tensor.from_hp(
+        held, weight, kind = self.weight, weight.to(self.dtype), type(self.weight).__name__
+        if kind == "Float8Tensor":
+            return held.from_hp(
                 weight,
                 float8_dtype=held.qdata.dtype,
                 granularity=_granularity(held.block_size, self.shape),
@@ -47,8 +45,8 @@ class TorchaoWeight(BaseWeight):
                 kernel_preference=held.kernel_preference,
                 act_quant_kwargs=held.act_quant_kwargs,
             )
-        if type(held) is ao.Int8Tensor and held.act_quant_scale is None:
-            return ao.Int8Tensor.from_hp(
+        if kind == "Int8Tensor" and held.act_quant_scale is None:
+            return held.from_hp(
                 weight,
                 granularity=_granularity(held.block_size, self.shape),
                 mapping_type=_mapping(held.zero_point),
@@ -56,8 +54,8 @@ class TorchaoWeight(BaseWeight):
                 act_pre_scale=held.act_pre_scale,
                 reduce_range=held.reduce_range,
             )
-        if type(held) is ao.IntxUnpackedToInt8Tensor:
-            return ao.IntxUnpackedToInt8Tensor.from_hp(
+        if kind == "IntxUnpackedToInt8Tensor":
+            return held.from_hp(
                 weight,
                 tuple(held.block_size),
                 held.target_dtype,

@@ -7,6 +7,7 @@ module of it is met.
 from __future__ import annotations
 
 from collections.abc import Callable
+from importlib.util import find_spec
 
 import torch
 from torch import Tensor, nn
@@ -16,6 +17,8 @@ from neuroada_kernels.nn._bitsandbytes import bitsandbytes_weight
 from neuroada_kernels.nn._torchao import TorchaoWeight
 from neuroada_kernels.nn._weight import BaseWeight, is_of
 
+#: Libraries with bases of their own, and the extra that installs each.
+EXTRAS = {"bitsandbytes": "quantized", "torchao": "quantized", "transformers": "peft"}
 #: The kind of GPT-2's layer, as an adapter's file has it.
 CONV1D = "transformers Conv1D"
 
@@ -88,6 +91,14 @@ def is_base(module: nn.Module) -> bool:
 def has_own_forward(module: nn.Module) -> bool:
     """Whether it computes something else than ``nn.Linear`` does, or so one must assume."""
     return type(module).forward is not nn.Linear.forward or "forward" in vars(module)
+
+
+def missing_library(kind: str) -> str | None:
+    """Of which library a base of that kind is, where that is not installed, and how it is."""
+    library = kind.partition(" ")[0]
+    if library not in EXTRAS or find_spec(library) is not None:
+        return None
+    return f"{library} is not installed: pip install 'neuroada-kernels[{EXTRAS[library]}]'"
 
 
 def _library(module: nn.Module) -> Callable[[nn.Module], BaseWeight] | None:
