@@ -34,8 +34,8 @@ class NeuroAdaConfig:
     target_modules : str or sequence of str
         As in PEFT: a list of names, or of their last parts (``"q_proj"`` matches
         ``"layers.0.attn.q_proj"``); or a regular expression that matches whole names; or
-        ``"all-linear"``, every ``nn.Linear`` but the output head, where the model tells of one
-        by ``get_output_embeddings()``.
+        ``"all-linear"``, every linear, quantised ones and ``Conv1D`` included, but the output head,
+        where the model tells of one by ``get_output_embeddings()``.
     exclude_modules : str or sequence of str, optional
         Names, last parts or a regular expression, of what is left out.
     selection : str

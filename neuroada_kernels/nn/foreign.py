@@ -18,7 +18,12 @@ from neuroada_kernels.nn._torchao import TorchaoWeight
 from neuroada_kernels.nn._weight import BaseWeight, is_of
 
 #: Libraries with bases of their own, and the extra that installs each.
-EXTRAS = {"bitsandbytes": "quantized", "torchao": "quantized", "transformers": "peft"}
+EXTRAS = {
+    "bitsandbytes": "quantized",
+    "torchao": "quantized",
+    "transformers": "peft",
+    "peft": "peft",
+}
 #: The kind of GPT-2's layer, as an adapter's file has it.
 CONV1D = "transformers Conv1D"
 
