@@ -6,12 +6,15 @@ import foreign
 import pytest
 import torch
 from foreign import D_IN
+from safetensors.torch import load_file, save_file
 from test_foreign_model import LIBRARY, Mixed, layers_of, train
 
 import neuroada_kernels as nk
+from neuroada_kernels import info
 from neuroada_kernels.adapter_file import read_adapter
 from neuroada_kernels.inspection import describe
 from neuroada_kernels.inspection import main as inspect
+from neuroada_kernels.merging import merge_checkpoint
 
 KINDS = ("plain", *LIBRARY, "scaled")
 X = torch.randn(5, D_IN, generator=torch.Generator().manual_seed(3))
@@ -122,13 +125,9 @@ def test_inspect_says_what_kind_of_base_it_was(path, capsys):
 
 
 def test_a_file_of_conv1d_is_not_merged_into_a_checkpoint_the_wrong_way_round(path, tmp_path):
-    from safetensors.torch import save_file
-
     model = trained(("conv1d",))
     nk.save_adapter(model, path)
     save_file(Mixed(("conv1d",)).state_dict(), tmp_path / "base.safetensors")
-    from neuroada_kernels.merging import merge_checkpoint
-
     with pytest.raises(ValueError, match=r"transformers Conv1D, which is transposed"):
         merge_checkpoint(
             tmp_path / "base.safetensors", path, tmp_path / "out.safetensors", allow_mismatch=True
@@ -141,6 +140,24 @@ def test_a_library_that_is_missing_is_named(path, monkeypatch):
     other = Mixed(("plain",))
     other.layers["nf4"] = other.layers["plain"]
     monkeypatch.setattr("neuroada_kernels.nn.foreign.find_spec", lambda name: None)
+    assert info.facts()["other_bases"]["torchao"].startswith("not installed: pip install")
     words = r"bitsandbytes is not installed: pip install 'neuroada-kernels\[quantized\]'"
     with pytest.raises(ValueError, match=f"expected bitsandbytes nf4, {words}"):
         nk.load_adapter(other, path)
+
+
+def test_what_four_bits_were_trained_for_goes_into_the_weight_before_them(path, tmp_path):
+    linear = torch.nn.Linear(D_IN, D_IN)
+    files = [tmp_path / "base.safetensors", path, tmp_path / "out.safetensors"]
+    save_file({"layers.nf4.weight": linear.weight.detach()}, files[0])
+    model = Mixed(("nf4",))
+    model.layers["nf4"] = foreign.QUANTISED["nf4"](linear)
+    nk.adapt(model, 2)
+    train(model, 3)
+    nk.save_adapter(model, path)
+    with pytest.raises(ValueError, match="trained on, a bitsandbytes nf4; allow_mismatch"):
+        merge_checkpoint(*files)
+    merge_checkpoint(*files, allow_mismatch=True)
+    layer = model.layers["nf4"]
+    expected = nk.reference.merged_weight(linear.weight, layer.index, layer.delta)
+    assert torch.equal(load_file(files[2])["layers.nf4.weight"], expected)

@@ -134,9 +134,10 @@ class NeuroAdaBypass(PlannedLayer):
             raise ValueError(f"x: shape {list(x.shape)}, expected [..., {self.in_features}]")
         y: Tensor = self.base(x, *args, **options)
         buffers = self._buffers
-        index = buffers["index"]
-        if buffers["original"] is not None or index is None:
+        if buffers["original"] is not None:
             return y
+        index = buffers["index"]
+        assert index is not None
         if not isinstance(y, Tensor) or y.dtype not in FLOATING:
             raise TypeError(f"base: gave {_form_of(y)}, expected a floating tensor")
         if not torch.compiler.is_compiling():

@@ -145,6 +145,17 @@ def test_a_torchao_base_is_copied_deeply():
     assert torch.equal(copy.deepcopy(layer)(x), layer(x))
 
 
+@pytest.mark.parametrize("kind", ["nf4", "int8", "torchao-int8"])
+def test_a_layer_round_a_quantised_base_is_one_graph(kind):
+    layer = wrap(foreign.make(kind))
+    torch.compiler.reset()
+    function = torch.compile(layer, fullgraph=True, backend="aot_eager")
+    x, grad_output = torch.randn(5, D_IN), torch.randn(5, D_OUT)
+    results = [differentiated(call, x, grad_output) for call in (function, layer)]
+    torch.compiler.reset()
+    assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
+
+
 @pytest.mark.parametrize("how", ["load", "set"])
 def test_a_compiled_layer_follows_its_index(how):
     layer, other = wrap(foreign.make("conv1d")), wrap(foreign.make("conv1d"))
