@@ -47,6 +47,11 @@ class Row:
 class Block(nn.Module):
     """Attention and a gated MLP, each with a residual."""
 
+    q_proj: nn.Module
+    k_proj: nn.Module
+    v_proj: nn.Module
+    o_proj: nn.Module
+
     def __init__(self, width: int, heads: int, make: Callable[[int, int], nn.Module]) -> None:
         super().__init__()
         self.heads = heads
@@ -65,7 +70,8 @@ class Block(nn.Module):
         attended = F.scaled_dot_product_attention(q, k, v, is_causal=True)
         x = x + self.o_proj(attended.transpose(1, 2).flatten(2))
         h = self.norm_mlp(x)
-        return x + self.down_proj(F.silu(self.gate_proj(h)) * self.up_proj(h))
+        mixed: Tensor = self.down_proj(F.silu(self.gate_proj(h)) * self.up_proj(h))
+        return x + mixed
 
 
 def build(options: argparse.Namespace) -> nn.Module:
@@ -124,7 +130,8 @@ def measure(method: str, options: argparse.Namespace) -> Row:
     x.requires_grad_()  # as behind an embedding, or another block
 
     def loss() -> Tensor:
-        return (model(x).float() - target.float()).square().mean()
+        y: Tensor = model(x)
+        return F.mse_loss(y.float(), target.float())
 
     optimizer = torch.optim.AdamW(trained, lr=options.rate)
     losses = []
