@@ -31,8 +31,15 @@ class TorchaoWeight(BaseWeight):
                 return part
             except (NotImplementedError, RuntimeError, AssertionError):
                 # Packed in tiles, which do not divide into rows: all of it, kept till it is read.
-                self._whole = self.weight.dequantize()
+                self._whole = self._dequantised()
         return self._whole[rows]
+
+    def _dequantised(self) -> Tensor:
+        try:
+            dense: Tensor = self.weight.dequantize()
+        except (NotImplementedError, RuntimeError) as error:
+            raise ValueError(f"base: {self.kind}, which cannot be dequantised: {error}") from error
+        return dense
 
     def quantise(self, weight: Tensor) -> object:
         held, weight, kind = self.weight, weight.to(self.dtype), type(self.weight).__name__

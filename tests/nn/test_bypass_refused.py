@@ -123,6 +123,24 @@ def test_a_base_without_a_weight_is_not_chosen_from_by_magnitude():
         layer.merge()
 
 
+def fails(*args):
+    raise NotImplementedError("not for this layout")
+
+
+def test_a_weight_that_has_no_rows_is_dequantised_as_a_whole(monkeypatch):
+    base = foreign.make("torchao-int8")
+    expected = nk.NeuroAdaBypass(base, 3)
+    monkeypatch.setattr(type(base.weight), "__getitem__", fails)
+    layer = nk.NeuroAdaBypass(base, 3)
+    assert torch.equal(layer.index, expected.index)
+    assert torch.equal(
+        layer.base_entries(layer.index), foreign.dense(base).gather(1, layer.index.long())
+    )
+    monkeypatch.setattr(type(base.weight), "dequantize", fails)
+    with pytest.raises(ValueError, match="torchao Int8Tensor, which cannot be dequantised: not f"):
+        nk.NeuroAdaBypass(base, 3)
+
+
 def test_auto_comes_to_bypass_and_says_why():
     layer = nk.NeuroAdaBypass(foreign.make("conv1d"), strategy="auto")
     assert layer.strategy == "bypass"
