@@ -14,6 +14,7 @@ from neuroada_kernels.model import AdaptSummary, adapt, select_connections
 from neuroada_kernels.model_merge import merge, merge_requantized, unmerge
 from neuroada_kernels.nn import (
     NeuroAdaBypass,
+    NeuroAdaExperts,
     NeuroAdaLinear,
     ReferenceNeuroAdaLinear,
     Requantization,
@@ -27,6 +28,7 @@ __all__ = [
     "BackendError",
     "NeuroAdaBypass",
     "NeuroAdaConfig",
+    "NeuroAdaExperts",
     "NeuroAdaLinear",
     "ReferenceNeuroAdaLinear",
     "Requantization",

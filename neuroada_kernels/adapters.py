@@ -31,6 +31,7 @@ from neuroada_kernels.model import (
 )
 from neuroada_kernels.nn._layer import BypassLayer
 from neuroada_kernels.nn.bypass import NeuroAdaBypass
+from neuroada_kernels.nn.experts import STACKS, NeuroAdaExperts, is_experts
 from neuroada_kernels.nn.foreign import base_weight, missing_library
 from neuroada_kernels.nn.linear import NeuroAdaLinear
 from neuroada_kernels.plan import check_index
@@ -124,7 +125,8 @@ def load_adapter(
     model = _unwrapped(model)
     adapter = read_adapter(path)
     config = None if adapter.config is None else NeuroAdaConfig.from_dict(adapter.config)
-    targets = _find(model, adapter)
+    experts = _experts(model, adapter)
+    targets = _find(model, adapter, experts)
     parameters = _find_parameters(model, adapter)
     differing = {n: _differences(n, targets[n], entry) for n, entry in adapter.modules.items()}
     differing |= {
@@ -133,7 +135,7 @@ def load_adapter(
     }
     _refuse_mismatch(differing, allow_mismatch)
     fresh = not any(isinstance(module, BypassLayer) for module in model.modules())
-    new: dict[nn.Module, BypassLayer] = {}
+    new: dict[nn.Module, nn.Module] = dict(experts)
     with grad_flags_kept_on_error(model), torch.no_grad(), ExitStack() as undo:
         for name, module in targets.items():
             entry = adapter.modules[name]
@@ -200,9 +202,36 @@ def _plain(name: str) -> str:
     return ".".join(part for part in name.split(".") if part != "_orig_mod")
 
 
-def _find(model: nn.Module, adapter: Adapter) -> dict[str, nn.Module]:
+def _experts(model: nn.Module, adapter: Adapter) -> dict[nn.Module, NeuroAdaExperts]:
+    """What takes the place of experts whose stacks the file has; it chooses nothing itself."""
+    found = {}
+    for name, module in model.named_modules():
+        known = [f"{_plain(name)}.{stack}" in adapter.modules for stack in STACKS]
+        if any(known) and is_experts(module):
+            if not all(known):
+                raise ValueError(
+                    f"{name}: the adapter has one of {', '.join(STACKS)}, expected both"
+                )
+            with errors_name(name):
+                index = {
+                    stack: torch.zeros(module.get_parameter(stack)[:, :, 0].numel(), 1).int()
+                    for stack in STACKS
+                }
+                flags = [(p, p.requires_grad) for p in module.parameters()]
+                found[module] = NeuroAdaExperts(module, index=index)
+                for parameter, flag in flags:  # nothing is certain yet
+                    parameter.requires_grad_(flag)
+    return found
+
+
+def _find(
+    model: nn.Module, adapter: Adapter, experts: Mapping[nn.Module, NeuroAdaExperts]
+) -> dict[str, nn.Module]:
     """The module of every name in the file, found to be one that can take its part."""
     named = dict(model.named_modules(remove_duplicate=False))
+    for name, module in list(named.items()):
+        if module in experts:
+            named |= {f"{name}.{stack}": part for stack, part in experts[module].stacks.items()}
     real = {_plain(name): name for name in named}
     missing = sorted(adapter.modules.keys() - real.keys())
     if missing:
@@ -274,6 +303,7 @@ def _adapted(name: str, module: nn.Module, entry: AdaptedModule) -> BypassLayer:
     index, dtype = entry.index, entry.delta.dtype
     with errors_name(name):
         layer = layer_over(module, index.shape[1], NeuroAdaLinear, index=index, delta_dtype=dtype)
+    assert isinstance(layer, BypassLayer)
     layer.delta.copy_(entry.delta)
     return layer
 

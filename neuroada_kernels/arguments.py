@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from neuroada_kernels.config import NeuroAdaConfig
 from neuroada_kernels.gradient import Loss
+from neuroada_kernels.nn.experts import is_experts
 
 
 def config_of(
@@ -47,6 +48,16 @@ def check_data(config: NeuroAdaConfig, data: Iterable[Any] | None, loss: Loss | 
         if (value is not None) != needed:
             word = "missing" if value is None else "given"
             raise ValueError(f"{argument}: {word} with selection {config.selection!r}")
+
+
+def check_selection(config: NeuroAdaConfig, targets: Mapping[str, nn.Module]) -> None:
+    """Raise where connections are to be chosen in a way that a target does not know."""
+    for name, module in targets.items():
+        if is_experts(module) and config.selection in ("scores", "gradient"):
+            raise ValueError(
+                f"{name}: stacked experts with selection {config.selection!r}, expected "
+                "'magnitude', 'smallest' or 'random'"
+            )
 
 
 def check_scores(scores: Mapping[str, Tensor], targets: Mapping[str, nn.Module]) -> None:

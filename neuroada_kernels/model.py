@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from neuroada_kernels._progress import progress_bar, worth_showing
-from neuroada_kernels.arguments import check_data, check_scores, config_of
+from neuroada_kernels.arguments import check_data, check_scores, check_selection, config_of
 from neuroada_kernels.config import ALL_LINEAR, NeuroAdaConfig
 from neuroada_kernels.gradient import SCORE_BYTES, Loss, each_gradient
 from neuroada_kernels.nn._base import BypassLinear
@@ -20,6 +20,7 @@ from neuroada_kernels.nn._bitsandbytes import elements, keep_packing
 from neuroada_kernels.nn._layer import BypassLayer
 from neuroada_kernels.nn._strategy import refusal
 from neuroada_kernels.nn.bypass import NeuroAdaBypass
+from neuroada_kernels.nn.experts import STACKS, NeuroAdaExperts, is_experts
 from neuroada_kernels.nn.foreign import base_weight
 from neuroada_kernels.nn.linear import NeuroAdaLinear
 from neuroada_kernels.strategies import shared_weights
@@ -202,13 +203,14 @@ def adapt(
     config = config_of(arguments, options, scores)
     check_data(config, data, loss)
     targets = find_targets(model, config)
+    check_selection(config, targets)
     if scores is not None:
         check_scores(scores, targets)
     modules = _once(targets)
     sizes = {name: _size_of(name, module) for name, module in modules.items()}
     show = worth_showing(sum(sizes.values())) if progress is None else progress
     shared = {} if config.strategy == "bypass" else shared_weights(model, modules.values())
-    layers: dict[nn.Module, BypassLayer] = {}
+    layers: dict[nn.Module, BypassLayer | NeuroAdaExperts] = {}
     for module in model.modules():  # those, too, through which only a gradient passes
         keep_packing(module)
 
@@ -225,10 +227,11 @@ def adapt(
                 neuron_fraction=config.neuron_fraction,
                 delta_dtype=config.torch_delta_dtype,
             )
-            if config.strategy == "resident" and not layer.deferred:
-                reason = shared.get(module) or layer._why_not_resident()
-                if reason is not None:
-                    raise ValueError(refusal(reason))
+            for part in parts_of(layer):
+                if config.strategy == "resident" and not part.deferred:
+                    reason = shared.get(module) or part._why_not_resident()
+                    if reason is not None:
+                        raise ValueError(refusal(reason))
 
     with grad_flags_kept_on_error(model):
         if data is not None and loss is not None:
@@ -243,10 +246,11 @@ def adapt(
                     advance(size)
     replace(model, layers)
     for module, layer in layers.items():
-        layer._set_strategy(config.strategy, shared.get(module))
+        for part in parts_of(layer):
+            part._set_strategy(config.strategy, shared.get(module))
     _freeze(model, config)
     keep_config(model, config)
-    return AdaptSummary.of(model, tuple(targets))
+    return AdaptSummary.of(model, _with_stacks(model, targets))
 
 
 def select_connections(model: nn.Module) -> list[str]:
@@ -280,7 +284,21 @@ def _layers(model: nn.Module) -> Iterator[BypassLayer]:
     return (module for module in model.modules() if isinstance(module, BypassLayer))
 
 
-def replace(model: nn.Module, layers: Mapping[nn.Module, BypassLayer]) -> None:
+def parts_of(layer: BypassLayer | NeuroAdaExperts) -> list[BypassLayer]:
+    """The layers that have connections: itself, or the stacks of experts."""
+    return [layer] if isinstance(layer, BypassLayer) else list(layer.stacks.values())
+
+
+def _with_stacks(model: nn.Module, names: Iterable[str]) -> tuple[str, ...]:
+    """The names of what has connections."""
+    found: list[str] = []
+    for name in names:
+        experts = isinstance(model.get_submodule(name), NeuroAdaExperts)
+        found += [f"{name}.{stack}" for stack in STACKS] if experts else [name]
+    return tuple(found)
+
+
+def replace(model: nn.Module, layers: Mapping[nn.Module, nn.Module]) -> None:
     """Put each layer where the module it stands for is, under every name that module has."""
     for name, module in list(model.named_modules(remove_duplicate=False)):
         if module in layers:
@@ -298,8 +316,10 @@ def _once(targets: Mapping[str, nn.Module]) -> dict[str, nn.Module]:
 
 def layer_over(
     module: nn.Module, k: int, layer_type: type[BypassLinear], **options: Any
-) -> BypassLayer:
+) -> BypassLayer | NeuroAdaExperts:
     """The layer that takes the place of ``module``: round it, where its forward is not ours."""
+    if is_experts(module):
+        return NeuroAdaExperts(module, k, **options)
     if is_foreign(module):
         return NeuroAdaBypass(module, k, **options)
     assert isinstance(module, nn.Linear)
@@ -308,6 +328,8 @@ def layer_over(
 
 def _size_of(name: str, module: nn.Module) -> int:
     """Elements of the weight."""
+    if is_experts(module):
+        return sum(module.get_parameter(stack).numel() for stack in STACKS)
     if not is_foreign(module):
         return module.get_parameter("weight").numel()
     with errors_name(name):

@@ -9,6 +9,7 @@ from torch.nn.utils import parametrize
 
 from neuroada_kernels.config import ALL_LINEAR, NeuroAdaConfig, matches
 from neuroada_kernels.nn._layer import BypassLayer
+from neuroada_kernels.nn.experts import NeuroAdaExperts, is_experts, why_not_experts
 from neuroada_kernels.nn.foreign import has_own_forward, is_base, is_library
 
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
@@ -49,6 +50,12 @@ def check_target(
     A module whose forward is its own has to be meant ``by_name``, unless its library is known.
     """
     kind = type(module).__name__
+    if is_experts(module):
+        reason = why_not_experts(module)
+        if reason is not None:
+            raise TypeError(f"{name}: {kind} {reason}")
+        _check_hooks(name, module)
+        return
     if isinstance(module, BypassLayer) or not (isinstance(module, nn.Linear) or is_base(module)):
         raise TypeError(
             f"{name}: {kind}, expected torch.nn.Linear, or a module with in_features and "
@@ -64,8 +71,7 @@ def check_target(
         return
     if parametrize.is_parametrized(module):
         raise ValueError(f"{name}: has parametrizations, expected a weight of its own")
-    if any(getattr(module, hooks) for hooks in _HOOKS):
-        raise ValueError(f"{name}: has hooks, which its replacement would lose")
+    _check_hooks(name, module)
 
 
 def is_foreign(module: nn.Module) -> bool:
@@ -76,7 +82,8 @@ def is_foreign(module: nn.Module) -> bool:
 def outside_layers(model: nn.Module) -> dict[str, nn.Module]:
     """All modules by every name that they have, but for what layers of ours have inside."""
     named = dict(model.named_modules(remove_duplicate=False))
-    inside = tuple(f"{n}." if n else "" for n, m in named.items() if isinstance(m, BypassLayer))
+    ours = (BypassLayer, NeuroAdaExperts)
+    inside = tuple(f"{n}." if n else "" for n, m in named.items() if isinstance(m, ours))
     return {n: m for n, m in named.items() if not (n and n.startswith(inside))}
 
 
@@ -149,6 +156,11 @@ def _check_apart(targets: Mapping[str, nn.Module]) -> None:
             outer = ".".join(parts[:n])
             if outer in targets:
                 raise ValueError(f"{name}: lies in {outer}, which is a target too")
+
+
+def _check_hooks(name: str, module: nn.Module) -> None:
+    if any(getattr(module, hooks) for hooks in _HOOKS):
+        raise ValueError(f"{name}: has hooks, which its replacement would lose")
 
 
 def _check_parent(name: str, parent: nn.Module) -> None:

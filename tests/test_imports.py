@@ -39,7 +39,7 @@ BELOW = {
     "_progress": set(),
     "strategies": {"nn"},
     "gradient": {"_progress", "nn"},
-    "arguments": {"config", "gradient"},
+    "arguments": {"config", "gradient", "nn"},
     "model": {"_progress", "arguments", "config", "gradient", "nn", "strategies", "targets"},
     "model_merge": {"nn"},
     "_files": set(),

@@ -25,8 +25,11 @@ class PlannedLayer(BypassLayer):
         if self.index.is_meta:
             plan, self._planned = self.index.new_empty(0), None
         else:
-            plan, self._planned = make_plan(self.index, self.in_features), _identity(self.index)
+            plan, self._planned = self._plan_of(self.index), _identity(self.index)
         self.register_buffer("plan", plan, persistent=False)
+
+    def _plan_of(self, index: Tensor) -> Tensor:
+        return make_plan(index, self.in_features)
 
     def _replan(self) -> None:
         """Check and plan an index that was replaced, written in place, copied or moved."""
