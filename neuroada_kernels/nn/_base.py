@@ -12,6 +12,7 @@ from torch.nn.utils import parametrize
 from neuroada_kernels.nn._deferred import Deferred
 from neuroada_kernels.nn._layer import BaseForm, BypassLayer
 from neuroada_kernels.nn._strategy import check_strategy, why_not_resident
+from neuroada_kernels.nn.foreign import is_library
 from neuroada_kernels.plan import check_index_form
 from neuroada_kernels.selection import check_weight
 
@@ -129,6 +130,9 @@ class BypassLinear(BypassLayer):
         """
         if not isinstance(linear, nn.Linear):
             raise TypeError(f"linear: {type(linear).__name__}, expected torch.nn.Linear")
+        if is_library(linear):
+            kind = type(linear._parameters["weight"]).__name__
+            raise TypeError(f"linear: has a {kind}, expected plain numbers; see NeuroAdaBypass")
         if parametrize.is_parametrized(linear):
             raise ValueError("linear: has parametrizations, expected a weight of its own")
         check_weight(linear.weight, values=index is not None)

@@ -141,6 +141,12 @@ def test_a_weight_that_has_no_rows_is_dequantised_as_a_whole(monkeypatch):
         nk.NeuroAdaBypass(base, 3)
 
 
+@pytest.mark.parametrize("kind", ["nf4", "torchao-float8"])
+def test_the_layer_that_is_ours_does_not_take_quantised_weights(kind):
+    with pytest.raises(TypeError, match=r"expected plain numbers; see NeuroAdaBypass"):
+        nk.NeuroAdaLinear.from_linear(foreign.make(kind))
+
+
 def test_auto_comes_to_bypass_and_says_why():
     layer = nk.NeuroAdaBypass(foreign.make("conv1d"), strategy="auto")
     assert layer.strategy == "bypass"
