@@ -165,18 +165,22 @@ def _trained(model: nn.Module) -> tuple[dict[str, BypassLayer], dict[str, Tensor
     deltas = {id(layer.delta) for layer in layers.values()}
     parameters = {
         name: parameter.detach()
-        for name, parameter in _parameters(model).items()
+        for name, parameter in _parameters(model, once=True).items()
         if parameter.requires_grad and id(parameter) not in deltas
     }
     return layers, parameters
 
 
-def _parameters(model: nn.Module) -> dict[str, nn.Parameter]:
-    """By the names that they have in the model that was adapted, where no layer is wrapped."""
-    layers = (name for name, m in model.named_modules() if isinstance(m, NeuroAdaBypass))
-    wrapped = {f"{name}.base.": f"{name}." for name in layers}
+def _parameters(model: nn.Module, *, once: bool) -> dict[str, nn.Parameter]:
+    """By the names that they have in the model that was adapted, where no layer is wrapped.
+
+    One that has several names comes under each, or ``once``.
+    """
+    wrappers = (NeuroAdaBypass, NeuroAdaExperts)
+    named = model.named_modules(remove_duplicate=False)
+    wrapped = {f"{name}.base.": f"{name}." for name, m in named if isinstance(m, wrappers)}
     found = {}
-    for name, parameter in model.named_parameters(remove_duplicate=False):
+    for name, parameter in model.named_parameters(remove_duplicate=once):
         for inside, outside in wrapped.items():
             if name.startswith(inside):
                 name = outside + name.removeprefix(inside)
@@ -260,7 +264,7 @@ def _find(
 
 
 def _find_parameters(model: nn.Module, adapter: Adapter) -> dict[str, nn.Parameter]:
-    found = _parameters(model)
+    found = _parameters(model, once=False)
     missing = sorted(adapter.parameters.keys() - found.keys())
     if missing:
         raise ValueError(f"model: has no {_some(missing)}, which the adapter has values of")

@@ -52,6 +52,24 @@ def test_parameters_go_by_the_names_of_the_model_before(path):
     assert set(read_adapter(path).parameters) == {"layers.conv1d.bias", "layers.nf4.bias"}
 
 
+def test_a_layer_that_stands_twice_is_saved_once(path):
+    def twice():
+        torch.manual_seed(0)
+        base = foreign.make("conv1d", d_out=D_IN)
+        return torch.nn.Sequential(base, torch.nn.Tanh(), base)
+
+    model = twice()
+    nk.adapt(model, 2, bias="all")
+    assert model[0] is model[2]
+    train(model, 3)
+    nk.save_adapter(model, path)
+    assert set(read_adapter(path).parameters) == {"0.bias"}
+    fresh = twice()
+    nk.load_adapter(fresh, path)
+    assert fresh[0] is fresh[2]
+    assert torch.equal(fresh(X), model(X))
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_another_base_is_refused(path, kind):
     nk.save_adapter(trained((kind,)), path)
