@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 import torch
@@ -50,6 +50,12 @@ def _peak_on_gpu(step: Callable[[], object]) -> int:
 
 def _kept(run: Run) -> int:
     given = [run.x, run.grad_output, *run.layer.parameters(), *run.layer.buffers()]
+    with run.serving():
+        return kept_bytes(run.forward, given)
+
+
+def kept_bytes(forward: Callable[[], Tensor], given: Iterable[Tensor]) -> int:
+    """Bytes that a forward keeps for its backward, beside the tensors ``given`` and its output."""
     known = {tensor.untyped_storage().data_ptr() for tensor in given}
     kept: dict[int, int] = {}
 
@@ -59,8 +65,8 @@ def _kept(run: Run) -> int:
             kept[storage.data_ptr()] = storage.nbytes()
         return tensor
 
-    with run.serving(), torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        y = run.forward()
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        y = forward()
     # y is of use to the caller anyway, so keeping it costs nothing.
     kept.pop(y.untyped_storage().data_ptr(), None)
     return sum(kept.values())

@@ -10,8 +10,15 @@ from neuroada_kernels._registry import BackendError, available_backends, use_bac
 from neuroada_kernels._version import __version__
 from neuroada_kernels.adapters import load_adapter, save_adapter
 from neuroada_kernels.config import NeuroAdaConfig
-from neuroada_kernels.model import AdaptSummary, adapt, merge, select_connections, unmerge
-from neuroada_kernels.nn import NeuroAdaLinear, ReferenceNeuroAdaLinear
+from neuroada_kernels.model import AdaptSummary, adapt, select_connections
+from neuroada_kernels.model_merge import merge, merge_requantized, unmerge
+from neuroada_kernels.nn import (
+    NeuroAdaBypass,
+    NeuroAdaExperts,
+    NeuroAdaLinear,
+    ReferenceNeuroAdaLinear,
+    Requantization,
+)
 from neuroada_kernels.plan import check_index, make_plan, order_slots
 from neuroada_kernels.selection import select
 from neuroada_kernels.strategies import resident, set_strategy
@@ -19,9 +26,12 @@ from neuroada_kernels.strategies import resident, set_strategy
 __all__ = [
     "AdaptSummary",
     "BackendError",
+    "NeuroAdaBypass",
     "NeuroAdaConfig",
+    "NeuroAdaExperts",
     "NeuroAdaLinear",
     "ReferenceNeuroAdaLinear",
+    "Requantization",
     "__version__",
     "adapt",
     "available_backends",
@@ -30,6 +40,7 @@ __all__ = [
     "load_adapter",
     "make_plan",
     "merge",
+    "merge_requantized",
     "order_slots",
     "reference",
     "resident",

@@ -6,11 +6,13 @@ all columns fit, with 65535 for a slot without a connection. The header, under t
 ``neuroada``::
 
     {"version": 1, "created_by": "...", "config": {...} or null,
-     "modules": {NAME: {"shape": [d_out, d_in], "dtype": "bfloat16", "sha256": "..."}},
+     "modules": {NAME: {"shape": [d_out, d_in], "dtype": "bfloat16", "sha256": "...",
+                        "kind": "bitsandbytes nf4"}},
      "parameters": [NAME, ...], "sha256": "..."}
 
 A module's ``shape``, ``dtype`` and ``sha256`` are those of the weight under it, the last over the
-chosen entries; ``sha256`` of the whole is over the header and all tensors.
+chosen entries, dequantised where it is quantised; ``kind`` is there for a base that is no
+``nn.Linear`` with plain numbers. ``sha256`` of the whole is over the header and all tensors.
 """
 
 from __future__ import annotations
@@ -45,11 +47,15 @@ _SHA256 = re.compile("[0-9a-f]{64}")
 
 @dataclass(frozen=True)
 class Fingerprint:
-    """What is known of a weight: ``shape`` ``[d_out, d_in]``, dtype, hash of the chosen entries."""
+    """What is known of a weight: ``shape`` ``[d_out, d_in]``, dtype, hash of the chosen entries.
+
+    ``kind`` says what holds it, where that is no ``nn.Linear`` with plain numbers.
+    """
 
     shape: tuple[int, int]
     dtype: str
     sha256: str
+    kind: str | None = None
 
     def differences(self, found: Fingerprint) -> list[str]:
         """In words, what of ``found`` is not as it is here."""
@@ -57,6 +63,7 @@ class Fingerprint:
             f"{name} {show(actual)}, expected {show(expected)}"
             for name, actual, expected, show in (
                 ("shape", found.shape, self.shape, lambda shape: str(list(shape))),
+                ("kind", found.kind, self.kind, lambda kind: kind or "plain linear"),
                 ("dtype", found.dtype, self.dtype, str),
             )
             if actual != expected
@@ -172,7 +179,9 @@ def _adapter(header: dict[str, Any], tensors: dict[str, Tensor]) -> Adapter:
             check_index(index, base["shape"][1])
         except ValueError as error:
             raise ValueError(f"{name}: {error}") from error
-        fingerprint = Fingerprint(tuple(base["shape"]), base["dtype"], base["sha256"])
+        fingerprint = Fingerprint(
+            tuple(base["shape"]), base["dtype"], base["sha256"], base.get("kind")
+        )
         modules[name] = AdaptedModule(index, tensors[within(name, "delta")], fingerprint)
     parameters = {name: tensors[name] for name in header["parameters"]}
     return Adapter(modules, parameters, header["config"], header["created_by"])
@@ -214,8 +223,10 @@ def _check_header(header: dict[str, Any]) -> None:
     if not isinstance(header["modules"], dict) or not header["modules"]:
         raise ValueError("modules: expected a JSON object with at least one module")
     for name, base in header["modules"].items():
-        if not isinstance(base, dict) or base.keys() != {"shape", "dtype", "sha256"}:
+        if not isinstance(base, dict) or base.keys() - {"kind"} != {"shape", "dtype", "sha256"}:
             raise ValueError(f"{name}: expected shape, dtype and sha256 of its weight")
+        if not isinstance(base.get("kind", ""), str):
+            raise ValueError(f"{name}: kind {base['kind']!r:.40}, expected text")
         shape = base["shape"]
         is_pair = isinstance(shape, list) and [type(n) for n in shape] == [int, int]
         if not is_pair or not all(1 <= n < 2**31 for n in shape):
@@ -268,7 +279,8 @@ def _canonical(value: Any) -> str:
 
 
 def _fingerprint_json(base: Fingerprint) -> dict[str, Any]:
-    return {"shape": list(base.shape), "dtype": base.dtype, "sha256": base.sha256}
+    known = {"shape": list(base.shape), "dtype": base.dtype, "sha256": base.sha256}
+    return known if base.kind is None else {**known, "kind": base.kind}
 
 
 def _fits_16_bits(d_in: int) -> bool:

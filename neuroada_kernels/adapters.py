@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import ExitStack
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
+from neuroada_kernels._dtypes import name_of
 from neuroada_kernels.adapter_file import (
     AdaptedModule,
     Adapter,
@@ -24,12 +26,16 @@ from neuroada_kernels.model import (
     errors_name,
     grad_flags_kept_on_error,
     keep_config,
+    layer_over,
     replace,
 )
-from neuroada_kernels.nn._base import BypassLinear
+from neuroada_kernels.nn._layer import BypassLayer
+from neuroada_kernels.nn.bypass import NeuroAdaBypass
+from neuroada_kernels.nn.experts import STACKS, NeuroAdaExperts, is_experts
+from neuroada_kernels.nn.foreign import base_weight, missing_library
 from neuroada_kernels.nn.linear import NeuroAdaLinear
 from neuroada_kernels.plan import check_index
-from neuroada_kernels.targets import check_target
+from neuroada_kernels.targets import check_target, is_foreign
 
 
 def save_adapter(
@@ -72,7 +78,11 @@ def save_adapter(
     if config is None:
         config = getattr(model, "neuroada_config", None)
     modules = {
-        name: AdaptedModule(layer.index.cpu(), layer.delta.detach().cpu(), _fingerprint_of(layer))
+        name: AdaptedModule(
+            layer.index.cpu(),
+            layer.delta.detach().cpu(),
+            _Base.of(layer).fingerprint(layer.index, layer.original),
+        )
         for name, layer in layers.items()
     }
     as_json = None if config is None else config.to_dict()
@@ -115,20 +125,21 @@ def load_adapter(
     model = _unwrapped(model)
     adapter = read_adapter(path)
     config = None if adapter.config is None else NeuroAdaConfig.from_dict(adapter.config)
-    targets = _find(model, adapter)
+    experts = _experts(model, adapter)
+    targets = _find(model, adapter, experts)
     parameters = _find_parameters(model, adapter)
-    differing = {name: _differences(targets[name], m) for name, m in adapter.modules.items()}
+    differing = {n: _differences(n, targets[n], entry) for n, entry in adapter.modules.items()}
     differing |= {
         name: _parameter_differences(parameters[name], tensor)
         for name, tensor in adapter.parameters.items()
     }
     _refuse_mismatch(differing, allow_mismatch)
-    fresh = not any(isinstance(module, BypassLinear) for module in model.modules())
-    new: dict[nn.Module, BypassLinear] = {}
+    fresh = not any(isinstance(module, BypassLayer) for module in model.modules())
+    new: dict[nn.Module, nn.Module] = dict(experts)
     with grad_flags_kept_on_error(model), torch.no_grad(), ExitStack() as undo:
         for name, module in targets.items():
             entry = adapter.modules[name]
-            if isinstance(module, BypassLinear):
+            if isinstance(module, BypassLayer):
                 _exchange(module, entry, undo)
             else:
                 new[module] = _adapted(name, module, entry)
@@ -144,20 +155,37 @@ def load_adapter(
     return AdaptSummary.of(model, tuple(targets))
 
 
-def _trained(model: nn.Module) -> tuple[dict[str, BypassLinear], dict[str, Tensor]]:
+def _trained(model: nn.Module) -> tuple[dict[str, BypassLayer], dict[str, Tensor]]:
     """Layers, and parameters other than deltas that train, by the names that they go by."""
     layers = {
         _plain(name): module
         for name, module in model.named_modules()
-        if isinstance(module, BypassLinear)
+        if isinstance(module, BypassLayer)
     }
     deltas = {id(layer.delta) for layer in layers.values()}
     parameters = {
-        _plain(name): parameter.detach()
-        for name, parameter in model.named_parameters()
+        name: parameter.detach()
+        for name, parameter in _parameters(model, once=True).items()
         if parameter.requires_grad and id(parameter) not in deltas
     }
     return layers, parameters
+
+
+def _parameters(model: nn.Module, *, once: bool) -> dict[str, nn.Parameter]:
+    """By the names that they have in the model that was adapted, where no layer is wrapped.
+
+    One that has several names comes under each, or ``once``.
+    """
+    wrappers = (NeuroAdaBypass, NeuroAdaExperts)
+    named = model.named_modules(remove_duplicate=False)
+    wrapped = {f"{name}.base.": f"{name}." for name, m in named if isinstance(m, wrappers)}
+    found = {}
+    for name, parameter in model.named_parameters(remove_duplicate=once):
+        for inside, outside in wrapped.items():
+            if name.startswith(inside):
+                name = outside + name.removeprefix(inside)
+        found[_plain(name)] = parameter
+    return found
 
 
 def _unwrapped(model: nn.Module) -> nn.Module:
@@ -178,9 +206,36 @@ def _plain(name: str) -> str:
     return ".".join(part for part in name.split(".") if part != "_orig_mod")
 
 
-def _find(model: nn.Module, adapter: Adapter) -> dict[str, nn.Module]:
+def _experts(model: nn.Module, adapter: Adapter) -> dict[nn.Module, NeuroAdaExperts]:
+    """What takes the place of experts whose stacks the file has; it chooses nothing itself."""
+    found = {}
+    for name, module in model.named_modules():
+        known = [f"{_plain(name)}.{stack}" in adapter.modules for stack in STACKS]
+        if any(known) and is_experts(module):
+            if not all(known):
+                raise ValueError(
+                    f"{name}: the adapter has one of {', '.join(STACKS)}, expected both"
+                )
+            with errors_name(name):
+                index = {
+                    stack: torch.zeros(module.get_parameter(stack)[:, :, 0].numel(), 1).int()
+                    for stack in STACKS
+                }
+                flags = [(p, p.requires_grad) for p in module.parameters()]
+                found[module] = NeuroAdaExperts(module, index=index)
+                for parameter, flag in flags:  # nothing is certain yet
+                    parameter.requires_grad_(flag)
+    return found
+
+
+def _find(
+    model: nn.Module, adapter: Adapter, experts: Mapping[nn.Module, NeuroAdaExperts]
+) -> dict[str, nn.Module]:
     """The module of every name in the file, found to be one that can take its part."""
     named = dict(model.named_modules(remove_duplicate=False))
+    for name, module in list(named.items()):
+        if module in experts:
+            named |= {f"{name}.{stack}": part for stack, part in experts[module].stacks.items()}
     real = {_plain(name): name for name in named}
     missing = sorted(adapter.modules.keys() - real.keys())
     if missing:
@@ -188,10 +243,10 @@ def _find(model: nn.Module, adapter: Adapter) -> dict[str, nn.Module]:
     targets = {}
     for name in (name for name in real if name in adapter.modules):
         module = named[real[name]]
-        if not isinstance(module, BypassLinear):
+        if not isinstance(module, BypassLayer):
             if not name:
                 raise ValueError("model: a single layer, expected a NeuroAda layer")
-            check_target(real[name], module, named)
+            check_target(real[name], module, named, by_name=True)
         elif module.merged:
             raise ValueError(f"{name}: is merged, unmerge first")
         targets[name] = module
@@ -201,7 +256,7 @@ def _find(model: nn.Module, adapter: Adapter) -> dict[str, nn.Module]:
     others = [
         name
         for name, module in model.named_modules()
-        if isinstance(module, BypassLinear) and id(module) not in known
+        if isinstance(module, BypassLayer) and id(module) not in known
     ]
     if others:
         raise ValueError(f"model: {_some(others)} adapted, which the adapter does not know")
@@ -209,18 +264,22 @@ def _find(model: nn.Module, adapter: Adapter) -> dict[str, nn.Module]:
 
 
 def _find_parameters(model: nn.Module, adapter: Adapter) -> dict[str, nn.Parameter]:
-    found = {_plain(name): p for name, p in model.named_parameters(remove_duplicate=False)}
+    found = _parameters(model, once=False)
     missing = sorted(adapter.parameters.keys() - found.keys())
     if missing:
         raise ValueError(f"model: has no {_some(missing)}, which the adapter has values of")
     return {name: found[name] for name in adapter.parameters}
 
 
-def _differences(module: nn.Module, entry: AdaptedModule) -> list[str]:
-    weight = module.get_parameter("weight")
-    if tuple(weight.shape) != entry.base.shape:
-        return [f"shape {list(weight.shape)}, expected {list(entry.base.shape)}"]
-    return entry.base.differences(_fingerprint(weight, _entries(module, entry.index), entry.index))
+def _differences(name: str, module: nn.Module, entry: AdaptedModule) -> list[str]:
+    with errors_name(name):
+        base = _Base.of(module)
+    if base.shape != entry.base.shape:
+        return [f"shape {list(base.shape)}, expected {list(entry.base.shape)}"]
+    differences = entry.base.differences(base.fingerprint(entry.index))
+    if base.kind != entry.base.kind and (missing := missing_library(entry.base.kind or "")):
+        differences.append(missing)
+    return differences
 
 
 def _parameter_differences(parameter: Tensor, saved: Tensor) -> list[str]:
@@ -228,7 +287,7 @@ def _parameter_differences(parameter: Tensor, saved: Tensor) -> list[str]:
         f"{name} {actual}, expected {expected}"
         for name, actual, expected in (
             ("shape", list(parameter.shape), list(saved.shape)),
-            ("dtype", _name(parameter.dtype), _name(saved.dtype)),
+            ("dtype", name_of(parameter.dtype), name_of(saved.dtype)),
         )
         if actual != expected
     ]
@@ -244,17 +303,18 @@ def _refuse_mismatch(differing: Mapping[str, list[str]], allow_mismatch: bool) -
         raise ValueError(f"model: not what the adapter is for: {_some(words, '; ')}{hint}")
 
 
-def _adapted(name: str, linear: nn.Module, entry: AdaptedModule) -> BypassLinear:
-    assert isinstance(linear, nn.Linear)
+def _adapted(name: str, module: nn.Module, entry: AdaptedModule) -> BypassLayer:
+    index, dtype = entry.index, entry.delta.dtype
     with errors_name(name):
-        layer = NeuroAdaLinear.from_linear(linear, index=entry.index, delta_dtype=entry.delta.dtype)
+        layer = layer_over(module, index.shape[1], NeuroAdaLinear, index=index, delta_dtype=dtype)
+    assert isinstance(layer, BypassLayer)
     layer.delta.copy_(entry.delta)
     return layer
 
 
-def _exchange(layer: BypassLinear, entry: AdaptedModule, undo: ExitStack) -> None:
+def _exchange(layer: BypassLayer, entry: AdaptedModule, undo: ExitStack) -> None:
     """Give ``layer`` another index and delta; ``undo`` gives the old ones back."""
-    index, delta, device = layer.index, layer.delta, layer.weight.device
+    index, delta, device = layer.index, layer.delta, layer.base_form().device
     # The last callback is the first to run: the index is checked against delta.
     undo.callback(setattr, layer, "_deferred", layer._deferred)
     undo.callback(setattr, layer, "strategy_reason", layer.strategy_reason)
@@ -271,48 +331,56 @@ def _exchange(layer: BypassLinear, entry: AdaptedModule, undo: ExitStack) -> Non
         layer.drop_deferral()
 
 
-def _put_index(layer: BypassLinear, index: Tensor) -> None:
+def _put_index(layer: BypassLayer, index: Tensor) -> None:
     if index.is_meta:  # one that is still to be chosen, which has nothing to check
         layer._buffers["index"] = index
     else:
         layer.index = index
 
 
-def _check_bases_known(layers: Mapping[str, BypassLinear]) -> None:
+def _check_bases_known(layers: Mapping[str, BypassLayer]) -> None:
     """Refuse where one layer is merged into a weight that another one reads."""
     first: dict[int, str] = {}
     for name, layer in layers.items():
-        other = first.setdefault(id(layer.weight), name)
+        other = first.setdefault(id(getattr(layer, "weight", layer)), name)
         if other != name and (layer.merged or layers[other].merged):
             raise ValueError(f"{name}: is merged and shares its weight with {other}, unmerge first")
 
 
-def _fingerprint_of(layer: BypassLinear) -> Fingerprint:
-    """Of the weight as it is, or while merged as it was."""
-    values = _entries(layer, layer.index) if layer.original is None else layer.original
-    return _fingerprint(layer.weight, values, layer.index)
+@dataclass(frozen=True)
+class _Base:
+    """What an adapter's file says of the weight under a module, and how its entries are read."""
 
+    kind: str | None
+    shape: tuple[int, int]
+    dtype: str
+    entries: Callable[[Tensor], Tensor]
 
-def _fingerprint(weight: Tensor, values: Tensor, index: Tensor) -> Fingerprint:
-    entries = EntryHash()
-    entries.update(values.cpu(), index.cpu())
-    d_out, d_in = weight.shape
-    return Fingerprint((d_out, d_in), _name(weight.dtype), entries.hexdigest())
+    @classmethod
+    def of(cls, module: nn.Module) -> _Base:
+        """Of an adapted module, or one that can be; without any bypass."""
+        if isinstance(module, BypassLayer):
+            form, shape = module.base_form(), (module.out_features, module.in_features)
+            return cls(form.kind, shape, name_of(form.dtype), module.base_entries)
+        if is_foreign(module):
+            found = base_weight(module)
+            return cls(found.kind, found.shape, name_of(found.dtype), found.entries)
+        weight = module.get_parameter("weight").detach()
+        d_out, d_in = weight.shape
 
+        def entries(index: Tensor) -> Tensor:
+            return weight.gather(1, index.to(weight.device).clamp(min=0).long())
 
-def _entries(module: nn.Module, index: Tensor) -> Tensor:
-    """``W[j, index[j, s]]``, ``[d_out, k]``, without any bypass; of an empty slot any."""
-    weight = module.get_parameter("weight")
-    if weight.is_meta:
-        raise ValueError("model: has weights on the meta device, expected values")
-    if isinstance(module, BypassLinear):
-        return module.base_entries(index)
-    columns = index.to(weight.device).clamp(min=0).long()
-    return weight.detach().gather(1, columns)
+        return cls(None, (d_out, d_in), name_of(weight.dtype), entries)
 
-
-def _name(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")
+    def fingerprint(self, index: Tensor, values: Tensor | None = None) -> Fingerprint:
+        """At ``index``; ``values`` are the entries, where the weight has others just now."""
+        values = self.entries(index) if values is None else values
+        if values.is_meta:
+            raise ValueError("model: has weights on the meta device, expected values")
+        hashed = EntryHash()
+        hashed.update(values.cpu(), index.cpu())
+        return Fingerprint(self.shape, self.dtype, hashed.hexdigest(), self.kind)
 
 
 def _some(words: list[str], separator: str = ", ") -> str:

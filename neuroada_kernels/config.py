@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 
+from neuroada_kernels._dtypes import name_of
 from neuroada_kernels.selection import METHODS
 
 ALL_LINEAR = "all-linear"
@@ -33,8 +34,8 @@ class NeuroAdaConfig:
     target_modules : str or sequence of str
         As in PEFT: a list of names, or of their last parts (``"q_proj"`` matches
         ``"layers.0.attn.q_proj"``); or a regular expression that matches whole names; or
-        ``"all-linear"``, every ``nn.Linear`` but the output head, where the model tells of one
-        by ``get_output_embeddings()``.
+        ``"all-linear"``, every linear, quantised ones and ``Conv1D`` included, but the output head,
+        where the model tells of one by ``get_output_embeddings()``.
     exclude_modules : str or sequence of str, optional
         Names, last parts or a regular expression, of what is left out.
     selection : str
@@ -211,7 +212,7 @@ def _dtype_name(dtype: object) -> str:
     found = getattr(torch, dtype, None) if isinstance(dtype, str) else dtype
     if not (isinstance(found, torch.dtype) and found.is_floating_point):
         raise TypeError(f"delta_dtype: {dtype}, expected a floating torch.dtype or its name")
-    return str(found).removeprefix("torch.")
+    return name_of(found)
 
 
 def _is_integer(value: object) -> bool:

@@ -25,6 +25,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
+from neuroada_kernels._dtypes import name_of
 from neuroada_kernels.adapter_file import (
     AdaptedModule,
     Adapter,
@@ -115,7 +116,7 @@ def _module(name: str, entries: _Entries, checkpoint: Checkpoint) -> AdaptedModu
     with stored.file.open("rb") as file:
         for rows, block, _ in blocks(stored, file):
             hashed.update(block.gather(1, index[rows].clamp(min=0).long()), index[rows])
-    dtype = str(FLOATING[stored.dtype]).removeprefix("torch.")
+    dtype = name_of(FLOATING[stored.dtype])
     return AdaptedModule(index, delta, Fingerprint((d_out, d_in), dtype, hashed.hexdigest()))
 
 

@@ -6,8 +6,8 @@ import torch
 from torch import Tensor
 
 from neuroada_kernels import ops, reference
+from neuroada_kernels._dtypes import FLOATING
 
-_FLOATING = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 _AUTOCAST = (torch.float32, torch.bfloat16, torch.float16)
 _WRONG_X = "x: dtype {}, expected float32, float64, bfloat16 or float16"
 
@@ -107,7 +107,7 @@ def _checked_linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Ten
     if autocast is not None:
         x = x.to(autocast)
         bias = None if bias is None else bias.to(autocast)
-    elif x.dtype not in _FLOATING:
+    elif x.dtype not in FLOATING:
         raise TypeError(_WRONG_X.format(x.dtype))
     elif weight.dtype != x.dtype or (bias is not None and bias.dtype != x.dtype):
         name, tensor = ("weight", weight) if weight.dtype != x.dtype else ("bias", bias)
@@ -165,7 +165,7 @@ def _check_bypass(x: Tensor, index: Tensor, delta: Tensor) -> None:
     for name, tensor in (("x", x), ("index", index), ("delta", delta)):
         if not isinstance(tensor, Tensor):
             raise TypeError(f"{name}: {type(tensor).__name__}, expected a tensor")
-    if x.dtype not in _FLOATING:
+    if x.dtype not in FLOATING:
         raise TypeError(_WRONG_X.format(x.dtype))
     if x.dim() == 0:
         raise ValueError("x: a scalar, expected shape [..., d_in]")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
@@ -10,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from neuroada_kernels._progress import progress_bar
+from neuroada_kernels.nn.foreign import base_weight
 
 #: Bytes of gradients that are in memory at a time, where a caller says nothing else.
 SCORE_BYTES = 1 << 30
@@ -19,7 +21,7 @@ Loss = Callable[[nn.Module, Any], Tensor]
 
 def each_gradient(
     model: nn.Module,
-    linears: Mapping[str, nn.Linear],
+    linears: Mapping[str, nn.Module],
     data: Iterable[Any],
     loss: Loss,
     *,
@@ -74,10 +76,10 @@ def each_gradient(
 
 
 class _Sum:
-    """``sum dy^T x`` of one linear, over all its calls."""
+    """``sum dy^T x`` of one linear, or what computes like one, over all its calls."""
 
-    def __init__(self, linear: nn.Linear) -> None:
-        weight = linear.weight
+    def __init__(self, linear: nn.Module) -> None:
+        weight = base_weight(linear)
         dtype = torch.float64 if weight.dtype == torch.float64 else torch.float32
         self.total = torch.zeros(weight.shape, dtype=dtype, device=weight.device)
         self.reached = False
@@ -87,7 +89,7 @@ class _Sum:
     ) -> Tensor:
         if not torch.is_grad_enabled():
             return output
-        x = (args[0] if args else kwargs["input"]).detach()
+        x = (args[0] if args else next(iter(kwargs.values()))).detach()
         if not output.requires_grad:  # nor does anything before it: the graph starts here
             output = output.detach().requires_grad_()
         output.register_hook(lambda grad: self.add(grad, x))
@@ -107,12 +109,13 @@ class _Sum:
         return self.total.abs_()
 
 
-def _groups(linears: Mapping[str, nn.Linear], score_bytes: int) -> list[dict[str, nn.Linear]]:
+def _groups(linears: Mapping[str, nn.Module], score_bytes: int) -> list[dict[str, nn.Module]]:
     """The linears in order, as many together as there is memory for their gradients."""
-    groups: list[dict[str, nn.Linear]] = []
+    groups: list[dict[str, nn.Module]] = []
     room = 0
     for name, linear in linears.items():
-        size = linear.weight.numel() * max(4, linear.weight.element_size())
+        weight = base_weight(linear)
+        size = math.prod(weight.shape) * max(4, weight.dtype.itemsize)
         if size > room or not groups:
             groups.append({})
             room = score_bytes
@@ -135,7 +138,7 @@ def _frozen(model: nn.Module) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _hooked(group: Mapping[str, nn.Linear], sums: Mapping[str, _Sum]) -> Iterator[None]:
+def _hooked(group: Mapping[str, nn.Module], sums: Mapping[str, _Sum]) -> Iterator[None]:
     handles = [
         linear.register_forward_hook(sums[name].hook, with_kwargs=True)
         for name, linear in group.items()

@@ -10,6 +10,7 @@ import json
 import os
 import platform
 import sys
+from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
 import torch
@@ -17,6 +18,7 @@ import torch
 from neuroada_kernels import _extension
 from neuroada_kernels._registry import available_backends, experimental_backends
 from neuroada_kernels._version import __version__
+from neuroada_kernels.nn.foreign import missing_library
 
 
 def facts() -> dict[str, Any]:
@@ -39,8 +41,22 @@ def facts() -> dict[str, Any]:
             name: why or ("available, when named" if name in experimental else "available")
             for name, why in available_backends().items()
         },
+        "other_bases": {
+            name: _library_state(name) for name in ("bitsandbytes", "torchao", "transformers")
+        },
         "environment": {n: v for n, v in sorted(os.environ.items()) if n.startswith("NEUROADA_")},
     }
+
+
+def _library_state(name: str) -> str:
+    """The version of a library with layers of its own, or how it is installed."""
+    missing = missing_library(name)
+    if missing is not None:
+        return missing.removeprefix(f"{name} is ")
+    try:
+        return version(name)
+    except PackageNotFoundError:
+        return "of an unknown version"
 
 
 def _cpu_isa() -> str | None:
@@ -87,6 +103,8 @@ def _lines(known: dict[str, Any]) -> list[str]:
         lines.append(f"  CUDA architectures: {cuda or 'none, built without CUDA'}")
     lines.append("backends:")
     lines += [f"  {name}: {why}" for name, why in known["backends"].items()]
+    lines.append("layers of other libraries, round which the bypass can go:")
+    lines += [f"  {name}: {what}" for name, what in known["other_bases"].items()]
     if known["op_library"] != "loaded":
         lines.append("Calls are served by plain PyTorch: right, and slower.")
     if known["environment"]:

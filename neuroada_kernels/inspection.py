@@ -8,6 +8,7 @@ import os
 from pathlib import Path
 from typing import Any
 
+from neuroada_kernels._dtypes import name_of
 from neuroada_kernels.adapter_file import read_adapter
 
 
@@ -20,9 +21,10 @@ def describe(path: str | os.PathLike[str]) -> dict[str, Any]:
         modules[name] = {
             "shape": list(module.base.shape),
             "dtype": module.base.dtype,
+            "kind": module.base.kind,
             "k": module.index.shape[1],
             "connections": int((module.index >= 0).sum()),
-            "delta_dtype": str(module.delta.dtype).removeprefix("torch."),
+            "delta_dtype": name_of(module.delta.dtype),
             "largest_delta": float(delta.abs().max()),
         }
     return {
@@ -64,7 +66,9 @@ def _text(facts: dict[str, Any]) -> str:
     for name, module in modules.items():
         d_out, d_in = module["shape"]
         lines.append(
-            f"  {name:{width}}  {d_in} to {d_out} {module['dtype']}, k {module['k']}, "
+            f"  {name:{width}}  {d_in} to {d_out} {module['dtype']}"
+            + (f" ({module['kind']})" if module["kind"] else "")
+            + f", k {module['k']}, "
             f"{module['connections']:,} connections, {module['delta_dtype']} up to "
             f"{module['largest_delta']:.3g}"
         )

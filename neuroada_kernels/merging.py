@@ -12,6 +12,7 @@ from pathlib import Path
 from torch import Tensor
 
 from neuroada_kernels import ops
+from neuroada_kernels._dtypes import name_of
 from neuroada_kernels._files import beside, replacing, sync
 from neuroada_kernels.adapter_file import (
     AdaptedModule,
@@ -21,6 +22,7 @@ from neuroada_kernels.adapter_file import (
     within,
 )
 from neuroada_kernels.checkpoint import BLOCK_BYTES, FLOATING, Checkpoint, Stored, blocks
+from neuroada_kernels.nn.foreign import CONV1D
 
 #: Told the bytes that were written since it was last told, and those there will be in all.
 Progress = Callable[[int, int], None]
@@ -113,15 +115,17 @@ def _changes(
     changes = []
     for name, change in wanted.items():
         stored = checkpoint.tensors[name]
+        if isinstance(change, AdaptedModule) and change.base.kind == CONV1D:
+            raise ValueError(f"{name}: of a {CONV1D}, which is transposed; merge it in memory")
         if isinstance(change, Tensor):
-            shape, dtype = tuple(change.shape), str(change.dtype).removeprefix("torch.")
+            shape, dtype = tuple(change.shape), name_of(change.dtype)
         else:
             shape, dtype = change.base.shape, change.base.dtype
         if stored.shape != shape:
             raise ValueError(f"{name}: shape {list(stored.shape)}, expected {list(shape)}")
         if stored.dtype not in FLOATING:
             raise ValueError(f"{name}: dtype {stored.dtype}, expected a floating dtype")
-        found = str(FLOATING[stored.dtype]).removeprefix("torch.")
+        found = name_of(FLOATING[stored.dtype])
         if found != dtype and not allow_mismatch:
             raise ValueError(f"{name}: dtype {found}, expected {dtype}")
         changes.append((name, stored, change))
@@ -155,9 +159,10 @@ def _merge_file(
             if isinstance(change, Tensor) or allow_mismatch:
                 continue
             if entries.hexdigest() != change.base.sha256:
+                kind = change.base.kind
                 raise ValueError(
                     f"{name}: other values at the chosen connections than the adapter was trained "
-                    "on; allow_mismatch merges all the same"
+                    f"on{f', a {kind}' if kind else ''}; allow_mismatch merges all the same"
                 )
 
 

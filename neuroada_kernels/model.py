@@ -1,8 +1,9 @@
-"""Whole models: replace their linears, merge, unmerge, count."""
+"""Whole models: replace their linears, choose connections, count."""
 
 from __future__ import annotations
 
 import contextlib
+import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, overload
@@ -11,13 +12,19 @@ import torch
 from torch import Tensor, nn
 
 from neuroada_kernels._progress import progress_bar, worth_showing
+from neuroada_kernels.arguments import check_data, check_scores, check_selection, config_of
 from neuroada_kernels.config import ALL_LINEAR, NeuroAdaConfig
 from neuroada_kernels.gradient import SCORE_BYTES, Loss, each_gradient
 from neuroada_kernels.nn._base import BypassLinear
+from neuroada_kernels.nn._bitsandbytes import elements, keep_packing
+from neuroada_kernels.nn._layer import BypassLayer
 from neuroada_kernels.nn._strategy import refusal
+from neuroada_kernels.nn.bypass import NeuroAdaBypass
+from neuroada_kernels.nn.experts import STACKS, NeuroAdaExperts, is_experts
+from neuroada_kernels.nn.foreign import base_weight
 from neuroada_kernels.nn.linear import NeuroAdaLinear
 from neuroada_kernels.strategies import shared_weights
-from neuroada_kernels.targets import find_targets
+from neuroada_kernels.targets import find_targets, is_foreign
 
 
 @dataclass(frozen=True)
@@ -31,7 +38,7 @@ class AdaptSummary:
     trainable : int
         Parameters that train: connections, and biases where these do.
     total : int
-        All parameters of the model, deltas included.
+        All parameters of the model, deltas included; of 4-bit weights the numbers, not the bytes.
     adapter_bytes : int
         Bytes of all deltas and indices in memory.
     optimizer_bytes : int
@@ -62,7 +69,7 @@ class AdaptSummary:
         named = {
             name: layer
             for name in modules
-            if isinstance(layer := model.get_submodule(name), BypassLinear)
+            if isinstance(layer := model.get_submodule(name), BypassLayer)
         }
         deltas = {id(layer.delta) for layer in layers}
         trained = [p for p in model.parameters() if p.requires_grad]
@@ -70,7 +77,7 @@ class AdaptSummary:
             modules=modules,
             trainable=sum(layer.connections for layer in layers)
             + sum(p.numel() for p in trained if id(p) not in deltas),
-            total=sum(p.numel() for p in model.parameters()),
+            total=sum(elements(p) for p in model.parameters()),
             adapter_bytes=sum(layer.delta.nbytes + layer.index.nbytes for layer in layers),
             optimizer_bytes=2 * sum(p.nbytes for p in trained),
             resident=tuple(n for n, layer in named.items() if layer.strategy == "resident"),
@@ -177,7 +184,8 @@ def adapt(
         Memory for the gradients that ``selection="gradient"`` looks at together. The data is gone
         through once for each so many bytes of weights in float32.
     layer_type : type
-        The layer to put in, :class:`ReferenceNeuroAdaLinear` for comparisons.
+        The layer to put in, :class:`ReferenceNeuroAdaLinear` for comparisons. A module whose
+        forward is not ours stays, inside a :class:`NeuroAdaBypass`.
     progress : bool, optional
         Show a progress bar; by default for models of a billion parameters, on a terminal.
 
@@ -188,55 +196,61 @@ def adapt(
     Raises
     ------
     TypeError, ValueError
-        If a target matches nothing or something that is no ``nn.Linear``, if a matched module is
+        If a target matches nothing or something that is no linear layer, if a matched module is
         read by its parent in a way that would pass the bypass by, if a weight may not be
         resident, or if an argument is not as expected. The model is unchanged then.
     """
-    config = _config_of(arguments, options, scores)
-    _check_data(config, data, loss)
+    config = config_of(arguments, options, scores)
+    check_data(config, data, loss)
     targets = find_targets(model, config)
+    check_selection(config, targets)
     if scores is not None:
-        _check_scores(scores, targets)
-    linears = _once(targets)
-    elements = sum(linear.weight.numel() for linear in linears.values())
-    show = worth_showing(elements) if progress is None else progress
-    shared = {} if config.strategy == "bypass" else shared_weights(model, linears.values())
-    layers: dict[nn.Module, BypassLinear] = {}
+        check_scores(scores, targets)
+    modules = _once(targets)
+    sizes = {name: _size_of(name, module) for name, module in modules.items()}
+    show = worth_showing(sum(sizes.values())) if progress is None else progress
+    shared = {} if config.strategy == "bypass" else shared_weights(model, modules.values())
+    layers: dict[nn.Module, BypassLayer | NeuroAdaExperts] = {}
+    for module in model.modules():  # those, too, through which only a gradient passes
+        keep_packing(module)
 
     def adapt_one(name: str, scores: Tensor | None) -> None:
-        linear = linears[name]
+        module = modules[name]
         with errors_name(name):
-            layers[linear] = layer_type.from_linear(
-                linear,
+            layer = layers[module] = layer_over(
+                module,
                 config.k_of(name),
+                layer_type,
                 selection="scores" if scores is not None else config.selection,
                 scores=scores,
                 generator=generator or config.generator_of(name),
                 neuron_fraction=config.neuron_fraction,
                 delta_dtype=config.torch_delta_dtype,
             )
-            if config.strategy == "resident" and not linear.weight.is_meta:
-                reason = shared.get(linear) or layers[linear]._why_not_resident()
-                if reason is not None:
-                    raise ValueError(refusal(reason))
+            for part in parts_of(layer):
+                if config.strategy == "resident" and not part.deferred:
+                    reason = shared.get(module) or part._why_not_resident()
+                    if reason is not None:
+                        raise ValueError(refusal(reason))
 
     with grad_flags_kept_on_error(model):
         if data is not None and loss is not None:
             for name, gradient in each_gradient(
-                model, linears, data, loss, score_bytes=score_bytes, show_progress=show
+                model, modules, data, loss, score_bytes=score_bytes, show_progress=show
             ):
                 adapt_one(name, gradient)
         else:
-            with progress_bar("selecting connections", elements, show) as advance:
-                for name, linear in linears.items():
+            with progress_bar("selecting connections", sum(sizes.values()), show) as advance:
+                for name, size in sizes.items():
                     adapt_one(name, None if scores is None else scores[name])
-                    advance(linear.weight.numel())
+                    advance(size)
     replace(model, layers)
     for module, layer in layers.items():
-        layer._set_strategy(config.strategy, shared.get(module))
+        for part in parts_of(layer):
+            part._set_strategy(config.strategy, shared.get(module))
     _freeze(model, config)
     keep_config(model, config)
-    return AdaptSummary.of(model, tuple(targets))
+    return AdaptSummary.of(model, _with_stacks(model, targets))
 
 
 def select_connections(model: nn.Module) -> list[str]:
@@ -255,7 +269,7 @@ def select_connections(model: nn.Module) -> list[str]:
     ValueError
         If a weight has NaN, or may not be resident though that was asked for.
     """
-    layers = {n: m for n, m in model.named_modules() if isinstance(m, BypassLinear)}
+    layers = {n: m for n, m in model.named_modules() if isinstance(m, BypassLayer)}
     ready = [m for m in layers.values() if not (m.index.is_meta and m.weight.is_meta)]
     shared = shared_weights(model, ready)
     waiting = []
@@ -266,24 +280,25 @@ def select_connections(model: nn.Module) -> list[str]:
     return waiting
 
 
-def merge(model: nn.Module) -> None:
-    """Merge every NeuroAda layer of ``model`` into its weight; see ``NeuroAdaLinear.merge``."""
-    for layer in _layers(model):
-        layer.merge()
+def _layers(model: nn.Module) -> Iterator[BypassLayer]:
+    return (module for module in model.modules() if isinstance(module, BypassLayer))
 
 
-def unmerge(model: nn.Module) -> None:
-    """Undo :func:`merge`, bit for bit."""
-    # In reverse, so that weights which two layers share unwind as they were merged.
-    for layer in reversed(list(_layers(model))):
-        layer.unmerge()
+def parts_of(layer: BypassLayer | NeuroAdaExperts) -> list[BypassLayer]:
+    """The layers that have connections: itself, or the stacks of experts."""
+    return [layer] if isinstance(layer, BypassLayer) else list(layer.stacks.values())
 
 
-def _layers(model: nn.Module) -> Iterator[BypassLinear]:
-    return (module for module in model.modules() if isinstance(module, BypassLinear))
+def _with_stacks(model: nn.Module, names: Iterable[str]) -> tuple[str, ...]:
+    """The names of what has connections."""
+    found: list[str] = []
+    for name in names:
+        experts = isinstance(model.get_submodule(name), NeuroAdaExperts)
+        found += [f"{name}.{stack}" for stack in STACKS] if experts else [name]
+    return tuple(found)
 
 
-def replace(model: nn.Module, layers: Mapping[nn.Module, BypassLinear]) -> None:
+def replace(model: nn.Module, layers: Mapping[nn.Module, nn.Module]) -> None:
     """Put each layer where the module it stands for is, under every name that module has."""
     for name, module in list(model.named_modules(remove_duplicate=False)):
         if module in layers:
@@ -291,55 +306,39 @@ def replace(model: nn.Module, layers: Mapping[nn.Module, BypassLinear]) -> None:
             setattr(model.get_submodule(parent), child, layers[module])
 
 
-def _once(targets: Mapping[str, nn.Linear]) -> dict[str, nn.Linear]:
+def _once(targets: Mapping[str, nn.Module]) -> dict[str, nn.Module]:
     """Each module under the first of its names."""
-    first: dict[nn.Linear, str] = {}
-    for name, linear in targets.items():
-        first.setdefault(linear, name)
-    return {name: linear for linear, name in first.items()}
+    first: dict[nn.Module, str] = {}
+    for name, module in targets.items():
+        first.setdefault(module, name)
+    return {name: module for module, name in first.items()}
 
 
-def _config_of(
-    arguments: tuple[Any, ...], options: dict[str, Any], scores: Mapping[str, Tensor] | None
-) -> NeuroAdaConfig:
-    """The config that was given, or that of the single arguments."""
-    config = options.get("config", arguments[0] if arguments else None)
-    if isinstance(config, NeuroAdaConfig):
-        if len(arguments) + len(options) > 1:
-            raise TypeError("config: given together with its fields, expected one of the two")
-    else:
-        names = ("k", "target_modules")
-        if len(arguments) > len(names):
-            raise TypeError(
-                f"adapt: {len(arguments)} arguments by place, expected k, target_modules"
-            )
-        given = dict(zip(names, arguments, strict=False))
-        twice = sorted(given.keys() & options.keys())
-        if twice:
-            raise TypeError(f"{twice[0]}: given twice")
-        given |= {name: value for name, value in options.items() if name != "k_pattern"}
-        if options.get("k_pattern") is not None:
-            given["k_pattern"] = options["k_pattern"]
-        if scores is not None and given.get("selection", "magnitude") == "magnitude":
-            given["selection"] = "scores"
-        config = NeuroAdaConfig(**given)
-    if (scores is not None) != (config.selection == "scores"):
-        word = "missing" if scores is None else "given"
-        raise ValueError(f"scores: {word} with selection {config.selection!r}")
-    return config
+def layer_over(
+    module: nn.Module, k: int, layer_type: type[BypassLinear], **options: Any
+) -> BypassLayer | NeuroAdaExperts:
+    """The layer that takes the place of ``module``: round it, where its forward is not ours."""
+    if is_experts(module):
+        return NeuroAdaExperts(module, k, **options)
+    if is_foreign(module):
+        return NeuroAdaBypass(module, k, **options)
+    assert isinstance(module, nn.Linear)
+    return layer_type.from_linear(module, k, **options)
+
+
+def _size_of(name: str, module: nn.Module) -> int:
+    """Elements of the weight."""
+    if is_experts(module):
+        return sum(module.get_parameter(stack).numel() for stack in STACKS)
+    if not is_foreign(module):
+        return module.get_parameter("weight").numel()
+    with errors_name(name):
+        return math.prod(base_weight(module).shape)
 
 
 def keep_config(model: nn.Module, config: NeuroAdaConfig | None) -> None:
     """Keep how ``model`` was adapted as ``model.neuroada_config``, which travels with copies."""
     vars(model)["neuroada_config"] = config
-
-
-def _check_data(config: NeuroAdaConfig, data: Iterable[Any] | None, loss: Loss | None) -> None:
-    needed = config.selection == "gradient"
-    for argument, value in (("data", data), ("loss", loss)):
-        if (value is not None) != needed:
-            word = "missing" if value is None else "given"
-            raise ValueError(f"{argument}: {word} with selection {config.selection!r}")
 
 
 def _freeze(model: nn.Module, config: NeuroAdaConfig) -> None:
@@ -349,14 +348,6 @@ def _freeze(model: nn.Module, config: NeuroAdaConfig) -> None:
         if id(parameter) not in deltas:
             is_bias = name.rpartition(".")[2].endswith("bias")
             parameter.requires_grad_(config.bias == "all" and is_bias)
-
-
-def _check_scores(scores: Mapping[str, Tensor], targets: Mapping[str, nn.Linear]) -> None:
-    """Raise unless every target has its own."""
-    missing = sorted(targets.keys() - scores.keys())
-    unknown = sorted(scores.keys() - targets.keys())
-    if missing or unknown:
-        raise ValueError(f"scores: missing for targets {missing}, given for others {unknown}")
 
 
 @contextlib.contextmanager

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -11,6 +12,21 @@ from torch import Tensor
 _BLOCK_ELEMENTS = 1 << 22
 
 METHODS = ("magnitude", "smallest", "random", "scores")
+
+
+class Rows(Protocol):
+    """A weight that is read by ranges of its rows, as one that is dequantised while it is read."""
+
+    @property
+    def shape(self) -> Sequence[int]:
+        """``[d_out, d_in]``."""
+
+    @property
+    def device(self) -> torch.device:
+        """Where the values are."""
+
+    def rows(self, rows: slice) -> Tensor:
+        """``W[rows]``, floating."""
 
 
 def select(
@@ -57,21 +73,52 @@ def select(
         If a shape, ``k``, ``method`` or ``neuron_fraction`` is not as expected, if values are
         NaN, or if ``weight`` is on the meta device.
     """
+    check_weight(weight)
+    return select_rows(
+        _Matrix(weight), k, method, scores, generator, neuron_fraction=neuron_fraction
+    )
+
+
+def select_rows(
+    weight: Rows,
+    k: int,
+    method: str = "magnitude",
+    scores: Tensor | None = None,
+    generator: torch.Generator | None = None,
+    *,
+    neuron_fraction: float = 1.0,
+) -> Tensor:
+    """:func:`select` for a weight of which a few rows are to be had at a time."""
     if scores is not None and method == "magnitude":
         method = "scores"
-    check_weight(weight)
-    check_arguments(weight, k, method, scores, neuron_fraction)
+    check_arguments(weight.shape, k, method, scores, neuron_fraction)
     score = _scorer(weight, method, scores, generator)
-
-    d_out, d_in = weight.shape
-    index = torch.empty(d_out, k, dtype=torch.int32, device=weight.device)
-    step = max(1, _BLOCK_ELEMENTS // d_in)
-    for first in range(0, d_out, step):
-        rows = slice(first, min(first + step, d_out))
+    index = torch.empty(weight.shape[0], k, dtype=torch.int32, device=weight.device)
+    for rows in row_blocks(weight.shape):
         index[rows] = _largest(score(rows), k)
     if neuron_fraction < 1:
-        index[~_drawn_neurons(d_out, neuron_fraction, generator).to(weight.device)] = -1
+        drawn = _drawn_neurons(weight.shape[0], neuron_fraction, generator)
+        index[~drawn.to(weight.device)] = -1
     return index
+
+
+def row_blocks(shape: Sequence[int]) -> Iterator[slice]:
+    """All rows of a weight ``[d_out, d_in]``, as many together as are looked at in one go."""
+    d_out, d_in = shape
+    step = max(1, _BLOCK_ELEMENTS // d_in)
+    for first in range(0, d_out, step):
+        yield slice(first, min(first + step, d_out))
+
+
+class _Matrix:
+    """A tensor as rows."""
+
+    def __init__(self, weight: Tensor) -> None:
+        self.weight = weight.detach()
+        self.shape, self.device = weight.shape, weight.device
+
+    def rows(self, rows: slice) -> Tensor:
+        return self.weight[rows]
 
 
 def check_weight(weight: Tensor, *, values: bool = True) -> None:
@@ -87,10 +134,10 @@ def check_weight(weight: Tensor, *, values: bool = True) -> None:
 
 
 def check_arguments(
-    weight: Tensor, k: int, method: str, scores: Tensor | None, neuron_fraction: float
+    shape: Sequence[int], k: int, method: str, scores: Tensor | None, neuron_fraction: float
 ) -> None:
-    """Raise unless the arguments of :func:`select` fit one another."""
-    check_k(k, weight.shape[1])
+    """Raise unless the arguments of :func:`select` fit one another and a weight of that shape."""
+    check_k(k, shape[1])
     if method not in METHODS:
         raise ValueError(f"method: {method!r}, expected one of {', '.join(METHODS)}")
     if (scores is not None) != (method == "scores"):
@@ -102,9 +149,9 @@ def check_arguments(
             raise TypeError(f"scores: {type(scores).__name__}, expected a tensor")
         if scores.is_complex() or scores.dtype == torch.bool:
             raise TypeError(f"scores: dtype {scores.dtype}, expected a real dtype")
-        if scores.shape != weight.shape:
+        if tuple(scores.shape) != tuple(shape):
             raise ValueError(
-                f"scores: shape {list(scores.shape)}, expected {list(weight.shape)}, as weight"
+                f"scores: shape {list(scores.shape)}, expected {list(shape)}, as weight"
             )
         if scores.is_meta:
             raise ValueError("scores: is on the meta device, expected values")
@@ -121,7 +168,7 @@ def check_k(k: int, d_in: int) -> None:
 
 
 def _scorer(
-    weight: Tensor, method: str, scores: Tensor | None, generator: torch.Generator | None
+    weight: Rows, method: str, scores: Tensor | None, generator: torch.Generator | None
 ) -> Callable[[slice], Tensor]:
     """The function from a range of rows to the scores of which the largest are chosen."""
     if scores is not None:
@@ -135,7 +182,7 @@ def _scorer(
 
         return draw
     sign = -1 if method == "smallest" else 1
-    return lambda rows: sign * _without_nan("weight", weight.detach()[rows]).abs()
+    return lambda rows: sign * _without_nan("weight", weight.rows(rows)).abs()
 
 
 def _without_nan(name: str, block: Tensor) -> Tensor:

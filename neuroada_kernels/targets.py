@@ -5,13 +5,17 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 
 from torch import nn
+from torch.nn.utils import parametrize
 
 from neuroada_kernels.config import ALL_LINEAR, NeuroAdaConfig, matches
+from neuroada_kernels.nn._layer import BypassLayer
+from neuroada_kernels.nn.experts import NeuroAdaExperts, is_experts, why_not_experts
+from neuroada_kernels.nn.foreign import has_own_forward, is_base, is_library
 
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 
 
-def find_targets(model: nn.Module, config: NeuroAdaConfig) -> dict[str, nn.Linear]:
+def find_targets(model: nn.Module, config: NeuroAdaConfig) -> dict[str, nn.Module]:
     """The modules that ``config`` means, by every name that they have.
 
     Raises
@@ -19,18 +23,17 @@ def find_targets(model: nn.Module, config: NeuroAdaConfig) -> dict[str, nn.Linea
     TypeError, ValueError
         If a part of the config matches nothing, or a module that cannot be replaced.
     """
-    named = dict(model.named_modules(remove_duplicate=False))
+    named = outside_layers(model)
     chosen = _targeted(model, named, config.target_modules)
     if config.exclude_modules is not None:
         chosen -= _excluded(named, config.exclude_modules)
     if config.layers is not None:
         chosen &= _in_layers(named, chosen, config.layers)
     # A module that stands under several names stays one module.
-    targets = {
-        name: check_target(name, module, named)
-        for name, module in named.items()
-        if id(module) in chosen
-    }
+    targets = {name: module for name, module in named.items() if id(module) in chosen}
+    for name, module in targets.items():
+        check_target(name, module, named, by_name=config.target_modules != ALL_LINEAR)
+    _check_apart(targets)
     if not targets:
         raise ValueError("target_modules: nothing is left of them, expected at least one module")
     for pattern in config.k_pattern:
@@ -39,16 +42,49 @@ def find_targets(model: nn.Module, config: NeuroAdaConfig) -> dict[str, nn.Linea
     return targets
 
 
-def check_target(name: str, module: nn.Module, named: Mapping[str, nn.Module]) -> nn.Linear:
-    """``module``, once it is found to be a linear that can be replaced in the model ``named``."""
-    if not isinstance(module, nn.Linear):
-        raise TypeError(f"{name}: {type(module).__name__}, expected torch.nn.Linear")
+def check_target(
+    name: str, module: nn.Module, named: Mapping[str, nn.Module], *, by_name: bool
+) -> None:
+    """Raise unless ``module`` can be replaced in the model ``named``, or wrapped where it is.
+
+    A module whose forward is its own has to be meant ``by_name``, unless its library is known.
+    """
+    kind = type(module).__name__
+    if is_experts(module):
+        reason = why_not_experts(module)
+        if reason is not None:
+            raise TypeError(f"{name}: {kind} {reason}")
+        _check_hooks(name, module)
+        return
+    if isinstance(module, BypassLayer) or not (isinstance(module, nn.Linear) or is_base(module)):
+        raise TypeError(
+            f"{name}: {kind}, expected torch.nn.Linear, or a module with in_features and "
+            "out_features"
+        )
     _check_parent(name, named[name.rpartition(".")[0]])
-    if type(module).forward is not nn.Linear.forward or "forward" in vars(module):
-        raise ValueError(f"{name}: {type(module).__name__} has a forward of its own")
-    if any(getattr(module, hooks) for hooks in _HOOKS):
-        raise ValueError(f"{name}: has hooks, which its replacement would lose")
-    return module
+    if is_foreign(module):
+        if not (by_name or is_library(module)):
+            raise ValueError(
+                f"{name}: {kind} has a forward of its own, expected its name in target_modules, "
+                "to be wrapped as it is"
+            )
+        return
+    if parametrize.is_parametrized(module):
+        raise ValueError(f"{name}: has parametrizations, expected a weight of its own")
+    _check_hooks(name, module)
+
+
+def is_foreign(module: nn.Module) -> bool:
+    """Whether it is to be wrapped, since what it computes is not for us to replace."""
+    return is_library(module) or not isinstance(module, nn.Linear) or has_own_forward(module)
+
+
+def outside_layers(model: nn.Module) -> dict[str, nn.Module]:
+    """All modules by every name that they have, but for what layers of ours have inside."""
+    named = dict(model.named_modules(remove_duplicate=False))
+    ours = (BypassLayer, NeuroAdaExperts)
+    inside = tuple(f"{n}." if n else "" for n, m in named.items() if isinstance(m, ours))
+    return {n: m for n, m in named.items() if not (n and n.startswith(inside))}
 
 
 def output_head(model: nn.Module) -> nn.Module | None:
@@ -66,7 +102,9 @@ def output_head(model: nn.Module) -> nn.Module | None:
 def _targeted(
     model: nn.Module, named: Mapping[str, nn.Module], targets: str | Sequence[str]
 ) -> set[int]:
-    linears = {name: m for name, m in named.items() if isinstance(m, nn.Linear) and name}
+    linears = {
+        name: m for name, m in named.items() if name and (isinstance(m, nn.Linear) or is_library(m))
+    }
     if targets == ALL_LINEAR:
         head = output_head(model)
         if not linears:
@@ -108,6 +146,21 @@ def _in_layers(
     if missing:
         raise ValueError(f"layers: no module of target_modules is in {missing}")
     return {id(named[name]) for name, number in numbers.items() if number in wanted}
+
+
+def _check_apart(targets: Mapping[str, nn.Module]) -> None:
+    """Refuse a target inside another one, whose place is gone when the outer one is wrapped."""
+    for name in targets:
+        parts = name.split(".")
+        for n in range(1, len(parts)):
+            outer = ".".join(parts[:n])
+            if outer in targets:
+                raise ValueError(f"{name}: lies in {outer}, which is a target too")
+
+
+def _check_hooks(name: str, module: nn.Module) -> None:
+    if any(getattr(module, hooks) for hooks in _HOOKS):
+        raise ValueError(f"{name}: has hooks, which its replacement would lose")
 
 
 def _check_parent(name: str, parent: nn.Module) -> None:

@@ -22,6 +22,7 @@ SOURCES = {
 
 #: What the modules of each part may import, besides their own part. The package itself is "".
 BELOW = {
+    "_dtypes": set(),
     "_version": set(),
     "_extension": set(),
     "_registry": set(),
@@ -31,17 +32,19 @@ BELOW = {
     "triton_kernels": set(),
     "backends": {"_registry", "_extension", "plan", "reference", "triton_kernels"},
     "ops": {"_registry"},
-    "functional": {"ops", "reference"},
-    "nn": {"config", "functional", "ops", "selection", "plan", "reference"},
-    "config": {"selection"},
-    "targets": {"config"},
+    "functional": {"_dtypes", "ops", "reference"},
+    "nn": {"_dtypes", "config", "functional", "ops", "selection", "plan", "reference"},
+    "config": {"_dtypes", "selection"},
+    "targets": {"config", "nn"},
     "_progress": set(),
     "strategies": {"nn"},
-    "gradient": {"_progress"},
-    "model": {"_progress", "config", "gradient", "nn", "strategies", "targets"},
+    "gradient": {"_progress", "nn"},
+    "arguments": {"config", "gradient", "nn"},
+    "model": {"_progress", "arguments", "config", "gradient", "nn", "strategies", "targets"},
+    "model_merge": {"nn"},
     "_files": set(),
     "adapter_file": {"_files", "_version", "plan"},
-    "adapters": {"adapter_file", "config", "model", "nn", "plan", "targets"},
+    "adapters": {"_dtypes", "adapter_file", "config", "model", "nn", "plan", "targets"},
     "testing": {"selection"},
     "integrations": {"config", "functional", "ops", "plan", "selection"},
     "": {
@@ -52,6 +55,7 @@ BELOW = {
         "config",
         "functional",
         "model",
+        "model_merge",
         "nn",
         "plan",
         "reference",
@@ -61,9 +65,9 @@ BELOW = {
 }
 LIBRARY = set(BELOW)
 BELOW["checkpoint"] = set()
-BELOW["inspection"] = {"adapter_file"}
-BELOW["merging"] = {"_files", "adapter_file", "checkpoint", "ops"}
-BELOW["convert"] = {"adapter_file", "checkpoint"}
+BELOW["inspection"] = {"_dtypes", "adapter_file"}
+BELOW["merging"] = {"_dtypes", "_files", "adapter_file", "checkpoint", "nn", "ops"}
+BELOW["convert"] = {"_dtypes", "adapter_file", "checkpoint"}
 BELOW["benchmarks"] = LIBRARY
 BELOW["info"] = LIBRARY | {"benchmarks"}
 BELOW["demo"] = LIBRARY | {"benchmarks", "info"}
@@ -262,4 +266,5 @@ print(json.dumps(sorted({{name.partition(".")[0] for name in set(sys.modules) - 
     loaded = set(json.loads(done.stdout))
     assert NAME in loaded
     optional = {"matplotlib", "rich", "triton", "pytest", "hypothesis"}
-    assert not loaded & (optional | {"accelerate", "peft", "transformers"})
+    optional |= {"accelerate", "bitsandbytes", "peft", "torchao", "transformers"}
+    assert not loaded & optional

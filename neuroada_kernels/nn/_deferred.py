@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from neuroada_kernels.plan import order_slots
-from neuroada_kernels.selection import check_arguments, drawn_count, select
+from neuroada_kernels.selection import Rows, check_arguments, drawn_count, select, select_rows
 
 
 @dataclass(frozen=True)
@@ -22,7 +22,11 @@ class Deferred:
     neuron_fraction: float
     strategy: str = "bypass"
 
-    def index_for(self, weight: Tensor) -> Tensor:
+    @property
+    def _how(self) -> tuple[int, str, Tensor | None, torch.Generator | None]:
+        return self.k, self.method, self.scores, self.generator
+
+    def index_for(self, weight: Tensor | Rows) -> Tensor:
         """The index, int32 ``[d_out, k]``: without values where ``weight`` has none.
 
         Raises
@@ -30,18 +34,13 @@ class Deferred:
         TypeError, ValueError
             As ``select`` does, as far as that shows without values.
         """
+        share = self.neuron_fraction
+        if not isinstance(weight, Tensor):
+            return order_slots(select_rows(weight, *self._how, neuron_fraction=share))
         if not weight.is_meta:
-            index = select(
-                weight,
-                self.k,
-                self.method,
-                self.scores,
-                self.generator,
-                neuron_fraction=self.neuron_fraction,
-            )
-            return order_slots(index)
+            return order_slots(select(weight, *self._how, neuron_fraction=share))
         method = "scores" if self.scores is not None else self.method
-        check_arguments(weight, self.k, method, self.scores, self.neuron_fraction)
+        check_arguments(weight.shape, self.k, method, self.scores, self.neuron_fraction)
         return torch.empty(weight.shape[0], self.k, dtype=torch.int32, device="meta")
 
     def connections(self, d_out: int) -> int:

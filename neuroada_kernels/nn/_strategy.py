@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor, nn
 
+from neuroada_kernels._dtypes import FLOATING
 from neuroada_kernels.config import STRATEGIES
-
-_DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
 
 def check_known(strategy: str) -> None:
@@ -44,7 +42,7 @@ def why_not_resident(weight: Tensor) -> str | None:
             f"weight is a {type(weight).__name__}, expected a plain tensor: what is sharded, "
             "quantised or wrapped cannot be patched"
         )
-    if weight.dtype not in _DTYPES:
+    if weight.dtype not in FLOATING:
         return f"weight has dtype {weight.dtype}, expected float32, float64, bfloat16 or float16"
     if weight.is_meta:
         return "weight is on the meta device"

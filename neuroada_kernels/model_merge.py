@@ -1,0 +1,93 @@
+"""Whole models: merge their bypasses into the weights, all of them or none."""
+
+from __future__ import annotations
+
+from contextlib import ExitStack
+
+from torch import nn
+
+from neuroada_kernels.nn._layer import BypassLayer
+from neuroada_kernels.nn.bypass import NeuroAdaBypass, Requantization
+from neuroada_kernels.nn.foreign import base_weight
+
+
+def merge(model: nn.Module) -> None:
+    """Merge every NeuroAda layer of ``model`` into its weight; see ``NeuroAdaLinear.merge``.
+
+    Raises
+    ------
+    RuntimeError, ValueError
+        If a layer cannot be merged, with its name: it has no connections yet, or its base is
+        quantised, for which there is :func:`merge_requantized`. No layer is merged then that was
+        not before.
+    """
+    layers = [(name, layer) for name, layer in _layers(model) if not layer.merged]
+    for name, layer in layers:
+        _check(name, layer)
+    with ExitStack() as undo:
+        for _, layer in layers:
+            undo.callback(layer.unmerge)
+            layer.merge()
+        undo.pop_all()
+
+
+def unmerge(model: nn.Module) -> None:
+    """Undo :func:`merge`, bit for bit."""
+    # In reverse, so that weights which two layers share unwind as they were merged.
+    with ExitStack() as undo:
+        for _, layer in reversed(_layers(model)):
+            undo.callback(layer.merged_again())
+            layer.unmerge()
+        undo.pop_all()
+
+
+def merge_requantized(model: nn.Module) -> dict[str, Requantization]:
+    """Merge every layer of ``model``, and quantised bases by quantising them again.
+
+    What that does to a weight is reported and cannot be undone, see
+    ``NeuroAdaBypass.merge_requantized``; plain weights are merged as by :func:`merge`.
+
+    Returns
+    -------
+    dict
+        Of the layers whose base is quantised: name to error.
+
+    Raises
+    ------
+    RuntimeError, ValueError
+        If a layer has no connections yet, or a base that cannot be quantised again, with its
+        name. The model is unchanged then; until it is clear that this does not happen, the
+        weights before and after are both in memory.
+    """
+    quantised = {
+        name: layer
+        for name, layer in _layers(model)
+        if isinstance(layer, NeuroAdaBypass) and base_weight(layer.base).matrix is None
+    }
+    exact = [(n, layer) for n, layer in _layers(model) if n not in quantised and not layer.merged]
+    for name, layer in exact:
+        _check(name, layer)
+    reports = {}
+    with ExitStack() as undo:
+        for name, layer in quantised.items():
+            try:
+                reports[name], back = layer._requantize()
+            except (TypeError, ValueError) as error:
+                raise type(error)(f"{name}: {error}") from error
+            undo.callback(back)
+        for _, layer in exact:
+            undo.callback(layer.unmerge)
+            layer.merge()
+        undo.pop_all()
+    return reports
+
+
+def _check(name: str, layer: BypassLayer) -> None:
+    try:
+        layer.check_mergeable()
+    except (RuntimeError, TypeError, ValueError) as error:
+        raise type(error)(f"{name}: {error}") from error
+
+
+def _layers(model: nn.Module) -> list[tuple[str, BypassLayer]]:
+    return [(n, module) for n, module in model.named_modules() if isinstance(module, BypassLayer)]

@@ -1,0 +1,321 @@
+"""What every layer is: an index and a delta, checked, moved and loaded; the merged state."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from neuroada_kernels._dtypes import name_of
+from neuroada_kernels.nn._deferred import Deferred
+from neuroada_kernels.nn._strategy import check_known, refusal
+from neuroada_kernels.plan import check_index, check_index_form
+
+
+class BaseForm(NamedTuple):
+    """The kind of base, None for a plain linear; dtype and device of the entries of its weight."""
+
+    kind: str | None
+    dtype: torch.dtype
+    device: torch.device
+
+
+class BypassLayer(nn.Module):
+    """k bypass connections a neuron beside a frozen weight, wherever that is."""
+
+    in_features: int
+    out_features: int
+    index: Tensor
+    delta: nn.Parameter
+    original: Tensor | None
+    merged_index: Tensor | None
+    strategy_reason: str | None = None
+    _strategy = "bypass"
+    _loading = False  # a state dict that was checked as a whole
+    _deferred: Deferred | None = None  # while index and delta wait for the weight's values
+    _weight_name = "weight"  # in a state dict
+
+    def _check_connections(self, index: Tensor, delta_dtype: torch.dtype) -> None:
+        """Raise unless :meth:`_hold_connections` may have these."""
+        if not (isinstance(delta_dtype, torch.dtype) and delta_dtype.is_floating_point):
+            raise TypeError(f"delta_dtype: {delta_dtype}, expected a floating torch.dtype")
+        if not index.is_meta:
+            self._check_index(index)
+
+    def _hold_connections(self, index: Tensor, delta_dtype: torch.dtype) -> None:
+        self.register_buffer("index", index.contiguous())
+        self.delta = nn.Parameter(torch.zeros(index.shape, dtype=delta_dtype, device=index.device))
+        self.register_buffer("original", None)
+        # Where W was changed, merged or resident, whatever is written into index meanwhile.
+        self.register_buffer("merged_index", None, persistent=False)
+
+    @property
+    def k(self) -> int:
+        """Connections a neuron."""
+        return self.index.shape[1]
+
+    @property
+    def connections(self) -> int:
+        """How many the layer has, or will have."""
+        if self._deferred is not None:
+            return self._deferred.connections(self.out_features)
+        return int((self.index >= 0).sum())
+
+    def select_connections(self, reason: str | None = None) -> bool:
+        """Choose what waited for the weight's values; False where it still has none."""
+        return True
+
+    @property
+    def deferred(self) -> bool:
+        """Whether the connections are still to be chosen."""
+        return self._deferred is not None
+
+    def drop_deferral(self) -> None:
+        """Choose nothing any more, since index and delta were loaded.
+
+        The strategy stays ``"bypass"``, and ``strategy_reason`` says why: who else reads the
+        weight is not known here, but to :func:`neuroada_kernels.set_strategy`.
+        """
+        if self._deferred is not None and self._deferred.strategy != "bypass":
+            self.strategy_reason = "its connections were loaded; set_strategy takes it up"
+        self._deferred = None
+
+    @property
+    def merged(self) -> bool:
+        """Whether ``weight`` holds the bypass, so that the layer is a plain linear."""
+        return self.original is not None
+
+    @property
+    def strategy(self) -> str:
+        """``"bypass"`` or ``"resident"``; setting ``"auto"`` decides between them.
+
+        While ``"resident"``, the storage of ``weight`` holds ``round(W + delta)``: the numbers of
+        mixed-precision training with ``delta`` as float32 master. Setting ``"bypass"`` restores W,
+        bit for bit.
+
+        Raises
+        ------
+        ValueError
+            On setting ``"resident"`` where it is refused, with the reason; nothing changes then.
+        """
+        return self._strategy
+
+    @strategy.setter
+    def strategy(self, strategy: str) -> None:
+        self._set_strategy(strategy)
+
+    def _set_strategy(self, strategy: str, reason: str | None = None) -> None:
+        """Set the strategy; ``reason`` is one against ``"resident"`` that only the caller sees."""
+        check_known(strategy)
+        if self._deferred is not None:
+            self._deferred = dataclasses.replace(self._deferred, strategy=strategy)
+            return
+        if strategy != "bypass" and reason is None:
+            reason = self._why_not_resident()
+        if strategy == "resident" and reason is not None:
+            raise ValueError(refusal(reason))
+        self.strategy_reason = reason if strategy == "auto" else None
+        if strategy == "bypass" or reason is not None:
+            self._leave_resident()
+            self._strategy = "bypass"
+        else:
+            self._strategy = "resident"
+            self._enter_resident()
+
+    def merge(self) -> None:
+        """Add ``delta`` into the chosen entries of ``weight``; the values they had are kept.
+
+        Where another module shares the weight, it sees the change. Merging twice changes nothing.
+
+        Raises
+        ------
+        RuntimeError, ValueError
+            If there are no connections yet, or the base has no weight to write; then nothing is
+            changed.
+        """
+        if not self.merged:
+            self.check_mergeable()
+            self._leave_resident()
+            with torch.no_grad():
+                index = self.index.clone()
+                self.original = self._fold()
+                self.merged_index = index
+
+    def check_mergeable(self) -> None:
+        """Raise where :meth:`merge` would."""
+        self.check_selected()
+        self._check_index(self.index)
+
+    def unmerge(self) -> None:
+        """Write the kept values back: ``weight`` is what it was before merging, bit for bit."""
+        if self.original is not None and self.merged_index is not None:
+            with torch.no_grad():
+                self._unfold(self.merged_index, self.original)
+            self.original = self.merged_index = None
+
+    def merged_again(self) -> Callable[[], None]:
+        """What undoes :meth:`unmerge`, whatever has happened to ``delta`` since merging."""
+        original, index = self.original, self.merged_index
+        if original is None or index is None:
+            return lambda: None
+        merged = self.base_entries(index)
+
+        def back() -> None:
+            if self.original is None:
+                with torch.no_grad():
+                    self._unfold(index, merged)
+                self.original, self.merged_index = original, index
+
+        return back
+
+    def _defer(self, choice: Deferred) -> None:
+        """Choose later, where the index has no values."""
+        if self.index.is_meta:
+            self._deferred = choice
+
+    def check_selected(self) -> None:
+        """Raise where the connections are still to be chosen."""
+        if self._deferred is not None:
+            raise RuntimeError(
+                "index: not chosen yet, since weight was on the meta device; "
+                "neuroada_kernels.select_connections(model) chooses once it has values"
+            )
+
+    def base_entries(self, index: Tensor) -> Tensor:
+        """``W[j, index[j, s]]`` without the bypass of a resident layer; of an empty slot any.
+
+        While merged, ``original`` holds those of the layer's own index.
+        """
+        raise NotImplementedError
+
+    def base_form(self) -> BaseForm:
+        """What the layer's weight is."""
+        raise NotImplementedError
+
+    def _state_repr(self) -> str:
+        return (
+            f", delta_dtype={name_of(self.delta.dtype)}"
+            + (", merged" if self.merged else "")
+            + (f", strategy={self._strategy}" if self._strategy != "bypass" else "")
+            + (f", strategy=bypass since {self.strategy_reason}" if self.strategy_reason else "")
+        )
+
+    def _why_not_resident(self) -> str | None:
+        raise NotImplementedError
+
+    def _enter_resident(self) -> None:
+        """Write ``W + delta`` into the weight, where the layer does so while it trains."""
+
+    def _leave_resident(self) -> None:
+        """Restore W."""
+
+    def _fold(self) -> Tensor:
+        raise NotImplementedError
+
+    def _unfold(self, index: Tensor, original: Tensor) -> None:
+        raise NotImplementedError
+
+    def _check_index(self, index: Tensor) -> None:
+        check_index_form(index, self.in_features)
+        delta = self._parameters.get("delta")
+        k = index.shape[1] if delta is None else delta.shape[1]
+        if index.shape != (self.out_features, k):
+            expected = f"[{self.out_features}, {'k' if delta is None else k}]"
+            raise ValueError(f"index: shape {list(index.shape)}, expected {expected}")
+        check_index(index, self.in_features)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name == "index" and "index" in self.__dict__.get("_buffers", ()):
+            self._check_index(value)
+            if self.merged and not self._loading:
+                raise RuntimeError("index: cannot change while merged, unmerge first")
+            value = value.contiguous()
+        super().__setattr__(name, value)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
+        """Move everything, but cast neither ``delta``, whose dtype is chosen, nor an index."""
+
+        def move(tensor: Tensor) -> Tensor:
+            moved = fn(tensor)
+            return moved if moved.dtype == tensor.dtype else tensor.to(moved.device)
+
+        keeper = nn.Module()
+        keeper.register_parameter("delta", self._parameters.pop("delta"))
+        kept = [name for name in ("index", "merged_index", "plan") if name in self._buffers]
+        for name in kept:
+            keeper.register_buffer(name, self._buffers.pop(name))
+        try:
+            keeper._apply(move)
+            super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        finally:
+            self._parameters["delta"] = keeper._parameters["delta"]
+            for name in kept:
+                self._buffers[name] = keeper._buffers[name]
+        return self
+
+    def _load_from_state_dict(
+        self,
+        state_dict: dict[str, Any],
+        prefix: str,
+        local_metadata: dict[str, Any],
+        strict: bool,
+        missing_keys: list[str],
+        unexpected_keys: list[str],
+        error_msgs: list[str],
+    ) -> None:
+        """Load, everything checked first and the merged state as it was saved."""
+        names = (self._weight_name, "bias", "index", "delta", "original")
+        incoming = {n: state_dict[prefix + n] for n in names if prefix + n in state_dict}
+        try:
+            self._check_incoming(incoming)
+        except (TypeError, ValueError) as error:
+            error_msgs.append(f"{prefix.rstrip('.') or type(self).__name__}: {error}")
+            return
+        if "original" in incoming:
+            if self.original is None:
+                self.original = torch.zeros_like(self.delta, dtype=self.base_form().dtype)
+        elif self._weight_name in incoming:
+            self.original = self.merged_index = None
+        self._loading = True
+        try:
+            super()._load_from_state_dict(
+                state_dict,
+                prefix,
+                local_metadata,
+                strict,
+                missing_keys,
+                unexpected_keys,
+                error_msgs,
+            )
+        finally:
+            del self._loading
+        if {"index", "delta"} <= incoming.keys() and not self.index.is_meta:
+            self.drop_deferral()
+        if "original" in incoming:
+            self.merged_index = self.index.clone()
+
+    def _held(self, name: str) -> Tensor | None:
+        """The tensor of this name in a state dict, where the layer can tell its shape."""
+        held: Tensor | None = getattr(self, name)
+        return held
+
+    def _check_incoming(self, incoming: dict[str, Tensor]) -> None:
+        """Raise where loading these would leave the layer with a wrong index or a wrong W."""
+        for name, tensor in incoming.items():
+            held = self.index if name == "original" else self._held(name)
+            if held is not None and tensor.shape != held.shape:
+                raise ValueError(f"{name}: shape {list(tensor.shape)}, expected {list(held.shape)}")
+        if "index" in incoming:
+            self._check_index(incoming["index"])
+        if "original" in incoming:
+            missing = {self._weight_name, "index", "delta"} - incoming.keys()
+            if missing:
+                names = ", ".join(sorted(missing))
+                raise ValueError(f"original: without {names}, expected all of a merged layer")
+        elif self.merged and self._weight_name not in incoming:
+            for name in ("index", "delta"):
+                if name in incoming:
+                    raise ValueError(f"{name}: cannot change while merged, unmerge first")

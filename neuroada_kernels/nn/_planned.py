@@ -1,0 +1,70 @@
+"""Layers that plan their index for the backward, and plan anew when it changes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from torch import Tensor
+
+from neuroada_kernels.nn._layer import BypassLayer
+from neuroada_kernels.plan import make_plan
+
+
+class PlannedLayer(BypassLayer):
+    """A layer that keeps its plan: see :mod:`neuroada_kernels.plan`.
+
+    Loading and setting the index plan at once, since a compiled forward cannot. What is written
+    into the index in place, copied or moved is noticed by the next forward that is not compiled.
+    """
+
+    plan: Tensor
+    _planned: tuple[int, ...] | None = None  # the index that the plan is of; None if not known
+
+    def _make_plan(self) -> None:
+        if self.index.is_meta:
+            plan, self._planned = self.index.new_empty(0), None
+        else:
+            plan, self._planned = self._plan_of(self.index), _identity(self.index)
+        self.register_buffer("plan", plan, persistent=False)
+
+    def _plan_of(self, index: Tensor) -> Tensor:
+        return make_plan(index, self.in_features)
+
+    def _replan(self) -> None:
+        """Check and plan an index that was replaced, written in place, copied or moved."""
+        if not self.index.is_meta:
+            self._leave_resident()
+            self._check_index(self.index)
+            self._make_plan()
+
+    def _follow_index(self, index: Tensor) -> None:
+        """Plan anew where ``index``, the layer's own, is not what the plan is of."""
+        if _identity(index) != self._planned:
+            self._replan()
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)  # type: ignore[no-untyped-call]
+        self._planned = None
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
+        super()._apply(fn, recurse)
+        self._planned = None
+        return self
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+        super()._load_from_state_dict(state_dict, prefix, *args)
+        if prefix + "index" in state_dict:
+            self._follow_index(self.index)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        super().__setattr__(name, value)
+        if name == "index" and "plan" in self._buffers:
+            self._make_plan()
+
+
+def _identity(tensor: Tensor) -> tuple[int, ...]:
+    """Which tensor it is, and how often it was written in place; inference tensors do not count."""
+    if tensor.is_meta:
+        return (id(tensor),)
+    return id(tensor), tensor.data_ptr(), -1 if tensor.is_inference() else tensor._version

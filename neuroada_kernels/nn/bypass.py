@@ -1,0 +1,259 @@
+"""The layer round a base whose forward is not ours."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from neuroada_kernels import functional, ops
+from neuroada_kernels._dtypes import FLOATING
+from neuroada_kernels.nn._bitsandbytes import keep_packing
+from neuroada_kernels.nn._deferred import Deferred
+from neuroada_kernels.nn._layer import BaseForm, BypassLayer
+from neuroada_kernels.nn._planned import PlannedLayer
+from neuroada_kernels.nn._weight import BaseWeight
+from neuroada_kernels.nn.foreign import base_weight
+from neuroada_kernels.plan import check_index_form
+from neuroada_kernels.selection import row_blocks
+
+
+@dataclass(frozen=True)
+class Requantization:
+    """What quantising ``W + delta`` again did to it, ``W'`` being what the base holds now.
+
+    Attributes
+    ----------
+    largest : float
+        The largest ``|W' - (W + delta)|``.
+    of_weight : float
+        The norm of ``W' - (W + delta)`` over that of ``W + delta``.
+    of_update : float
+        The same over the norm of ``delta``: at 1, the error is as large as what was trained.
+    """
+
+    largest: float
+    of_weight: float
+    of_update: float
+
+
+class NeuroAdaBypass(PlannedLayer):
+    """A frozen base layer with k trainable bypass connections a neuron.
+
+    ``y[t, j] = base(x)[t, j] + sum_s delta[j, s] x[t, index[j, s]]``, the sum taken in float32 and
+    rounded once. The gradient of x through the base is the base's own. Only ``delta`` trains.
+
+    Parameters
+    ----------
+    base : nn.Module
+        bitsandbytes' ``Linear4bit`` or ``Linear8bitLt``, an ``nn.Linear`` that torchao has
+        quantised, transformers' ``Conv1D``, or any module with ``in_features``, ``out_features``
+        and a forward from ``[..., in_features]`` to ``[..., out_features]``. Held as it is, and
+        frozen.
+    k : int
+        Connections a neuron, from 1 to ``in_features``.
+    selection, scores, generator, neuron_fraction
+        Passed to :func:`neuroada_kernels.select`, which sees the base's weight dequantised, a few
+        rows at a time. A base without a weight of its own takes ``"random"`` or ``"scores"``.
+    delta_dtype : torch.dtype
+        Dtype of ``delta``. It stays when the layer is cast.
+    strategy : str
+        ``"bypass"``; ``"auto"`` comes to the same, and ``"resident"`` is refused.
+    index : Tensor, optional
+        int32, shape ``[out_features, k]``: the connections, instead of selecting them.
+
+    Attributes
+    ----------
+    base : nn.Module
+        The layer underneath.
+    index, delta, original, strategy_reason
+        As in :class:`NeuroAdaLinear`.
+
+    Raises
+    ------
+    TypeError
+        If ``base`` is no such module, or another argument not of its type.
+    ValueError
+        If the base is on the meta device or not quantised yet, or an argument is not as expected;
+        then ``base`` is unchanged.
+    """
+
+    base: nn.Module
+    _weight_name = "base.weight"
+
+    def __init__(
+        self,
+        base: nn.Module,
+        k: int = 1,
+        *,
+        selection: str = "magnitude",
+        scores: Tensor | None = None,
+        generator: torch.Generator | None = None,
+        neuron_fraction: float = 1.0,
+        delta_dtype: torch.dtype = torch.float32,
+        strategy: str = "bypass",
+        index: Tensor | None = None,
+    ) -> None:
+        super().__init__()
+        if isinstance(base, BypassLayer):
+            raise TypeError(f"base: {type(base).__name__}, expected a layer without a bypass")
+        weight = base_weight(base)
+        self.out_features, self.in_features = weight.shape
+        self._kind = weight.kind
+        if index is None:
+            choice = Deferred(k, selection, scores, generator, neuron_fraction)
+            index = choice.index_for(weight)
+        else:
+            check_index_form(index, self.in_features)
+            index = index.to(weight.device, copy=True)
+        self._check_connections(index, delta_dtype)
+        self._set_strategy(strategy)
+        self._hold_connections(index, delta_dtype)
+        self._make_plan()
+        base.requires_grad_(False)
+        keep_packing(base)
+        self.base = base
+        self.train(base.training)
+
+    @property
+    def weight(self) -> Any:
+        """What the base has under this name, quantised or transposed as it may be."""
+        return self.base.weight
+
+    @property
+    def bias(self) -> Any:
+        """What the base has under this name."""
+        return getattr(self.base, "bias", None)
+
+    def forward(self, x: Tensor, *args: Any, **options: Any) -> Tensor:
+        """``y [..., out_features]`` of ``x [..., in_features]``; the base gets all arguments."""
+        if not x.dim() or x.shape[-1] != self.in_features:
+            raise ValueError(f"x: shape {list(x.shape)}, expected [..., {self.in_features}]")
+        y: Tensor = self.base(x, *args, **options)
+        buffers = self._buffers
+        if buffers["original"] is not None:
+            return y
+        index = buffers["index"]
+        assert index is not None
+        if not isinstance(y, Tensor) or y.dtype not in FLOATING:
+            raise TypeError(f"base: gave {_form_of(y)}, expected a floating tensor")
+        if not torch.compiler.is_compiling():
+            self._follow_index(index)
+        return functional.neuroada_bypass(y, x.to(y.dtype), index, self.delta, plan=buffers["plan"])
+
+    def merge_requantized(self) -> Requantization:
+        """Dequantise W, add ``delta`` and quantise again, by the base's own quantiser.
+
+        Quantising rounds every number to a grid as coarse as before, and moves that grid where the
+        largest of a block has changed: the error is reported, and no :meth:`unmerge` undoes it.
+        ``delta`` is zero afterwards, since the base has it. W is in memory as a whole, in float32.
+
+        Returns
+        -------
+        Requantization
+
+        Raises
+        ------
+        ValueError
+            If the base has a plain weight, which :meth:`merge` is for, or one that cannot be
+            quantised again.
+        """
+        return self._requantize()[0]
+
+    @torch.no_grad()
+    def _requantize(self) -> tuple[Requantization, Callable[[], None]]:
+        """:meth:`merge_requantized`, and what undoes it while nothing else has happened."""
+        self._check_index(self.index)
+        weight = base_weight(self.base)
+        if weight.matrix is not None:
+            raise ValueError(f"base: {weight.kind} has a plain weight, expected merge()")
+        dense = torch.cat([weight.rows(rows).float() for rows in row_blocks(weight.shape)])
+        ops.merge_(dense, self.index, self.delta)
+        delta = self.delta.clone()
+        before = weight.exchange(weight.quantise(dense))
+
+        def undo() -> None:
+            with torch.no_grad():
+                base_weight(self.base).exchange(before)
+                self.delta.copy_(delta)
+
+        try:
+            update = delta.double().masked_fill(self.index < 0, 0).norm()
+            report = _compare(weight, dense, float(update))
+            self.delta.zero_()
+        except BaseException:
+            undo()
+            raise
+        return report, undo
+
+    def check_mergeable(self) -> None:
+        super().check_mergeable()
+        weight = base_weight(self.base)
+        if weight.matrix is None:
+            raise ValueError(
+                f"base: {weight.kind}, into which nothing can be merged exactly, expected "
+                "merge_requantized(), which says how large the error is"
+            )
+
+    def base_entries(self, index: Tensor) -> Tensor:
+        return base_weight(self.base).entries(index)
+
+    def base_form(self) -> BaseForm:
+        weight = base_weight(self.base)
+        return BaseForm(weight.kind, weight.dtype, weight.device)
+
+    def extra_repr(self) -> str:
+        return (
+            f"in_features={self.in_features}, out_features={self.out_features}, k={self.k}, "
+            f"kind={self._kind!r}{self._state_repr()}"
+        )
+
+    def _why_not_resident(self) -> str | None:
+        return f"the base is a {self._kind}, whose forward is its own"
+
+    def _fold(self) -> Tensor:
+        return ops.merge_(self._matrix(), self.index, self.delta)
+
+    def _unfold(self, index: Tensor, original: Tensor) -> None:
+        ops.unmerge_(self._matrix(), index, original)
+
+    def _matrix(self) -> Tensor:
+        matrix = base_weight(self.base).matrix
+        assert matrix is not None, "merged into a base without a plain weight"
+        return matrix
+
+    def _held(self, name: str) -> Tensor | None:
+        if name != self._weight_name:
+            return super()._held(name)
+        return self.base._parameters["weight"] if self._is_plain() else None
+
+    def _is_plain(self) -> bool:
+        return base_weight(self.base).matrix is not None
+
+    def _check_incoming(self, incoming: dict[str, Tensor]) -> None:
+        if "original" in incoming and not self._is_plain():
+            raise ValueError(f"original: of a merged layer, but the base is a {self._kind}")
+        super()._check_incoming(incoming)
+
+
+def _form_of(value: object) -> str:
+    return f"dtype {value.dtype}" if isinstance(value, Tensor) else type(value).__name__
+
+
+def _compare(weight: BaseWeight, expected: Tensor, update: float) -> Requantization:
+    """How far ``weight`` is from ``expected``, ``[d_out, d_in]``."""
+    largest = squares = 0.0
+    for rows in row_blocks(weight.shape):
+        error = (weight.rows(rows).double() - expected[rows].double()).abs()
+        largest = max(largest, float(error.max()))
+        squares += float(error.square().sum())
+    norm = squares**0.5
+    total = float(expected.double().norm())
+    return Requantization(largest, _ratio(norm, total), _ratio(norm, update))
+
+
+def _ratio(error: float, of: float) -> float:
+    return error / of if of else (float("inf") if error else 0.0)

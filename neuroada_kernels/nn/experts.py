@@ -1,0 +1,229 @@
+"""Mixtures of experts whose weights are stacked: a bypass for each neuron of each expert."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from neuroada_kernels import functional, ops
+from neuroada_kernels._dtypes import FLOATING
+from neuroada_kernels.nn._deferred import Deferred
+from neuroada_kernels.nn._layer import BaseForm
+from neuroada_kernels.nn._planned import PlannedLayer
+from neuroada_kernels.plan import check_index_form, make_plan
+
+#: The stacks of a module of experts, ``[experts, 2 d_ff, d]`` and ``[experts, d, d_ff]``.
+STACKS = ("gate_up_proj", "down_proj")
+#: The kind of base, as an adapter's file has it.
+STACKED = "stacked experts"
+
+
+class StackedLinear(PlannedLayer):
+    """Weights ``[experts, d_out, d_in]`` with k bypass connections a neuron of each expert.
+
+    Everything but the product sees them as one matrix ``[experts * d_out, d_in]``.
+
+    Attributes
+    ----------
+    weight : nn.Parameter
+        Shape ``[experts, d_out, d_in]``, shared and frozen.
+    index, delta, original, strategy_reason
+        As in :class:`NeuroAdaLinear`, of shape ``[experts * d_out, k]``.
+    """
+
+    weight: nn.Parameter
+    _plan_sizes: tuple[int, ...] = ()
+
+    def __init__(self, weight: nn.Parameter, index: Tensor, delta_dtype: torch.dtype) -> None:
+        super().__init__()
+        self.experts, self.d_out, self.in_features = weight.shape
+        self.out_features = self.experts * self.d_out
+        self._check_connections(index, delta_dtype)
+        self.register_parameter("weight", weight)
+        self._hold_connections(index, delta_dtype)
+        self._make_plan()
+
+    def forward(self, x: Tensor, counts: Sequence[int]) -> Tensor:
+        """``y [tokens, d_out]`` of ``x [tokens, d_in]``, the first ``counts[0]`` by expert 0."""
+        merged = self._buffers["original"] is not None
+        if not merged and not torch.compiler.is_compiling():
+            self._follow_index(self.index)
+        parts = zip(
+            x.split(list(counts)),
+            self.weight,
+            self.index.split(self.d_out),
+            self.delta.split(self.d_out),
+            self.plan.split(self._plan_sizes),
+            strict=True,
+        )
+        outputs = [
+            F.linear(part, weight)
+            if merged
+            else functional.apply_linear(part, weight, index, delta, None, plan)
+            for part, weight, index, delta, plan in parts
+            if len(part)
+        ]
+        return torch.cat(outputs) if outputs else x.new_zeros(0, self.d_out)
+
+    def _plan_of(self, index: Tensor) -> Tensor:
+        """One plan an expert, one behind the other."""
+        plans = [make_plan(part, self.in_features) for part in index.split(self.d_out)]
+        self._plan_sizes = tuple(map(len, plans))
+        return torch.cat(plans)
+
+    def base_entries(self, index: Tensor) -> Tensor:
+        return self._matrix().gather(1, index.to(self.weight.device).clamp(min=0).long())
+
+    def base_form(self) -> BaseForm:
+        return BaseForm(STACKED, self.weight.dtype, self.weight.device)
+
+    def extra_repr(self) -> str:
+        return (
+            f"experts={self.experts}, in_features={self.in_features}, out_features={self.d_out}, "
+            f"k={self.k}{self._state_repr()}"
+        )
+
+    def _why_not_resident(self) -> str | None:
+        return "the weight is a stack of experts"
+
+    def _fold(self) -> Tensor:
+        return ops.merge_(self._matrix(), self.index, self.delta)
+
+    def _unfold(self, index: Tensor, original: Tensor) -> None:
+        ops.unmerge_(self._matrix(), index, original)
+
+    def _matrix(self) -> Tensor:
+        return self.weight.detach().view(self.out_features, self.in_features)
+
+
+class NeuroAdaExperts(nn.Module):
+    """Gated experts as transformers stacks them, with k bypass connections a neuron of each.
+
+    ``down(gated(gate_up(x)))``, both with their bypass, of every expert that a token is sent to,
+    weighted and summed. The tokens are sorted by expert, and each group goes through the kernels
+    of :class:`NeuroAdaLinear`.
+
+    Parameters
+    ----------
+    experts : nn.Module
+        As transformers 5 has them: ``gate_up_proj [experts, 2 d_ff, d]``, ``down_proj [experts, d,
+        d_ff]`` and ``_apply_gate``, called with hidden states ``[tokens, d]``, and each token's
+        experts and weights ``[tokens, top_k]``. Its tensors are shared and frozen; nothing else
+        of it changes.
+    k : int
+        Connections a neuron.
+    selection : str
+        ``"magnitude"``, ``"smallest"`` or ``"random"``.
+    generator, neuron_fraction, delta_dtype
+        As in :class:`NeuroAdaLinear`.
+    index : mapping of str to Tensor, optional
+        By stack, int32 ``[experts * d_out, k]``, instead of selecting.
+
+    Attributes
+    ----------
+    gate_up_proj, down_proj : StackedLinear
+        The stacks with their bypasses.
+    base : nn.Module
+        A copy of ``experts`` without them.
+
+    Raises
+    ------
+    TypeError, ValueError
+        If ``experts`` is no such module, is on the meta device, or an argument is not as expected.
+    """
+
+    def __init__(
+        self,
+        experts: nn.Module,
+        k: int = 1,
+        *,
+        selection: str = "magnitude",
+        generator: torch.Generator | None = None,
+        neuron_fraction: float = 1.0,
+        delta_dtype: torch.dtype = torch.float32,
+        index: Mapping[str, Tensor] | None = None,
+        scores: Tensor | None = None,
+    ) -> None:
+        super().__init__()
+        reason = why_not_experts(experts)
+        if reason is not None:
+            raise TypeError(f"experts: {type(experts).__name__} {reason}")
+        if scores is not None or selection not in ("magnitude", "smallest", "random"):
+            raise ValueError(
+                f"selection: {selection!r}, expected 'magnitude', 'smallest' or 'random'"
+            )
+        choice = Deferred(k, selection, None, generator, neuron_fraction)
+        stacks = {}
+        for name in STACKS:
+            weight = experts._parameters[name]
+            assert weight is not None
+            matrix = weight.detach().view(-1, weight.shape[-1])
+            if index is None:
+                chosen = choice.index_for(matrix)
+            else:
+                check_index_form(index[name], weight.shape[-1])
+                chosen = index[name].to(weight.device, copy=True)
+            stacks[name] = StackedLinear(weight, chosen, delta_dtype)
+        self.base = copy.copy(experts)
+        others = {n: p for n, p in experts._parameters.items() if n not in STACKS}
+        self.base._parameters = others
+        self.gate_up_proj, self.down_proj = (stacks[name] for name in STACKS)
+        experts.requires_grad_(False)
+        self.train(experts.training)
+
+    @property
+    def stacks(self) -> dict[str, StackedLinear]:
+        """By the names that the weights have in ``experts``."""
+        return {"gate_up_proj": self.gate_up_proj, "down_proj": self.down_proj}
+
+    def forward(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
+        """``[tokens, d]`` of the same; an expert beyond the last one is none."""
+        top_k = top_k_index.shape[-1]
+        ids = top_k_index.reshape(-1)
+        experts = self.gate_up_proj.experts
+        counts = torch.bincount(ids, minlength=experts)[:experts].tolist()
+        order = ids.argsort(stable=True)[: sum(counts)]
+        gate: Any = self.base._apply_gate
+        h = gate(self.gate_up_proj(hidden_states[order // top_k], counts))
+        y = self.down_proj(h, counts) * top_k_weights.reshape(-1)[order, None]
+        # Each token's own places are summed, in an order that does not depend on the experts.
+        each = y.new_zeros(len(ids), y.shape[-1]).index_copy(0, order, y)
+        summed: Tensor = each.view(*top_k_index.shape, -1).sum(-2)
+        return summed.to(hidden_states.dtype)
+
+
+def is_experts(module: nn.Module) -> bool:
+    """Whether it has the stacks of gated experts, be they such as are taken or not."""
+    return all(name in module._parameters for name in STACKS)
+
+
+def why_not_experts(module: nn.Module) -> str | None:
+    """Why :class:`NeuroAdaExperts` does not take a module, in words, or None."""
+    if not (isinstance(module, nn.Module) and is_experts(module)):
+        return f"has no {' and '.join(STACKS)}"
+    if not callable(getattr(module, "_apply_gate", None)):  # others may compute something else
+        return "has no _apply_gate, as experts of transformers have since version 5"
+    for name in ("is_transposed", "has_bias", "has_post_expert_norm", "_is_expert_parallel"):
+        if getattr(module, name, False):
+            return f"has {name}, which is not known here"
+    up, down = (module._parameters[name] for name in STACKS)
+    assert up is not None
+    assert down is not None
+    for name, weight in zip(STACKS, (up, down), strict=True):
+        if type(weight) is not nn.Parameter or weight.dtype not in FLOATING:
+            return f"has a {type(weight).__name__} of {weight.dtype} as {name}, expected numbers"
+        if weight.is_meta:
+            return f"has {name} on the meta device, expected values"
+        if not weight.is_contiguous():
+            return f"has a {name} that is not contiguous"
+    if up.dim() != 3 or down.shape != (up.shape[0], up.shape[2], up.shape[1] // 2):
+        return (
+            f"has weights {list(up.shape)} and {list(down.shape)}, expected [experts, 2 d_ff, d] "
+            "and [experts, d, d_ff]"
+        )
+    return None

@@ -1,0 +1,130 @@
+"""Bases whose forward is not ours: what a layer has to know of the weight inside one.
+
+Which library a module is of is told by the names of its types, so that none is imported before a
+module of it is met.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from importlib.util import find_spec
+
+import torch
+from torch import Tensor, nn
+
+from neuroada_kernels._dtypes import FLOATING
+from neuroada_kernels.nn._bitsandbytes import bitsandbytes_weight
+from neuroada_kernels.nn._torchao import TorchaoWeight
+from neuroada_kernels.nn._weight import BaseWeight, is_of
+
+#: Libraries with bases of their own, and the extra that installs each.
+EXTRAS = {
+    "bitsandbytes": "quantized",
+    "torchao": "quantized",
+    "transformers": "peft",
+    "peft": "peft",
+}
+#: The kind of GPT-2's layer, as an adapter's file has it.
+CONV1D = "transformers Conv1D"
+
+
+class _PlainWeight(BaseWeight):
+    """Numbers, ``[d_out, d_in]`` or transposed."""
+
+    def __init__(self, module: nn.Module, kind: str, matrix: Tensor) -> None:
+        d_out, d_in = matrix.shape
+        super().__init__(module, kind, (d_out, d_in), matrix.dtype, matrix.device)
+        self.matrix: Tensor = matrix
+
+    def rows(self, rows: slice) -> Tensor:
+        return self.matrix[rows].detach()
+
+    def entries(self, index: Tensor) -> Tensor:
+        return self.matrix.detach().gather(1, index.to(self.device).clamp(min=0).long())
+
+
+class _Weightless(BaseWeight):
+    """A module of which only its form is known."""
+
+    def __init__(self, module: nn.Module, shape: tuple[int, int]) -> None:
+        tensor = next((t for t in (*module.parameters(), *module.buffers())), torch.empty(0))
+        super().__init__(module, "module without a weight", shape, torch.float32, tensor.device)
+
+    def rows(self, rows: slice) -> Tensor:
+        raise ValueError(
+            f"base: {type(self.module).__name__} has no plain weight [out_features, in_features] "
+            "to read; selection 'random', 'scores' or 'gradient' does without"
+        )
+
+    def entries(self, index: Tensor) -> Tensor:
+        return torch.zeros(index.shape, dtype=self.dtype, device=self.device)
+
+
+def base_weight(module: nn.Module) -> BaseWeight:
+    """The weight in ``module``, with what is the library's own way to read and write it.
+
+    Raises
+    ------
+    TypeError
+        If it is no layer from ``in_features`` to ``out_features``.
+    ValueError
+        If its weight has no values yet, or none that stay as they are.
+    """
+    make = _library(module)
+    if make is not None:
+        return make(module)
+    d_in, d_out = getattr(module, "in_features", None), getattr(module, "out_features", None)
+    if not (isinstance(module, nn.Module) and isinstance(d_in, int) and isinstance(d_out, int)):
+        raise TypeError(f"base: {type(module).__name__}, expected in_features and out_features")
+    weight = module._parameters.get("weight")
+    if weight is None or tuple(weight.shape) != (d_out, d_in) or not _is_plain(weight):
+        return _Weightless(module, (d_out, d_in))
+    return _PlainWeight(module, "module", weight)
+
+
+def is_library(module: nn.Module) -> bool:
+    """Whether it is a linear of a library that is known, though its forward is not ours."""
+    return _library(module) is not None
+
+
+def is_base(module: nn.Module) -> bool:
+    """Whether a bypass can be put round it."""
+    sizes = (getattr(module, name, None) for name in ("in_features", "out_features"))
+    return is_library(module) or all(isinstance(size, int) for size in sizes)
+
+
+def has_own_forward(module: nn.Module) -> bool:
+    """Whether it computes something else than ``nn.Linear`` does, or so one must assume."""
+    return type(module).forward is not nn.Linear.forward or "forward" in vars(module)
+
+
+def missing_library(kind: str) -> str | None:
+    """Of which library a base of that kind is, where that is not installed, and how it is."""
+    library = kind.partition(" ")[0]
+    if library not in EXTRAS or find_spec(library) is not None:
+        return None
+    return f"{library} is not installed: pip install 'neuroada-kernels[{EXTRAS[library]}]'"
+
+
+def _library(module: nn.Module) -> Callable[[nn.Module], BaseWeight] | None:
+    """What reads the weight of a module of some library, or None."""
+    if is_of(module, "bitsandbytes", "Linear4bit") or is_of(module, "bitsandbytes", "Linear8bitLt"):
+        return bitsandbytes_weight
+    if is_of(module, "transformers", "Conv1D"):
+        return _conv1d
+    if isinstance(module, nn.Linear) and is_of(module._parameters.get("weight"), "torchao"):
+        return TorchaoWeight
+    return None
+
+
+def _conv1d(module: nn.Module) -> BaseWeight:
+    """GPT-2's layer, which keeps W transposed."""
+    weight = module._parameters.get("weight")
+    if weight is None or weight.dim() != 2 or not _is_plain(weight):
+        raise ValueError("base: Conv1D without a plain weight [d_in, d_out]")
+    with torch.no_grad():
+        return _PlainWeight(module, CONV1D, weight.t())
+
+
+def _is_plain(weight: Tensor) -> bool:
+    return type(weight) in (Tensor, nn.Parameter) and weight.dtype in FLOATING
