@@ -14,6 +14,7 @@ from neuroada_kernels.model import AdaptSummary, adapt, merge, select_connection
 from neuroada_kernels.nn import NeuroAdaLinear, ReferenceNeuroAdaLinear
 from neuroada_kernels.plan import check_index, make_plan, order_slots
 from neuroada_kernels.selection import select
+from neuroada_kernels.siblings import set_save_activations
 from neuroada_kernels.strategies import resident, set_strategy
 
 __all__ = [
@@ -36,6 +37,7 @@ __all__ = [
     "save_adapter",
     "select",
     "select_connections",
+    "set_save_activations",
     "set_strategy",
     "unmerge",
     "use_backend",

@@ -29,6 +29,7 @@ from neuroada_kernels.model import (
 from neuroada_kernels.nn._base import BypassLinear
 from neuroada_kernels.nn.linear import NeuroAdaLinear
 from neuroada_kernels.plan import check_index
+from neuroada_kernels.siblings import link_siblings
 from neuroada_kernels.targets import check_target
 
 
@@ -131,7 +132,7 @@ def load_adapter(
             if isinstance(module, BypassLinear):
                 _exchange(module, entry, undo)
             else:
-                new[module] = _adapted(name, module, entry)
+                new[module] = _adapted(name, module, entry, config)
         if fresh:
             model.requires_grad_(False)
         for name, parameter in parameters.items():
@@ -140,6 +141,8 @@ def load_adapter(
             parameter.requires_grad_()
         undo.pop_all()
     replace(model, new)
+    if new:
+        link_siblings(model, None if config is None else config.siblings)
     keep_config(model, config)
     return AdaptSummary.of(model, tuple(targets))
 
@@ -244,10 +247,17 @@ def _refuse_mismatch(differing: Mapping[str, list[str]], allow_mismatch: bool) -
         raise ValueError(f"model: not what the adapter is for: {_some(words, '; ')}{hint}")
 
 
-def _adapted(name: str, linear: nn.Module, entry: AdaptedModule) -> BypassLinear:
+def _adapted(
+    name: str, linear: nn.Module, entry: AdaptedModule, config: NeuroAdaConfig | None
+) -> BypassLinear:
     assert isinstance(linear, nn.Linear)
     with errors_name(name):
-        layer = NeuroAdaLinear.from_linear(linear, index=entry.index, delta_dtype=entry.delta.dtype)
+        layer = NeuroAdaLinear.from_linear(
+            linear,
+            index=entry.index,
+            delta_dtype=entry.delta.dtype,
+            save_activations="auto" if config is None else config.save_activations,
+        )
     layer.delta.copy_(entry.delta)
     return layer
 

@@ -16,6 +16,7 @@ from neuroada_kernels.gradient import SCORE_BYTES, Loss, each_gradient
 from neuroada_kernels.nn._base import BypassLinear
 from neuroada_kernels.nn._strategy import refusal
 from neuroada_kernels.nn.linear import NeuroAdaLinear
+from neuroada_kernels.siblings import link_siblings
 from neuroada_kernels.strategies import shared_weights
 from neuroada_kernels.targets import find_targets
 
@@ -129,6 +130,8 @@ def adapt(
     bias: str = "none",
     delta_dtype: str | torch.dtype = "float32",
     strategy: str = "bypass",
+    save_activations: str = "auto",
+    siblings: Sequence[Sequence[str]] | None = None,
     layers: int | Sequence[int] | None = None,
     seed: int = 0,
     k_pattern: Mapping[str, int] | None = None,
@@ -214,6 +217,7 @@ def adapt(
                 generator=generator or config.generator_of(name),
                 neuron_fraction=config.neuron_fraction,
                 delta_dtype=config.torch_delta_dtype,
+                save_activations=config.save_activations,
             )
             if config.strategy == "resident" and not linear.weight.is_meta:
                 reason = shared.get(linear) or layers[linear]._why_not_resident()
@@ -232,6 +236,7 @@ def adapt(
                     adapt_one(name, None if scores is None else scores[name])
                     advance(linear.weight.numel())
     replace(model, layers)
+    link_siblings(model, config.siblings)
     for module, layer in layers.items():
         layer._set_strategy(config.strategy, shared.get(module))
     _freeze(model, config)

@@ -37,11 +37,12 @@ BELOW = {
     "targets": {"config"},
     "_progress": set(),
     "strategies": {"nn"},
+    "siblings": {"config", "nn"},
     "gradient": {"_progress"},
-    "model": {"_progress", "config", "gradient", "nn", "strategies", "targets"},
+    "model": {"_progress", "config", "gradient", "nn", "siblings", "strategies", "targets"},
     "_files": set(),
     "adapter_file": {"_files", "_version", "plan"},
-    "adapters": {"adapter_file", "config", "model", "nn", "plan", "targets"},
+    "adapters": {"adapter_file", "config", "model", "nn", "plan", "siblings", "targets"},
     "testing": {"selection"},
     "": {
         "_registry",
@@ -55,6 +56,7 @@ BELOW = {
         "plan",
         "reference",
         "selection",
+        "siblings",
         "strategies",
     },
 }

@@ -89,6 +89,11 @@ def bypass_backward(
     return grad_x, grad_delta
 
 
+def sddmm(grad: Tensor, x: Tensor, index: Tensor, delta: Tensor, d_in: int) -> Tensor:
+    """ddelta from an x that may lack columns, with the bits that the whole one's would have."""
+    return C.sddmm.default(grad, x, index.contiguous(), d_in).to(delta.dtype)  # type: ignore[no-any-return]
+
+
 def merge(weight: Tensor, index: Tensor, delta: Tensor) -> Tensor:
     """The op ``merge_``."""
     return C.merge.default(weight, index.contiguous(), wide(delta, weight))  # type: ignore[no-any-return]

@@ -94,6 +94,7 @@ register(
             "linear_backward": Implementation(_linear_backward, _unsupported),
             "bypass_add": Implementation(_compiled.bypass_add, _unsupported),
             "bypass_backward": Implementation(_compiled.bypass_backward, _unsupported),
+            "sddmm": Implementation(_compiled.sddmm, _unsupported),
             "merge_": Implementation(_compiled.merge, _merge_unsupported),
             "unmerge_": Implementation(_compiled.restore, _merge_unsupported),
             "gather": Implementation(_compiled.gather, _merge_unsupported),

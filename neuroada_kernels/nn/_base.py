@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
+from neuroada_kernels.nn._activations import ActivationSaver, check_save_activations
 from neuroada_kernels.nn._deferred import Deferred
 from neuroada_kernels.nn._strategy import check_known, check_strategy, refusal, why_not_resident
 from neuroada_kernels.plan import check_index, check_index_form
@@ -19,7 +20,7 @@ from neuroada_kernels.selection import check_weight
 _Self = TypeVar("_Self", bound="BypassLinear")
 
 
-class BypassLinear(nn.Module):
+class BypassLinear(ActivationSaver):
     """A frozen linear with k trainable bypass connections a neuron.
 
     ``y[t, j] = sum_c x[t, c] W[j, c] + b[j] + sum_s delta[j, s] x[t, index[j, s]]``
@@ -45,6 +46,9 @@ class BypassLinear(nn.Module):
         ``"bypass"`` adds the bypass beside the product and never writes ``weight``.
         ``"resident"`` keeps ``round(W + delta)`` in it, see :attr:`strategy`. ``"auto"`` is
         ``"resident"`` where that is allowed.
+    save_activations : str
+        What is kept of x for the backward, see :attr:`save_activations`: ``"auto"``, ``"full"`` or
+        ``"compact"``.
     device, dtype
         As in ``nn.Linear``.
 
@@ -92,6 +96,7 @@ class BypassLinear(nn.Module):
         neuron_fraction: float = 1.0,
         delta_dtype: torch.dtype = torch.float32,
         strategy: str = "bypass",
+        save_activations: str = "auto",
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
@@ -100,8 +105,10 @@ class BypassLinear(nn.Module):
         choice = Deferred(k, selection, scores, generator, neuron_fraction)
         index = choice.index_for(linear.weight)
         check_strategy(strategy, linear.weight)
+        check_save_activations(save_activations)
         self._adopt(linear, index, delta_dtype)
         self._defer(choice)
+        self.save_activations = save_activations
         self.strategy = strategy
 
     @classmethod
@@ -116,6 +123,7 @@ class BypassLinear(nn.Module):
         neuron_fraction: float = 1.0,
         delta_dtype: torch.dtype = torch.float32,
         strategy: str = "bypass",
+        save_activations: str = "auto",
         index: Tensor | None = None,
     ) -> _Self:
         """The layer over the very tensors of ``linear``: shared, never copied, and frozen.
@@ -124,7 +132,7 @@ class BypassLinear(nn.Module):
         ----------
         linear : nn.Linear
             Its weight and bias stop requiring grad; nothing else of it changes.
-        k, selection, scores, generator, neuron_fraction, delta_dtype, strategy
+        k, selection, scores, generator, neuron_fraction, delta_dtype, strategy, save_activations
             As in the constructor. While ``"resident"``, ``linear`` computes with ``W + delta``
             as well.
         index : Tensor, optional
@@ -142,6 +150,7 @@ class BypassLinear(nn.Module):
             raise ValueError("linear: has parametrizations, expected a weight of its own")
         check_weight(linear.weight, values=index is not None)
         check_strategy(strategy, linear.weight)
+        check_save_activations(save_activations)
         choice = Deferred(k, selection, scores, generator, neuron_fraction)
         if index is None:
             index = choice.index_for(linear.weight)
@@ -152,6 +161,7 @@ class BypassLinear(nn.Module):
         nn.Module.__init__(layer)
         layer._adopt(linear, index, delta_dtype)
         layer._defer(choice)
+        layer.save_activations = save_activations
         layer.strategy = strategy
         return layer
 
@@ -171,6 +181,7 @@ class BypassLinear(nn.Module):
         self.register_buffer("original", None)
         # Where W was changed, merged or resident, whatever is written into index meanwhile.
         self.register_buffer("merged_index", None, persistent=False)
+        self._start_saving()
         self.train(linear.training)
 
     @property
@@ -302,6 +313,7 @@ class BypassLinear(nn.Module):
             + (", merged" if self.merged else "")
             + (f", strategy={self._strategy}" if self._strategy != "bypass" else "")
             + (f", strategy=bypass since {self.strategy_reason}" if self.strategy_reason else "")
+            + self._saving_repr()
         )
 
     def _defer(self, choice: Deferred) -> None:
@@ -368,7 +380,8 @@ class BypassLinear(nn.Module):
 
         keeper = nn.Module()
         keeper.register_parameter("delta", self._parameters.pop("delta"))
-        kept = [name for name in ("index", "merged_index", "plan") if name in self._buffers]
+        names = ("index", "merged_index", "plan", "columns", "kept_index")
+        kept = [name for name in names if name in self._buffers]
         for name in kept:
             keeper.register_buffer(name, self._buffers.pop(name))
         try:
@@ -378,6 +391,7 @@ class BypassLinear(nn.Module):
             self._parameters["delta"] = keeper._parameters["delta"]
             for name in kept:
                 self._buffers[name] = keeper._buffers[name]
+            self._share_columns()
         return self
 
     def _load_from_state_dict(

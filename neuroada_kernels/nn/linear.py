@@ -25,6 +25,10 @@ class NeuroAdaLinear(ResidentLinear):
         self._make_plan()
 
     def _make_plan(self) -> None:
+        self._plan()
+        self._siblings.settle()
+
+    def _plan(self) -> None:
         if self.index.is_meta:
             plan, self._planned = self.index.new_empty(0), None
         else:
@@ -38,6 +42,18 @@ class NeuroAdaLinear(ResidentLinear):
             self._check_index(self.index)
             self._make_plan()
 
+    def _is_planned(self) -> bool:
+        if self.index.is_meta:
+            return False
+        if _identity(self.index) != self._planned:
+            try:
+                self._check_index(self.index)
+            except (TypeError, ValueError):
+                return False  # its own forward says why
+            self._leave_resident()
+            self._plan()
+        return True
+
     def _bypass_forward(self, x: Tensor) -> Tensor:
         buffers, parameters = self._buffers, self._parameters
         index = buffers["index"]
@@ -50,7 +66,13 @@ class NeuroAdaLinear(ResidentLinear):
         if buffers["base_values"] is not None:
             return self._resident_forward(x)
         return functional.apply_linear(
-            x, self.weight, index, self.delta, parameters["bias"], buffers["plan"]
+            x,
+            self.weight,
+            index,
+            self.delta,
+            parameters["bias"],
+            buffers["plan"],
+            self._keep(x),
         )
 
     def _fold(self) -> Tensor:
