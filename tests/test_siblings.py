@@ -377,7 +377,10 @@ def test_data_parallel_replicas_keep_what_the_layer_keeps():
     q = qkv_of(model)[0]
     replica = q._replicate_for_data_parallel()
     replica._parameters, replica._buffers = dict(q._parameters), dict(q._buffers)
+    replica._buffers["index"] = q.index.clone()  # as on another device
+    columns = q.columns
     replica(x).square().sum().backward()
+    assert q.columns is columns
     expected, q.delta.grad = q.delta.grad, None
     q(x).square().sum().backward()
     assert q.delta.grad.equal(expected)

@@ -26,7 +26,8 @@ class NeuroAdaLinear(ResidentLinear):
 
     def _make_plan(self) -> None:
         self._plan()
-        self._siblings.settle()
+        if self in self._siblings.layers:  # as a replica of DataParallel's is not
+            self._siblings.settle()
 
     def _plan(self) -> None:
         if self.index.is_meta:
