@@ -1,11 +1,13 @@
 """The micro benchmark of the linear layers, behind the command ``neuroada bench``.
 
 Forward and backward of every candidate at every case, interleaved, each checked before it is timed.
+With ``--memory`` nothing is timed, see :mod:`neuroada_kernels.benchmarks.block`.
 """
 
 from __future__ import annotations
 
 import argparse
+import json
 import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
@@ -17,6 +19,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
 from neuroada_kernels import BackendError
+from neuroada_kernels.benchmarks import block
 from neuroada_kernels.benchmarks.bars import judge, status
 from neuroada_kernels.benchmarks.candidates import (
     Candidate,
@@ -103,6 +106,11 @@ def main(argv: list[str] | None = None) -> int:
     options = parser.parse_args(argv)
     _complete(options, parser)
     console = Console()
+    if options.memory:
+        found = block.run(options.device, options.dtypes, console)
+        if options.json is not None:
+            options.json.write_text(json.dumps(found, indent=1) + "\n")
+        return 0
     with _threads(options.threads):
         print_environment(console, options.device)
         results = _measure_all(options, console)
@@ -136,6 +144,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--threads", type=_positive, metavar="N", help="default: torch's")
     add("--json", type=_file, metavar="FILE", help="write everything, samples included")
     add("--png", type=_file, metavar="FILE", help="write a bar chart (needs matplotlib)")
+    add("--memory", action="store_true", help="instead: what a block keeps for its backward")
     add("--host-cost", action="store_true", help="also the microseconds of a call at T = 1")
     add("--assert-bars", action="store_true", help="exit 1 where a bar is missed")
     return parser

@@ -1,6 +1,7 @@
-"""Writes the README's table from a results file of ``neuroada bench --json``.
+"""Writes a table of the README from a results file of ``neuroada bench --json``.
 
 python -m neuroada_kernels.benchmarks.readme benchmarks/results/cpu/linear.json README.md
+python -m neuroada_kernels.benchmarks.readme benchmarks/results/cpu/memory.json README.md
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 _BEGIN, _END = "<!-- benchmark table -->", "<!-- end of benchmark table -->"
+_MEMORY_BEGIN, _MEMORY_END = "<!-- memory table -->", "<!-- end of memory table -->"
 
 
 def table(results: dict[str, Any]) -> str:
@@ -40,17 +42,54 @@ def table(results: dict[str, Any]) -> str:
     return "\n".join([*lines, "", measured])
 
 
+def memory_table(results: dict[str, Any]) -> str:
+    """A Markdown table of the bytes that a block keeps, and of those that its linears keep."""
+    rows = results["results"]
+    dtypes = list(dict.fromkeys(row["dtype"] for row in rows))
+    kept = {(row["dtype"], row["method"]): row for row in rows}
+    headings = [
+        "",
+        *(f"{part}, {dtype}" for dtype in dtypes for part in ("block", "by its linears")),
+    ]
+    lines = ["| " + " | ".join(headings) + " |", "|---|" + "---:|" * (len(headings) - 1)]
+    for method in dict.fromkeys(row["method"] for row in rows):
+        cells = [
+            f"{kept[dtype, method][key] / 2**20:.1f}{_less(kept, dtype, method, key)}"
+            for dtype in dtypes
+            for key in ("kept_bytes", "kept_bytes_by_the_linears")
+        ]
+        lines.append("| " + " | ".join([method, *cells]) + " |")
+    sizes = results["sizes"]
+    measured = (
+        f"MiB that a Llama-shaped block keeps for its backward: T {sizes['tokens']}, "
+        f"d {sizes['width']}, MLP {sizes['hidden']}, k {sizes['k']}, random weights, commit "
+        f"{results['commit'][:7]}. `{results['command']}` repeats it."
+    )
+    return "\n".join([*lines, "", measured])
+
+
+def _less(kept: dict[tuple[str, str], dict[str, Any]], dtype: str, method: str, key: str) -> str:
+    """By how much it is less than ``full``, where it is and something is kept."""
+    share = kept[dtype, method][key] / kept[dtype, "full"][key]
+    return f" (−{1 - share:.0%})" if method != "frozen" and share < 0.99 else ""
+
+
 def main(argv: list[str] | None = None) -> int:
     """Replace what stands between the README's two markers."""
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("results", type=Path)
     parser.add_argument("readme", type=Path)
     options = parser.parse_args(argv)
-    text = options.readme.read_text()
-    if _BEGIN not in text or _END not in text:
-        parser.error(f"readme: {options.readme} has no {_BEGIN} and {_END}")
-    new = f"{_BEGIN}\n{table(json.loads(options.results.read_text()))}\n{_END}"
-    pattern = re.escape(_BEGIN) + ".*?" + re.escape(_END)
+    text, results = options.readme.read_text(), json.loads(options.results.read_text())
+    begin, end, lines = _BEGIN, _END, table
+    if results.get("kind") == "memory":
+        begin, end, lines = _MEMORY_BEGIN, _MEMORY_END, memory_table
+    if begin not in text or end not in text:
+        parser.error(f"readme: {options.readme} has no {begin} and {end}")
+    new = f"{begin}\n{lines(results)}\n{end}"
+    pattern = re.escape(begin) + ".*?" + re.escape(end)
     options.readme.write_text(re.sub(pattern, lambda _: new, text, count=1, flags=re.DOTALL))
     return 0
 

@@ -21,6 +21,7 @@ from neuroada_kernels.nn import (
 )
 from neuroada_kernels.plan import check_index, make_plan, order_slots
 from neuroada_kernels.selection import select
+from neuroada_kernels.siblings import set_save_activations
 from neuroada_kernels.strategies import resident, set_strategy
 
 __all__ = [
@@ -47,6 +48,7 @@ __all__ = [
     "save_adapter",
     "select",
     "select_connections",
+    "set_save_activations",
     "set_strategy",
     "unmerge",
     "use_backend",

@@ -35,6 +35,7 @@ from neuroada_kernels.nn.experts import STACKS, NeuroAdaExperts, is_experts
 from neuroada_kernels.nn.foreign import base_weight, missing_library
 from neuroada_kernels.nn.linear import NeuroAdaLinear
 from neuroada_kernels.plan import check_index
+from neuroada_kernels.siblings import link_siblings
 from neuroada_kernels.targets import check_target, is_foreign
 
 
@@ -142,7 +143,7 @@ def load_adapter(
             if isinstance(module, BypassLayer):
                 _exchange(module, entry, undo)
             else:
-                new[module] = _adapted(name, module, entry)
+                new[module] = _adapted(name, module, entry, config)
         if fresh:
             model.requires_grad_(False)
         for name, parameter in parameters.items():
@@ -151,6 +152,8 @@ def load_adapter(
             parameter.requires_grad_()
         undo.pop_all()
     replace(model, new)
+    if new:
+        link_siblings(model, None if config is None else config.siblings)
     keep_config(model, config)
     return AdaptSummary.of(model, tuple(targets))
 
@@ -303,10 +306,18 @@ def _refuse_mismatch(differing: Mapping[str, list[str]], allow_mismatch: bool) -
         raise ValueError(f"model: not what the adapter is for: {_some(words, '; ')}{hint}")
 
 
-def _adapted(name: str, module: nn.Module, entry: AdaptedModule) -> BypassLayer:
-    index, dtype = entry.index, entry.delta.dtype
+def _adapted(
+    name: str, module: nn.Module, entry: AdaptedModule, config: NeuroAdaConfig | None
+) -> BypassLayer:
     with errors_name(name):
-        layer = layer_over(module, index.shape[1], NeuroAdaLinear, index=index, delta_dtype=dtype)
+        layer = layer_over(
+            module,
+            entry.index.shape[1],
+            NeuroAdaLinear,
+            index=entry.index,
+            delta_dtype=entry.delta.dtype,
+            save_activations="auto" if config is None else config.save_activations,
+        )
     assert isinstance(layer, BypassLayer)
     layer.delta.copy_(entry.delta)
     return layer

@@ -19,6 +19,7 @@ ALL_LINEAR = "all-linear"
 SELECTIONS = (*METHODS, "gradient")
 BIASES = ("none", "all")
 STRATEGIES = ("bypass", "resident", "auto")
+SAVE_ACTIVATIONS = ("auto", "full", "compact")
 
 
 @dataclass(frozen=True)
@@ -51,6 +52,12 @@ class NeuroAdaConfig:
         ``"bypass"``, ``"resident"`` or ``"auto"``, see :class:`NeuroAdaLinear`. ``"resident"`` is
         refused where another module reads a weight, as with tied embeddings; ``"auto"`` leaves
         such layers at ``"bypass"``.
+    save_activations : str
+        ``"auto"``, ``"full"`` or ``"compact"``, see :class:`NeuroAdaLinear`.
+    siblings : sequence of sequences of str, optional
+        Which modules read the same x, so that they share what they keep of it: groups of names or
+        last parts, of which those that differ by nothing else go together. By default those of
+        :data:`neuroada_kernels.siblings.KNOWN`; an empty list for none.
     layers : int or sequence of int, optional
         Numbers of the layers to adapt, a module's being the first number in its name.
     seed : int
@@ -73,6 +80,8 @@ class NeuroAdaConfig:
     bias: str = "none"
     delta_dtype: str | torch.dtype = "float32"
     strategy: str = "bypass"
+    save_activations: str = "auto"
+    siblings: Sequence[Sequence[str]] | None = None
     layers: int | Sequence[int] | None = None
     seed: int = 0
     k_pattern: Mapping[str, int] = field(default_factory=dict)
@@ -90,6 +99,9 @@ class NeuroAdaConfig:
         _check_choice("bias", self.bias, BIASES)
         self._set("delta_dtype", _dtype_name(self.delta_dtype))
         _check_choice("strategy", self.strategy, STRATEGIES)
+        _check_choice("save_activations", self.save_activations, SAVE_ACTIVATIONS)
+        if self.siblings is not None:
+            self._set("siblings", _groups("siblings", self.siblings))
         if self.layers is not None:
             if not isinstance(self.layers, int | Sequence):
                 raise TypeError(f"layers: {self.layers!r}, expected numbers of layers")
@@ -135,10 +147,7 @@ class NeuroAdaConfig:
 
     def to_dict(self) -> dict[str, Any]:
         """As JSON has it: lists, text and numbers."""
-        return {
-            name: list(value) if isinstance(value, tuple) else value
-            for name, value in dataclasses.asdict(self).items()
-        }
+        return {name: _as_json(value) for name, value in dataclasses.asdict(self).items()}
 
     def to_json(self) -> str:
         """As one line of JSON."""
@@ -194,6 +203,19 @@ def _names(argument: str, value: object) -> str | tuple[str, ...]:
     else:
         raise TypeError(f"{argument}: {value!r}, expected names or a regular expression")
     raise ValueError(f"{argument}: {value!r}, expected at least one name, and none empty")
+
+
+def _groups(argument: str, value: object) -> tuple[tuple[str, ...], ...]:
+    if isinstance(value, str) or not isinstance(value, Sequence):
+        raise TypeError(f"{argument}: {value!r}, expected groups of names")
+    for group in value:
+        if isinstance(group, str):
+            raise TypeError(f"{argument}: {group!r}, expected a group of names")
+    return tuple(tuple(_names(argument, group)) for group in value)
+
+
+def _as_json(value: object) -> object:
+    return [_as_json(entry) for entry in value] if isinstance(value, tuple) else value
 
 
 def _check_choice(argument: str, value: object, choices: tuple[str, ...]) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import TypeAlias
+
 import torch
 from torch import Tensor
 
@@ -9,6 +11,10 @@ from neuroada_kernels import ops, reference
 from neuroada_kernels._dtypes import FLOATING
 
 _AUTOCAST = (torch.float32, torch.bfloat16, torch.float16)
+#: Columns of x that are saved for the backward in its stead, ``[..., columns]`` of the dtype that
+#: the layer computes in, and an index into them.
+Kept: TypeAlias = tuple[Tensor, Tensor]
+NOTHING_KEPT = (None, None)
 _WRONG_X = "x: dtype {}, expected float32, float64, bfloat16 or float16"
 
 
@@ -78,23 +84,29 @@ def apply_linear(
     delta: Tensor,
     bias: Tensor | None,
     plan: Tensor | None,
+    kept: Kept | None = None,
 ) -> Tensor:
     """:func:`neuroada_linear` for tensors of a layer, whose shapes are known to fit."""
     x, bias = _checked_linear(x, weight, bias)
     if is_transformed():
         return reference.neuroada_linear(x, weight, index, delta, bias)
-    return ops.linear(x, weight, index, delta, bias, plan)
+    return ops.linear(x, weight, index, delta, bias, plan, *(kept or NOTHING_KEPT))
 
 
 def apply_resident(
-    x: Tensor, weight: Tensor, index: Tensor, delta: Tensor, bias: Tensor | None
+    x: Tensor,
+    weight: Tensor,
+    index: Tensor,
+    delta: Tensor,
+    bias: Tensor | None,
+    kept: Kept | None = None,
 ) -> Tensor:
     """``F.linear(x, weight, bias)`` of a weight that holds ``W + delta``, with delta's gradient.
 
     For tensors of a layer, as :func:`apply_linear`, and not under ``torch.func`` transforms.
     """
     x, bias = _checked_linear(x, weight, bias)
-    return ops.resident_linear(x, weight, index, delta, bias)
+    return ops.resident_linear(x, weight, index, delta, bias, *(kept or NOTHING_KEPT))
 
 
 def _checked_linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:

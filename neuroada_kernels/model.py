@@ -23,6 +23,7 @@ from neuroada_kernels.nn.bypass import NeuroAdaBypass
 from neuroada_kernels.nn.experts import STACKS, NeuroAdaExperts, is_experts
 from neuroada_kernels.nn.foreign import base_weight
 from neuroada_kernels.nn.linear import NeuroAdaLinear
+from neuroada_kernels.siblings import link_siblings
 from neuroada_kernels.strategies import shared_weights
 from neuroada_kernels.targets import find_targets, is_foreign
 
@@ -136,6 +137,8 @@ def adapt(
     bias: str = "none",
     delta_dtype: str | torch.dtype = "float32",
     strategy: str = "bypass",
+    save_activations: str = "auto",
+    siblings: Sequence[Sequence[str]] | None = None,
     layers: int | Sequence[int] | None = None,
     seed: int = 0,
     k_pattern: Mapping[str, int] | None = None,
@@ -226,6 +229,7 @@ def adapt(
                 generator=generator or config.generator_of(name),
                 neuron_fraction=config.neuron_fraction,
                 delta_dtype=config.torch_delta_dtype,
+                save_activations=config.save_activations,
             )
             for part in parts_of(layer):
                 if config.strategy == "resident" and not part.deferred:
@@ -245,6 +249,7 @@ def adapt(
                     adapt_one(name, None if scores is None else scores[name])
                     advance(size)
     replace(model, layers)
+    link_siblings(model, config.siblings)
     for module, layer in layers.items():
         for part in parts_of(layer):
             part._set_strategy(config.strategy, shared.get(module))
@@ -315,15 +320,23 @@ def _once(targets: Mapping[str, nn.Module]) -> dict[str, nn.Module]:
 
 
 def layer_over(
-    module: nn.Module, k: int, layer_type: type[BypassLinear], **options: Any
+    module: nn.Module,
+    k: int,
+    layer_type: type[BypassLinear],
+    *,
+    save_activations: str = "auto",
+    **options: Any,
 ) -> BypassLayer | NeuroAdaExperts:
-    """The layer that takes the place of ``module``: round it, where its forward is not ours."""
+    """The layer that takes the place of ``module``: round it, where its forward is not ours.
+
+    Such a base keeps of x what it likes, so that there is no choice of ``save_activations``.
+    """
     if is_experts(module):
         return NeuroAdaExperts(module, k, **options)
     if is_foreign(module):
         return NeuroAdaBypass(module, k, **options)
     assert isinstance(module, nn.Linear)
-    return layer_type.from_linear(module, k, **options)
+    return layer_type.from_linear(module, k, save_activations=save_activations, **options)
 
 
 def _size_of(name: str, module: nn.Module) -> int:

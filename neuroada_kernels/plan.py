@@ -9,6 +9,7 @@ one). ``csrc/include/neuroada/planner.h`` says the same for C++.
 from __future__ import annotations
 
 import ctypes
+from collections.abc import Iterable
 from typing import NamedTuple
 
 import torch
@@ -127,6 +128,27 @@ def order_slots(index: Tensor) -> Tensor:
     ordered = index.to("cpu", copy=True).contiguous()
     _extension.module.order_slots(_buffer(ordered), *ordered.shape)
     return ordered.to(index.device)
+
+
+def chosen_columns(indices: Iterable[Tensor], d_in: int) -> Tensor:
+    """The columns that any of some checked indices names, int32, in rising order.
+
+    At least one, so that a matrix of them is never without columns.
+    """
+    columns = [index[index >= 0] for index in indices]
+    chosen = torch.zeros(d_in, dtype=torch.bool, device=columns[0].device)
+    chosen[torch.cat(columns).long()] = True
+    chosen[0] |= ~chosen.any()
+    return chosen.nonzero()[:, 0].int()
+
+
+def renumber(index: Tensor, columns: Tensor) -> Tensor:
+    """``index [d_out, k]`` into a matrix that has these of x's columns alone; -1 stays -1.
+
+    ``columns`` as of :func:`chosen_columns`, among which are all that ``index`` names.
+    """
+    place = torch.searchsorted(columns, index.clamp(min=0), out_int32=True)
+    return torch.where(index >= 0, place, index)
 
 
 class PlanParts(NamedTuple):

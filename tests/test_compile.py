@@ -72,11 +72,11 @@ def test_one_graph_serves_any_number_of_tokens(how, backend, device):
                 assert result.equal(expected)
 
 
-def small_model(dtype: torch.dtype = torch.float32) -> nn.Module:
+def small_model(dtype: torch.dtype = torch.float32, **options: object) -> nn.Module:
     """Two adapted layers whose deltas are not zero, one of them with a trained bias."""
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(24, 40), nn.GELU(), nn.Linear(40, 12, bias=False)).to(dtype)
-    nk.adapt(model, k=3)
+    nk.adapt(model, k=3, **options)
     with torch.no_grad():
         for layer in (model[0], model[2]):
             layer.delta.normal_(std=0.1)
@@ -153,8 +153,9 @@ def test_a_second_derivative_through_a_compiled_function_is_refused(backend, dev
 # Importing inductor runs torch's own scripted modules, which say so.
 @pytest.mark.filterwarnings("ignore:`torch.jit.script:DeprecationWarning")
 def test_the_default_compiler():
-    """Inductor's own code around our ops, forward and backward."""
-    model = small_model()
+    """Inductor's own code around our ops, forward and backward, columns of x copied by it too."""
+    model = small_model(save_activations="compact")
+    assert model[2].columns is not None
     x = torch.randn(6, 24)
     results = step(torch.compile(model, fullgraph=True), model, x)
     torch.testing.assert_close(results, step(model, model, x))

@@ -57,7 +57,8 @@ struct BypassBwdInput {
   int64_t out_stride;
 };
 
-// out[j, s] = sum_t grad[t, j] x[t, index[j, s]], and zero where index[j, s] is -1
+// out[j, s] = sum_t grad[t, j] x[t, index[j, s]], and zero where index[j, s] is -1. An x without the
+// columns that nobody chose has the sums of the whole one, to the bit, where `whole_d_in` is known.
 struct Sddmm {
   DType dtype;  // of grad and x
   int64_t tokens, d_in, d_out, k;
@@ -65,8 +66,9 @@ struct Sddmm {
   int64_t grad_stride;
   const void* x;  // [tokens, d_in]
   int64_t x_stride;
-  const int32_t* index;  // [d_out, k]
-  void* out;             // [d_out, k], in the accumulate type
+  const int32_t* index;    // [d_out, k]
+  void* out;               // [d_out, k], in the accumulate type
+  int64_t whole_d_in = 0;  // of an x with all columns, by which tokens fall into blocks; 0: d_in
 };
 
 // out[t, j] = sum_c x[t, c] W[j, c] + bias[j] + sum_s delta[j, s] x[t, index[j, s]]

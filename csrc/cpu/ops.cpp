@@ -166,17 +166,19 @@ Tensor linear_bwd_input_op(const Tensor& grad, const Tensor& weight, const Tenso
   return out;
 }
 
-Tensor sddmm_op(const Tensor& grad, const Tensor& x, const Tensor& index) {
+Tensor sddmm_op(const Tensor& grad, const Tensor& x, const Tensor& index, std::optional<int64_t> whole_d_in) {
   check_matrix("x", x, -1, -1);
+  check_whole_d_in(whole_d_in, x);
   check_index(index, x.size(1));
   const int64_t tokens = x.size(0), d_in = x.size(1), d_out = index.size(0), k = index.size(1);
   check_matrix("grad", grad, tokens, d_out);
   const DType dtype = dtype_of("x", x);
   check_same_dtype("grad", grad, dtype, "x");
   Tensor out = torch::stable::new_empty(x, {d_out, k}, dtype == DType::f64 ? ScalarType::Double : ScalarType::Float);
-  kernels().sddmm({dtype, tokens, d_in, d_out, k, grad.const_data_ptr(), grad.stride(0), x.const_data_ptr(),
-                   x.stride(0), static_cast<const int32_t*>(index.const_data_ptr()), out.mutable_data_ptr()},
-                  torch_executor());
+  kernels().sddmm(
+      {dtype, tokens, d_in, d_out, k, grad.const_data_ptr(), grad.stride(0), x.const_data_ptr(), x.stride(0),
+       static_cast<const int32_t*>(index.const_data_ptr()), out.mutable_data_ptr(), whole_d_in.value_or(d_in)},
+      torch_executor());
   return out;
 }
 

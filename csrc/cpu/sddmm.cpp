@@ -159,11 +159,12 @@ template <class T, class F>
 void with_token_block(const Sddmm& a, F&& f) {
   using A = accumulate_t<T>;
   constexpr int lanes = kLanes<A>;
+  const int64_t columns = std::max(a.d_in, a.whole_d_in);
   if constexpr (ProductCell<T>::tokens::kTokens == 1) {
-    with_block<A>(a.tokens, a.d_in, f);
+    with_block<A>(a.tokens, columns, f);
   } else {
     constexpr int64_t kStagedBytes = 512 << 10;
-    const int64_t fit = kStagedBytes / std::max<int64_t>(a.d_in * static_cast<int64_t>(sizeof(A)), 1);
+    const int64_t fit = kStagedBytes / std::max<int64_t>(columns * static_cast<int64_t>(sizeof(A)), 1);
     const int64_t most = std::min(fit, (a.tokens + 1) / 2);
     if (most >= 4 * lanes) return f(std::integral_constant<int, 4 * lanes>{});
     if (most >= 2 * lanes) return f(std::integral_constant<int, 2 * lanes>{});

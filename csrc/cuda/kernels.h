@@ -156,9 +156,10 @@ struct Sddmm {
   int64_t grad_stride;
   const void* x;  // [tokens, d_in]
   int64_t x_stride;
-  const int32_t* index;  // [d_out, k]
-  float* partial;        // [sddmm_parts, d_out, k], scratch; not read where that is 0 or 1
-  float* out;            // [d_out, k]
+  const int32_t* index;    // [d_out, k]
+  float* partial;          // [sddmm_parts, d_out, k], scratch; not read where that is 0 or 1
+  float* out;              // [d_out, k]
+  int64_t whole_d_in = 0;  // as for the CPU
 };
 
 using neuroada::MergeMode;

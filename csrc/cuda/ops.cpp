@@ -146,9 +146,10 @@ void bypass_bwd_input_op(const Tensor& grad, const Tensor& plan, const Tensor& d
   bypass_bwd_input(backward.args, device.facts(), device.stream());
 }
 
-Tensor sddmm_op(const Tensor& grad, const Tensor& x, const Tensor& index) {
+Tensor sddmm_op(const Tensor& grad, const Tensor& x, const Tensor& index, std::optional<int64_t> whole_d_in) {
   const Site site = site_of("grad", grad);
   check_matrix("x", x, -1, -1, site);
+  check_whole_d_in(whole_d_in, x);
   check_index(index, -1, site);
   const int64_t tokens = x.size(0), d_in = x.size(1), d_out = index.size(0), k = index.size(1);
   check_matrix("grad", grad, tokens, d_out, site);
@@ -167,7 +168,8 @@ Tensor sddmm_op(const Tensor& grad, const Tensor& x, const Tensor& index) {
              x.stride(0),
              int32_values(index),
              nullptr,
-             static_cast<float*>(out.mutable_data_ptr())};
+             static_cast<float*>(out.mutable_data_ptr()),
+             whole_d_in.value_or(d_in)};
   const int64_t parts = sddmm_parts(args, device.facts());
   Tensor partial = torch::stable::new_empty(x, {parts > 1 ? parts : 0, d_out, k}, ScalarType::Float);
   args.partial = static_cast<float*>(partial.mutable_data_ptr());

@@ -5,9 +5,18 @@
 namespace neuroada::cuda {
 namespace {
 
+// The tiles of an x with all columns: how tokens fall into blocks and parts, and so every bit, is theirs.
+template <class T>
+Tiles whole_tiles_of(const Sddmm& p, const Device& device) {
+  const int64_t columns = std::max(p.d_in, p.whole_d_in);
+  return choose_tiles("sddmm", static_cast<const T*>(p.x), p.x_stride, p.tokens, columns, device);
+}
+
 template <class T>
 Tiles tiles_of(const Sddmm& p, const Device& device) {
-  return choose_tiles("sddmm", static_cast<const T*>(p.x), p.x_stride, p.tokens, p.d_in, device);
+  Tiles tiles = choose_tiles("sddmm", static_cast<const T*>(p.x), p.x_stride, p.tokens, p.d_in, device);
+  tiles.groups = whole_tiles_of<T>(p, device).groups;  // no more than fit: fewer columns are narrower
+  return tiles;
 }
 
 template <class T>
@@ -18,7 +27,7 @@ int64_t blocks_of(const Sddmm& p, const Tiles& tiles) {
 // As many parts as CTAs run at once, and no more than there are blocks, or scratch for them.
 template <class T>
 int64_t parts_of(const Sddmm& p, const Device& device) {
-  const Tiles tiles = tiles_of<T>(p, device);
+  const Tiles tiles = whole_tiles_of<T>(p, device);
   const int64_t bytes = p.d_out * p.k * static_cast<int64_t>(sizeof(float));
   const int64_t affordable = std::max<int64_t>(device.scratch_bytes / bytes, 1);
   return std::min({resident_ctas(tiles, device), blocks_of<T>(p, tiles), affordable});

@@ -133,6 +133,11 @@ def bypass_backward(
     return grad_x, grad_delta
 
 
+def sddmm(grad: Tensor, x: Tensor, index: Tensor, delta: Tensor, d_in: int) -> Tensor:
+    """ddelta from an x that may lack columns, with the bits that the whole one's would have."""
+    return C.sddmm.default(grad, x, index.contiguous(), d_in).to(delta.dtype)  # type: ignore[no-any-return]
+
+
 def merge(weight: Tensor, index: Tensor, delta: Tensor) -> Tensor:
     """The op ``merge_``."""
     return C.merge.default(weight, index.contiguous(), wide(delta, weight))  # type: ignore[no-any-return]
@@ -203,6 +208,7 @@ def implementations(
         "linear_backward": Implementation(linear_backward, unsupported),
         "bypass_add": Implementation(bypass_add, unsupported),
         "bypass_backward": Implementation(bypass_backward, unsupported),
+        "sddmm": Implementation(sddmm, unsupported),
         "merge_": Implementation(merge, merge_unsupported),
         "unmerge_": Implementation(restore, merge_unsupported),
         "gather": Implementation(gather, merge_unsupported),

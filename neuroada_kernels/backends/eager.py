@@ -67,11 +67,24 @@ def _bypass_backward(
     plan: Tensor | None,
     output_mask: list[bool],
 ) -> tuple[Tensor | None, Tensor | None]:
+    return _backward(grad, x, index, delta, output_mask, x.shape[1])
+
+
+def _sddmm(grad: Tensor, x: Tensor, index: Tensor, delta: Tensor, d_in: int) -> Tensor:
+    _, grad_delta = _backward(grad, x, index, delta, [False, True], d_in)
+    assert grad_delta is not None
+    return grad_delta
+
+
+def _backward(
+    grad: Tensor, x: Tensor, index: Tensor, delta: Tensor, output_mask: list[bool], d_in: int
+) -> tuple[Tensor | None, Tensor | None]:
+    """``x`` may lack columns; into which blocks the sums fall follows from ``d_in``."""
     need_x, need_delta = output_mask
     slots = _Slots(index, delta, grad.dtype)
     grad_x = grad.new_empty(x.shape) if need_x else None
     grad_delta = torch.zeros_like(slots.value) if need_delta else None
-    for part in _blocks(x.shape[0], 2 * x.shape[1] + 3 * index.shape[0]):
+    for part in _blocks(x.shape[0], 2 * d_in + 3 * index.shape[0]):
         grad_t = grad[part].t().to(slots.dtype).contiguous()  # [d_out, block]
         if grad_delta is not None:
             x_t = x[part].t().to(slots.dtype).contiguous()  # [d_in, block]
@@ -146,6 +159,7 @@ register(
             "linear_backward": Implementation(_linear_backward, _serves_all),
             "bypass_add": Implementation(_bypass_add, _serves_all),
             "bypass_backward": Implementation(_bypass_backward, _serves_all),
+            "sddmm": Implementation(_sddmm, _serves_all),
             "merge_": Implementation(_merge, _serves_all),
             "unmerge_": Implementation(assign_entries, _serves_all),
             "gather": Implementation(chosen_entries, _serves_all),

@@ -78,7 +78,7 @@ def _linear_backward(
     plan: Tensor | None,
     output_mask: list[bool],
 ) -> tuple[Tensor | None, Tensor | None]:
-    return _backward(grad, x, weight, index, delta, plan, output_mask)
+    return _backward(grad, x, weight, index, delta, plan, output_mask, x.shape[1])
 
 
 def _bypass_add(x: Tensor, y: Tensor, index: Tensor, delta: Tensor) -> Tensor:
@@ -100,7 +100,13 @@ def _bypass_backward(
     plan: Tensor | None,
     output_mask: list[bool],
 ) -> tuple[Tensor | None, Tensor | None]:
-    return _backward(grad, x, None, index, delta, plan, output_mask)
+    return _backward(grad, x, None, index, delta, plan, output_mask, x.shape[1])
+
+
+def _sddmm(grad: Tensor, x: Tensor, index: Tensor, delta: Tensor, d_in: int) -> Tensor:
+    _, grad_delta = _backward(grad, x, None, index, delta, None, [False, True], d_in)
+    assert grad_delta is not None
+    return grad_delta
 
 
 def _backward(
@@ -111,10 +117,14 @@ def _backward(
     delta: Tensor,
     plan: Tensor | None,
     output_mask: list[bool],
+    d_in: int,
 ) -> tuple[Tensor | None, Tensor | None]:
-    """dx, with the dense part where ``weight`` is given, and ddelta."""
+    """dx, with the dense part where ``weight`` is given, and ddelta, for which x may lack columns.
+
+    The chunks follow from ``d_in`` and ``d_out`` alone, and so do all sums.
+    """
     kernels = _kernels()
-    (tokens, d_in), (_, d_out) = x.shape, grad.shape
+    tokens, d_out = grad.shape
     need_x, need_delta = output_mask
     index, delta = index.contiguous(), delta.contiguous()
     grad_x = partial = None
@@ -125,7 +135,7 @@ def _backward(
         columns = plan_parts(plan, d_in)
     if need_delta:
         partial = kernels.sddmm_partial(index, tokens, x.dtype)
-    bytes_a_token = (d_out + d_in * need_delta) * x.element_size()
+    bytes_a_token = (d_out + d_in) * grad.element_size()
     for part in _chunks(tokens, bytes_a_token):
         grad_t = kernels.transpose(grad[part])
         if grad_x is not None and fused:
@@ -211,6 +221,7 @@ _OPS: dict[str, Callable[..., Any]] = {
     "linear_backward": _linear_backward,
     "bypass_add": _bypass_add,
     "bypass_backward": _bypass_backward,
+    "sddmm": _sddmm,
     "merge_": _merge,
     "unmerge_": _unmerge,
     "gather": chosen_entries,

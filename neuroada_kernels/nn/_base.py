@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
+from neuroada_kernels.nn._activations import ActivationSaver, check_save_activations
 from neuroada_kernels.nn._deferred import Deferred
 from neuroada_kernels.nn._layer import BaseForm, BypassLayer
 from neuroada_kernels.nn._strategy import check_strategy, why_not_resident
@@ -19,7 +20,7 @@ from neuroada_kernels.selection import check_weight
 _Self = TypeVar("_Self", bound="BypassLinear")
 
 
-class BypassLinear(BypassLayer):
+class BypassLinear(ActivationSaver, BypassLayer):
     """A frozen linear with k trainable bypass connections a neuron.
 
     ``y[t, j] = sum_c x[t, c] W[j, c] + b[j] + sum_s delta[j, s] x[t, index[j, s]]``
@@ -45,6 +46,9 @@ class BypassLinear(BypassLayer):
         ``"bypass"`` adds the bypass beside the product and never writes ``weight``.
         ``"resident"`` keeps ``round(W + delta)`` in it, see :attr:`strategy`. ``"auto"`` is
         ``"resident"`` where that is allowed.
+    save_activations : str
+        What is kept of x for the backward, see :attr:`save_activations`: ``"auto"``, ``"full"`` or
+        ``"compact"``.
     device, dtype
         As in ``nn.Linear``.
 
@@ -84,6 +88,7 @@ class BypassLinear(BypassLayer):
         neuron_fraction: float = 1.0,
         delta_dtype: torch.dtype = torch.float32,
         strategy: str = "bypass",
+        save_activations: str = "auto",
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
@@ -92,8 +97,10 @@ class BypassLinear(BypassLayer):
         choice = Deferred(k, selection, scores, generator, neuron_fraction)
         index = choice.index_for(linear.weight)
         check_strategy(strategy, linear.weight)
+        check_save_activations(save_activations)
         self._adopt(linear, index, delta_dtype)
         self._defer(choice)
+        self.save_activations = save_activations
         self.strategy = strategy
 
     @classmethod
@@ -108,6 +115,7 @@ class BypassLinear(BypassLayer):
         neuron_fraction: float = 1.0,
         delta_dtype: torch.dtype = torch.float32,
         strategy: str = "bypass",
+        save_activations: str = "auto",
         index: Tensor | None = None,
     ) -> _Self:
         """The layer over the very tensors of ``linear``: shared, never copied, and frozen.
@@ -116,7 +124,7 @@ class BypassLinear(BypassLayer):
         ----------
         linear : nn.Linear
             Its weight and bias stop requiring grad; nothing else of it changes.
-        k, selection, scores, generator, neuron_fraction, delta_dtype, strategy
+        k, selection, scores, generator, neuron_fraction, delta_dtype, strategy, save_activations
             As in the constructor. While ``"resident"``, ``linear`` computes with ``W + delta``
             as well.
         index : Tensor, optional
@@ -137,6 +145,7 @@ class BypassLinear(BypassLayer):
             raise ValueError("linear: has parametrizations, expected a weight of its own")
         check_weight(linear.weight, values=index is not None)
         check_strategy(strategy, linear.weight)
+        check_save_activations(save_activations)
         choice = Deferred(k, selection, scores, generator, neuron_fraction)
         if index is None:
             index = choice.index_for(linear.weight)
@@ -147,6 +156,7 @@ class BypassLinear(BypassLayer):
         nn.Module.__init__(layer)
         layer._adopt(linear, index, delta_dtype)
         layer._defer(choice)
+        layer.save_activations = save_activations
         layer.strategy = strategy
         return layer
 
@@ -159,6 +169,7 @@ class BypassLinear(BypassLayer):
                 parameter.requires_grad_(False)
             self.register_parameter(name, parameter)
         self._hold_connections(index, delta_dtype)
+        self._start_saving()
         self.train(linear.training)
 
     def select_connections(self, reason: str | None = None) -> bool:
@@ -197,7 +208,7 @@ class BypassLinear(BypassLayer):
     def extra_repr(self) -> str:
         return (
             f"in_features={self.in_features}, out_features={self.out_features}, k={self.k}, "
-            f"bias={self.bias is not None}{self._state_repr()}"
+            f"bias={self.bias is not None}{self._state_repr()}{self._saving_repr()}"
         )
 
     def _bypass_forward(self, x: Tensor) -> Tensor:

@@ -15,6 +15,10 @@ from neuroada_kernels.nn._strategy import check_known, refusal
 from neuroada_kernels.plan import check_index, check_index_form
 
 
+#: Buffers of integers, of the layer itself and of those that build on it.
+_INDICES = ("index", "merged_index", "plan", "columns", "kept_index")
+
+
 class BaseForm(NamedTuple):
     """The kind of base, None for a plain linear; dtype and device of the entries of its weight."""
 
@@ -79,7 +83,9 @@ class BypassLayer(nn.Module):
         The strategy stays ``"bypass"``, and ``strategy_reason`` says why: who else reads the
         weight is not known here, but to :func:`neuroada_kernels.set_strategy`.
         """
-        if self._deferred is not None and self._deferred.strategy != "bypass":
+        if self._deferred is None:  # nothing is written then, which would compile a model again
+            return
+        if self._deferred.strategy != "bypass":
             self.strategy_reason = "its connections were loaded; set_strategy takes it up"
         self._deferred = None
 
@@ -244,7 +250,7 @@ class BypassLayer(nn.Module):
 
         keeper = nn.Module()
         keeper.register_parameter("delta", self._parameters.pop("delta"))
-        kept = [name for name in ("index", "merged_index", "plan") if name in self._buffers]
+        kept = [name for name in _INDICES if name in self._buffers]
         for name in kept:
             keeper.register_buffer(name, self._buffers.pop(name))
         try:

@@ -40,8 +40,12 @@ class PlannedLayer(BypassLayer):
 
     def _follow_index(self, index: Tensor) -> None:
         """Plan anew where ``index``, the layer's own, is not what the plan is of."""
-        if _identity(index) != self._planned:
+        if not self._follows(index):
             self._replan()
+
+    def _follows(self, index: Tensor) -> bool:
+        """Whether the plan is that of ``index``, the layer's own."""
+        return _identity(index) == self._planned
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)  # type: ignore[no-untyped-call]

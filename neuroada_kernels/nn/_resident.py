@@ -137,7 +137,7 @@ class ResidentLinear(BypassLinear):
             self._write(weight, delta)
         elif not self._is_patched(weight, delta):
             self._patch(weight, delta)
-        return functional.apply_resident(x, weight, index, delta, bias)
+        return functional.apply_resident(x, weight, index, delta, bias, self._keep(x))
 
     def _is_patched(self, weight: Tensor, delta: Tensor) -> bool:
         if self._seen is None or self._in_graph:
@@ -248,7 +248,7 @@ class ResidentLinear(BypassLinear):
         return {**self.__dict__, "_seen": None}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        super().__setstate__(state)  # type: ignore[no-untyped-call]
+        super().__setstate__(state)
         self._owner = id(self)
         _layers.add(self)
 

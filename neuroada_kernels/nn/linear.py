@@ -18,6 +18,23 @@ class NeuroAdaLinear(PlannedLayer, ResidentLinear):
         super()._adopt(linear, index, delta_dtype)
         self._make_plan()
 
+    def _make_plan(self) -> None:
+        super()._make_plan()
+        if self in self._siblings.layers:  # as a replica of DataParallel's is not
+            self._siblings.settle()
+
+    def _is_planned(self) -> bool:
+        if self.index.is_meta:
+            return False
+        if not self._follows(self.index):
+            try:
+                self._check_index(self.index)
+            except (TypeError, ValueError):
+                return False  # its own forward says why
+            self._leave_resident()
+            super()._make_plan()
+        return True
+
     def _bypass_forward(self, x: Tensor) -> Tensor:
         buffers, parameters = self._buffers, self._parameters
         index = buffers["index"]
@@ -29,7 +46,13 @@ class NeuroAdaLinear(PlannedLayer, ResidentLinear):
         if buffers["base_values"] is not None:
             return self._resident_forward(x)
         return functional.apply_linear(
-            x, self.weight, index, self.delta, parameters["bias"], buffers["plan"]
+            x,
+            self.weight,
+            index,
+            self.delta,
+            parameters["bias"],
+            buffers["plan"],
+            self._keep(x),
         )
 
     def _fold(self) -> Tensor:

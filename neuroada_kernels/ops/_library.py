@@ -8,6 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from neuroada_kernels import _registry
+
 LIBRARY = torch.library.Library("neuroada", "DEF")
 
 _PLAIN_TYPES = (Tensor, torch.nn.Parameter)
@@ -39,6 +41,44 @@ def as_matrix(x: Tensor) -> Tensor:
     """``x [..., d]`` as ``[tokens, d]`` with unit stride along a row, a view where one can be."""
     matrix = x if x.dim() == 2 else x.reshape(-1, x.shape[-1])
     return matrix if matrix.stride(1) == 1 or matrix.shape[1] == 1 else matrix.contiguous()
+
+
+def saved_of(
+    x: Tensor, kept: Tensor | None, kept_index: Tensor | None, needed: bool
+) -> tuple[Tensor | None, Tensor | None]:
+    """What is saved of x for ddelta, and the index into it where that is not x's own.
+
+    Raises
+    ------
+    ValueError
+        If ``kept`` and ``kept_index`` are not given together, or ``kept`` is not of this x.
+    """
+    if kept is None and kept_index is None:
+        return x if needed else None, None
+    if kept is None or kept_index is None:
+        name = "kept_index" if kept_index is None else "kept"
+        raise ValueError(f"{name}: missing, expected kept and kept_index together")
+    if kept.shape[:-1] != x.shape[:-1] or kept.dtype != x.dtype:
+        raise ValueError(
+            f"kept: {kept.dtype} of shape {list(kept.shape)}, expected {x.dtype} of shape "
+            f"{[*x.shape[:-1], 'columns']}, as x"
+        )
+    return (kept, kept_index) if needed else (None, None)
+
+
+def delta_gradient(grad: Tensor, kept: Tensor, index: Tensor, delta: Tensor, d_in: int) -> Tensor:
+    """ddelta from the columns of x that were kept: the same bits as from x, which had ``d_in``.
+
+    ``grad [tokens, d_out]`` and ``kept [tokens, columns]`` as :func:`as_matrix` gives them, and an
+    ``index [d_out, k]`` into the columns that were kept.
+    """
+    run = _registry.resolve("sddmm", grad, kept, index, delta, d_in)
+    return run(grad, kept, index, delta, d_in)  # type: ignore[no-any-return]
+
+
+def shape_alone(tokens: int, d_in: int, like: Tensor) -> Tensor:
+    """What stands for an x of which a backward reads nothing but the shape."""
+    return torch.empty(tokens, d_in, dtype=like.dtype, device="meta")
 
 
 def refuse_double_backward(ctx: Any, *grads: Tensor) -> None:

@@ -3,6 +3,8 @@
 out[t, j]    = y[t, j] + sum_s delta[j, s] x[t, index[j, s]]
 dx[t, c]     = sum over (j, s) with index[j, s] = c of delta[j, s] dout[t, j]
 ddelta[j, s] = sum_t dout[t, j] x[t, index[j, s]]
+
+``kept`` are the columns of x that are saved in its stead, as in ``neuroada::linear``.
 """
 
 from __future__ import annotations
@@ -17,24 +19,45 @@ from neuroada_kernels.ops._library import (
     LIBRARY,
     as_matrix,
     define,
+    delta_gradient,
     is_plain_eager,
     refuse_double_backward,
+    saved_of,
+    shape_alone,
 )
 
 
-def bypass_add(y: Tensor, x: Tensor, index: Tensor, delta: Tensor, plan: Tensor | None) -> Tensor:
+def bypass_add(
+    y: Tensor,
+    x: Tensor,
+    index: Tensor,
+    delta: Tensor,
+    plan: Tensor | None,
+    kept: Tensor | None = None,
+    kept_index: Tensor | None = None,
+) -> Tensor:
     """Call the op, without the dispatcher where nobody would see the difference.
 
-    Shapes: ``y [..., d_out]``, ``x [..., d_in]``, ``index`` and ``delta`` ``[d_out, k]``.
+    Shapes: ``y [..., d_out]``, ``x [..., d_in]``, ``index`` and ``delta`` ``[d_out, k]``;
+    ``kept [..., columns]``, ``kept_index [d_out, k]``.
     """
     if is_plain_eager(x) and is_plain_eager(y):
         if not torch.is_grad_enabled():
             return _forward(y, x, index, delta, plan)
-        return _BypassAdd.apply(y, x, index, delta, plan)  # type: ignore[no-any-return,no-untyped-call]
-    return torch.ops.neuroada.bypass_add.default(y, x, index, delta, plan)  # type: ignore[no-any-return]
+        return _BypassAdd.apply(y, x, index, delta, plan, kept, kept_index)  # type: ignore[no-any-return,no-untyped-call]
+    op = torch.ops.neuroada.bypass_add.default
+    return op(y, x, index, delta, plan, kept, kept_index)  # type: ignore[no-any-return]
 
 
-def _forward(y: Tensor, x: Tensor, index: Tensor, delta: Tensor, plan: Tensor | None) -> Tensor:
+def _forward(
+    y: Tensor,
+    x: Tensor,
+    index: Tensor,
+    delta: Tensor,
+    plan: Tensor | None,
+    kept: Tensor | None = None,
+    kept_index: Tensor | None = None,
+) -> Tensor:
     base, matrix = as_matrix(y), as_matrix(x)
     run = _registry.resolve("bypass_add", matrix, base, index, delta)
     out: Tensor = run(matrix, base, index, delta)
@@ -43,64 +66,99 @@ def _forward(y: Tensor, x: Tensor, index: Tensor, delta: Tensor, plan: Tensor | 
 
 def _backward(
     grad_output: Tensor,
-    x: Tensor,
+    x: Tensor | None,
     index: Tensor,
     delta: Tensor,
     plan: Tensor | None,
     output_mask: list[bool],
+    kept_index: Tensor | None = None,
+    d_in: int | None = None,
 ) -> tuple[Tensor, Tensor]:
-    grad, matrix = as_matrix(grad_output), as_matrix(x)
-    run = _registry.resolve("bypass_backward", grad, matrix, index, delta, plan, output_mask)
-    grad_x, grad_delta = run(grad, matrix, index, delta, plan, output_mask)
+    """``d_in`` where x is not the whole one: it is None where ddelta is not wanted."""
+    grad = as_matrix(grad_output)
+    width = _width(x, d_in)
+    need_x, need_delta = output_mask
+    grad_x = grad_delta = None
+    if x is not None and kept_index is not None and need_delta:
+        grad_delta = delta_gradient(grad, as_matrix(x), kept_index, delta, width)
+        need_delta = False
+    if need_x or need_delta:
+        whole = x is not None and kept_index is None
+        matrix = as_matrix(x) if whole else shape_alone(grad.shape[0], width, grad)  # type: ignore[arg-type]
+        args = (grad, matrix, index, delta, plan, [need_x, need_delta])
+        grad_x, from_whole = _registry.resolve("bypass_backward", *args)(*args)
+        grad_delta = from_whole if need_delta else grad_delta
     return (
-        grad.new_empty(0) if grad_x is None else grad_x.view(x.shape),
+        grad.new_empty(0) if grad_x is None else grad_x.view(*grad_output.shape[:-1], width),
         delta.new_empty(0) if grad_delta is None else grad_delta,
     )
 
 
+def _width(x: Tensor | None, d_in: int | None) -> int:
+    if d_in is not None:
+        return d_in
+    if x is None:
+        raise ValueError("d_in: missing, expected the number of inputs where x is not given")
+    return x.shape[-1]
+
+
 def _fake_forward(
-    y: Tensor, x: Tensor, index: Tensor, delta: Tensor, plan: Tensor | None
+    y: Tensor,
+    x: Tensor,
+    index: Tensor,
+    delta: Tensor,
+    plan: Tensor | None,
+    kept: Tensor | None = None,
+    kept_index: Tensor | None = None,
 ) -> Tensor:
     return y.new_empty(y.shape)
 
 
 def _fake_backward(
     grad_output: Tensor,
-    x: Tensor,
+    x: Tensor | None,
     index: Tensor,
     delta: Tensor,
     plan: Tensor | None,
     output_mask: list[bool],
+    kept_index: Tensor | None = None,
+    d_in: int | None = None,
 ) -> tuple[Tensor, Tensor]:
+    shape = [*grad_output.shape[:-1], _width(x, d_in)]
     return (
-        grad_output.new_empty(x.shape if output_mask[0] else [0]),
+        grad_output.new_empty(shape if output_mask[0] else [0]),
         delta.new_empty(delta.shape if output_mask[1] else [0]),
     )
 
 
 define(
-    "bypass_add(Tensor y, Tensor x, Tensor index, Tensor delta, Tensor? plan) -> Tensor",
+    "bypass_add(Tensor y, Tensor x, Tensor index, Tensor delta, Tensor? plan, "
+    "Tensor? kept=None, Tensor? kept_index=None) -> Tensor",
     _forward,
     _fake_forward,
 )
 define(
-    "bypass_backward(Tensor grad_output, Tensor x, Tensor index, Tensor delta, Tensor? plan, "
-    "bool[2] output_mask) -> (Tensor, Tensor)",
+    "bypass_backward(Tensor grad_output, Tensor? x, Tensor index, Tensor delta, Tensor? plan, "
+    "bool[2] output_mask, Tensor? kept_index=None, SymInt? d_in=None) -> (Tensor, Tensor)",
     _backward,
     _fake_backward,
 )
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: Tensor | None) -> None:
-    ctx.save_for_backward(*inputs[1:])
+    _, x, index, delta, plan, kept, kept_index = inputs
+    ctx.d_in = x.shape[-1]
+    saved, kept_index = saved_of(x, kept, kept_index, ctx.needs_input_grad[3])
+    ctx.save_for_backward(saved, index, delta, plan, kept_index)
 
 
 def _differentiate(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
-    x, index, delta, plan = ctx.saved_tensors
-    need_y, need_x, _, need_delta, _ = ctx.needs_input_grad
+    x, index, delta, plan, kept_index = ctx.saved_tensors
+    need_y, need_x, _, need_delta = ctx.needs_input_grad[:4]
     grad_x = grad_delta = None
     if need_x or need_delta:
-        args = (grad_output, x, index, delta, plan, [need_x, need_delta])
+        mask = [need_x, need_delta]
+        args = (grad_output, x, index, delta, plan, mask, kept_index, ctx.d_in)
         if is_plain_eager(grad_output) and not torch.is_grad_enabled():
             grad_x, grad_delta = _backward(*args)
         else:
@@ -110,6 +168,8 @@ def _differentiate(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
         grad_x if need_x else None,
         None,
         grad_delta if need_delta else None,
+        None,
+        None,
         None,
     )
 

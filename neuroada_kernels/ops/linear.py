@@ -4,6 +4,9 @@ y[t, j]      = sum_c x[t, c] W[j, c] + b[j] + sum_s delta[j, s] x[t, index[j, s]
 dx[t, c]     = sum_j dy[t, j] W[j, c]
                + sum over (j, s) with index[j, s] = c of delta[j, s] dy[t, j]
 ddelta[j, s] = sum_t dy[t, j] x[t, index[j, s]]
+
+Only ddelta needs x, and of it the columns that were chosen. Where they are given beside x, as
+``kept``, they are saved for the backward in its stead, with an index into them.
 """
 
 from __future__ import annotations
@@ -18,8 +21,11 @@ from neuroada_kernels.ops._library import (
     LIBRARY,
     as_matrix,
     define,
+    delta_gradient,
     is_plain_eager,
     refuse_double_backward,
+    saved_of,
+    shape_alone,
 )
 
 
@@ -30,18 +36,22 @@ def linear(
     delta: Tensor,
     bias: Tensor | None,
     plan: Tensor | None,
+    kept: Tensor | None = None,
+    kept_index: Tensor | None = None,
 ) -> Tensor:
     """Call the op, without the dispatcher where nobody would see the difference.
 
     Shapes: ``x [..., d_in]``, ``weight [d_out, d_in]``, ``index`` and ``delta`` ``[d_out, k]``,
-    ``bias [d_out]``, ``plan`` of :func:`neuroada_kernels.plan.make_plan`. A weight of another
-    dtype than ``x`` is cast for the duration of the call, as under autocast.
+    ``bias [d_out]``, ``plan`` of :func:`neuroada_kernels.plan.make_plan`; ``kept [..., columns]``
+    of the dtype of ``x``, ``kept_index [d_out, k]``. A weight of another dtype than ``x`` is cast
+    for the duration of the call, as under autocast.
     """
     if is_plain_eager(x):
         if not torch.is_grad_enabled():
             return _forward(x, weight, index, delta, bias, plan)
-        return _Linear.apply(x, weight, index, delta, bias, plan)  # type: ignore[no-any-return,no-untyped-call]
-    return torch.ops.neuroada.linear.default(x, weight, index, delta, bias, plan)  # type: ignore[no-any-return]
+        return _Linear.apply(x, weight, index, delta, bias, plan, kept, kept_index)  # type: ignore[no-any-return,no-untyped-call]
+    op = torch.ops.neuroada.linear.default
+    return op(x, weight, index, delta, bias, plan, kept, kept_index)  # type: ignore[no-any-return]
 
 
 def _forward(
@@ -51,6 +61,8 @@ def _forward(
     delta: Tensor,
     bias: Tensor | None,
     plan: Tensor | None,
+    kept: Tensor | None = None,
+    kept_index: Tensor | None = None,
 ) -> Tensor:
     matrix = as_matrix(x)
     if weight.dtype != x.dtype:
@@ -62,22 +74,30 @@ def _forward(
 
 def _backward(
     grad_output: Tensor,
-    x: Tensor,
+    x: Tensor | None,
     weight: Tensor,
     index: Tensor,
     delta: Tensor,
     plan: Tensor | None,
     output_mask: list[bool],
+    kept_index: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    grad, matrix = as_matrix(grad_output), as_matrix(x)
+    grad, d_in = as_matrix(grad_output), weight.shape[1]
     if weight.dtype != grad.dtype:
         weight = weight.to(grad.dtype)
-    run = _registry.resolve(
-        "linear_backward", grad, matrix, weight, index, delta, plan, output_mask
-    )
-    grad_x, grad_delta = run(grad, matrix, weight, index, delta, plan, output_mask)
+    need_x, need_delta = output_mask
+    grad_x = grad_delta = None
+    if x is not None and kept_index is not None and need_delta:
+        grad_delta = delta_gradient(grad, as_matrix(x), kept_index, delta, d_in)
+        need_delta = False
+    if need_x or need_delta:
+        whole = x is not None and kept_index is None
+        matrix = as_matrix(x) if whole else shape_alone(grad.shape[0], d_in, grad)  # type: ignore[arg-type]
+        args = (grad, matrix, weight, index, delta, plan, [need_x, need_delta])
+        grad_x, from_whole = _registry.resolve("linear_backward", *args)(*args)
+        grad_delta = from_whole if need_delta else grad_delta
     return (
-        grad.new_empty(0) if grad_x is None else grad_x.view(x.shape),
+        grad.new_empty(0) if grad_x is None else grad_x.view(*grad_output.shape[:-1], d_in),
         delta.new_empty(0) if grad_delta is None else grad_delta,
     )
 
@@ -89,54 +109,62 @@ def _fake_forward(
     delta: Tensor,
     bias: Tensor | None,
     plan: Tensor | None,
+    kept: Tensor | None = None,
+    kept_index: Tensor | None = None,
 ) -> Tensor:
     return x.new_empty([*x.shape[:-1], weight.shape[0]])
 
 
 def _fake_backward(
     grad_output: Tensor,
-    x: Tensor,
+    x: Tensor | None,
     weight: Tensor,
     index: Tensor,
     delta: Tensor,
     plan: Tensor | None,
     output_mask: list[bool],
+    kept_index: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
+    shape = [*grad_output.shape[:-1], weight.shape[1]]
     return (
-        grad_output.new_empty(x.shape if output_mask[0] else [0]),
+        grad_output.new_empty(shape if output_mask[0] else [0]),
         delta.new_empty(delta.shape if output_mask[1] else [0]),
     )
 
 
 define(
     "linear(Tensor x, Tensor weight, Tensor index, Tensor delta, Tensor? bias, "
-    "Tensor? plan) -> Tensor",
+    "Tensor? plan, Tensor? kept=None, Tensor? kept_index=None) -> Tensor",
     _forward,
     _fake_forward,
 )
 define(
-    "linear_backward(Tensor grad_output, Tensor x, Tensor weight, Tensor index, Tensor delta, "
-    "Tensor? plan, bool[2] output_mask) -> (Tensor, Tensor)",
+    "linear_backward(Tensor grad_output, Tensor? x, Tensor weight, Tensor index, Tensor delta, "
+    "Tensor? plan, bool[2] output_mask, Tensor? kept_index=None) -> (Tensor, Tensor)",
     _backward,
     _fake_backward,
 )
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: Tensor | None) -> None:
-    """Keep x and references to what the module holds already, never a tensor of W's size."""
-    x, weight, index, delta, bias, plan = inputs
-    ctx.save_for_backward(x, weight, index, delta, plan)
+    """Keep what ddelta needs of x, and references to what the module holds already.
+
+    Never a tensor of W's size, and nothing of x where delta does not train.
+    """
+    x, weight, index, delta, bias, plan, kept, kept_index = inputs
+    saved, kept_index = saved_of(x, kept, kept_index, ctx.needs_input_grad[3])
+    ctx.save_for_backward(saved, weight, index, delta, plan, kept_index)
     ctx.bias_dtype = None if bias is None else bias.dtype
 
 
 def _differentiate(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
-    x, weight, index, delta, plan = ctx.saved_tensors
-    need_x, need_weight, _, need_delta, need_bias, _ = ctx.needs_input_grad
+    x, weight, index, delta, plan, kept_index = ctx.saved_tensors
+    need_x, need_weight, _, need_delta, need_bias = ctx.needs_input_grad[:5]
     if need_weight:
         raise RuntimeError("weight: requires grad, expected a frozen weight")
     grad_x = grad_delta = grad_bias = None
     if need_x or need_delta:
-        args = (grad_output, x, weight, index, delta, plan, [need_x, need_delta])
+        args = (grad_output, x, weight, index, delta, plan, [need_x, need_delta], kept_index)
         # With grad mode on, somebody may differentiate again: only the op can refuse that.
         if is_plain_eager(grad_output) and not torch.is_grad_enabled():
             grad_x, grad_delta = _backward(*args)
@@ -150,6 +178,8 @@ def _differentiate(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
         None,
         grad_delta if need_delta else None,
         grad_bias,
+        None,
+        None,
         None,
     )
 

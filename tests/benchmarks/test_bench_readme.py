@@ -38,6 +38,42 @@ def test_the_table_has_a_row_a_case_with_ours_in_bold():
     assert "costs 14 µs of host time more" in lines[-1]
 
 
+def _kept(method: str, count: int) -> dict:
+    linears = count - (2 << 20)
+    return {
+        "dtype": "float32",
+        "method": method,
+        "kept_bytes": count,
+        "kept_bytes_by_the_linears": linears,
+    }
+
+
+MEMORY = {
+    "kind": "memory",
+    "command": "neuroada bench --memory",
+    "commit": "0123456789abcdef",
+    "sizes": {"tokens": 8, "width": 16, "hidden": 64, "k": 1},
+    "results": [_kept("frozen", 2 << 20), _kept("full", 10 << 20), _kept("compact", 8 << 20)],
+}
+
+
+def test_the_memory_table_says_how_much_less_is_kept(tmp_path):
+    lines = readme.memory_table(MEMORY).splitlines()
+    assert lines[0] == "|  | block, float32 | by its linears, float32 |"
+    assert lines[2:5] == [
+        "| frozen | 2.0 | 0.0 |",
+        "| full | 10.0 | 8.0 |",
+        "| compact | 8.0 (−20%) | 6.0 (−25%) |",
+    ]
+    path, results = tmp_path / "README.md", tmp_path / "memory.json"
+    results.write_text(json.dumps(MEMORY))
+    both = f"{readme._BEGIN}\nold\n{readme._END}\n"
+    path.write_text(f"{both}{readme._MEMORY_BEGIN}\n{readme._MEMORY_END}\n")
+    assert readme.main([str(results), str(path)]) == 0
+    assert path.read_text().startswith(both)
+    assert readme.memory_table(MEMORY) in path.read_text()
+
+
 def test_only_what_stands_between_the_markers_is_replaced(tmp_path):
     path, results = tmp_path / "README.md", tmp_path / "results.json"
     results.write_text(json.dumps(RESULTS))

@@ -16,6 +16,7 @@ from torch import Tensor
 
 import neuroada_kernels as nk
 from neuroada_kernels.backends import _compiled
+from neuroada_kernels.plan import chosen_columns, renumber
 from neuroada_kernels.testing import CASES, Case, Inputs, make_inputs, rms_error, tolerance
 
 NAMED = os.environ.get("NEUROADA_HOST_CUDA_LIBRARY")
@@ -85,6 +86,23 @@ def test_backward_is_the_formula(case, dtype, planned):
     grad_x, again = _compiled.linear_backward(grad, inputs.x, inputs.weight, *rest)
     assert rms_error(grad_x, truth.linear_grad_x) <= 2 * tolerance(dtype, terms + case.d_out)
     assert again.equal(grad_delta)
+
+
+#: All of x leaves shared memory room for one group of tokens, its chosen columns for two.
+WIDE = Case(tokens=40, d_in=8000, d_out=12, k=2, index="ragged")
+
+
+@pytest.mark.parametrize("case", [SMALL[0], WIDE], ids=lambda case: case.name)
+@every_dtype
+def test_columns_of_x_alone_have_the_gradient_of_all_of_it_to_the_bit(case, dtype):
+    inputs = make_inputs(case, dtype)
+    columns = chosen_columns([inputs.index], case.d_in)
+    x, index = inputs.x[:, columns], renumber(inputs.index, columns)
+    whole = C.sddmm(inputs.grad_output, inputs.x, inputs.index)
+    grad_delta = _compiled.sddmm(inputs.grad_output, x, index, inputs.delta, case.d_in)
+    assert grad_delta.equal(whole)
+    with pytest.raises(RuntimeError, match="d_in: 3, expected at least the"):
+        C.sddmm(inputs.grad_output, x, index, 3)
 
 
 #: Sizes along a row are multiples of 8; 384 threads a CTA.

@@ -6,6 +6,7 @@
 #include <torch/headeronly/util/Exception.h>
 
 #include <cstdint>
+#include <optional>
 #include <string>
 
 #include "neuroada/dtype.h"
@@ -57,6 +58,12 @@ inline void check_matrix(const char* name, const Tensor& tensor, int64_t rows, i
   STD_TORCH_CHECK(tensor.numel() == 0 || tensor.size(1) == 1 || tensor.stride(1) == 1, name, ": stride ",
                   tensor.stride(1), " along a row, expected 1");
   check_storage(name, tensor);
+}
+
+// The number of columns of which x may have only some.
+inline void check_whole_d_in(const std::optional<int64_t>& d_in, const Tensor& x) {
+  STD_TORCH_CHECK(!d_in.has_value() || *d_in >= x.size(1), "d_in: ", d_in.value_or(0), ", expected at least the ",
+                  x.size(1), " columns of x");
 }
 
 inline DType dtype_of(const char* name, const Tensor& tensor) {

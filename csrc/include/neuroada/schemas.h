@@ -11,7 +11,8 @@ void define_ops(Library& m) {
       "bypass_fwd(Tensor x, Tensor index, Tensor delta, Tensor? bias, Tensor? base, "
       "Tensor(a!) out) -> ()");
   m.def("bypass_bwd_input(Tensor grad, Tensor plan, Tensor delta, Tensor(a!) out) -> ()");
-  m.def("sddmm(Tensor grad, Tensor x, Tensor index) -> Tensor");
+  // x may lack columns; with the d_in of the whole one the sums have the same bits.
+  m.def("sddmm(Tensor grad, Tensor x, Tensor index, int? d_in=None) -> Tensor");
   m.def("merge(Tensor(a!) weight, Tensor index, Tensor delta) -> Tensor");
   // The two below have a kernel on the CPU and on sm_90a.
   m.def("linear_fwd(Tensor x, Tensor weight, Tensor index, Tensor delta, Tensor? bias) -> Tensor");

@@ -1,0 +1,156 @@
+"""What a layer keeps of x for its backward: x itself, or the columns that were chosen of it.
+
+dx needs nothing of x, and the gradient of ``delta`` those columns alone. Whether a copy of them is
+less than x depends on who else keeps x: the layer's siblings, which read the same one, and whoever
+made it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+
+from neuroada_kernels import functional
+from neuroada_kernels.config import SAVE_ACTIVATIONS
+from neuroada_kernels.nn._siblings import Siblings, columns_of
+from neuroada_kernels.plan import renumber
+
+#: Autograd's nodes whose result has the storage of their input.
+_VIEWS = {
+    f"{name}Backward{number}"
+    for name in ("Alias", "Permute", "ReshapeAlias", "Squeeze", "T", "Transpose", "UnsafeView")
+    for number in (0, 1, 2)
+} | {"ExpandBackward0", "UnsqueezeBackward0", "ViewBackward0"}
+#: What a node is asked for the result that it saved.
+_RESULTS = ("_saved_result", "_saved_output", "_saved_out")
+
+
+def check_save_activations(save_activations: str) -> None:
+    """Raise ValueError where it is none of those that are known."""
+    if save_activations not in SAVE_ACTIVATIONS:
+        raise ValueError(
+            f"save_activations: {save_activations!r}, expected one of {list(SAVE_ACTIVATIONS)}"
+        )
+
+
+def is_kept_by_its_maker(x: Tensor) -> bool:
+    """Whether the function that made x keeps it for its own backward, as attention and relu do.
+
+    Views are looked through. Nothing is unpacked: which functions do is known of their type.
+    """
+    node, number = x.grad_fn, x.output_nr
+    while node is not None and type(node).__name__ in _VIEWS:
+        node, number = node.next_functions[0]
+    return node is not None and number == 0 and any(hasattr(type(node), n) for n in _RESULTS)
+
+
+class ActivationSaver(nn.Module):
+    """The part of a layer that knows what of x is kept.
+
+    Attributes
+    ----------
+    columns : Tensor or None
+        Buffer, not saved, int32: the columns of x that are kept; None where x itself is.
+    kept_index : Tensor or None
+        Buffer, not saved, int32, shape ``[out_features, k]``: ``index`` into these columns.
+    """
+
+    in_features: int
+    index: Tensor
+    columns: Tensor | None
+    kept_index: Tensor | None
+    _save_activations = "auto"
+    _siblings: Siblings
+
+    def _start_saving(self) -> None:
+        self.register_buffer("columns", None, persistent=False)
+        self.register_buffer("kept_index", None, persistent=False)
+        self._siblings = Siblings()
+        self._siblings.layers.add(self)
+
+    @property
+    def save_activations(self) -> str:
+        """``"auto"``, ``"full"`` or ``"compact"``: what is kept of x from forward to backward.
+
+        ``"full"`` keeps x itself, by reference. ``"compact"`` keeps a copy of the columns that the
+        layer and its siblings chose, unless these are all. ``"auto"`` does so where they are at
+        most half of x. Where x is kept anyway, by a sibling or by the function that made it, it is
+        kept by reference in every case, for a copy would come on top. Gradients are the same bits.
+
+        Raises
+        ------
+        ValueError
+            On setting what is none of these.
+        """
+        return self._save_activations
+
+    @save_activations.setter
+    def save_activations(self, save_activations: str) -> None:
+        check_save_activations(save_activations)
+        if save_activations != self._save_activations:
+            self._save_activations = save_activations
+            self._siblings.settle()
+
+    def join(self, siblings: Siblings) -> None:
+        """Become one of the layers that read the same x; they have to settle afterwards."""
+        self._siblings.layers.discard(self)
+        siblings.layers.add(self)
+        self._siblings = siblings
+
+    def _is_planned(self) -> bool:
+        """Whether the index is known to be valid, looked at again where it has changed."""
+        return False
+
+    def _keep_columns(self, columns: Tensor | None) -> None:
+        kept_index = None if columns is None else renumber(self.index, columns)
+        self._buffers["columns"], self._buffers["kept_index"] = columns, kept_index
+
+    def _keep(self, x: Tensor) -> functional.Kept | None:
+        """The columns of x to be saved in its stead, and the index into them; None for x itself."""
+        buffers = self._buffers
+        columns = buffers["columns"]
+        if columns is None or not torch.is_grad_enabled() or columns.device != x.device:
+            return None
+        if not cast(Tensor, self._parameters["delta"]).requires_grad or functional.is_transformed():
+            return None
+        dtype = functional.autocast_dtype(x) or x.dtype
+        if torch.compiler.is_compiling():
+            # Siblings have the very same columns, so that a compiler makes one copy of its own.
+            return columns_of(x, columns, dtype), cast(Tensor, buffers["kept_index"])
+        if type(x) not in (Tensor, nn.Parameter) or (dtype == x.dtype and is_kept_by_its_maker(x)):
+            return None
+        with self._siblings.lock:
+            columns, kept_index = buffers["columns"], buffers["kept_index"]
+        if columns is None or kept_index is None:
+            return None
+        return self._siblings.copy_of(x, columns, dtype), kept_index
+
+    def _saving_repr(self) -> str:
+        columns, mode = self._buffers.get("columns"), self._save_activations
+        kept = "" if columns is None else f", keeps {len(columns)} columns of x"
+        return (f", save_activations={mode}" if mode != "auto" else "") + kept
+
+    def _share_columns(self) -> None:
+        """Go on sharing them, once they are moved: torch moves them layer by layer."""
+        mine = self._buffers.get("columns")
+        if mine is None or mine.is_meta:
+            return
+        for sibling in list(self._siblings.layers):
+            theirs = sibling.columns
+            if theirs is not None and theirs.device == mine.device and theirs.equal(mine):
+                self._buffers["columns"] = theirs
+                return
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        self._share_columns()
+        return self
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)  # type: ignore[no-untyped-call]
+        if "_siblings" not in state:  # from before there were any
+            self._start_saving()
+        self._siblings.layers.add(self)

@@ -1,0 +1,139 @@
+"""Layers that read the same x, and the one copy of its chosen columns that they share.
+
+The layer whose forward comes first makes the copy. A sibling finds it by x itself, the very tensor
+and not written since, so that a copy is never another x's or an older one. It is held until every
+sibling has read it or x is gone, whichever comes first; from then on the graph alone holds it.
+"""
+
+from __future__ import annotations
+
+import threading
+import weakref
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from neuroada_kernels.plan import chosen_columns
+
+
+class Reader(Protocol):
+    """What a layer has to be to have siblings."""
+
+    in_features: int
+    index: Tensor
+    columns: Tensor | None
+
+    @property
+    def save_activations(self) -> str: ...
+
+    def _is_planned(self) -> bool: ...
+
+    def _keep_columns(self, columns: Tensor | None) -> None: ...
+
+
+def columns_of(x: Tensor, columns: Tensor, dtype: torch.dtype) -> Tensor:
+    """``x[..., columns]``, of which nothing is differentiated."""
+    return x.detach().index_select(x.dim() - 1, columns).to(dtype)
+
+
+class Siblings:
+    """The layers, which this does not keep alive, and the latest copy of each thread.
+
+    A copy of this, deep or pickled, is empty: copied layers join it anew, and no other.
+    """
+
+    def __init__(self) -> None:
+        self.layers: weakref.WeakSet[Reader] = weakref.WeakSet()
+        self.lock = threading.RLock()  # columns and the index into them are changed together
+        self._latest = _Latest()
+
+    def __reduce__(self) -> tuple[type[Siblings], tuple[()]]:
+        return Siblings, ()
+
+    def settle(self) -> None:
+        """Decide which columns are kept, from what all the layers chose and want.
+
+        To be called where an index or a wish has changed.
+        """
+        with self.lock:
+            places: dict[tuple[torch.device, int], list[Reader]] = {}
+            for layer in list(self.layers):
+                if layer._is_planned():
+                    place = (layer.index.device, layer.in_features)
+                    places.setdefault(place, []).append(layer)
+            for layers in places.values():
+                columns = _worth_keeping(layers)
+                for layer in layers:
+                    layer._keep_columns(columns)
+
+    def copy_of(self, x: Tensor, columns: Tensor, dtype: torch.dtype) -> Tensor:
+        """``x[..., columns]``: the copy of a sibling, or one for it to find."""
+        latest = self._latest.copy
+        if latest is not None and latest.is_of(x, columns, dtype):
+            kept = latest.read()
+            if kept is not None:
+                return kept
+        kept = columns_of(x, columns, dtype)
+        readers = len(self.layers) - 1
+        shared = readers > 0 and not x.is_inference()  # which counts no versions
+        self._latest.copy = _Copy(x, columns, kept, readers) if shared else None
+        return kept
+
+
+class _Copy:
+    """The columns of one x, and how many siblings are still to read them."""
+
+    __slots__ = ("__weakref__", "address", "columns", "kept", "readers", "stream", "version", "x")
+
+    def __init__(self, x: Tensor, columns: Tensor, kept: Tensor, readers: int) -> None:
+        mine = weakref.ref(self)
+
+        def drop(_: object) -> None:
+            copy = mine()
+            if copy is not None:
+                copy.kept = None
+
+        self.x = weakref.ref(x, drop)
+        self.version, self.address, self.stream = x._version, x.data_ptr(), _stream(x)
+        self.columns = columns
+        self.kept: Tensor | None = kept
+        self.readers = readers
+
+    def is_of(self, x: Tensor, columns: Tensor, dtype: torch.dtype) -> bool:
+        return (
+            self.x() is x
+            and self.columns is columns
+            and self.kept is not None
+            and self.kept.dtype == dtype
+            and self.version == x._version
+            and self.address == x.data_ptr()
+            and self.stream == _stream(x)
+        )
+
+    def read(self) -> Tensor | None:
+        kept = self.kept
+        self.readers -= 1
+        if self.readers <= 0:
+            self.kept = None
+        return kept
+
+
+class _Latest(threading.local):
+    copy: _Copy | None = None
+
+
+def _stream(x: Tensor) -> object:
+    """Where the copy is made: another stream would have to wait for it."""
+    return torch.cuda.current_stream(x.device) if x.is_cuda else None
+
+
+def _worth_keeping(layers: list[Reader]) -> Tensor | None:
+    """The columns that any of the layers chose, or None where x itself is to be kept."""
+    wishes = {layer.save_activations for layer in layers}
+    if "full" in wishes:  # then x is there anyway, for all of them
+        return None
+    d_in = layers[0].in_features
+    columns = chosen_columns([layer.index for layer in layers], d_in)
+    most = d_in - 1 if wishes == {"compact"} else d_in // 2
+    return columns if len(columns) <= most else None

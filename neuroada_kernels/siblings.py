@@ -1,0 +1,102 @@
+"""Which layers of a model read the same x, so that they keep one copy of it between them.
+
+A wrong guess costs memory and nothing else: a copy is found by the very x that it was made of, so
+a layer that reads another makes its own, of more columns than it needs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from torch import nn
+
+from neuroada_kernels.config import matches
+from neuroada_kernels.nn._activations import check_save_activations
+from neuroada_kernels.nn._base import BypassLinear
+from neuroada_kernels.nn._siblings import Siblings
+
+#: Attention's query, key and value, by the names that current models give them.
+_ATTENTION = (
+    ("q_proj", "k_proj", "v_proj"),
+    ("query", "key", "value"),
+    ("query_proj", "key_proj", "value_proj"),
+    ("q_lin", "k_lin", "v_lin"),
+    ("to_q", "to_k", "to_v"),
+    ("wq", "wk", "wv"),
+    ("q", "k", "v"),
+)
+_GATED = (("gate_proj", "up_proj"), ("w1", "w3"), ("wi_0", "wi_1"), ("gate", "up"))
+#: Groups of names whose modules, under one parent, read the same x.
+KNOWN: tuple[tuple[str, ...], ...] = (*_ATTENTION, *_GATED)
+#: Parts of a parent's name by which its query reads another x than its key and value.
+_CROSS = ("cross", "encoder_attn", "encdec", "attn2")
+
+
+def set_save_activations(
+    model: nn.Module, save_activations: str, siblings: Sequence[Sequence[str]] | None = None
+) -> tuple[tuple[str, ...], ...]:
+    """Set what every NeuroAda layer of ``model`` keeps of x, and which of them share it.
+
+    Parameters
+    ----------
+    model : nn.Module
+        With layers from :func:`neuroada_kernels.adapt`.
+    save_activations : str
+        ``"auto"``, ``"full"`` or ``"compact"``, see ``NeuroAdaLinear.save_activations``.
+    siblings : sequence of sequences of str, optional
+        As in :class:`neuroada_kernels.NeuroAdaConfig`.
+
+    Returns
+    -------
+    tuple of tuples of str
+        The names of the layers that read the same x, group by group.
+
+    Raises
+    ------
+    ValueError
+        If ``save_activations`` is none, or ``model`` has no layer; no layer changes then.
+    """
+    check_save_activations(save_activations)
+    layers = [module for module in model.modules() if isinstance(module, BypassLinear)]
+    if not layers:
+        raise ValueError("model: has no NeuroAda layer inside, expected an adapted model")
+    for layer in layers:
+        layer.save_activations = save_activations
+    return link_siblings(model, siblings)
+
+
+def link_siblings(
+    model: nn.Module, siblings: Sequence[Sequence[str]] | None = None
+) -> tuple[tuple[str, ...], ...]:
+    """Have the layers that read the same x keep one copy; the names of each group of them."""
+    layers = {n: m for n, m in model.named_modules() if isinstance(m, BypassLinear)}
+    groups: dict[tuple[int, str, int], list[str]] = {}
+    for name, layer in layers.items():
+        number, parent = _group_of(name, siblings)
+        if number is not None:
+            groups.setdefault((number, parent, layer.in_features), []).append(name)
+    found = tuple(tuple(names) for names in groups.values() if len(names) > 1)
+    alone = layers.keys() - {name for names in found for name in names}
+    for names in (*found, *((name,) for name in alone)):
+        together = Siblings()
+        for name in names:
+            layers[name].join(together)
+        together.settle()
+    return found
+
+
+def _group_of(name: str, siblings: Sequence[Sequence[str]] | None) -> tuple[int | None, str]:
+    """The number of the first group that has the name, and what stands before its last part."""
+    for number, group in enumerate(KNOWN if siblings is None else siblings):
+        for end in group:
+            if matches(name, (end,)):
+                parent = name.removesuffix(end)
+                if siblings is None and group in _ATTENTION and _is_cross(parent):
+                    return (None if end == group[0] else number), parent
+                return number, parent
+    return None, ""
+
+
+def _is_cross(parent: str) -> bool:
+    last = parent.rstrip(".").rpartition(".")[2].lower()
+    return any(word in last for word in _CROSS)
