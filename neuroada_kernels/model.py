@@ -16,7 +16,7 @@ from neuroada_kernels.gradient import SCORE_BYTES, Loss, each_gradient
 from neuroada_kernels.nn._base import BypassLinear
 from neuroada_kernels.nn._strategy import refusal
 from neuroada_kernels.nn.linear import NeuroAdaLinear
-from neuroada_kernels.siblings import link_siblings
+from neuroada_kernels.siblings import check_siblings, link_siblings
 from neuroada_kernels.strategies import shared_weights
 from neuroada_kernels.targets import find_targets
 
@@ -198,6 +198,7 @@ def adapt(
     config = _config_of(arguments, options, scores)
     _check_data(config, data, loss)
     targets = find_targets(model, config)
+    check_siblings(targets, config.siblings)
     if scores is not None:
         _check_scores(scores, targets)
     linears = _once(targets)
