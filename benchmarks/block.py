@@ -124,7 +124,10 @@ def _lora(block: Block, k: int) -> None:
 
 
 def _neuroada(**options: str) -> Callable[[Block, int], None]:
-    return lambda block, k: nk.adapt(block, k, **options) and None  # type: ignore[call-overload]
+    def adapt(block: Block, k: int) -> None:
+        nk.adapt(block, k, **options)  # type: ignore[call-overload]
+
+    return adapt
 
 
 METHODS: dict[str, Callable[[Block, int], None]] = {

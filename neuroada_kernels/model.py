@@ -23,7 +23,7 @@ from neuroada_kernels.nn.bypass import NeuroAdaBypass
 from neuroada_kernels.nn.experts import STACKS, NeuroAdaExperts, is_experts
 from neuroada_kernels.nn.foreign import base_weight
 from neuroada_kernels.nn.linear import NeuroAdaLinear
-from neuroada_kernels.siblings import link_siblings
+from neuroada_kernels.siblings import check_siblings, link_siblings
 from neuroada_kernels.strategies import shared_weights
 from neuroada_kernels.targets import find_targets, is_foreign
 
@@ -207,6 +207,7 @@ def adapt(
     check_data(config, data, loss)
     targets = find_targets(model, config)
     check_selection(config, targets)
+    check_siblings(targets, config.siblings)
     if scores is not None:
         check_scores(scores, targets)
     modules = _once(targets)

@@ -6,12 +6,11 @@ a layer that reads another makes its own, of more columns than it needs.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 from torch import nn
 
-from neuroada_kernels.config import matches
-from neuroada_kernels.nn._activations import check_save_activations
+from neuroada_kernels.config import NeuroAdaConfig, matches
 from neuroada_kernels.nn._base import BypassLinear
 from neuroada_kernels.nn._siblings import Siblings
 
@@ -53,16 +52,27 @@ def set_save_activations(
 
     Raises
     ------
-    ValueError
-        If ``save_activations`` is none, or ``model`` has no layer; no layer changes then.
+    TypeError, ValueError
+        If an argument is not as expected, if a name of ``siblings`` matches nothing, or ``model``
+        has no layer; no layer changes then.
     """
-    check_save_activations(save_activations)
-    layers = [module for module in model.modules() if isinstance(module, BypassLinear)]
+    siblings = NeuroAdaConfig(save_activations=save_activations, siblings=siblings).siblings
+    layers = {n: m for n, m in model.named_modules() if isinstance(m, BypassLinear)}
     if not layers:
         raise ValueError("model: has no NeuroAda layer inside, expected an adapted model")
-    for layer in layers:
+    check_siblings(layers, siblings)
+    for layer in layers.values():
         layer.save_activations = save_activations
     return link_siblings(model, siblings)
+
+
+def check_siblings(names: Iterable[str], siblings: Sequence[Sequence[str]] | None) -> None:
+    """Raise ValueError where a name of ``siblings`` is that of no module that is adapted."""
+    adapted = list(names)
+    for group in siblings or ():
+        for end in group:
+            if not any(matches(name, (end,)) for name in adapted):
+                raise ValueError(f"siblings: {end!r} matches no module that is adapted")
 
 
 def link_siblings(

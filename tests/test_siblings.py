@@ -342,6 +342,17 @@ def test_wrong_arguments_are_refused_and_change_nothing():
     with pytest.raises(ValueError, match="save_activations: 'some', expected one of"):
         nk.set_save_activations(model, "some")
     assert qkv_of(model)[0].save_activations == "compact"
+    for wrong, error, words in (
+        ("q_proj", TypeError, "siblings: 'q_proj', expected groups of names"),
+        (["q_proj"], TypeError, "siblings: 'q_proj', expected a group of names"),
+        ([[]], ValueError, "siblings: .*, expected at least one name"),
+        ([["q_proj", "left"]], ValueError, "siblings: 'left' matches no module that is adapted"),
+    ):
+        with pytest.raises(error, match=words):
+            nk.set_save_activations(model, "full", siblings=wrong)
+        with pytest.raises(error, match=words):
+            nk.adapt(Block(), siblings=wrong)
+    assert qkv_of(model)[0].save_activations == "compact"
     with pytest.raises(ValueError, match="model: has no NeuroAda layer inside"):
         nk.set_save_activations(nn.Linear(2, 2), "full")
     plain = Block()

@@ -76,9 +76,19 @@ def delta_gradient(grad: Tensor, kept: Tensor, index: Tensor, delta: Tensor, d_i
     return run(grad, kept, index, delta, d_in)  # type: ignore[no-any-return]
 
 
-def shape_alone(tokens: int, d_in: int, like: Tensor) -> Tensor:
-    """What stands for an x of which a backward reads nothing but the shape."""
-    return torch.empty(tokens, d_in, dtype=like.dtype, device="meta")
+def x_or_shape(x: Tensor | None, grad: Tensor, d_in: int, need_delta: bool) -> Tensor:
+    """x as :func:`as_matrix`; where ddelta is not wanted, what has x's shape and no values.
+
+    Raises
+    ------
+    ValueError
+        If ddelta is wanted, and ``x`` is None.
+    """
+    if not need_delta:
+        return torch.empty(grad.shape[0], d_in, dtype=grad.dtype, device="meta")
+    if x is None:
+        raise ValueError("x: missing, expected it where the gradient of delta is wanted")
+    return as_matrix(x)
 
 
 def refuse_double_backward(ctx: Any, *grads: Tensor) -> None:

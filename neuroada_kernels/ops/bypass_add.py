@@ -23,7 +23,7 @@ from neuroada_kernels.ops._library import (
     is_plain_eager,
     refuse_double_backward,
     saved_of,
-    shape_alone,
+    x_or_shape,
 )
 
 
@@ -79,12 +79,12 @@ def _backward(
     width = _width(x, d_in)
     need_x, need_delta = output_mask
     grad_x = grad_delta = None
-    if x is not None and kept_index is not None and need_delta:
-        grad_delta = delta_gradient(grad, as_matrix(x), kept_index, delta, width)
+    if kept_index is not None and need_delta:
+        kept = x_or_shape(x, grad, width, need_delta)
+        grad_delta = delta_gradient(grad, kept, kept_index, delta, width)
         need_delta = False
     if need_x or need_delta:
-        whole = x is not None and kept_index is None
-        matrix = as_matrix(x) if whole else shape_alone(grad.shape[0], width, grad)  # type: ignore[arg-type]
+        matrix = x_or_shape(x, grad, width, need_delta)
         args = (grad, matrix, index, delta, plan, [need_x, need_delta])
         grad_x, from_whole = _registry.resolve("bypass_backward", *args)(*args)
         grad_delta = from_whole if need_delta else grad_delta

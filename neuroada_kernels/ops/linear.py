@@ -25,7 +25,7 @@ from neuroada_kernels.ops._library import (
     is_plain_eager,
     refuse_double_backward,
     saved_of,
-    shape_alone,
+    x_or_shape,
 )
 
 
@@ -87,12 +87,12 @@ def _backward(
         weight = weight.to(grad.dtype)
     need_x, need_delta = output_mask
     grad_x = grad_delta = None
-    if x is not None and kept_index is not None and need_delta:
-        grad_delta = delta_gradient(grad, as_matrix(x), kept_index, delta, d_in)
+    if kept_index is not None and need_delta:
+        kept = x_or_shape(x, grad, d_in, need_delta)
+        grad_delta = delta_gradient(grad, kept, kept_index, delta, d_in)
         need_delta = False
     if need_x or need_delta:
-        whole = x is not None and kept_index is None
-        matrix = as_matrix(x) if whole else shape_alone(grad.shape[0], d_in, grad)  # type: ignore[arg-type]
+        matrix = x_or_shape(x, grad, d_in, need_delta)
         args = (grad, matrix, weight, index, delta, plan, [need_x, need_delta])
         grad_x, from_whole = _registry.resolve("linear_backward", *args)(*args)
         grad_delta = from_whole if need_delta else grad_delta

@@ -135,6 +135,17 @@ def test_what_does_not_fit_is_refused():
                 op(x, inputs.weight, inputs.index, delta, None, None, *wrong)
 
 
+def test_a_backward_without_what_it_needs_is_refused():
+    inputs = make_inputs(SOME[0], torch.float32)
+    grad, rest = inputs.grad_output, (inputs.index, inputs.delta, None)
+    with pytest.raises(ValueError, match="x: missing, expected it where the gradient of delta"):
+        NEUROADA.linear_backward(grad, None, inputs.weight, *rest, [True, True])
+    with pytest.raises(ValueError, match="x: missing, expected it where the gradient of delta"):
+        NEUROADA.bypass_backward(grad, None, *rest, [True, True], None, 64)
+    with pytest.raises(ValueError, match="d_in: missing, expected the number of inputs"):
+        NEUROADA.bypass_backward(grad, None, *rest, [True, False])
+
+
 def test_the_compiled_kernel_refuses_a_width_below_that_of_x():
     if nk.available_backends()["cpu"] is not None:
         pytest.skip("the compiled kernels are missing")
