@@ -1,7 +1,7 @@
 """What shows on a GPU alone: graphs, streams, synchronisation, memory, far addresses, inductor.
 
-Each runs on Triton and on CUDA C++, through all forms that give the same: one kernel for product and
-bypass and two, since a GPU's dispatch may take either, and the SDDMM in the kernel of dx.
+Each runs on Triton and on CUDA C++, through all forms that give the same: one kernel for product
+and bypass and two, since a GPU's dispatch may take either, and the SDDMM in the kernel of dx.
 """
 
 from __future__ import annotations
