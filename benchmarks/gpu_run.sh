@@ -17,7 +17,8 @@ LIMIT=${LIMIT:-540}
 SITE=$ROOT/build/gpu/site
 PHASES=(environment tests cuda-tests memcheck racecheck
   cuda-memcheck cuda-racecheck cuda-initcheck cuda-synccheck
-  linear-1024 linear-8192 linear-16384 linear-one-kernel model model-checkpointed)
+  linear-1024 linear-8192 linear-16384
+  linear-one-kernel linear-one-pass linear-patched model model-checkpointed)
 SUMMARY=()
 FAILED=0
 
@@ -115,10 +116,10 @@ linear() { # TOKENS: beside frozen, what the targets name
     --cases "T$1-" --candidates "${candidates[@]}" --json "$OUT/linear-$1.json"
 }
 
-# The kernels for sm_90a with the product in them, where two kernels would be taken.
-linear_one_kernel() {
+# NAME FORM: the kernels for sm_90a with the product in them, where two kernels would be taken.
+linear_in_form() {
   has rich || { skip "$1" "rich is missing"; return; }
-  run "$1" env NEUROADA_CUDA_FUSED=1 "$PYTHON" -m neuroada_kernels.benchmarks.linear --device cuda \
+  run "$1" env NEUROADA_CUDA_FUSED="$2" "$PYTHON" -m neuroada_kernels.benchmarks.linear --device cuda \
     --dtypes bfloat16 --cases "T8192-" --candidates neuroada-cuda --json "$OUT/$1.json"
 }
 
@@ -143,7 +144,9 @@ cuda_phase() {
   case $1 in
     cuda-tests) tests cuda-tests cuda ;;
     cuda-*) sanitize "$1" "${1#cuda-}" cuda ;;
-    linear-one-kernel) linear_one_kernel "$1" ;;
+    linear-one-kernel) linear_in_form "$1" 1 ;;
+    linear-one-pass) linear_in_form "$1" 2 ;;  # the SDDMM in dx's kernel too
+    linear-patched) linear_in_form "$1" 3 ;;   # W's tiles patched: the rounding of resident
   esac
 }
 
@@ -154,7 +157,7 @@ phase() {
       run environment bash -c environment
       ;;
     tests) tests tests triton ;;
-    cuda-* | linear-one-kernel) if has_cuda; then cuda_phase "$1"; else skip "$1" "no such backend can run"; fi ;;
+    cuda-* | linear-one-* | linear-patched) if has_cuda; then cuda_phase "$1"; else skip "$1" "no such backend can run"; fi ;;
     memcheck | racecheck) sanitize "$1" "$1" triton ;;
     linear-*) linear "${1#linear-}" ;;
     model) model model ;;

@@ -1,4 +1,4 @@
-"""Every kernel in both forms on small odd shapes, for compute-sanitizer: no pytest, few launches.
+"""Every kernel in all forms on small odd shapes, for compute-sanitizer: no pytest, few launches.
 
 PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer python tests/triton_kernels/smoke_gpu.py triton
 """
@@ -17,7 +17,12 @@ CASES = (
     Case(tokens=1, d_in=67, d_out=101, k=3, bias=True, index="ragged"),
     Case(tokens=130, d_in=96, d_out=72, k=2, index="one_column"),
     Case(tokens=257, d_in=130, d_out=130, k=8, bias=True),
+    Case(tokens=300, d_in=328, d_out=264, k=8),
 )
+
+
+#: Of NEUROADA_<backend>_FUSED.
+FORMS = {"triton": "01", "cuda": "0123"}
 
 
 def check(case: Case, dtype: torch.dtype, device: str) -> None:
@@ -43,7 +48,7 @@ def check(case: Case, dtype: torch.dtype, device: str) -> None:
 def main(backend: str) -> None:
     device = "cuda" if torch.cuda.is_available() else "cpu"
     with nk.use_backend(backend):
-        for fused in ("0", "1"):
+        for fused in FORMS[backend]:
             os.environ[f"NEUROADA_{backend.upper()}_FUSED"] = fused
             for dtype in (torch.float32, torch.bfloat16):
                 for case in CASES:
