@@ -4,6 +4,8 @@ VENV := .venv
 BIN := $(VENV)/bin
 # torch comes first and pinned: any looser range may draw gigabytes of CUDA.
 TORCH ?= torch==2.13.0
+# Processes that run the tests; 0 for one, with a debugger at hand.
+WORKERS ?= 2
 BUILD ?= $(or $(NEUROADA_BUILD),auto)
 # With BUILD=cuda nvcc comes from PyPI, pinned, about 100 MB; `NVCC=` takes the one on the PATH.
 NVCC ?= nvidia-cuda-nvcc==13.0.88 nvidia-nvvm==13.0.88 nvidia-cuda-crt==13.0.88 nvidia-cuda-cccl==13.0.85 nvidia-cuda-runtime==13.0.96
@@ -43,7 +45,7 @@ $(VENV)/installed-$(BUILD): $(VENV)/torch $(if $(filter cuda,$(BUILD)),$(VENV)/n
 # Left out are the tests of threads and of host memory, and what is large.
 INTERPRETED := tests/triton_kernels tests/ops tests/test_compile.py tests/test_compile_resident.py tests/test_functional.py tests/test_numerics.py
 test-triton: install
-	TRITON_INTERPRET=1 NEUROADA_REQUIRE=triton $(BIN)/python -m pytest -m on_backend $(INTERPRETED)
+	TRITON_INTERPRET=1 NEUROADA_REQUIRE=triton $(BIN)/python -m pytest -n $(WORKERS) -m on_backend $(INTERPRETED)
 
 # The CUDA backend on the CPU: its kernels and their torch glue, as ops on CPU tensors.
 HOST_CUDA := build/host_cuda/tests/cuda/libneuroada_host_cuda.so
@@ -53,7 +55,7 @@ $(HOST_CUDA): $(VENV)/installed-$(BUILD) $(wildcard tests/cpp/*.h tests/cuda/*)
 	touch $@
 
 test-python: install $(HOST_CUDA)
-	NEUROADA_HOST_CUDA_LIBRARY=$(CURDIR)/$(HOST_CUDA) $(BIN)/python -m pytest --cov --cov-report=term-missing:skip-covered --cov-fail-under=90
+	NEUROADA_HOST_CUDA_LIBRARY=$(CURDIR)/$(HOST_CUDA) $(BIN)/python -m pytest -n $(WORKERS) --cov --cov-report=term-missing:skip-covered --cov-fail-under=90
 
 test-cpp: install
 	$(BIN)/cmake -G Ninja -S . -B $(CPP_BUILD) -DNEUROADA_PYTHON=OFF -DCMAKE_MAKE_PROGRAM=$(CURDIR)/$(BIN)/ninja

@@ -14,7 +14,6 @@ from neuroada_kernels.nn._deferred import Deferred
 from neuroada_kernels.nn._strategy import check_known, refusal
 from neuroada_kernels.plan import check_index, check_index_form
 
-
 #: Buffers of integers, of the layer itself and of those that build on it.
 _INDICES = ("index", "merged_index", "plan", "columns", "kept_index")
 

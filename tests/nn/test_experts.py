@@ -283,7 +283,7 @@ def test_other_experts_are_refused(case):
         ),
         ({"scores": {}}, "stacked experts with selection 'scores', expected"),
     ],
-    ids=str,
+    ids=["resident", "k", "gradient", "scores"],
 )
 def test_what_experts_do_not_take_leaves_the_model_alone(options, message):
     model = Mixture()
