@@ -9,6 +9,25 @@ from neuroada_kernels.triton_kernels.configs import MERGE_BLOCK, accumulator
 
 
 @triton.jit
+def _chosen(
+    weight,
+    index,
+    entries,
+    d_in,
+    stride_row,
+    stride_column,
+    k: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """This program's entries e of the index, which of them are connections, and where in W."""
+    e = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    column = tl.load(index + e, mask=e < entries, other=-1)
+    live = (column >= 0) & (column < d_in)
+    place = weight + (e // k).to(tl.int64) * stride_row + column.to(tl.int64) * stride_column
+    return e, live, place
+
+
+@triton.jit
 def merge_kernel(
     weight,
     index,
@@ -27,10 +46,7 @@ def merge_kernel(
     weight [d_out, d_in] of any strides; index, delta and original [d_out, k] as entries e. An
     entry without a connection has the original 0.
     """
-    e = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
-    column = tl.load(index + e, mask=e < entries, other=-1)
-    live = (column >= 0) & (column < d_in)
-    place = weight + (e // k).to(tl.int64) * stride_row + column.to(tl.int64) * stride_column
+    e, live, place = _chosen(weight, index, entries, d_in, stride_row, stride_column, k, BLOCK)
     before = tl.load(place, mask=live, other=0)
     tl.store(original + e, before, mask=e < entries)
     after = before.to(ACC) + tl.load(delta + e, mask=live, other=0).to(ACC)
@@ -52,10 +68,7 @@ def patch_kernel(
     ACC: tl.constexpr,
 ):
     """``W[j, index[e]] = original[e] + delta[e]``, with ``j = e // k``; shapes as for merging."""
-    e = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
-    column = tl.load(index + e, mask=e < entries, other=-1)
-    live = (column >= 0) & (column < d_in)
-    place = weight + (e // k).to(tl.int64) * stride_row + column.to(tl.int64) * stride_column
+    e, live, place = _chosen(weight, index, entries, d_in, stride_row, stride_column, k, BLOCK)
     before = tl.load(original + e, mask=live, other=0)
     after = before.to(ACC) + tl.load(delta + e, mask=live, other=0).to(ACC)
     tl.store(place, after.to(weight.dtype.element_ty), mask=live)
@@ -74,10 +87,7 @@ def unmerge_kernel(
     BLOCK: tl.constexpr,
 ):
     """``W[j, index[e]] = original[e]``, bit for bit, with ``j = e // k``; shapes as for merging."""
-    e = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
-    column = tl.load(index + e, mask=e < entries, other=-1)
-    live = (column >= 0) & (column < d_in)
-    place = weight + (e // k).to(tl.int64) * stride_row + column.to(tl.int64) * stride_column
+    e, live, place = _chosen(weight, index, entries, d_in, stride_row, stride_column, k, BLOCK)
     tl.store(place, tl.load(original + e, mask=live, other=0), mask=live)
 
 
