@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 
 from torch import nn
 
+from neuroada_kernels._sharding import is_sharded
 from neuroada_kernels.config import ALL_LINEAR, NeuroAdaConfig, matches
 
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
@@ -48,6 +49,11 @@ def check_target(name: str, module: nn.Module, named: Mapping[str, nn.Module]) -
         raise ValueError(f"{name}: {type(module).__name__} has a forward of its own")
     if any(getattr(module, hooks) for hooks in _HOOKS):
         raise ValueError(f"{name}: has hooks, which its replacement would lose")
+    if is_sharded(module._parameters.get("weight")):
+        raise ValueError(
+            f"{name}: its weight is sharded over processes, expected a whole one: adapt the model "
+            "before fully_shard or parallelize_module, on the meta device where it is too large"
+        )
     return module
 
 

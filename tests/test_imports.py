@@ -23,6 +23,7 @@ SOURCES = {
 #: What the modules of each part may import, besides their own part. The package itself is "".
 BELOW = {
     "_version": set(),
+    "_sharding": set(),
     "_extension": set(),
     "_registry": set(),
     "reference": set(),
@@ -32,16 +33,16 @@ BELOW = {
     "backends": {"_registry", "_extension", "plan", "reference", "triton_kernels"},
     "ops": {"_registry"},
     "functional": {"ops", "reference"},
-    "nn": {"config", "functional", "ops", "selection", "plan", "reference"},
+    "nn": {"_sharding", "config", "functional", "ops", "selection", "plan", "reference"},
     "config": {"selection"},
-    "targets": {"config"},
+    "targets": {"_sharding", "config"},
     "_progress": set(),
     "strategies": {"nn"},
     "gradient": {"_progress"},
     "model": {"_progress", "config", "gradient", "nn", "strategies", "targets"},
     "_files": set(),
     "adapter_file": {"_files", "_version", "plan"},
-    "adapters": {"adapter_file", "config", "model", "nn", "plan", "targets"},
+    "adapters": {"_sharding", "adapter_file", "config", "model", "nn", "plan", "targets"},
     "testing": {"selection"},
     "": {
         "_registry",
@@ -59,6 +60,7 @@ BELOW = {
     },
 }
 LIBRARY = set(BELOW)
+BELOW["distributed"] = {"_sharding", "functional", "nn"}
 BELOW["checkpoint"] = set()
 BELOW["inspection"] = {"adapter_file"}
 BELOW["merging"] = {"_files", "adapter_file", "checkpoint", "ops"}

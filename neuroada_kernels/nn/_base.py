@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
+from neuroada_kernels._sharding import is_sharded, local, split_as, whole
 from neuroada_kernels.nn._deferred import Deferred
 from neuroada_kernels.nn._strategy import check_known, check_strategy, refusal, why_not_resident
 from neuroada_kernels.plan import check_index, check_index_form
@@ -270,6 +271,11 @@ class BypassLinear(nn.Module):
         Where another module shares the weight, it sees the change. Merging twice changes nothing.
         """
         if not self.merged:
+            if is_sharded(self.weight):
+                raise ValueError(
+                    "weight: is sharded over processes, expected a whole one to merge into: save "
+                    "the adapter, and merge it into the base model"
+                )
             self.check_selected()
             self._check_index(self.index)
             self._leave_resident()
@@ -325,7 +331,20 @@ class BypassLinear(nn.Module):
 
         While merged, ``original`` holds those of the layer's own index.
         """
-        return self.weight.detach().gather(1, index.to(self.weight.device).clamp(min=0).long())
+        weight = whole(self.weight.detach())
+        return weight.gather(1, index.to(weight.device).clamp(min=0).long())
+
+    def whole_connections(self) -> tuple[Tensor, Tensor]:
+        """``index`` and ``delta`` of the layer, gathered from the processes that hold its parts."""
+        return self.index, whole(self.delta.detach())
+
+    def part_of_connections(self, index: Tensor, delta: Tensor) -> tuple[Tensor, Tensor]:
+        """Of another ``index`` and ``delta`` for the whole layer, what this process holds."""
+        device = self.weight.device
+        delta = (
+            split_as(delta, self.delta) if is_sharded(self.delta) else delta.to(device, copy=True)
+        )
+        return index.to(device, copy=True), delta
 
     def _why_not_resident(self) -> str | None:
         return why_not_resident(self.weight)
@@ -345,7 +364,7 @@ class BypassLinear(nn.Module):
     def _check_index(self, index: Tensor) -> None:
         check_index_form(index, self.in_features)
         delta = self._parameters.get("delta")
-        k = index.shape[1] if delta is None else delta.shape[1]
+        k = index.shape[1] if delta is None else local(delta).shape[1]
         if index.shape != (self.out_features, k):
             expected = f"[{self.out_features}, {'k' if delta is None else k}]"
             raise ValueError(f"index: shape {list(index.shape)}, expected {expected}")

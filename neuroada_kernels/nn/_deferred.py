@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from neuroada_kernels._sharding import whole
 from neuroada_kernels.plan import order_slots
 from neuroada_kernels.selection import check_arguments, drawn_count, select
 
@@ -31,6 +32,7 @@ class Deferred:
             As ``select`` does, as far as that shows without values.
         """
         if not weight.is_meta:
+            weight = whole(weight.detach())
             index = select(
                 weight,
                 self.k,

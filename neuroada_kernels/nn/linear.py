@@ -31,6 +31,10 @@ class NeuroAdaLinear(ResidentLinear):
             plan, self._planned = make_plan(self.index, self.in_features), _identity(self.index)
         self.register_buffer("plan", plan, persistent=False)
 
+    def _plan_if_changed(self, index: Tensor) -> None:
+        if _identity(index) != self._planned:
+            self._replan()
+
     def _replan(self) -> None:
         """Check and plan an index that was replaced, written in place, copied or moved."""
         if not self.index.is_meta:
@@ -43,8 +47,7 @@ class NeuroAdaLinear(ResidentLinear):
         index = buffers["index"]
         assert index is not None
         if not torch.compiler.is_compiling():
-            if _identity(index) != self._planned:
-                self._replan()
+            self._plan_if_changed(index)
             if self._strategy == "resident" and buffers["base_values"] is None:
                 self._resume()
         if buffers["base_values"] is not None:
