@@ -41,6 +41,15 @@ def as_matrix(x: Tensor) -> Tensor:
     return matrix if matrix.stride(1) == 1 or matrix.shape[1] == 1 else matrix.contiguous()
 
 
+def unflattened(y: Tensor, *shape: int) -> Tensor:
+    """``y``, which nobody else has yet, in another shape, and no view.
+
+    Autograd refuses to write into a view that an ``autograd.Function`` made, as in
+    ``layer(x).add_(residual)``, and FSDP2 loses its hook there.
+    """
+    return y.view(shape).data
+
+
 def refuse_double_backward(ctx: Any, *grads: Tensor) -> None:
     """The backward of a backward op."""
     raise RuntimeError(

@@ -19,6 +19,7 @@ from neuroada_kernels.ops._library import (
     define,
     is_plain_eager,
     refuse_double_backward,
+    unflattened,
 )
 
 
@@ -38,7 +39,7 @@ def _forward(y: Tensor, x: Tensor, index: Tensor, delta: Tensor, plan: Tensor | 
     base, matrix = as_matrix(y), as_matrix(x)
     run = _registry.resolve("bypass_add", matrix, base, index, delta)
     out: Tensor = run(matrix, base, index, delta)
-    return out.view(y.shape)
+    return unflattened(out, *y.shape)
 
 
 def _backward(

@@ -20,8 +20,6 @@ from neuroada_kernels.distributed import (
     replicate_trained,
 )
 
-pytestmark = pytest.mark.filterwarnings("ignore:FSDP2-wrapped module .* returned a view")
-
 
 @pytest.fixture(autouse=True)
 def group(tmp_path):
