@@ -33,9 +33,8 @@ def main() -> None:
     model = pretrained().to(device)
     summary = nk.adapt(model, k=4)
     broadcast_adapter(model)  # the same connections everywhere, once
-    # ... so that buffers need not be sent again in each forward. Before torch had this option:
-    # broadcast_buffers=False.
-    wrapped = DistributedDataParallel(model, forward_sync_buffers=False)
+    # ... so that buffers need not be sent in each forward. Newer torch: forward_sync_buffers=False.
+    wrapped = DistributedDataParallel(model, broadcast_buffers=False)
     trained = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(trained, lr=3e-2)
     if rank == 0:
