@@ -16,6 +16,8 @@ void define_ops(Library& m) {
   // The two below have a kernel on the CPU and on sm_90a.
   m.def("linear_fwd(Tensor x, Tensor weight, Tensor index, Tensor delta, Tensor? bias) -> Tensor");
   m.def("linear_bwd_input(Tensor grad, Tensor weight, Tensor plan, Tensor delta) -> Tensor");
+  // On the CPU alone; by: 0 value, 1 magnitude, 2 smallest magnitude.
+  m.def("largest(Tensor scores, int k, int by) -> Tensor");
   m.def("gather(Tensor weight, Tensor index) -> Tensor");
   m.def("patch(Tensor(a!) weight, Tensor index, Tensor delta, Tensor original) -> ()");
   m.def("restore(Tensor(a!) weight, Tensor index, Tensor original) -> ()");
