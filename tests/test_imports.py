@@ -27,7 +27,7 @@ BELOW = {
     "_extension": set(),
     "_registry": set(),
     "reference": set(),
-    "selection": set(),
+    "selection": {"_extension"},
     "plan": {"_extension"},
     "triton_kernels": set(),
     "backends": {"_registry", "_extension", "plan", "reference", "triton_kernels"},

@@ -1,7 +1,8 @@
 // index[r, :] = columns of the k scores of row r that rank highest, rising; of equal ones the lower columns
 //
-// A row is read once, in blocks. The k best so far are a heap with the worst on top, and a block of
-// which no score ranks above that one is done with: after k ln(d_in / k) exchanges or so, almost all.
+// A row is read in blocks. The k best so far are a heap with the worst on top, and a block of which no
+// score ranks above that one is done with. Of a long row the best of each block are looked at first:
+// the k-th of them is a floor, below which nearly all scores lie, and stay out of the heap.
 #include <algorithm>
 #include <limits>
 
@@ -91,50 +92,83 @@ inline void sort(int32_t* columns, int64_t count) {
 
 constexpr int64_t kBlock = 64;
 
-// The ranks of `count` scores, the highest of them, and the highest magnitude.
+// Scores that are ranked together.
 template <class U>
 struct Block {
   U rank[kBlock];
-  U best = 0, largest = 0;
+  U best;        // the highest rank
+  U widest = 0;  // the highest magnitude of all blocks so far
 
   template <Ranking by>
   void read(const U* bits, int64_t count) {
-    U highest = 0, widest = 0;
+    U highest = 0, magnitude = widest;
     for (int64_t i = 0; i < count; ++i) {
       rank[i] = rank_of<by>(bits[i]);
       highest = std::max(highest, rank[i]);
-      widest = std::max(widest, magnitude_of(bits[i]));
+      magnitude = std::max(magnitude, magnitude_of(bits[i]));
     }
     best = highest;
-    largest = std::max(largest, widest);
+    widest = magnitude;
+  }
+};
+
+// Calls f(block, first column, scores in it) for the blocks of a row; the highest magnitude of all.
+template <class U, Ranking by, class F>
+inline U each_block(const U* scores, int64_t columns, F&& f) {
+  Block<U> block;
+  int64_t first = 0;
+  for (; first + kBlock <= columns; first += kBlock) {
+    block.template read<by>(scores + first, kBlock);  // a length that the compiler knows
+    f(block, first, kBlock);
+  }
+  if (first < columns) {
+    block.template read<by>(scores + first, columns - first);
+    f(block, first, columns - first);
+  }
+  return block.widest;
+}
+
+// The k best of what is added in the order of its columns.
+template <class U>
+struct Best {
+  Chosen<U>* heap;
+  int64_t k;
+  int64_t count = 0;
+
+  bool full() const { return count == k; }
+  U worst() const { return heap[0].rank; }  // once it is full
+  void add(U rank, int64_t column) {
+    const Chosen<U> one{rank, static_cast<int32_t>(column)};
+    if (full()) {
+      if (rank <= worst()) return;
+      heap[0] = one;
+      sift_down(heap, k, 0);
+    } else {
+      heap[count++] = one;
+      if (full()) make_heap(heap, k);
+    }
   }
 };
 
 // The chosen columns of one row in the heap; false where there is a NaN.
 template <class T, Ranking by>
 bool choose(const Bits<T>* scores, int64_t columns, int64_t k, Chosen<Bits<T>>* heap) {
-  Block<Bits<T>> block;
-  int64_t filled = 0;
-  for (int64_t first = 0; first < columns; first += kBlock) {
-    const int64_t count = std::min(kBlock, columns - first);
-    if (count == kBlock) {
-      block.template read<by>(scores + first, kBlock);  // of a length that the compiler knows
-    } else {
-      block.template read<by>(scores + first, count);
-    }
-    int64_t i = 0;
-    for (; i < count && filled < k; ++i) {
-      heap[filled] = {block.rank[i], static_cast<int32_t>(first + i)};
-      if (++filled == k) make_heap(heap, k);
-    }
-    if (i == count || block.best <= heap[0].rank) continue;
-    for (; i < count; ++i) {
-      if (block.rank[i] <= heap[0].rank) continue;
-      heap[0] = {block.rank[i], static_cast<int32_t>(first + i)};
-      sift_down(heap, k, 0);
-    }
+  using U = Bits<T>;
+  // Where k blocks have a score of this rank, no lower one is among the k best of all.
+  U floor = 0;
+  if (columns / kBlock >= k) {
+    Best<U> blocks{heap, k};
+    each_block<U, by>(scores, columns, [&](const Block<U>& b, int64_t first, int64_t) { blocks.add(b.best, first); });
+    floor = blocks.worst();
   }
-  return block.largest <= kInfinity<T>;
+  Best<U> best{heap, k};
+  const U widest = each_block<U, by>(scores, columns, [&](const Block<U>& b, int64_t first, int64_t count) {
+    if (b.best < floor || (best.full() && b.best <= best.worst())) return;
+    for (int64_t i = 0; i < count; ++i) {
+      if (b.rank[i] >= floor) best.add(b.rank[i], first + i);
+    }
+  });
+  return widest <= kInfinity<T>;
 }
 
 template <class T, Ranking by>
