@@ -14,7 +14,7 @@ from torch.nn.utils import parametrize
 from neuroada_kernels._sharding import is_sharded, local, split_as, whole
 from neuroada_kernels.nn._deferred import Deferred
 from neuroada_kernels.nn._strategy import check_known, check_strategy, refusal, why_not_resident
-from neuroada_kernels.plan import check_index, check_index_form
+from neuroada_kernels.plan import check_index, check_index_form, count_connections
 from neuroada_kernels.selection import check_weight
 
 _Self = TypeVar("_Self", bound="BypassLinear")
@@ -184,7 +184,7 @@ class BypassLinear(nn.Module):
         """How many the layer has, or will have."""
         if self._deferred is not None:
             return self._deferred.connections(self.out_features)
-        return int((self.index >= 0).sum())
+        return count_connections(self.index, self.in_features)
 
     def select_connections(self, reason: str | None = None) -> bool:
         """Choose what waited for the weight's values; False where it still has none.

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from neuroada_kernels._sharding import whole
-from neuroada_kernels.plan import order_slots
+from neuroada_kernels.plan import order_slots, order_slots_
 from neuroada_kernels.selection import check_arguments, drawn_count, select
 
 
@@ -41,7 +41,7 @@ class Deferred:
                 self.generator,
                 neuron_fraction=self.neuron_fraction,
             )
-            return order_slots(index)
+            return order_slots_(index) if index.is_cpu else order_slots(index)
         method = "scores" if self.scores is not None else self.method
         check_arguments(weight, self.k, method, self.scores, self.neuron_fraction)
         return torch.empty(weight.shape[0], self.k, dtype=torch.int32, device="meta")
