@@ -12,6 +12,14 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from neuroada_kernels._dtypes import name_of
+from neuroada_kernels._sharding import (
+    is_managed_by_fsdp,
+    is_sharded,
+    on_first_rank,
+    reshard,
+    split_as,
+    whole,
+)
 from neuroada_kernels.adapter_file import (
     AdaptedModule,
     Adapter,
@@ -48,6 +56,10 @@ def save_adapter(
     a fingerprint of each adapted weight. It is written beside ``path`` and renamed, so that an
     interrupted save leaves the old file whole.
 
+    Where the model is sharded, by ``fully_shard`` or the styles of
+    :mod:`neuroada_kernels.distributed`, every process has to call this: the parts are gathered, and
+    the first process writes the one file.
+
     Parameters
     ----------
     model : nn.Module
@@ -64,8 +76,11 @@ def save_adapter(
         If the model has no NeuroAda layer, if ``path`` is a folder, if connections are not chosen
         yet, if an index was written in place and is not valid, or if merged layers share a
         weight, so that the base is not known.
+    RuntimeError
+        In the other processes, where the first one could not write.
     """
     model = _unwrapped(model)
+    reshard(model)
     layers, parameters = _trained(model)
     if not layers:
         raise ValueError("model: has no NeuroAda layer, expected an adapted model")
@@ -78,16 +93,13 @@ def save_adapter(
             raise ValueError(f"{name}: {error}") from error
     if config is None:
         config = getattr(model, "neuroada_config", None)
-    modules = {
-        name: AdaptedModule(
-            layer.index.cpu(),
-            layer.delta.detach().cpu(),
-            _Base.of(layer).fingerprint(layer.index, layer.original),
-        )
-        for name, layer in layers.items()
-    }
+    modules = {name: _adapted_module(layer) for name, layer in layers.items()}
     as_json = None if config is None else config.to_dict()
-    write_adapter(Adapter(modules, parameters, as_json), path)
+    adapter = Adapter(modules, parameters, as_json)
+    if any(is_sharded(parameter) for parameter in model.parameters()):
+        on_first_rank(lambda: write_adapter(adapter, path))
+    else:
+        write_adapter(adapter, path)
 
 
 def load_adapter(
@@ -98,6 +110,10 @@ def load_adapter(
     Everything is checked first, and where an error is raised ``model`` is as it was. A layer
     keeps its ``delta``, so that an optimizer goes on with it, unless ``k`` or ``delta_dtype``
     differ. A model without layers is adapted, frozen, and trains what was trained.
+
+    Into a sharded model that is adapted already, every process loads its part of the file; each
+    has to be able to read it. FSDP keeps the parameters that it has, so there ``k`` and
+    ``delta_dtype`` have to be the file's.
 
     Parameters
     ----------
@@ -124,6 +140,7 @@ def load_adapter(
         does not know, is merged, or cannot be adapted.
     """
     model = _unwrapped(model)
+    reshard(model)
     adapter = read_adapter(path)
     config = None if adapter.config is None else NeuroAdaConfig.from_dict(adapter.config)
     experts = _experts(model, adapter)
@@ -141,14 +158,15 @@ def load_adapter(
         for name, module in targets.items():
             entry = adapter.modules[name]
             if isinstance(module, BypassLayer):
-                _exchange(module, entry, undo)
+                with errors_name(name):
+                    _exchange(module, entry, undo)
             else:
                 new[module] = _adapted(name, module, entry, config)
         if fresh:
             model.requires_grad_(False)
         for name, parameter in parameters.items():
             undo.callback(parameter.copy_, parameter.clone())
-            parameter.copy_(adapter.parameters[name])
+            parameter.copy_(split_as(adapter.parameters[name], parameter))
             parameter.requires_grad_()
         undo.pop_all()
     replace(model, new)
@@ -167,7 +185,7 @@ def _trained(model: nn.Module) -> tuple[dict[str, BypassLayer], dict[str, Tensor
     }
     deltas = {id(layer.delta) for layer in layers.values()}
     parameters = {
-        name: parameter.detach()
+        name: whole(parameter.detach())
         for name, parameter in _parameters(model, once=True).items()
         if parameter.requires_grad and id(parameter) not in deltas
     }
@@ -325,21 +343,29 @@ def _adapted(
 
 def _exchange(layer: BypassLayer, entry: AdaptedModule, undo: ExitStack) -> None:
     """Give ``layer`` another index and delta; ``undo`` gives the old ones back."""
-    index, delta, device = layer.index, layer.delta, layer.base_form().device
+    index, delta = layer.index, layer.delta
+    new_index, new_delta = layer.part_of_connections(entry.index, entry.delta)
     # The last callback is the first to run: the index is checked against delta.
     undo.callback(setattr, layer, "_deferred", layer._deferred)
     undo.callback(setattr, layer, "strategy_reason", layer.strategy_reason)
     undo.callback(_put_index, layer, index)
-    same_form = (delta.shape, delta.dtype) == (entry.delta.shape, entry.delta.dtype)
-    if same_form and delta.device == device:
+    if (delta.shape, delta.dtype, delta.device) == (
+        new_delta.shape,
+        new_delta.dtype,
+        new_delta.device,
+    ):
         undo.callback(delta.copy_, delta.clone())
-        delta.copy_(entry.delta)
+        delta.copy_(new_delta)
+    elif is_managed_by_fsdp(layer):
+        raise ValueError(
+            f"delta: {list(new_delta.shape)} of {name_of(new_delta.dtype)}, expected "
+            f"{list(delta.shape)} of {name_of(delta.dtype)}, which FSDP holds"
+        )
     else:
         undo.callback(setattr, layer, "delta", delta)
-        layer.delta = nn.Parameter(entry.delta.to(device, copy=True), delta.requires_grad)
-    layer.index = entry.index.to(device, copy=True)
-    if layer.deferred:  # writing an attribute for nothing would cost a compiled model its guards
-        layer.drop_deferral()
+        layer.delta = nn.Parameter(new_delta, delta.requires_grad)
+    layer.index = new_index
+    layer.drop_deferral()
 
 
 def _put_index(layer: BypassLayer, index: Tensor) -> None:
@@ -356,6 +382,13 @@ def _check_bases_known(layers: Mapping[str, BypassLayer]) -> None:
         other = first.setdefault(id(getattr(layer, "weight", layer)), name)
         if other != name and (layer.merged or layers[other].merged):
             raise ValueError(f"{name}: is merged and shares its weight with {other}, unmerge first")
+
+
+def _adapted_module(layer: BypassLayer) -> AdaptedModule:
+    """What the file has of a layer, of its weight as it is, or while merged as it was."""
+    index, delta = layer.whole_connections()
+    base = _Base.of(layer).fingerprint(index, layer.original)
+    return AdaptedModule(index.cpu(), delta.detach().cpu(), base)
 
 
 @dataclass(frozen=True)

@@ -90,7 +90,7 @@ def make_plan(index: Tensor, d_in: int) -> Tensor:
     """
     check_index_form(index, d_in)
     if index.device.type == "cpu" and _extension.module is not None:
-        live = int((index >= 0).sum())
+        live = count_connections(index, d_in)
         plan = torch.empty(d_in + 1 + SPLITS + 1 + live, dtype=torch.int32)
         _extension.module.plan_index(_buffer(index), *index.shape, d_in, _buffer(plan))
         return plan
@@ -103,6 +103,19 @@ def make_plan(index: Tensor, d_in: int) -> Tensor:
     split = torch.searchsorted(work * SPLITS, parts)
     split[-1] = d_in
     return torch.cat([column_start, split, entry]).int()
+
+
+def count_connections(index: Tensor, d_in: int) -> int:
+    """How many there are in ``index [d_out, k]``.
+
+    On a CPU by one thread: to wake others takes longer than to count, by milliseconds on a virtual
+    machine, and a model has hundreds of layers.
+    """
+    if index.device.type == "cpu" and _extension.module is not None:
+        live, error = _extension.module.check_index(_buffer(index), *index.shape, d_in)
+        if not error:
+            return int(live)
+    return int((index >= 0).sum())
 
 
 def order_slots(index: Tensor) -> Tensor:
@@ -125,9 +138,14 @@ def order_slots(index: Tensor) -> Tensor:
     """
     if _extension.module is None or index.shape[1] == 1:
         return index
-    ordered = index.to("cpu", copy=True).contiguous()
-    _extension.module.order_slots(_buffer(ordered), *ordered.shape)
-    return ordered.to(index.device)
+    return order_slots_(index.to("cpu", copy=True).contiguous()).to(index.device)
+
+
+def order_slots_(index: Tensor) -> Tensor:
+    """:func:`order_slots` of a contiguous index on the CPU, in place."""
+    if _extension.module is not None and index.shape[1] > 1:
+        _extension.module.order_slots(_buffer(index), *index.shape)
+    return index
 
 
 def chosen_columns(indices: Iterable[Tensor], d_in: int) -> Tensor:

@@ -6,10 +6,17 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Protocol
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+
+from neuroada_kernels import _extension
 
 #: Elements of the weight that are looked at together, so that no mask of its size is made.
 _BLOCK_ELEMENTS = 1 << 22
+
+#: How the C++ kernel ranks, by its number.
+_RANKINGS = {"scores": 0, "magnitude": 1, "smallest": 2}
+_COMPILED = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+_HAS_NAN = "{}: has NaN, expected numbers"
 
 METHODS = ("magnitude", "smallest", "random", "scores")
 
@@ -41,7 +48,7 @@ def select(
     """Choose ``k`` input connections of every neuron (row) of ``weight``.
 
     Ties go to the lower column, so that a choice repeats across devices; columns rise within a
-    row. Works block by block: nothing of the weight's size is allocated.
+    row. Nothing of the weight's size is allocated.
 
     Parameters
     ----------
@@ -92,10 +99,9 @@ def select_rows(
     if scores is not None and method == "magnitude":
         method = "scores"
     check_arguments(weight.shape, k, method, scores, neuron_fraction)
-    score = _scorer(weight, method, scores, generator)
-    index = torch.empty(weight.shape[0], k, dtype=torch.int32, device=weight.device)
-    for rows in row_blocks(weight.shape):
-        index[rows] = _largest(score(rows), k)
+    index = _compiled(weight, k, method, scores)
+    if index is None:
+        index = _by_blocks(weight, k, _scorer(weight, method, scores, generator))
     if neuron_fraction < 1:
         drawn = _drawn_neurons(weight.shape[0], neuron_fraction, generator)
         index[~drawn.to(weight.device)] = -1
@@ -167,6 +173,35 @@ def check_k(k: int, d_in: int) -> None:
         raise ValueError(f"k: {k}, expected 1 to {d_in}, the inputs of the weight")
 
 
+def _compiled(weight: Rows, k: int, method: str, scores: Tensor | None) -> Tensor | None:
+    """The index by the C++ kernel, or None where it does not serve."""
+    name, tensor = "scores", scores
+    if scores is None:
+        name, tensor = "weight", weight.weight if isinstance(weight, _Matrix) else None
+    if (
+        tensor is None
+        or _extension.library_error is not None
+        or method not in _RANKINGS
+        or not (weight.device.type == "cpu" and tensor.is_cpu)
+        or type(tensor) not in (Tensor, nn.Parameter)
+        or tensor.dtype not in _COMPILED
+        or (tensor.shape[1] > 1 and tensor.stride(1) != 1)
+    ):
+        return None
+    index: Tensor = torch.ops.neuroada_C.largest(tensor.detach(), k, _RANKINGS[method])
+    if bool((index[:, 0] < 0).any()):
+        raise ValueError(_HAS_NAN.format(name))
+    return index
+
+
+def _by_blocks(weight: Rows, k: int, score: Callable[[slice], Tensor]) -> Tensor:
+    """The index in plain PyTorch, for some rows at a time."""
+    index = torch.empty(weight.shape[0], k, dtype=torch.int32, device=weight.device)
+    for rows in row_blocks(weight.shape):
+        index[rows] = _largest(score(rows), k)
+    return index
+
+
 def _scorer(
     weight: Rows, method: str, scores: Tensor | None, generator: torch.Generator | None
 ) -> Callable[[slice], Tensor]:
@@ -187,7 +222,7 @@ def _scorer(
 
 def _without_nan(name: str, block: Tensor) -> Tensor:
     if block.is_floating_point() and bool(block.isnan().any()):
-        raise ValueError(f"{name}: has NaN, expected numbers")
+        raise ValueError(_HAS_NAN.format(name))
     return block
 
 
@@ -195,12 +230,23 @@ def _largest(score: Tensor, k: int) -> Tensor:
     """Columns of the ``k`` largest of each row, rising; of equal ones the lower columns."""
     if score.dtype in (torch.float16, torch.bfloat16):
         score = score.float()
+    if score.dtype == torch.float32:
+        return _largest_of_float32(score, k)
     least = score.topk(k, dim=1).values[:, -1:]
     above = score > least
     equal = score == least
     room = k - above.sum(1, keepdim=True)
     chosen = above | (equal & (equal.cumsum(1) <= room))
     return chosen.nonzero()[:, 1].view(-1, k).int()
+
+
+def _largest_of_float32(score: Tensor, k: int) -> Tensor:
+    """The same, by numbers that rise with the score and fall with the column: none are equal."""
+    bits = (score + 0.0).view(torch.int32)  # both zeros as one
+    rank = torch.where(bits < 0, bits ^ 0x7FFFFFFF, bits)
+    column = torch.arange(score.shape[1], device=score.device)
+    key = (rank.long() << 32) - column
+    return key.topk(k, dim=1, sorted=False).indices.int().sort(dim=1).values
 
 
 def drawn_count(d_out: int, fraction: float) -> int:

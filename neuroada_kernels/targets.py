@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from torch import nn
 from torch.nn.utils import parametrize
 
+from neuroada_kernels._sharding import is_sharded
 from neuroada_kernels.config import ALL_LINEAR, NeuroAdaConfig, matches
 from neuroada_kernels.nn._layer import BypassLayer
 from neuroada_kernels.nn.experts import NeuroAdaExperts, is_experts, why_not_experts
@@ -72,6 +73,11 @@ def check_target(
     if parametrize.is_parametrized(module):
         raise ValueError(f"{name}: has parametrizations, expected a weight of its own")
     _check_hooks(name, module)
+    if is_sharded(module._parameters.get("weight")):
+        raise ValueError(
+            f"{name}: its weight is sharded over processes, expected a whole one: adapt the model "
+            "before fully_shard or parallelize_module, on the meta device where it is too large"
+        )
 
 
 def is_foreign(module: nn.Module) -> bool:

@@ -54,9 +54,9 @@ class Transformer(nn.Module):
         return self.head(x)
 
 
-def batch(step: int) -> Tensor:
+def batch(step: int, rows: int = BATCH) -> Tensor:
     """Rows that count upwards from a random token, for the next token to be guessed."""
-    first = torch.randint(TOKENS, (BATCH, 1), generator=torch.Generator().manual_seed(step))
+    first = torch.randint(TOKENS, (rows, 1), generator=torch.Generator().manual_seed(step))
     return (first + torch.arange(LENGTH + 1)) % TOKENS
 
 

@@ -24,18 +24,28 @@ SOURCES = {
 BELOW = {
     "_dtypes": set(),
     "_version": set(),
+    "_sharding": set(),
     "_extension": set(),
     "_registry": set(),
     "reference": set(),
-    "selection": set(),
+    "selection": {"_extension"},
     "plan": {"_extension"},
     "triton_kernels": set(),
     "backends": {"_registry", "_extension", "plan", "reference", "triton_kernels"},
     "ops": {"_registry"},
     "functional": {"_dtypes", "ops", "reference"},
-    "nn": {"_dtypes", "config", "functional", "ops", "selection", "plan", "reference"},
+    "nn": {
+        "_dtypes",
+        "_sharding",
+        "config",
+        "functional",
+        "ops",
+        "selection",
+        "plan",
+        "reference",
+    },
     "config": {"_dtypes", "selection"},
-    "targets": {"config", "nn"},
+    "targets": {"_sharding", "config", "nn"},
     "_progress": set(),
     "strategies": {"nn"},
     "siblings": {"config", "nn"},
@@ -56,6 +66,7 @@ BELOW = {
     "adapter_file": {"_files", "_version", "plan"},
     "adapters": {
         "_dtypes",
+        "_sharding",
         "adapter_file",
         "config",
         "model",
@@ -84,6 +95,7 @@ BELOW = {
     },
 }
 LIBRARY = set(BELOW)
+BELOW["distributed"] = {"_sharding", "functional", "nn"}
 BELOW["checkpoint"] = set()
 BELOW["inspection"] = {"_dtypes", "adapter_file"}
 BELOW["merging"] = {"_dtypes", "_files", "adapter_file", "checkpoint", "nn", "ops"}

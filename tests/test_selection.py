@@ -9,9 +9,28 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from neuroada_kernels import select, selection
+from neuroada_kernels import _extension, select, selection
 
 DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.float16]
+
+
+@pytest.fixture(
+    autouse=True,
+    params=[
+        pytest.param(
+            "compiled",
+            marks=pytest.mark.skipif(
+                _extension.library_error is not None, reason=f"{_extension.library_error}"
+            ),
+        ),
+        "plain",
+    ],
+)
+def way(request, monkeypatch) -> str:
+    """By the C++ kernel where it serves, and in plain PyTorch."""
+    if request.param == "plain":
+        monkeypatch.setattr(_extension, "library_error", "left out")
+    return request.param
 
 
 def generator(seed: int = 0) -> torch.Generator:
@@ -167,6 +186,28 @@ def test_weight_is_neither_changed_nor_tracked():
     assert torch.equal(weight, values)
 
 
+def test_the_kernel_serves_where_it_can_and_says_what_is_wrong(way):
+    if way == "plain":
+        assert selection._compiled(W, 1, "magnitude", None) is None
+        return
+    for dtype in DTYPES:
+        assert selection._compiled(W.to(dtype), 1, "magnitude", None) is not None
+    for weight in (W.t(), W.to("meta")):
+        assert selection._compiled(weight, 1, "magnitude", None) is None
+    assert selection._compiled(W, 1, "scores", W.int()) is None
+    largest = torch.ops.neuroada_C.largest
+    for arguments, words in (
+        ((W, 0, 1), "k: 0, expected 1 to 6"),
+        ((W, 7, 1), "k: 7, expected 1 to 6"),
+        ((W, 1, 3), "by: 3, expected 0, 1 or 2"),
+        ((W.t(), 1, 1), "stride 6 along a row"),
+        ((W[0], 1, 1), "expected a matrix"),
+        ((W.int(), 1, 1), "dtype is not float32"),
+    ):
+        with pytest.raises(RuntimeError, match=words):
+            largest(*arguments)
+
+
 W = torch.ones(4, 6)
 NAN = torch.tensor([[0.0] * 6] * 3 + [[math.nan] + [0.0] * 5])
 WRONG = {
@@ -246,5 +287,5 @@ def test_nothing_of_the_weights_size_is_allocated(monkeypatch, dtype, method):
     scores = weight.abs() if method == "scores" else None
     with LargestAllocation() as largest:
         select(weight, 2, method, scores, generator())
-    # The widest value of a block is the count that breaks ties, an int64.
+    # The widest value of a block is the key that breaks ties, an int64.
     assert 0 < largest.bytes <= 8 * block < weight.nbytes / 4

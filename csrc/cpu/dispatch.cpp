@@ -23,9 +23,10 @@
 #undef NEUROADA_ISA
 #endif
 
-#define NEUROADA_KERNELS(isa)                                                                                          \
-  Kernels {                                                                                                            \
-    #isa, &isa::bypass_fwd, &isa::bypass_bwd_input, &isa::sddmm, &isa::merge, &isa::linear_fwd, &isa::linear_bwd_input \
+#define NEUROADA_KERNELS(isa)                                                                   \
+  Kernels {                                                                                     \
+    #isa, &isa::bypass_fwd, &isa::bypass_bwd_input, &isa::sddmm, &isa::merge, &isa::linear_fwd, \
+        &isa::linear_bwd_input, &isa::largest                                                   \
   }
 
 namespace neuroada::cpu {

@@ -11,5 +11,6 @@ void sddmm(const Sddmm&, const Executor&);
 void merge(const Merge&, const Executor&);
 void linear_fwd(const LinearFwd&, const Executor&);
 void linear_bwd_input(const LinearBwdInput&, const Executor&);
+void largest(const Largest&, const Executor&);
 
 }  // namespace neuroada::cpu::NEUROADA_ISA

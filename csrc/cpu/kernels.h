@@ -96,6 +96,22 @@ struct Merge {
   void* original;        // [d_out, k], zero in a slot without a connection; written by merge and gather
 };
 
+enum class Ranking : uint8_t { value, magnitude, smallest };  // highest first; smallest: of magnitude
+
+// index[r, :] = columns of the k scores of row r that rank highest, rising; of equal ones the lower columns.
+// All -1 in a row with a NaN.
+struct Largest {
+  static constexpr int64_t kScratchBytes = 16;  // a thread, times k
+
+  DType dtype;
+  Ranking by;
+  int64_t rows, columns, k;  // 1 <= k <= columns
+  const void* scores;        // [rows, columns]
+  int64_t stride;
+  int32_t* index;  // [rows, k]
+  void* scratch;   // [threads, k] of kScratchBytes, aligned to 8
+};
+
 struct Kernels {
   const char* isa;
   void (*bypass_fwd)(const BypassFwd&, const Executor&);
@@ -104,6 +120,7 @@ struct Kernels {
   void (*merge)(const Merge&, const Executor&);
   void (*linear_fwd)(const LinearFwd&, const Executor&);
   void (*linear_bwd_input)(const LinearBwdInput&, const Executor&);
+  void (*largest)(const Largest&, const Executor&);
 };
 
 // The kernels of one instruction set by name, or null where it was not built or does not run here.

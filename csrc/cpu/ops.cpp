@@ -228,6 +228,23 @@ void restore_op(Tensor weight, const Tensor& index, const Tensor& original) {
   run_merge(MergeMode::restore, weight, index, nullptr, original);
 }
 
+// The columns of the k scores a row that rank highest; all -1 in a row with a NaN.
+Tensor largest_op(const Tensor& scores, int64_t k, int64_t by) {
+  check_matrix("scores", scores, -1, -1);
+  const DType dtype = dtype_of("scores", scores);
+  const int64_t rows = scores.size(0), columns = scores.size(1);
+  STD_TORCH_CHECK(k >= 1 && k <= columns, "k: ", k, ", expected 1 to ", columns, ", the columns of scores");
+  STD_TORCH_CHECK(columns <= INT32_MAX, "scores: ", columns, " columns, expected fewer than 2^31");
+  STD_TORCH_CHECK(by >= 0 && by <= 2, "by: ", by, ", expected 0, 1 or 2");
+  const Executor executor = torch_executor();
+  Tensor index = torch::stable::new_empty(scores, {rows, k}, ScalarType::Int);
+  Tensor scratch = torch::stable::new_empty(scores, {executor.threads * k * Largest::kScratchBytes}, ScalarType::Byte);
+  kernels().largest({dtype, static_cast<Ranking>(by), rows, columns, k, scores.const_data_ptr(), scores.stride(0),
+                     static_cast<int32_t*>(index.mutable_data_ptr()), scratch.mutable_data_ptr()},
+                    executor);
+  return index;
+}
+
 }  // namespace
 
 STABLE_TORCH_LIBRARY_IMPL(neuroada_C, CPU, m) {
@@ -240,6 +257,7 @@ STABLE_TORCH_LIBRARY_IMPL(neuroada_C, CPU, m) {
   m.impl("gather", TORCH_BOX(&gather_op));
   m.impl("patch", TORCH_BOX(&patch_op));
   m.impl("restore", TORCH_BOX(&restore_op));
+  m.impl("largest", TORCH_BOX(&largest_op));
 }
 
 }  // namespace neuroada::cpu

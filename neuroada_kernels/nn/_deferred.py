@@ -7,7 +7,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from neuroada_kernels.plan import order_slots
+from neuroada_kernels._sharding import whole
+from neuroada_kernels.plan import order_slots, order_slots_
 from neuroada_kernels.selection import Rows, check_arguments, drawn_count, select, select_rows
 
 
@@ -38,7 +39,8 @@ class Deferred:
         if not isinstance(weight, Tensor):
             return order_slots(select_rows(weight, *self._how, neuron_fraction=share))
         if not weight.is_meta:
-            return order_slots(select(weight, *self._how, neuron_fraction=share))
+            index = select(whole(weight.detach()), *self._how, neuron_fraction=share)
+            return order_slots_(index) if index.is_cpu else order_slots(index)
         method = "scores" if self.scores is not None else self.method
         check_arguments(weight.shape, self.k, method, self.scores, self.neuron_fraction)
         return torch.empty(weight.shape[0], self.k, dtype=torch.int32, device="meta")

@@ -10,9 +10,10 @@ import torch
 from torch import Tensor, nn
 
 from neuroada_kernels._dtypes import name_of
+from neuroada_kernels._sharding import local, whole
 from neuroada_kernels.nn._deferred import Deferred
 from neuroada_kernels.nn._strategy import check_known, refusal
-from neuroada_kernels.plan import check_index, check_index_form
+from neuroada_kernels.plan import check_index, check_index_form, count_connections
 
 #: Buffers of integers, of the layer itself and of those that build on it.
 _INDICES = ("index", "merged_index", "plan", "columns", "kept_index")
@@ -65,7 +66,7 @@ class BypassLayer(nn.Module):
         """How many the layer has, or will have."""
         if self._deferred is not None:
             return self._deferred.connections(self.out_features)
-        return int((self.index >= 0).sum())
+        return count_connections(self.index, self.in_features)
 
     def select_connections(self, reason: str | None = None) -> bool:
         """Choose what waited for the weight's values; False where it still has none."""
@@ -196,6 +197,15 @@ class BypassLayer(nn.Module):
         """
         raise NotImplementedError
 
+    def whole_connections(self) -> tuple[Tensor, Tensor]:
+        """``index`` and ``delta`` of the layer, gathered from the processes that hold its parts."""
+        return self.index, whole(self.delta.detach())
+
+    def part_of_connections(self, index: Tensor, delta: Tensor) -> tuple[Tensor, Tensor]:
+        """Of another ``index`` and ``delta`` for the whole layer, what this process holds."""
+        device = self.base_form().device
+        return index.to(device, copy=True), delta.to(device, copy=True)
+
     def base_form(self) -> BaseForm:
         """What the layer's weight is."""
         raise NotImplementedError
@@ -226,7 +236,7 @@ class BypassLayer(nn.Module):
     def _check_index(self, index: Tensor) -> None:
         check_index_form(index, self.in_features)
         delta = self._parameters.get("delta")
-        k = index.shape[1] if delta is None else delta.shape[1]
+        k = index.shape[1] if delta is None else local(delta).shape[1]
         if index.shape != (self.out_features, k):
             expected = f"[{self.out_features}, {'k' if delta is None else k}]"
             raise ValueError(f"index: shape {list(index.shape)}, expected {expected}")

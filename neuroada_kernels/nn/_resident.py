@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from neuroada_kernels import functional, ops, reference
+from neuroada_kernels._sharding import is_managed_by_fsdp
 from neuroada_kernels.nn._base import BypassLinear
 from neuroada_kernels.nn._strategy import refusal, why_not_resident
 
@@ -88,6 +89,8 @@ class ResidentLinear(BypassLinear):
         reason = super()._why_not_resident()
         if reason is not None:
             return reason
+        if is_managed_by_fsdp(self):  # a forward may have left a whole weight for now
+            return "weight is sharded by fully_shard"
         address = self.weight.data_ptr()
         for other in list(_layers):
             held = other.base_values is not None and other.weight.data_ptr() == address
@@ -216,7 +219,7 @@ class ResidentLinear(BypassLinear):
         if name == "index":
             self._check_index(value)
         elif isinstance(value, Tensor) and (reason := why_not_resident(value)) is not None:
-            raise ValueError(refusal(reason))
+            raise ValueError(f"{refusal(reason)}; set 'bypass' before the weight is replaced")
         self._leave_resident()
         super().__setattr__(name, value)
         self._resume()

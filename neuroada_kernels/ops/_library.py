@@ -91,6 +91,15 @@ def x_or_shape(x: Tensor | None, grad: Tensor, d_in: int, need_delta: bool) -> T
     return as_matrix(x)
 
 
+def unflattened(y: Tensor, *shape: int) -> Tensor:
+    """``y``, which nobody else has yet, in another shape, and no view.
+
+    Autograd refuses to write into a view that an ``autograd.Function`` made, as in
+    ``layer(x).add_(residual)``, and FSDP2 loses its hook there.
+    """
+    return y.view(shape).data
+
+
 def refuse_double_backward(ctx: Any, *grads: Tensor) -> None:
     """The backward of a backward op."""
     raise RuntimeError(

@@ -23,6 +23,7 @@ from neuroada_kernels.ops._library import (
     is_plain_eager,
     refuse_double_backward,
     saved_of,
+    unflattened,
     x_or_shape,
 )
 
@@ -61,7 +62,7 @@ def _forward(
     base, matrix = as_matrix(y), as_matrix(x)
     run = _registry.resolve("bypass_add", matrix, base, index, delta)
     out: Tensor = run(matrix, base, index, delta)
-    return out.view(y.shape)
+    return unflattened(out, *y.shape)
 
 
 def _backward(

@@ -25,6 +25,7 @@ from neuroada_kernels.ops._library import (
     is_plain_eager,
     refuse_double_backward,
     saved_of,
+    unflattened,
     x_or_shape,
 )
 
@@ -69,7 +70,7 @@ def _forward(
         weight = weight.to(x.dtype)
     run = _registry.resolve("linear", matrix, weight, index, delta, bias)
     y: Tensor = run(matrix, weight, index, delta, bias)
-    return y if x.dim() == 2 else y.view(*x.shape[:-1], y.shape[1])
+    return y if x.dim() == 2 else unflattened(y, *x.shape[:-1], y.shape[1])
 
 
 def _backward(

@@ -5,6 +5,7 @@
 #include <csignal>
 #include <cstdlib>
 
+#include "largest_checks.h"
 #include "merge_checks.h"
 #include "plan_checks.h"
 #include "run_cpu.h"
@@ -77,6 +78,14 @@ void fuzz_kernels(const Case& c, Random& random) {
   });
 }
 
+template <class T>
+void fuzz_largest(Random& random) {
+  const int64_t columns = 1 + draw_size(random, 700), rows = draw_size(random, 20);
+  const int64_t k = 1 + random.below(random.one_in(2) ? std::min<int64_t>(columns, 8) : columns);
+  const Matrix<T> scores = draw_scores<T>(rows, columns, random);
+  check_largest(scores, k, 1 + random.below(5), std::to_string(columns) + " columns");
+}
+
 int32_t draw_column(int64_t d_in, int64_t disorder, Random& random) {
   if (random.below(100) >= disorder) return static_cast<int32_t>(random.below(d_in + 1) - 1);
   if (random.one_in(2)) return static_cast<int32_t>(random.below(5) - 2 + (random.one_in(2) ? d_in : 0));
@@ -110,6 +119,7 @@ int main(int argc, char** argv) {
     const Case c = draw_case(random);
     constexpr DType kDTypes[] = {DType::f32, DType::f64, DType::bf16, DType::f16};
     with_dtype(kDTypes[random.below(4)], [&](auto element) { fuzz_kernels<decltype(element)>(c, random); });
+    with_dtype(kDTypes[random.below(4)], [&](auto element) { fuzz_largest<decltype(element)>(random); });
     fuzz_planner(random);
   }
   if (failures > 0) name_seed();

@@ -84,6 +84,16 @@ def test_takes_any_leading_dimensions(trained, leading, bias):
     assert layer.delta.grad.shape == layer.delta.shape
 
 
+@pytest.mark.parametrize("strategy", ["bypass", "resident"])
+def test_its_output_may_be_written_in_place(trained, strategy):
+    layer, x = trained(strategy=strategy), torch.randn(2, 3, 24)
+    upper = torch.randn(2, 3, 16)
+    layer(x).mul(2).backward(upper)
+    expected, layer.delta.grad = layer.delta.grad, None
+    layer(x).mul_(2).backward(upper)
+    assert torch.equal(layer.delta.grad, expected)
+
+
 @pytest.mark.parametrize("shape", [(), (23,), (24, 23), (0, 25)])
 def test_input_of_another_width_is_refused(layer_type, shape):
     with pytest.raises(ValueError, match=r"x: shape .*expected \[\.\.\., 24\]"):

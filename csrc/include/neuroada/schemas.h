@@ -24,6 +24,8 @@ void define_ops(Library& m) {
   // The products of a weight that holds round(W + delta), which only the kernel's copies of W do; on sm_90a alone.
   m.def("linear_patched_fwd(Tensor x, Tensor weight, Tensor index, Tensor delta, Tensor? bias) -> Tensor");
   m.def("linear_patched_bwd_input(Tensor grad, Tensor weight, Tensor index, Tensor delta) -> Tensor");
+  // On the CPU alone; by: 0 value, 1 magnitude, 2 smallest magnitude.
+  m.def("largest(Tensor scores, int k, int by) -> Tensor");
   m.def("gather(Tensor weight, Tensor index) -> Tensor");
   m.def("patch(Tensor(a!) weight, Tensor index, Tensor delta, Tensor original) -> ()");
   m.def("restore(Tensor(a!) weight, Tensor index, Tensor original) -> ()");

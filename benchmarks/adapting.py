@@ -1,0 +1,140 @@
+"""Adapting a randomly initialised Llama: seconds a billion parameters, and memory beside the model.
+
+``python -m neuroada_kernels.benchmarks.adapting --json FILE``. The sizes default to Llama-3-8B's.
+Of its layers as many are made as half the free memory holds, since all of them cost the same;
+figures of the whole are marked as extrapolated. Linux alone: the peak is the system's record.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+from dataclasses import asdict
+from pathlib import Path
+from time import perf_counter
+from typing import Any
+
+import torch
+from torch import nn
+
+import neuroada_kernels as nk
+from neuroada_kernels.benchmarks.model import LINEARS, Sizes
+from neuroada_kernels.benchmarks.report import environment
+from neuroada_kernels.nn._base import BypassLinear
+
+
+def shapes(sizes: Sizes) -> dict[str, tuple[int, int]]:
+    """``[d_out, d_in]`` of the linears of one layer."""
+    heads = sizes.hidden * sizes.kv_heads // sizes.heads
+    attention = [(sizes.hidden, sizes.hidden), *[(heads, sizes.hidden)] * 2, (sizes.hidden,) * 2]
+    mlp = [(sizes.intermediate, sizes.hidden)] * 2 + [(sizes.hidden, sizes.intermediate)]
+    return dict(zip(LINEARS, [*attention, *mlp], strict=True))
+
+
+def build(sizes: Sizes, layers: int, dtype: torch.dtype) -> nn.Module:
+    """The linears of so many layers, drawn at random."""
+    model = nn.Module()
+    for layer in range(layers):
+        block = nn.Module()
+        for name, (d_out, d_in) in shapes(sizes).items():
+            linear = nn.Linear(d_in, d_out, bias=False, dtype=dtype, device="meta")
+            # nn.Linear's own initialisation, in place and without a float32 copy.
+            weight = torch.empty(d_out, d_in, dtype=dtype).uniform_(-(d_in**-0.5), d_in**-0.5)
+            linear.weight = nn.Parameter(weight, requires_grad=False)
+            block.register_module(name, linear)
+        model.register_module(f"layer{layer}", block)
+    return model
+
+
+def measure(sizes: Sizes, layers: int, k: int, dtype: torch.dtype) -> dict[str, Any]:
+    """Adapt so many layers once, after a small model that warms up what is loaded lazily."""
+    nk.adapt(build(Sizes(hidden=256, intermediate=512), 1, dtype), k=1)
+    model = build(sizes, layers, dtype)
+    parameters = sum(parameter.numel() for parameter in model.parameters())
+    before = _forget_peak()
+    start = perf_counter()
+    summary = nk.adapt(model, k=k)
+    seconds = perf_counter() - start
+    peak = _memory("VmHWM") - before
+    plans = sum(module.plan.nbytes for module in _layers(model))
+    return {
+        "layers": layers,
+        "parameters": parameters,
+        "k": k,
+        "dtype": str(dtype).removeprefix("torch."),
+        "seconds": seconds,
+        "seconds_per_billion": seconds * 1e9 / parameters,
+        "adapter_bytes": summary.adapter_bytes,
+        "plan_bytes": plans,
+        "peak_bytes": peak,
+        # Deltas are zeros that nothing has touched, of which the system has no page yet.
+        "peak_bytes_beside_indices_and_plans": peak - plans - summary.adapter_bytes // 2,
+        "extrapolated_to_all_layers": {
+            "parameters": parameters // layers * sizes.layers,
+            "seconds": seconds / layers * sizes.layers,
+            "adapter_bytes": summary.adapter_bytes // layers * sizes.layers,
+            "plan_bytes": plans // layers * sizes.layers,
+        },
+    }
+
+
+def _layers(model: nn.Module) -> list[nk.NeuroAdaLinear]:
+    found = [module for module in model.modules() if isinstance(module, BypassLinear)]
+    return [module for module in found if isinstance(module, nk.NeuroAdaLinear)]
+
+
+def _memory(field: str) -> int:
+    """Bytes of this process, ``VmRSS`` now or ``VmHWM`` at its peak."""
+    for line in Path("/proc/self/status").read_text().splitlines():
+        if line.startswith(field + ":"):
+            return int(line.split()[1]) * 1024
+    raise RuntimeError(f"/proc/self/status: has no {field}")
+
+
+def _forget_peak() -> int:
+    """Let the record of the peak begin anew; bytes of the process now."""
+    Path("/proc/self/clear_refs").write_text("5")
+    return _memory("VmRSS")
+
+
+def _fitting(sizes: Sizes, dtype: torch.dtype) -> int:
+    elements: int = sum(d_out * d_in for d_out, d_in in shapes(sizes).values())
+    free: int = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    fitting: int = free // 2 // (elements * dtype.itemsize)
+    return min(sizes.layers, fitting) or 1
+
+
+def main(argv: list[str] | None = None) -> int:
+    """The command; the exit status."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--k", type=int, nargs="+", default=[20])
+    parser.add_argument(
+        "--layers", type=int, help="by default as many as half the free memory holds"
+    )
+    parser.add_argument("--hidden", type=int, default=Sizes.hidden)
+    parser.add_argument("--intermediate", type=int, default=Sizes.intermediate)
+    parser.add_argument("--dtype", default="bfloat16", choices=["bfloat16", "float16", "float32"])
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    parser.add_argument("--json", type=Path)
+    options = parser.parse_args(argv)
+    torch.set_num_threads(options.threads)
+    sizes = Sizes(hidden=options.hidden, intermediate=options.intermediate)
+    dtype: torch.dtype = getattr(torch, options.dtype)
+    layers = options.layers or _fitting(sizes, dtype)
+    rows = [measure(sizes, layers, k, dtype) for k in options.k]
+    for row in rows:
+        print(
+            f"k {row['k']}: {row['parameters'] / 1e9:.2f} billion parameters in {row['layers']} of "
+            f"{sizes.layers} layers, {row['seconds_per_billion']:.2f} s a billion, "
+            f"{row['peak_bytes_beside_indices_and_plans'] / 1e6:.0f} MB beside the adapter's own"
+        )
+    if options.json is not None:
+        results = {"environment": environment(), "sizes": asdict(sizes), "results": rows}
+        options.json.write_text(json.dumps(results, indent=1) + "\n")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

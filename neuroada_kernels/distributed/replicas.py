@@ -1,0 +1,138 @@
+"""What every process holds whole: connections, and trained parameters that nobody shards."""
+
+from __future__ import annotations
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from neuroada_kernels._sharding import is_sharded
+from neuroada_kernels.nn._base import BypassLinear
+
+
+def broadcast_adapter(model: nn.Module, group: dist.ProcessGroup | None = None) -> None:
+    """Give every process the connections and the trained parameters of the first.
+
+    To be called once in each, on a model that was adapted alike, before DDP, ``fully_shard`` or
+    ``parallelize_module``. Selecting by magnitude or at random comes to the same everywhere anyway,
+    for the same weights and seed; selecting by gradient does not where each process has its own
+    data.
+
+    Parameters
+    ----------
+    model : nn.Module
+        The adapted model.
+    group : ProcessGroup, optional
+        Those that are to agree; by default all.
+
+    Raises
+    ------
+    ValueError
+        If the model has no NeuroAda layer, if a parameter that trains is sharded already, if
+        connections are not chosen yet, or a layer is merged; nothing is sent then.
+    """
+    layers = [module for module in model.modules() if isinstance(module, BypassLinear)]
+    if not layers:
+        raise ValueError("model: has no NeuroAda layer, expected an adapted model")
+    for layer in layers:
+        if layer.deferred or layer.merged:
+            state = "merged" if layer.merged else "not chosen yet"
+            raise ValueError(f"model: has connections that are {state}, expected to train them")
+    trained = _trained(model)
+    for layer in layers:
+        index = layer.index.clone()
+        dist.broadcast(index, group=group, group_src=0)
+        if not torch.equal(index, layer.index):
+            layer.index = index
+    for parameter in trained:
+        dist.broadcast(parameter.detach(), group=group, group_src=0)
+
+
+def replicate_trained(
+    model: nn.Module, group: dist.ProcessGroup | None = None
+) -> set[nn.Parameter]:
+    """Keep what trains whole in every process, beside frozen weights that ``fully_shard`` splits.
+
+    Returns the parameters to be given to every ``fully_shard`` as ``ignored_params``, which then
+    neither splits nor casts them: deltas stay float32 under any ``MixedPrecisionPolicy``. FSDP
+    leaves the gradients of what it ignores alone, so at the end of every backward they are averaged
+    here, all in one message.
+
+    Parameters
+    ----------
+    model : nn.Module
+        The adapted model, on its device, not yet sharded.
+    group : ProcessGroup, optional
+        The processes that share out a batch; by default all.
+
+    Returns
+    -------
+    set of nn.Parameter
+
+    Raises
+    ------
+    ValueError
+        If nothing trains, or a parameter that does is sharded already.
+    """
+    trained = _trained(model)
+    averaging = _Averaging(trained, group)
+    for parameter in trained:
+        parameter.register_post_accumulate_grad_hook(averaging.on_gradient)
+    return set(trained)
+
+
+def _trained(model: nn.Module) -> list[nn.Parameter]:
+    trained = {n: p for n, p in model.named_parameters() if p.requires_grad}
+    if not trained:
+        raise ValueError("model: has no parameter that trains, expected an adapted model")
+    for name, parameter in trained.items():
+        if is_sharded(parameter):
+            raise ValueError(f"{name}: is sharded already, expected a whole parameter")
+    return list(trained.values())
+
+
+class _Averaging:
+    """Averages gradients over processes at the end of every backward that reaches one of them.
+
+    All are sent each time, so that the processes agree on the message's length whatever each of
+    them has reached. Where gradients accumulate over several backwards, what was averaged before is
+    the same everywhere, and averaging the sum again leaves it so.
+    """
+
+    def __init__(self, parameters: list[nn.Parameter], group: dist.ProcessGroup | None) -> None:
+        self._parameters, self._group = parameters, group
+        self._backward: int | None = None  # which one will average at its end
+
+    def on_gradient(self, _: Tensor) -> None:
+        backward: int = torch._C._current_graph_task_id()
+        if backward != self._backward:
+            self._backward = backward
+            torch.autograd.Variable._execution_engine.queue_callback(self.average)
+
+    @torch.no_grad()
+    def average(self) -> None:
+        """Give each parameter the mean gradient; one that no process has stays without."""
+        self._backward = None
+        sums = self._sums()
+        missing = [p.grad is None for p in self._parameters]
+        reached = sums[: len(missing)].tolist() if any(missing) else None
+        means = sums[len(missing) :].split([p.numel() for p in self._parameters])
+        for i, (parameter, mean) in enumerate(zip(self._parameters, means, strict=True)):
+            if parameter.grad is not None:
+                parameter.grad.copy_(mean.view_as(parameter))
+            elif reached is not None and reached[i]:
+                parameter.grad = mean.view_as(parameter).to(parameter.dtype, copy=True)
+
+    def _sums(self) -> Tensor:
+        """The share of processes that have each gradient, then the mean gradients, in one row."""
+        wide = any(p.dtype == torch.float64 for p in self._parameters)
+        dtype = torch.float64 if wide else torch.float32
+        device = self._parameters[0].device
+        reached = [float(p.grad is not None) for p in self._parameters]
+        parts = [torch.tensor(reached, dtype=dtype, device=device)]
+        for p in self._parameters:
+            grad = torch.zeros_like(p) if p.grad is None else p.grad
+            parts.append(grad.flatten().to(dtype))
+        row = torch.cat(parts).div_(dist.get_world_size(self._group))
+        dist.all_reduce(row, group=self._group)
+        return row

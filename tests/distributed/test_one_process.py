@@ -1,0 +1,156 @@
+"""A group of one process: what is refused, and that a script for many runs in one as well."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from processes import adapted, assert_same_curve, layers, process_group, train
+from small_transformer import Transformer
+from test_processes import fsdp, fsdp_replicated, parallel, sharded, tensor_parallel
+from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import DTensor, distribute_tensor
+from torch.distributed.tensor.parallel import parallelize_module
+
+import neuroada_kernels as nk
+from neuroada_kernels.distributed import (
+    NeuroAdaColwiseParallel,
+    NeuroAdaRowwiseParallel,
+    broadcast_adapter,
+    replicate_trained,
+)
+
+
+@pytest.fixture(autouse=True)
+def group(tmp_path):
+    with process_group(0, 1, tmp_path):
+        yield
+
+
+@pytest.mark.parametrize("check", [fsdp, fsdp_replicated, tensor_parallel])
+def test_one_process_trains_as_one(check, tmp_path):
+    check(tmp_path)
+
+
+def test_no_buffer_has_16_bits_which_nccl_does_not_take():
+    for strategy in ("bypass", "resident"):
+        model = adapted(strategy=strategy)
+        nk.merge(model)
+        for tensor in (*model.buffers(), *parallel(adapted()).buffers()):
+            assert tensor.dtype not in (torch.int16, torch.uint16)
+            assert tensor.dtype == torch.int32 or tensor.is_floating_point()
+
+
+def test_resident_is_refused_by_a_sharded_weight():
+    with pytest.raises(ValueError, match="'resident' is refused: weight is a DTensor"):
+        sharded(adapted(strategy="resident"))
+    model = sharded(adapted())
+    model(torch.zeros(1, 2, dtype=torch.long))  # the root keeps whole parameters until a backward
+    assert not isinstance(model.head.weight, DTensor)
+    for name in ("head", "blocks.0"):
+        with pytest.raises(ValueError, match=f"{name}.*: strategy: 'resident' is refused.*sharded"):
+            nk.set_strategy(
+                nn.ModuleDict({name.replace(".", "-"): model.get_submodule(name)}), "resident"
+            )
+    assert nk.set_strategy(model, "auto").keys() == layers(model).keys()
+
+
+def test_a_model_is_adapted_before_it_is_sharded(tmp_path):
+    nk.save_adapter(adapted(), tmp_path / "adapter.safetensors")
+    model = sharded(Transformer().double())
+    words = r"blocks.0.qkv: its weight is sharded .* before fully_shard"
+    with pytest.raises(ValueError, match=words):
+        nk.adapt(model)
+    with pytest.raises(ValueError, match=words):
+        nk.load_adapter(model, tmp_path / "adapter.safetensors", allow_mismatch=True)
+    assert all(parameter.requires_grad for parameter in model.parameters())
+
+
+@pytest.mark.parametrize("assign", [False, True])
+def test_a_model_on_the_meta_device_chooses_after_its_shards_have_values(assign):
+    with torch.device("meta"):
+        model = Transformer().double()
+    nk.adapt(model, k=4, delta_dtype=torch.float64, strategy="auto")
+    sharded(model)
+    if not assign:
+        model.to_empty(device="cpu")
+    whole = adapted(strategy="auto")
+    mesh = init_device_mesh("cpu", (1,))
+    values = {
+        name: distribute_tensor(whole.get_parameter(name), mesh, parameter.placements)
+        for name, parameter in model.named_parameters()
+        if not name.endswith("delta")
+    }
+    nk.set_strategy(whole, "bypass")
+    model.load_state_dict(values, strict=False, assign=assign)
+    assert nk.select_connections(model) == []
+    for name, layer in layers(model).items():
+        assert torch.equal(layer.index, layers(whole)[name].index)
+        assert layer.strategy == "bypass"
+        layer.requires_grad_(False).delta.requires_grad_()
+    assert_same_curve(train(model), train(whole))
+
+
+def test_merging_parts_is_refused():
+    for model in (sharded(adapted()), parallel(adapted())):
+        with pytest.raises(ValueError, match=r"weight: is sharded .* save the adapter"):
+            nk.merge(model)
+
+
+def test_fsdp_keeps_the_deltas_that_it_has(tmp_path):
+    path = tmp_path / "adapter.safetensors"
+    nk.save_adapter(adapted(k=2), path)
+    model = sharded(adapted())
+    nn.init.ones_(model.head.delta)
+    before = {name: t.full_tensor() for name, t in model.named_parameters()}
+    indices = {name: layer.index.clone() for name, layer in layers(model).items()}
+    with pytest.raises(ValueError, match=r"blocks.0.qkv: delta: \[96, 2\] .* which FSDP holds"):
+        nk.load_adapter(model, path)
+    for name, tensor in model.named_parameters():
+        assert torch.equal(tensor.full_tensor(), before[name])
+    for name, layer in layers(model).items():
+        assert torch.equal(layer.index, indices[name])
+
+
+def test_what_a_style_cannot_split():
+    mesh = init_device_mesh("cpu", (1,))
+    for options, words in (
+        ({"strategy": "resident"}, "weight is to be split"),
+        ({"layer_type": nk.ReferenceNeuroAdaLinear}, "ReferenceNeuroAdaLinear, expected"),
+    ):
+        layer = adapted(**options).head
+        for style in (NeuroAdaColwiseParallel(), NeuroAdaRowwiseParallel()):
+            with pytest.raises((TypeError, ValueError), match=words):
+                parallelize_module(layer, mesh, style)
+    layer = adapted().head
+    layer.merge()
+    with pytest.raises(ValueError, match="merged"):
+        parallelize_module(layer, mesh, NeuroAdaColwiseParallel())
+    layer.unmerge()
+    with pytest.raises(ValueError, match="2 dimensions"):
+        NeuroAdaColwiseParallel()._apply(layer, init_device_mesh("cpu", (1, 1)))
+    parallelize_module(layer, mesh, NeuroAdaColwiseParallel())
+    with pytest.raises((TypeError, ValueError), match="TensorParallelLinear, expected"):
+        parallelize_module(layer, mesh, NeuroAdaColwiseParallel())
+
+
+def test_a_style_splits_other_modules_as_torchs_own():
+    mesh = init_device_mesh("cpu", (1,))
+    for style in (NeuroAdaColwiseParallel(), NeuroAdaRowwiseParallel()):
+        linear = parallelize_module(nn.Linear(4, 4), mesh, style)
+        assert isinstance(linear.weight, DTensor)
+        assert linear(torch.ones(4)).shape == (4,)
+
+
+def test_what_cannot_be_replicated():
+    with pytest.raises(ValueError, match="no NeuroAda layer"):
+        broadcast_adapter(nn.Linear(2, 2))
+    with pytest.raises(ValueError, match="no parameter that trains"):
+        replicate_trained(nn.Linear(2, 2).requires_grad_(False))
+    model = adapted()
+    nk.merge(model)
+    with pytest.raises(ValueError, match="merged"):
+        broadcast_adapter(model)
+    for function in (broadcast_adapter, replicate_trained):
+        with pytest.raises(ValueError, match="delta: is sharded already"):
+            function(sharded(adapted()))
