@@ -321,23 +321,16 @@ def _once(targets: Mapping[str, nn.Module]) -> dict[str, nn.Module]:
 
 
 def layer_over(
-    module: nn.Module,
-    k: int,
-    layer_type: type[BypassLinear],
-    *,
-    save_activations: str = "auto",
-    **options: Any,
+    module: nn.Module, k: int, layer_type: type[BypassLinear], **options: Any
 ) -> BypassLayer | NeuroAdaExperts:
-    """The layer that takes the place of ``module``: round it, where its forward is not ours.
-
-    Such a base keeps of x what it likes, so that there is no choice of ``save_activations``.
-    """
+    """The layer that takes the place of ``module``: round it, where its forward is not ours."""
     if is_experts(module):
+        options.pop("save_activations", None)  # each expert's x is another, and kept whole
         return NeuroAdaExperts(module, k, **options)
     if is_foreign(module):
         return NeuroAdaBypass(module, k, **options)
     assert isinstance(module, nn.Linear)
-    return layer_type.from_linear(module, k, save_activations=save_activations, **options)
+    return layer_type.from_linear(module, k, **options)
 
 
 def _size_of(name: str, module: nn.Module) -> int:

@@ -118,6 +118,13 @@ def count_connections(index: Tensor, d_in: int) -> int:
     return int((index >= 0).sum())
 
 
+def identity_of(tensor: Tensor) -> tuple[int, ...]:
+    """Which tensor it is, and how often it was written in place; inference tensors do not count."""
+    if tensor.is_meta:
+        return (id(tensor),)
+    return id(tensor), tensor.data_ptr(), -1 if tensor.is_inference() else tensor._version
+
+
 def order_slots(index: Tensor) -> Tensor:
     """``index`` with each row in the order that a GPU gathers fastest.
 

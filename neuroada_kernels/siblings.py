@@ -11,7 +11,7 @@ from collections.abc import Iterable, Sequence
 from torch import nn
 
 from neuroada_kernels.config import NeuroAdaConfig, matches
-from neuroada_kernels.nn._base import BypassLinear
+from neuroada_kernels.nn._layer import BypassLayer
 from neuroada_kernels.nn._siblings import Siblings
 
 #: Attention's query, key and value, by the names that current models give them.
@@ -57,7 +57,7 @@ def set_save_activations(
         has no layer; no layer changes then.
     """
     siblings = NeuroAdaConfig(save_activations=save_activations, siblings=siblings).siblings
-    layers = {n: m for n, m in model.named_modules() if isinstance(m, BypassLinear)}
+    layers = {n: m for n, m in model.named_modules() if isinstance(m, BypassLayer)}
     if not layers:
         raise ValueError("model: has no NeuroAda layer inside, expected an adapted model")
     check_siblings(layers, siblings)
@@ -79,7 +79,7 @@ def link_siblings(
     model: nn.Module, siblings: Sequence[Sequence[str]] | None = None
 ) -> tuple[tuple[str, ...], ...]:
     """Have the layers that read the same x keep one copy; the names of each group of them."""
-    layers = {n: m for n, m in model.named_modules() if isinstance(m, BypassLinear)}
+    layers = {n: m for n, m in model.named_modules() if isinstance(m, BypassLayer)}
     groups: dict[tuple[int, str, int], list[str]] = {}
     for name, layer in layers.items():
         number, parent = _group_of(name, siblings)

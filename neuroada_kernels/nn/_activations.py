@@ -7,7 +7,6 @@ made it.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any, cast
 
 import torch
@@ -108,15 +107,18 @@ class ActivationSaver(nn.Module):
         kept_index = None if columns is None else renumber(self.index, columns)
         self._buffers["columns"], self._buffers["kept_index"] = columns, kept_index
 
-    def _keep(self, x: Tensor) -> functional.Kept | None:
-        """The columns of x to be saved in its stead, and the index into them; None for x itself."""
+    def _keep(self, x: Tensor, dtype: torch.dtype | None = None) -> functional.Kept | None:
+        """The columns of x to be saved in its stead, and the index into them; None for x itself.
+
+        Of the dtype that the layer computes in, by default autocast's or that of x.
+        """
         buffers = self._buffers
         columns = buffers["columns"]
         if columns is None or not torch.is_grad_enabled() or columns.device != x.device:
             return None
         if not cast(Tensor, self._parameters["delta"]).requires_grad or functional.is_transformed():
             return None
-        dtype = functional.autocast_dtype(x) or x.dtype
+        dtype = dtype or functional.autocast_dtype(x) or x.dtype
         if torch.compiler.is_compiling():
             # Siblings have the very same columns, so that a compiler makes one copy of its own.
             return columns_of(x, columns, dtype), cast(Tensor, buffers["kept_index"])
@@ -143,11 +145,6 @@ class ActivationSaver(nn.Module):
             if theirs is not None and theirs.device == mine.device and theirs.equal(mine):
                 self._buffers["columns"] = theirs
                 return
-
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
-        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
-        self._share_columns()
-        return self
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)  # type: ignore[no-untyped-call]

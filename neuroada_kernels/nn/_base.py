@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from neuroada_kernels._sharding import is_sharded, split_as, whole
-from neuroada_kernels.nn._activations import ActivationSaver, check_save_activations
+from neuroada_kernels.nn._activations import check_save_activations
 from neuroada_kernels.nn._deferred import Deferred
 from neuroada_kernels.nn._layer import BaseForm, BypassLayer
 from neuroada_kernels.nn._strategy import check_strategy, why_not_resident
@@ -21,7 +21,7 @@ from neuroada_kernels.selection import check_weight
 _Self = TypeVar("_Self", bound="BypassLinear")
 
 
-class BypassLinear(ActivationSaver, BypassLayer):
+class BypassLinear(BypassLayer):
     """A frozen linear with k trainable bypass connections a neuron.
 
     ``y[t, j] = sum_c x[t, c] W[j, c] + b[j] + sum_s delta[j, s] x[t, index[j, s]]``
@@ -170,7 +170,6 @@ class BypassLinear(ActivationSaver, BypassLayer):
                 parameter.requires_grad_(False)
             self.register_parameter(name, parameter)
         self._hold_connections(index, delta_dtype)
-        self._start_saving()
         self.train(linear.training)
 
     def select_connections(self, reason: str | None = None) -> bool:
@@ -209,7 +208,7 @@ class BypassLinear(ActivationSaver, BypassLayer):
     def extra_repr(self) -> str:
         return (
             f"in_features={self.in_features}, out_features={self.out_features}, k={self.k}, "
-            f"bias={self.bias is not None}{self._state_repr()}{self._saving_repr()}"
+            f"bias={self.bias is not None}{self._state_repr()}"
         )
 
     def _bypass_forward(self, x: Tensor) -> Tensor:

@@ -11,12 +11,10 @@ from torch import Tensor, nn
 
 from neuroada_kernels._dtypes import name_of
 from neuroada_kernels._sharding import local, whole
+from neuroada_kernels.nn._activations import ActivationSaver
 from neuroada_kernels.nn._deferred import Deferred
 from neuroada_kernels.nn._strategy import check_known, refusal
 from neuroada_kernels.plan import check_index, check_index_form, count_connections
-
-#: Buffers of integers, of the layer itself and of those that build on it.
-_INDICES = ("index", "merged_index", "plan", "columns", "kept_index")
 
 
 class BaseForm(NamedTuple):
@@ -27,7 +25,7 @@ class BaseForm(NamedTuple):
     device: torch.device
 
 
-class BypassLayer(nn.Module):
+class BypassLayer(ActivationSaver):
     """k bypass connections a neuron beside a frozen weight, wherever that is."""
 
     in_features: int
@@ -55,6 +53,7 @@ class BypassLayer(nn.Module):
         self.register_buffer("original", None)
         # Where W was changed, merged or resident, whatever is written into index meanwhile.
         self.register_buffer("merged_index", None, persistent=False)
+        self._start_saving()
 
     @property
     def k(self) -> int:
@@ -83,9 +82,7 @@ class BypassLayer(nn.Module):
         The strategy stays ``"bypass"``, and ``strategy_reason`` says why: who else reads the
         weight is not known here, but to :func:`neuroada_kernels.set_strategy`.
         """
-        if self._deferred is None:  # nothing is written then, which would compile a model again
-            return
-        if self._deferred.strategy != "bypass":
+        if self._deferred is not None and self._deferred.strategy != "bypass":
             self.strategy_reason = "its connections were loaded; set_strategy takes it up"
         self._deferred = None
 
@@ -216,6 +213,7 @@ class BypassLayer(nn.Module):
             + (", merged" if self.merged else "")
             + (f", strategy={self._strategy}" if self._strategy != "bypass" else "")
             + (f", strategy=bypass since {self.strategy_reason}" if self.strategy_reason else "")
+            + self._saving_repr()
         )
 
     def _why_not_resident(self) -> str | None:
@@ -259,7 +257,8 @@ class BypassLayer(nn.Module):
 
         keeper = nn.Module()
         keeper.register_parameter("delta", self._parameters.pop("delta"))
-        kept = [name for name in _INDICES if name in self._buffers]
+        names = ("index", "merged_index", "plan", "columns", "kept_index")
+        kept = [name for name in names if name in self._buffers]
         for name in kept:
             keeper.register_buffer(name, self._buffers.pop(name))
         try:
@@ -269,6 +268,7 @@ class BypassLayer(nn.Module):
             self._parameters["delta"] = keeper._parameters["delta"]
             for name in kept:
                 self._buffers[name] = keeper._buffers[name]
+            self._share_columns()
         return self
 
     def _load_from_state_dict(

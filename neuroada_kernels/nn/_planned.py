@@ -8,7 +8,7 @@ from typing import Any
 from torch import Tensor
 
 from neuroada_kernels.nn._layer import BypassLayer
-from neuroada_kernels.plan import make_plan
+from neuroada_kernels.plan import identity_of, make_plan
 
 
 class PlannedLayer(BypassLayer):
@@ -22,10 +22,15 @@ class PlannedLayer(BypassLayer):
     _planned: tuple[int, ...] | None = None  # the index that the plan is of; None if not known
 
     def _make_plan(self) -> None:
+        self._plan()
+        if self in self._siblings.layers:  # as a replica of DataParallel's is not
+            self._siblings.settle()
+
+    def _plan(self) -> None:
         if self.index.is_meta:
             plan, self._planned = self.index.new_empty(0), None
         else:
-            plan, self._planned = self._plan_of(self.index), _identity(self.index)
+            plan, self._planned = self._plan_of(self.index), identity_of(self.index)
         self.register_buffer("plan", plan, persistent=False)
 
     def _plan_of(self, index: Tensor) -> Tensor:
@@ -38,17 +43,25 @@ class PlannedLayer(BypassLayer):
             self._check_index(self.index)
             self._make_plan()
 
+    def _is_planned(self) -> bool:
+        if self.index.is_meta:
+            return False
+        if identity_of(self.index) != self._planned:
+            try:
+                self._check_index(self.index)
+            except (TypeError, ValueError):
+                return False  # its own forward says why
+            self._leave_resident()
+            self._plan()
+        return True
+
     def _follow_index(self, index: Tensor) -> None:
         """Plan anew where ``index``, the layer's own, is not what the plan is of."""
-        if not self._follows(index):
+        if identity_of(index) != self._planned:
             self._replan()
 
-    def _follows(self, index: Tensor) -> bool:
-        """Whether the plan is that of ``index``, the layer's own."""
-        return _identity(index) == self._planned
-
     def __setstate__(self, state: dict[str, Any]) -> None:
-        super().__setstate__(state)  # type: ignore[no-untyped-call]
+        super().__setstate__(state)
         self._planned = None
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
@@ -65,10 +78,3 @@ class PlannedLayer(BypassLayer):
         super().__setattr__(name, value)
         if name == "index" and "plan" in self._buffers:
             self._make_plan()
-
-
-def _identity(tensor: Tensor) -> tuple[int, ...]:
-    """Which tensor it is, and how often it was written in place; inference tensors do not count."""
-    if tensor.is_meta:
-        return (id(tensor),)
-    return id(tensor), tensor.data_ptr(), -1 if tensor.is_inference() else tensor._version

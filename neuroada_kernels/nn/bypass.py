@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from neuroada_kernels import functional, ops
 from neuroada_kernels._dtypes import FLOATING
+from neuroada_kernels.nn._activations import check_save_activations
 from neuroada_kernels.nn._bitsandbytes import keep_packing
 from neuroada_kernels.nn._deferred import Deferred
 from neuroada_kernels.nn._layer import BaseForm, BypassLayer
@@ -62,6 +63,8 @@ class NeuroAdaBypass(PlannedLayer):
         Dtype of ``delta``. It stays when the layer is cast.
     strategy : str
         ``"bypass"``; ``"auto"`` comes to the same, and ``"resident"`` is refused.
+    save_activations : str
+        What the bypass keeps of x, as in :class:`NeuroAdaLinear`; the base keeps what it keeps.
     index : Tensor, optional
         int32, shape ``[out_features, k]``: the connections, instead of selecting them.
 
@@ -95,6 +98,7 @@ class NeuroAdaBypass(PlannedLayer):
         neuron_fraction: float = 1.0,
         delta_dtype: torch.dtype = torch.float32,
         strategy: str = "bypass",
+        save_activations: str = "auto",
         index: Tensor | None = None,
     ) -> None:
         super().__init__()
@@ -111,8 +115,10 @@ class NeuroAdaBypass(PlannedLayer):
             index = index.to(weight.device, copy=True)
         self._check_connections(index, delta_dtype)
         self._set_strategy(strategy)
+        check_save_activations(save_activations)
         self._hold_connections(index, delta_dtype)
         self._make_plan()
+        self.save_activations = save_activations
         base.requires_grad_(False)
         keep_packing(base)
         self.base = base
@@ -142,7 +148,9 @@ class NeuroAdaBypass(PlannedLayer):
             raise TypeError(f"base: gave {_form_of(y)}, expected a floating tensor")
         if not torch.compiler.is_compiling():
             self._follow_index(index)
-        return functional.neuroada_bypass(y, x.to(y.dtype), index, self.delta, plan=buffers["plan"])
+        kept = self._keep(x, y.dtype)
+        plan = buffers["plan"]
+        return functional.apply_bypass(y, x.to(y.dtype), index, self.delta, plan, kept)
 
     def merge_requantized(self) -> Requantization:
         """Dequantise W, add ``delta`` and quantise again, by the base's own quantiser.

@@ -76,6 +76,9 @@ class StackedLinear(PlannedLayer):
         self._plan_sizes = tuple(map(len, plans))
         return torch.cat(plans)
 
+    def _is_planned(self) -> bool:
+        return False  # for what is kept of x: every expert reads another, and keeps it whole
+
     def base_entries(self, index: Tensor) -> Tensor:
         return self._matrix().gather(1, index.to(self.weight.device).clamp(min=0).long())
 

@@ -18,23 +18,6 @@ class NeuroAdaLinear(PlannedLayer, ResidentLinear):
         super()._adopt(linear, index, delta_dtype)
         self._make_plan()
 
-    def _make_plan(self) -> None:
-        super()._make_plan()
-        if self in self._siblings.layers:  # as a replica of DataParallel's is not
-            self._siblings.settle()
-
-    def _is_planned(self) -> bool:
-        if self.index.is_meta:
-            return False
-        if not self._follows(self.index):
-            try:
-                self._check_index(self.index)
-            except (TypeError, ValueError):
-                return False  # its own forward says why
-            self._leave_resident()
-            super()._make_plan()
-        return True
-
     def _bypass_forward(self, x: Tensor) -> Tensor:
         buffers, parameters = self._buffers, self._parameters
         index = buffers["index"]

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from neuroada_kernels import NeuroAdaLinear, ReferenceNeuroAdaLinear, select_connections
+from neuroada_kernels.nn import NeuroAdaBypass
 
 D_IN, D_OUT, TOKENS = 24, 16, 9
 STRATEGIES = pytest.mark.parametrize("strategy", ["bypass", "resident"])
@@ -298,6 +299,31 @@ def test_what_is_none_of_them_is_refused_and_changes_nothing():
     with pytest.raises(ValueError, match=words):
         layer.save_activations = "some"
     assert layer.save_activations == "full"
+
+
+class Frozen(nn.Linear):
+    """A base whose forward is its own."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x).tanh()
+
+
+def test_a_layer_round_a_base_keeps_the_columns_too():
+    x, results = input_of(), []
+    for mode in ("full", "compact"):
+        torch.manual_seed(0)
+        layer = NeuroAdaBypass(Frozen(D_IN, D_OUT), index=layer_of(5).index, save_activations=mode)
+        nn.init.normal_(layer.delta, std=0.1)
+        results.append(step(layer, x))
+        assert (layer.columns is None) == (mode == "full")
+    assert all(a.equal(b) for a, b in zip(*results, strict=True))
+    assert_columns_fit(layer)
+    kept = widths(layer, x)
+    assert kept.count(5) == 1
+    assert D_IN not in kept
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        compact, layer.save_activations = step(layer, x), "full"
+        assert all(a.equal(b) for a, b in zip(compact, step(layer, x), strict=True))
 
 
 def test_the_reference_takes_it_and_computes_as_before():

@@ -9,7 +9,7 @@ import torch
 from peft.tuners._buffer_dict import BufferDict
 from torch import Tensor, nn
 
-from neuroada_kernels.plan import check_index, make_plan
+from neuroada_kernels.plan import check_index, identity_of, make_plan
 
 
 def _uncast(fn: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
@@ -53,10 +53,10 @@ class IndexDict(BufferDict):
         index = self[adapter]
         if index.is_meta:
             self._forget(adapter)
-        elif _identity(index) != self._planned.get(adapter):
+        elif identity_of(index) != self._planned.get(adapter):
             self._check(index)
             self._plans[adapter] = make_plan(index, self._d_in)
-            self._planned[adapter] = _identity(index)
+            self._planned[adapter] = identity_of(index)
 
     def _check(self, index: Tensor) -> None:
         if not index.is_meta:
@@ -104,8 +104,3 @@ class IndexDict(BufferDict):
         super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
         for name in incoming:
             self._update(name)
-
-
-def _identity(tensor: Tensor) -> tuple[int, ...]:
-    """Which tensor it is, and how often it was written in place; inference tensors do not count."""
-    return id(tensor), tensor.data_ptr(), -1 if tensor.is_inference() else tensor._version
