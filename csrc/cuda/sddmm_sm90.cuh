@@ -162,6 +162,7 @@ __device__ __forceinline__ void sum_group(const GroupEntries& entries, const T* 
   constexpr int kSteps = Tile::kRows / 16;
   if (entries.count == 0) return;
   uint32_t grad[kSteps][4];
+  sync_warp();  // lanes may have come apart, and the warp loads and multiplies as one
   load_group<T, Tile>(grad, piece, group);
   BlockEntry own = entries.first;
   NEUROADA_ROLLED
@@ -170,6 +171,7 @@ __device__ __forceinline__ void sum_group(const GroupEntries& entries, const T* 
     uint32_t x[kSteps][2] = {};
     if (own.e >= 0) load_columns<T, Tile>(x, staged + own.column * Tile::kRows);
     float sum[4] = {};
+    sync_warp();
     multiply_batch<T>(sum, grad, x);
     write_sums(partial, sum, own);
     own = next;

@@ -214,6 +214,13 @@ void misuse_stops_the_program() {
         }),
         "an arrival too many");
   CHECK(stops([&](Shared&) { cuda::wgmma<BFloat16, 8, false>(d, descriptor, descriptor, false); }), "no fence");
+  const auto write = [](Shared& s, bool fenced) {
+    cuda::init_barrier(s.barrier, 1), cuda::write_operand(s.tile[0], BFloat16{});
+    if (fenced) cuda::fence_operands();
+    cuda::arrive(s.barrier);
+  };
+  CHECK(!stops([&](Shared& s) { write(s, true); }), "an operand that is fenced stops");
+  CHECK(stops([&](Shared& s) { write(s, false); }), "no fence of an operand");
   CHECK(stops([&](Shared&) {
           cuda::wgmma_fence(), cuda::wgmma<BFloat16, 8, false>(d, descriptor, descriptor, false), cuda::wgmma_commit();
         }),
