@@ -404,8 +404,8 @@ class _Base:
     def of(cls, module: nn.Module) -> _Base:
         """Of an adapted module, or one that can be; without any bypass."""
         if isinstance(module, BypassLayer):
-            form, shape = module.base_form(), (module.out_features, module.in_features)
-            return cls(form.kind, shape, name_of(form.dtype), module.base_entries)
+            form = module.base_form()
+            return cls(form.kind, module.whole_shape, name_of(form.dtype), module.base_entries)
         if is_foreign(module):
             found = base_weight(module)
             return cls(found.kind, found.shape, name_of(found.dtype), found.entries)

@@ -187,14 +187,15 @@ def test_weight_is_neither_changed_nor_tracked():
 
 
 def test_the_kernel_serves_where_it_can_and_says_what_is_wrong(way):
+    def is_served(weight, method="magnitude", scores=None):
+        return selection._compiled(selection._Matrix(weight), 1, method, scores) is not None
+
     if way == "plain":
-        assert selection._compiled(W, 1, "magnitude", None) is None
+        assert not is_served(W)
         return
-    for dtype in DTYPES:
-        assert selection._compiled(W.to(dtype), 1, "magnitude", None) is not None
-    for weight in (W.t(), W.to("meta")):
-        assert selection._compiled(weight, 1, "magnitude", None) is None
-    assert selection._compiled(W, 1, "scores", W.int()) is None
+    assert all(is_served(W.to(dtype)) for dtype in DTYPES)
+    assert not any(is_served(weight) for weight in (W.t(), W.to("meta")))
+    assert not is_served(W, "scores", W.int())
     largest = torch.ops.neuroada_C.largest
     for arguments, words in (
         ((W, 0, 1), "k: 0, expected 1 to 6"),

@@ -176,6 +176,10 @@ class TensorParallelLinear(NeuroAdaLinear):
         """Of all processes together; each of them has to ask."""
         return int((self.whole_connections()[0] >= 0).sum())
 
+    @property
+    def whole_shape(self) -> tuple[int, int]:
+        return self._split.shape
+
     def whole_connections(self) -> tuple[Tensor, Tensor]:
         index, delta = self._columns().full_tensor(), self.delta.detach().full_tensor()  # type: ignore[attr-defined]
         slots = (index < 0).byte().argsort(dim=1, stable=True)[:, : self._whole_k]

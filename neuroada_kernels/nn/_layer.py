@@ -194,6 +194,11 @@ class BypassLayer(ActivationSaver):
         """
         raise NotImplementedError
 
+    @property
+    def whole_shape(self) -> tuple[int, int]:
+        """``[d_out, d_in]`` of the weight, all processes' parts together."""
+        return self.out_features, self.in_features
+
     def whole_connections(self) -> tuple[Tensor, Tensor]:
         """``index`` and ``delta`` of the layer, gathered from the processes that hold its parts."""
         return self.index, whole(self.delta.detach())
