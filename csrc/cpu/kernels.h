@@ -101,15 +101,12 @@ enum class Ranking : uint8_t { value, magnitude, smallest };  // highest first; 
 // index[r, :] = columns of the k scores of row r that rank highest, rising; of equal ones the lower columns.
 // All -1 in a row with a NaN.
 struct Largest {
-  static constexpr int64_t kScratchBytes = 16;  // a thread, times k
-
   DType dtype;
   Ranking by;
   int64_t rows, columns, k;  // 1 <= k <= columns
   const void* scores;        // [rows, columns]
   int64_t stride;
   int32_t* index;  // [rows, k]
-  void* scratch;   // [threads, k] of kScratchBytes, aligned to 8
 };
 
 struct Kernels {

@@ -1,10 +1,9 @@
 // index[r, :] = columns of the k scores of row r that rank highest, rising; of equal ones the lower columns
 //
-// A row is read in blocks. The k best so far are a heap with the worst on top, and a block of which no
-// score ranks above that one is done with. Of a long row the best of each block are looked at first:
-// the k-th of them is a floor, below which nearly all scores lie, and stay out of the heap.
+// The k-th highest of some ranks is the highest number that k of them reach, found bit by bit: a count
+// for each bit, by vectors and without a branch. Of a long row it is taken of the best of each block
+// first. That is a floor which k scores reach for sure, and few others do: these few are taken out.
 #include <algorithm>
-#include <limits>
 
 #include "entry.h"
 
@@ -52,138 +51,101 @@ inline U rank_of(U bits) {
   return static_cast<U>(bits & kSign<U> ? kSign<U> - magnitude : kSign<U> + magnitude);
 }
 
+// The highest number that at least k of n ranks reach.
+template <class U, class F>
+inline U kth_highest(int64_t n, int64_t k, F&& rank) {
+  U found = 0;
+  for (U bit = kSign<U>; bit != 0; bit = static_cast<U>(bit >> 1)) {
+    const U tried = static_cast<U>(found | bit);
+    int32_t reaching = 0;
+    for (int64_t i = 0; i < n; ++i) reaching += rank(i) >= tried;
+    if (reaching >= k) found = tried;
+  }
+  return found;
+}
+
+// Writes the columns of the k highest of n ranks; columns rise with i.
+template <class U, class F, class G>
+inline void write_highest(int64_t n, int64_t k, F&& rank, G&& column, int32_t* out) {
+  const U least = kth_highest<U>(n, k, rank);
+  int64_t room = k;  // for those that are just the least
+  for (int64_t i = 0; i < n; ++i) room -= rank(i) > least;
+  for (int64_t i = 0; i < n; ++i) {
+    const bool equal = rank(i) == least;
+    if (rank(i) < least || (equal && room == 0)) continue;
+    room -= equal;
+    *out++ = column(i);
+  }
+}
+
+constexpr int64_t kBlock = 64;  // scores
+constexpr int64_t kMostBlocks = 2048;
+constexpr int64_t kMostTaken = 1024;
+
+// Scores above the floor, with room for one more block.
 template <class U>
-struct Chosen {
-  U rank;
-  int32_t column;
+struct Taken {
+  U rank[kMostTaken + kBlock];
+  int32_t column[kMostTaken + kBlock];
 };
 
-// Which of two is nearer to the top of a heap: the worse of two that are chosen, the higher column.
-template <class U>
-inline bool is_above(const Chosen<U>& a, const Chosen<U>& b) {
-  return a.rank < b.rank || (a.rank == b.rank && a.column > b.column);
-}
-inline bool is_above(int32_t a, int32_t b) { return a > b; }
-
-template <class E>
-inline void sift_down(E* heap, int64_t count, int64_t at) {
-  const E moved = heap[at];
-  for (int64_t child; (child = 2 * at + 1) < count; at = child) {
-    if (child + 1 < count && is_above(heap[child + 1], heap[child])) ++child;
-    if (!is_above(heap[child], moved)) break;
-    heap[at] = heap[child];
+// Takes out all scores that could be among the k best; how many, or -1 where there are too many to.
+template <Ranking by, class U>
+int64_t take_out(const U* scores, int64_t columns, int64_t k, Taken<U>& taken) {
+  const int64_t blocks = columns / kBlock;
+  if (blocks < k || blocks > kMostBlocks) return -1;
+  U best[kMostBlocks];
+  for (int64_t b = 0; b < blocks; ++b) {
+    U highest = 0;
+    for (int64_t i = 0; i < kBlock; ++i) highest = std::max(highest, rank_of<by>(scores[b * kBlock + i]));
+    best[b] = highest;
   }
-  heap[at] = moved;
-}
-
-template <class E>
-inline void make_heap(E* heap, int64_t count) {
-  for (int64_t at = count / 2; at-- > 0;) sift_down(heap, count, at);
-}
-
-inline void sort(int32_t* columns, int64_t count) {
-  make_heap(columns, count);
-  while (count > 1) {
-    --count;
-    std::swap(columns[0], columns[count]);
-    sift_down(columns, count, 0);
-  }
-}
-
-constexpr int64_t kBlock = 64;
-
-// Scores that are ranked together.
-template <class U>
-struct Block {
-  U rank[kBlock];
-  U best;        // the highest rank
-  U widest = 0;  // the highest magnitude of all blocks so far
-
-  template <Ranking by>
-  void read(const U* bits, int64_t count) {
-    U highest = 0, magnitude = widest;
-    for (int64_t i = 0; i < count; ++i) {
-      rank[i] = rank_of<by>(bits[i]);
-      highest = std::max(highest, rank[i]);
-      magnitude = std::max(magnitude, magnitude_of(bits[i]));
-    }
-    best = highest;
-    widest = magnitude;
-  }
-};
-
-// Calls f(block, first column, scores in it) for the blocks of a row; the highest magnitude of all.
-template <class U, Ranking by, class F>
-inline U each_block(const U* scores, int64_t columns, F&& f) {
-  Block<U> block;
-  int64_t first = 0;
-  for (; first + kBlock <= columns; first += kBlock) {
-    block.template read<by>(scores + first, kBlock);  // a length that the compiler knows
-    f(block, first, kBlock);
-  }
-  if (first < columns) {
-    block.template read<by>(scores + first, columns - first);
-    f(block, first, columns - first);
-  }
-  return block.widest;
-}
-
-// The k best of what is added in the order of its columns.
-template <class U>
-struct Best {
-  Chosen<U>* heap;
-  int64_t k;
+  const U floor = kth_highest<U>(blocks, k, [&](int64_t b) { return best[b]; });
   int64_t count = 0;
-
-  bool full() const { return count == k; }
-  U worst() const { return heap[0].rank; }  // once it is full
-  void add(U rank, int64_t column) {
-    const Chosen<U> one{rank, static_cast<int32_t>(column)};
-    if (full()) {
-      if (rank <= worst()) return;
-      heap[0] = one;
-      sift_down(heap, k, 0);
-    } else {
-      heap[count++] = one;
-      if (full()) make_heap(heap, k);
+  for (int64_t b = 0; b * kBlock < columns; ++b) {
+    if (b < blocks && best[b] < floor) continue;
+    if (count > kMostTaken) return -1;
+    for (int64_t i = b * kBlock; i < std::min((b + 1) * kBlock, columns); ++i) {
+      taken.rank[count] = rank_of<by>(scores[i]);
+      taken.column[count] = static_cast<int32_t>(i);
+      count += taken.rank[count] >= floor;
     }
   }
-};
+  return count;
+}
 
-// The chosen columns of one row in the heap; false where there is a NaN.
+template <class U>
+inline U widest(const U* scores, int64_t columns) {
+  U magnitude = 0;
+  for (int64_t i = 0; i < columns; ++i) magnitude = std::max(magnitude, magnitude_of(scores[i]));
+  return magnitude;
+}
+
 template <class T, Ranking by>
-bool choose(const Bits<T>* scores, int64_t columns, int64_t k, Chosen<Bits<T>>* heap) {
+void write_row(const Bits<T>* scores, int64_t columns, int64_t k, int32_t* out) {
   using U = Bits<T>;
-  // Where k blocks have a score of this rank, no lower one is among the k best of all.
-  U floor = 0;
-  if (columns / kBlock >= k) {
-    Best<U> blocks{heap, k};
-    each_block<U, by>(scores, columns, [&](const Block<U>& b, int64_t first, int64_t) { blocks.add(b.best, first); });
-    floor = blocks.worst();
+  if (widest(scores, columns) > kInfinity<T>) {  // a NaN
+    for (int64_t s = 0; s < k; ++s) out[s] = -1;
+    return;
   }
-  Best<U> best{heap, k};
-  const U widest = each_block<U, by>(scores, columns, [&](const Block<U>& b, int64_t first, int64_t count) {
-    if (b.best < floor || (best.full() && b.best <= best.worst())) return;
-    for (int64_t i = 0; i < count; ++i) {
-      if (b.rank[i] >= floor) best.add(b.rank[i], first + i);
-    }
-  });
-  return widest <= kInfinity<T>;
+  Taken<U> taken;
+  const int64_t count = take_out<by>(scores, columns, k, taken);
+  if (count < 0) {
+    const auto column = [](int64_t i) { return static_cast<int32_t>(i); };
+    return write_highest<U>(columns, k, [&](int64_t i) { return rank_of<by>(scores[i]); }, column, out);
+  }
+  const auto column = [&](int64_t i) { return taken.column[i]; };
+  write_highest<U>(count, k, [&](int64_t i) { return taken.rank[i]; }, column, out);
 }
 
 template <class T, Ranking by>
 void run(const Largest& a, const Executor& all) {
   using U = Bits<T>;
-  static_assert(sizeof(Chosen<U>) <= Largest::kScratchBytes);
   const Executor executor = all.limited(a.rows * a.columns);
   const int64_t parts = executor.threads;
   executor.parallel(parts, [&](int64_t part) {
-    auto* heap = reinterpret_cast<Chosen<U>*>(static_cast<char*>(a.scratch) + part * a.k * Largest::kScratchBytes);
     for (int64_t r = a.rows * part / parts; r < a.rows * (part + 1) / parts; ++r) {
-      const bool ranked = choose<T, by>(static_cast<const U*>(a.scores) + r * a.stride, a.columns, a.k, heap);
-      int32_t* index = a.index + r * a.k;
-      for (int64_t s = 0; s < a.k; ++s) index[s] = ranked ? heap[s].column : -1;
-      sort(index, a.k);
+      write_row<T, by>(static_cast<const U*>(a.scores) + r * a.stride, a.columns, a.k, a.index + r * a.k);
     }
   });
 }

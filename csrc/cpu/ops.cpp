@@ -236,12 +236,10 @@ Tensor largest_op(const Tensor& scores, int64_t k, int64_t by) {
   STD_TORCH_CHECK(k >= 1 && k <= columns, "k: ", k, ", expected 1 to ", columns, ", the columns of scores");
   STD_TORCH_CHECK(columns <= INT32_MAX, "scores: ", columns, " columns, expected fewer than 2^31");
   STD_TORCH_CHECK(by >= 0 && by <= 2, "by: ", by, ", expected 0, 1 or 2");
-  const Executor executor = torch_executor();
   Tensor index = torch::stable::new_empty(scores, {rows, k}, ScalarType::Int);
-  Tensor scratch = torch::stable::new_empty(scores, {executor.threads * k * Largest::kScratchBytes}, ScalarType::Byte);
   kernels().largest({dtype, static_cast<Ranking>(by), rows, columns, k, scores.const_data_ptr(), scores.stride(0),
-                     static_cast<int32_t*>(index.mutable_data_ptr()), scratch.mutable_data_ptr()},
-                    executor);
+                     static_cast<int32_t*>(index.mutable_data_ptr())},
+                    torch_executor());
   return index;
 }
 

@@ -25,9 +25,8 @@ std::vector<int32_t> sorted_columns(const Matrix<T>& scores, int64_t row, int64_
   for (int32_t c : columns) {
     if (std::isnan(score_of(scores(row, c), by))) return std::vector<int32_t>(static_cast<size_t>(k), -1);
   }
-  std::stable_sort(columns.begin(), columns.end(), [&](int32_t a, int32_t b) {
-    return score_of(scores(row, a), by) > score_of(scores(row, b), by);
-  });
+  std::stable_sort(columns.begin(), columns.end(),
+                   [&](int32_t a, int32_t b) { return score_of(scores(row, a), by) > score_of(scores(row, b), by); });
   columns.resize(static_cast<size_t>(k));
   std::sort(columns.begin(), columns.end());
   return columns;
@@ -39,9 +38,7 @@ void check_largest(const Matrix<T>& scores, int64_t k, int64_t threads, const st
   each_isa([&](const cpu::Kernels& kernels) {
     for (cpu::Ranking by : {cpu::Ranking::value, cpu::Ranking::magnitude, cpu::Ranking::smallest}) {
       std::vector<int32_t> index(static_cast<size_t>(rows * k), -7);
-      std::vector<uint64_t> scratch(static_cast<size_t>(threads * k * cpu::Largest::kScratchBytes / 8));
-      kernels.largest({dtype_of<T>(), by, rows, columns, k, scores.data(), scores.stride(), index.data(),
-                       scratch.data()},
+      kernels.largest({dtype_of<T>(), by, rows, columns, k, scores.data(), scores.stride(), index.data()},
                       in_turn(threads));
       for (int64_t row = 0; row < rows; ++row) {
         const std::vector<int32_t> found(index.begin() + row * k, index.begin() + (row + 1) * k);
