@@ -121,6 +121,7 @@ def _shira(model: nn.Module, variant: Variant, given: Given) -> int:
     for name, r in _ranks(model, variant.k).items():
         of_rank[r].append(name)
     for r, names in of_rank.items():
+        vars(model).pop("peft_config", None)  # it would warn of a second adapter
         config = ShiraConfig(r=r, target_modules=names, random_seed=given.seed)
         inject_adapter_in_model(config, model)
     return _training(model)
