@@ -283,7 +283,7 @@ def _layers(model: nn.Module) -> Iterator[BypassLinear]:
     return (module for module in model.modules() if isinstance(module, BypassLinear))
 
 
-def replace(model: nn.Module, layers: Mapping[nn.Module, BypassLinear]) -> None:
+def replace(model: nn.Module, layers: Mapping[nn.Module, nn.Module]) -> None:
     """Put each layer where the module it stands for is, under every name that module has."""
     for name, module in list(model.named_modules(remove_duplicate=False)):
         if module in layers:

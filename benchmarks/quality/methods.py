@@ -19,6 +19,8 @@ from neuroada_kernels.gradient import Loss, each_gradient
 from neuroada_kernels.model import replace
 from neuroada_kernels.testing import Inputs
 
+#: How far from NeuroAda's a budget may be in the comparison of methods: LoRA's rank is an integer.
+BUDGET_TOLERANCE = 0.02
 #: Methods that are PEFT's own.
 OF_PEFT = ("lora", "shira")
 
@@ -128,7 +130,7 @@ def _shira(model: nn.Module, variant: Variant, given: Given) -> int:
 
 
 def _ranks(model: nn.Module, k: int) -> dict[str, int]:
-    return {name: rank(*linear.weight.shape, k) for name, linear in linears(model).items()}
+    return {name: rank(m.out_features, m.in_features, k) for name, m in linears(model).items()}
 
 
 def _authors(model: nn.Module, variant: Variant, given: Given) -> int:

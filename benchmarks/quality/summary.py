@@ -80,7 +80,8 @@ class Group:
 
     @property
     def question(self) -> str:
-        return QUESTIONS[self.name]
+        question: str = QUESTIONS[self.name]
+        return question
 
 
 def summarise(suite: Suite) -> list[Group]:
