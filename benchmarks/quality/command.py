@@ -56,7 +56,7 @@ def main(argv: list[str] | None = None) -> int:
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="neuroada bench quality", description=__doc__)
     add = parser.add_argument
-    add("--quick", action="store_true", help="smaller models, fewer steps, rates, seeds and shifts")
+    add("--quick", action="store_true", help="smaller models, fewer steps and seeds")
     add("--seeds", type=_positive, metavar="N", help="default: 5, or 3 with --quick")
     add("--tasks", nargs="+", metavar="TASK", help='"text", "digits, rotated", ...; default: all')
     add("--threads", type=_positive, metavar="N", help="default: torch's")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import math
 from collections.abc import Sequence
 from html import escape
 from typing import Any
@@ -92,7 +93,7 @@ def _draw_rows(axes: Any, group: Group) -> None:
         axes.errorbar(row.loss.mean, place, xerr=_error(row.loss), fmt="o", color=color, capsize=3)
     axes.set_yticks(range(len(rows)), [row.variant for row in rows])
     axes.invert_yaxis()
-    _mark_frozen(axes.axvline, group)
+    _mark_frozen(axes, group)
     axes.set_xlabel(f"held-out loss, {group.unit}")
     axes.grid(axis="x", color="#e8ecf0")
 
@@ -128,11 +129,11 @@ def _points(rows: list[Row]) -> tuple[list[float], list[float]]:
 
 def _error(interval: Interval) -> float:
     """Half the width; 0 where one seed has none."""
-    return interval.half if interval.half == interval.half else 0.0
+    return interval.half if math.isfinite(interval.half) else 0.0
 
 
-def _mark_frozen(line: Any, group: Group) -> None:
+def _mark_frozen(axes: Any, group: Group) -> None:
     for row in group.rows:
         if row.method == "frozen" and row.loss is not None:
-            line(row.loss.mean, color=OTHERS, linestyle="--", label="frozen")
-            line.__self__.legend(frameon=False, loc="lower right")
+            axes.axvline(row.loss.mean, color=OTHERS, linestyle="--", label="frozen")
+            axes.legend(frameon=False, loc="lower right")

@@ -57,7 +57,7 @@ class Settings:
                 model=Config(d_model=128, layers=3, heads=4, d_hidden=256, context=96),
                 batch=8,
                 source_bytes=1 << 21,
-                windows=96,
+                windows=192,
                 pretrain_steps=800,
                 pretrain_rate=3e-3,
                 steps=120,
@@ -83,21 +83,21 @@ class Settings:
 
     @classmethod
     def quick(cls) -> Settings:
-        """A few minutes on two cores: smaller models, fewer steps, rates, seeds and shifts."""
+        """A few minutes on two cores: smaller models, fewer steps and seeds."""
         full = cls.full()
         return replace(
             full,
             text=TextSettings(
                 model=Config(d_model=64, layers=2, heads=4, d_hidden=128, context=48),
                 batch=8,
-                source_bytes=1 << 20,
-                windows=64,
+                source_bytes=1 << 21,
+                windows=192,
                 pretrain_steps=600,
                 pretrain_rate=5e-3,
                 steps=50,
             ),
-            digits=replace(full.digits, shifts=("rotated",), width=64, steps=50),
-            rates=(1e-3, 4e-3, 1.6e-2, 6.4e-2, 0.256),
+            digits=replace(full.digits, width=64, steps=50),
+            rates=(2e-3, 5e-3, 1.25e-2, 3e-2, 8e-2, 0.2),
             seeds=3,
         )
 
