@@ -21,7 +21,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 
 from neuroada_kernels.benchmarks.quality.settings import Settings
-from neuroada_kernels.benchmarks.quality.suite import Store, Suite
+from neuroada_kernels.benchmarks.quality.suite import ResumeError, Store, Suite
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -41,8 +41,11 @@ def main(argv: list[str] | None = None) -> int:
     console = Console()
     if store.runs:
         console.print(f"{len(store.runs)} runs are done already.")
-    with _threads(options.threads):
-        _run(suite, console)
+    try:
+        with _threads(options.threads):
+            _run(suite, console)
+    except ResumeError as error:
+        parser.error(str(error))
     store.summary = as_json(summarise(suite))
     store.write()
     _show(suite, console)

@@ -58,6 +58,10 @@ class Key:
     seed: int
 
 
+class ResumeError(ValueError):
+    """A results file cannot be gone on with."""
+
+
 @dataclass
 class Store:
     """Finished runs; written to ``path`` after each, as a whole, so that it is always valid."""
@@ -75,7 +79,7 @@ class Store:
 
         Raises
         ------
-        ValueError
+        ResumeError
             If it holds something else, or runs of other settings.
         """
         store = cls(settings.as_dict(), path)
@@ -86,14 +90,27 @@ class Store:
                 store.runs = {run.key: run for run in (Run(**row) for row in found["runs"])}
                 store.sessions = found["sessions"]
             except (KeyError, TypeError, ValueError) as error:
-                raise ValueError(f"{path}: holds no runs of this suite ({error!r})") from error
+                raise ResumeError(f"{path}: holds no runs of this suite ({error!r})") from error
             if not same:
-                raise ValueError(f"{path}: holds runs of other settings, expected the same ones")
+                raise ResumeError(f"{path}: holds runs of other settings, expected the same ones")
         return store
 
     def open_session(self) -> None:
-        """Note where it runs: to be called before the first new run."""
-        self.sessions.append(environment())
+        """Note where it runs: to be called before the first new run.
+
+        Raises
+        ------
+        ResumeError
+            If earlier runs come from where the same pretraining may end elsewhere.
+        """
+        here = environment()
+        for fact in ("package", "torch", "cpu"):
+            before = {session[fact] for session in self.sessions} - {here[fact]}
+            if before:
+                raise ResumeError(
+                    f"{self.path}: has runs of {fact} {before.pop()}, expected {here[fact]}"
+                )
+        self.sessions.append(here)
 
     def add(self, run: Run) -> None:
         self.runs[run.key] = run
