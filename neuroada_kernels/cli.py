@@ -15,7 +15,10 @@ COMMANDS = {
     "inspect": ("neuroada_kernels.inspection", "show what an adapter's file holds"),
     "merge": ("neuroada_kernels.merging", "merge an adapter into a checkpoint on disk"),
     "convert": ("neuroada_kernels.convert", "make an adapter of the authors' or PEFT's files"),
-    "bench": ("neuroada_kernels.benchmarks.linear", "time the layer beside the frozen linear"),
+    "bench": (
+        "neuroada_kernels.benchmarks.suites",
+        "time the layer, or compare what it learns",
+    ),
 }
 
 

@@ -20,6 +20,9 @@ SOURCES = {
     f"{NAME}.triton_kernels": ROOT / "triton_kernels",
 }
 
+#: A suite that is built on the demo, which itself is built on the other benchmarks.
+QUALITY = "benchmarks.quality"
+
 #: What the modules of each part may import, besides their own part. The package itself is "".
 BELOW = {
     "_dtypes": set(),
@@ -103,6 +106,7 @@ BELOW["convert"] = {"_dtypes", "adapter_file", "checkpoint"}
 BELOW["benchmarks"] = LIBRARY
 BELOW["info"] = LIBRARY | {"benchmarks"}
 BELOW["demo"] = LIBRARY | {"benchmarks", "info"}
+BELOW[QUALITY] = LIBRARY | {"benchmarks", "demo"}
 BELOW["cli"] = LIBRARY | {"benchmarks", "info", "demo", "inspection", "merging", "convert"}
 
 #: Parts that only the package's own ``__init__`` imports, though they lie below others.
@@ -148,7 +152,8 @@ def graph() -> dict[str, set[str]]:
 
 
 def part_of(module: str) -> str:
-    return module.split(".")[1] if "." in module else ""
+    name = module.removeprefix(NAME).removeprefix(".")
+    return QUALITY if (name + ".").startswith(QUALITY + ".") else name.partition(".")[0]
 
 
 def why_wrong(importer: str, imported: str) -> str | None:
@@ -229,6 +234,8 @@ def test_no_module_imports_itself_by_way_of_others():
         ("integrations.peft.layer", "backends"),
         ("benchmarks.linear", "cli"),
         ("benchmarks.linear", "backends.cpu"),
+        ("benchmarks.linear", "benchmarks.quality.suite"),
+        ("benchmarks.quality.suite", "cli"),
         ("newcomer", "reference"),
     ],
 )

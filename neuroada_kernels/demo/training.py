@@ -5,11 +5,11 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 
-from neuroada_kernels.demo.data import Batches
 from neuroada_kernels.demo.transformer import loss_of
 
 
@@ -31,13 +31,20 @@ class Schedule:
         return self.learning_rate * (0.55 + 0.45 * math.cos(math.pi * done))
 
 
+class Drawn(Protocol):
+    """Where batches come from; :class:`neuroada_kernels.demo.data.Batches` is one."""
+
+    def draw(self) -> Any: ...
+
+
 def train(
     model: nn.Module,
-    batches: Batches,
+    batches: Drawn,
     schedule: Schedule,
     after_step: Callable[[int, float], None],
+    loss_of: Callable[[nn.Module, Any], Tensor] = loss_of,
 ) -> None:
-    """Train what requires grad; ``after_step`` gets the steps done and the loss in bits a byte."""
+    """Train what requires grad; ``after_step`` gets the steps done and the loss in bits."""
     parameters = [p for p in model.parameters() if p.requires_grad]
     optimizer = make_optimizer(parameters, schedule.learning_rate, schedule.weight_decay)
     for step in range(schedule.steps):

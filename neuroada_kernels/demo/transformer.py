@@ -118,7 +118,7 @@ def _angles(context: int, d_head: int) -> Tensor:
 
 def loss_of(model: nn.Module, window: Tensor) -> Tensor:
     """Mean cross-entropy of each next byte, in nats: ``window [batch, t + 1]``."""
-    logits = model(window[:, :-1])
+    logits = model(window[:, :-1]).float()
     return F.cross_entropy(logits.flatten(0, 1), window[:, 1:].flatten())
 
 

@@ -1,0 +1,137 @@
+"""The command ``neuroada bench quality``.
+
+Adapts pretrained models by every method at equal trainable budgets, the learning rate of each
+tuned by the same search, and compares what they reach on held-out data. Nothing is downloaded.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from importlib.util import find_spec
+from pathlib import Path
+
+import torch
+from rich.box import SIMPLE_HEAD
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.table import Table
+
+from neuroada_kernels.benchmarks.quality.settings import Settings
+from neuroada_kernels.benchmarks.quality.suite import ResumeError, Store, Suite
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run what is asked for and not done yet; write and show the results."""
+    parser = _parser()
+    options = parser.parse_args(argv)
+    _require(options, parser)
+    from neuroada_kernels.benchmarks.quality.summary import as_json, summarise
+
+    settings = Settings.quick() if options.quick else Settings.full()
+    settings = replace(settings, seeds=options.seeds or settings.seeds)
+    try:
+        store = Store.open(settings, options.json)
+        suite = Suite(settings, store, options.tasks or ())
+    except ValueError as error:
+        parser.error(str(error))
+    console = Console()
+    if store.runs:
+        console.print(f"{len(store.runs)} runs are done already.")
+    try:
+        with _threads(options.threads):
+            _run(suite, console)
+    except ResumeError as error:
+        parser.error(str(error))
+    store.summary = as_json(summarise(suite))
+    store.write()
+    _show(suite, console)
+    if options.html is not None:
+        from neuroada_kernels.benchmarks.quality.page import html
+
+        options.html.write_text(html(summarise(suite), store))
+    return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="neuroada bench quality", description=__doc__)
+    add = parser.add_argument
+    add("--quick", action="store_true", help="smaller models, fewer steps and seeds")
+    add("--seeds", type=_positive, metavar="N", help="default: 5, or 3 with --quick")
+    add("--tasks", nargs="+", metavar="TASK", help='"text", "digits, rotated", ...; default: all')
+    add("--threads", type=_positive, metavar="N", help="default: torch's")
+    add("--json", type=_file, metavar="FILE", help="every run; where FILE has some, they stay")
+    add("--html", type=_file, metavar="FILE", help="write tables and figures (needs matplotlib)")
+    return parser
+
+
+def _require(options: argparse.Namespace, parser: argparse.ArgumentParser) -> None:
+    """Refuse what would fail after minutes."""
+    needed = ["scipy", "sklearn", *(["matplotlib"] if options.html is not None else [])]
+    for package in needed:
+        if find_spec(package) is None:
+            parser.error(f"{package} is missing, pip install 'neuroada-kernels[bench]'")
+
+
+def _run(suite: Suite, console: Console) -> None:
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+    )
+    with Progress(*columns, console=console, transient=True) as progress:
+        bar = progress.add_task("pretraining", total=suite.total)
+        suite.run(lambda done, total, name: progress.update(bar, completed=done, description=name))
+
+
+def _show(suite: Suite, console: Console) -> None:
+    from neuroada_kernels.benchmarks.quality.document import baseline, cells, described, headings
+    from neuroada_kernels.benchmarks.quality.summary import summarise
+
+    for group in summarise(suite):
+        table = Table(
+            title=f"{group.task}: {group.question} ({group.unit})",
+            title_justify="left",
+            box=SIMPLE_HEAD,
+            padding=(0, 1, 0, 0),
+        )
+        for number, name in enumerate(headings(group)):
+            table.add_column(name, justify="right" if number else "left")
+        for row in group.rows:
+            table.add_row(*cells(row, baseline(group)))
+        console.print(table)
+    for name, reason in suite.store.skipped.items():
+        console.print(f"not run: {name}: {reason}", markup=False)
+    console.print(described(suite.store), highlight=False)
+
+
+@contextmanager
+def _threads(number: int | None) -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(number or before)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+def _positive(text: str) -> int:
+    number = int(text)
+    if number < 1:
+        raise argparse.ArgumentTypeError(f"{number}, expected at least 1")
+    return number
+
+
+def _file(text: str) -> Path:
+    path = Path(text)
+    if not path.parent.is_dir():
+        raise argparse.ArgumentTypeError(f"{path.parent} is no directory")
+    return path
+
+
+if __name__ == "__main__":
+    sys.exit(main())
