@@ -156,6 +156,18 @@ def neuroada_bypass(
     ValueError
         If a shape or a device is not.
     """
+    return apply_bypass(y, x, index, delta, plan)
+
+
+def apply_bypass(
+    y: Tensor,
+    x: Tensor,
+    index: Tensor,
+    delta: Tensor,
+    plan: Tensor | None,
+    kept: Kept | None = None,
+) -> Tensor:
+    """:func:`neuroada_bypass` for a layer, which may have columns of x saved in its stead."""
     _check_bypass(x, index, delta)
     if y.shape != (*x.shape[:-1], index.shape[0]):
         raise ValueError(
@@ -170,7 +182,7 @@ def neuroada_bypass(
         raise TypeError(f"y: dtype {y.dtype}, expected {x.dtype}, as x")
     if is_transformed():
         return reference.neuroada_bypass(y, x, index, delta)
-    return ops.bypass_add(y, x, index, delta, plan)
+    return ops.bypass_add(y, x, index, delta, plan, *(kept or NOTHING_KEPT))
 
 
 def _check_bypass(x: Tensor, index: Tensor, delta: Tensor) -> None:

@@ -44,7 +44,8 @@ void run_linear_bwd(const char* kernel, const LinearBwd& p, const Operand& grad,
       });
 }
 
-// The tokens of a tile must all be of its chunk: the SDDMM masks none.
+// The tokens of a tile must all be of its chunk: x is masked, grad is not, and an infinite grad of the next
+// chunk times a masked zero would be a NaN.
 template <class Tile>
 void run_linear_bwd(const LinearBwd& p, const Device& device, void* stream) {
   constexpr const char* kName = "linear_bwd";

@@ -177,6 +177,8 @@ def forced_form(device: str, forms: int) -> int | None:
     0 is bypass and product each by itself, 1 both in one kernel. On a GPU of compute capability
     9.0, 2 is the gradient of delta in that of dx as well, and 3 the product of a weight whose
     tiles are patched where the kernel holds them: with the rounding of the strategy ``resident``.
+    A call that a form does not serve, for its dtypes or strides, falls to a lower one: form 2 where
+    columns of x are kept in its stead, form 3 in the forward with a bias of another dtype.
 
     Raises
     ------

@@ -135,7 +135,7 @@ def _backward(
         columns = plan_parts(plan, d_in)
     if need_delta:
         partial = kernels.sddmm_partial(index, tokens, x.dtype)
-    bytes_a_token = (d_out + d_in) * grad.element_size()
+    bytes_a_token = (d_out + d_in * need_delta) * grad.element_size()
     for part in _chunks(tokens, bytes_a_token):
         grad_t = kernels.transpose(grad[part])
         if grad_x is not None and fused:

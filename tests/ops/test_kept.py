@@ -152,3 +152,7 @@ def test_the_compiled_kernel_refuses_a_width_below_that_of_x():
     inputs = make_inputs(SOME[0], torch.float32)
     with pytest.raises(RuntimeError, match="d_in: 63, expected at least the 64 columns of x"):
         torch.ops.neuroada_C.sddmm(inputs.grad_output, inputs.x, inputs.index, 63)
+    with pytest.raises(
+        RuntimeError, match="d_in: 4611686018427387904, expected at most 2147483647"
+    ):
+        torch.ops.neuroada_C.sddmm(inputs.grad_output, inputs.x, inputs.index, 1 << 62)

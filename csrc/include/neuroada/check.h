@@ -64,6 +64,7 @@ inline void check_matrix(const char* name, const Tensor& tensor, int64_t rows, i
 inline void check_whole_d_in(const std::optional<int64_t>& d_in, const Tensor& x) {
   STD_TORCH_CHECK(!d_in.has_value() || *d_in >= x.size(1), "d_in: ", d_in.value_or(0), ", expected at least the ",
                   x.size(1), " columns of x");
+  STD_TORCH_CHECK(d_in.value_or(0) <= INT32_MAX, "d_in: ", d_in.value_or(0), ", expected at most ", INT32_MAX);
 }
 
 inline DType dtype_of(const char* name, const Tensor& tensor) {
