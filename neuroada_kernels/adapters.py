@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from contextlib import ExitStack
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
@@ -20,11 +19,10 @@ from neuroada_kernels._sharding import (
     split_as,
     whole,
 )
+from neuroada_kernels.adapter_base import Base
 from neuroada_kernels.adapter_file import (
     AdaptedModule,
     Adapter,
-    EntryHash,
-    Fingerprint,
     read_adapter,
     write_adapter,
 )
@@ -40,11 +38,11 @@ from neuroada_kernels.model import (
 from neuroada_kernels.nn._layer import BypassLayer
 from neuroada_kernels.nn.bypass import NeuroAdaBypass
 from neuroada_kernels.nn.experts import STACKS, NeuroAdaExperts, is_experts
-from neuroada_kernels.nn.foreign import base_weight, missing_library
+from neuroada_kernels.nn.foreign import missing_library
 from neuroada_kernels.nn.linear import NeuroAdaLinear
 from neuroada_kernels.plan import check_index
 from neuroada_kernels.siblings import link_siblings
-from neuroada_kernels.targets import check_target, is_foreign
+from neuroada_kernels.targets import check_target
 
 
 def save_adapter(
@@ -294,7 +292,7 @@ def _find_parameters(model: nn.Module, adapter: Adapter) -> dict[str, nn.Paramet
 
 def _differences(name: str, module: nn.Module, entry: AdaptedModule) -> list[str]:
     with errors_name(name):
-        base = _Base.of(module)
+        base = Base.of(module)
     if base.shape != entry.base.shape:
         return [f"shape {list(base.shape)}, expected {list(entry.base.shape)}"]
     differences = entry.base.differences(base.fingerprint(entry.index))
@@ -387,44 +385,8 @@ def _check_bases_known(layers: Mapping[str, BypassLayer]) -> None:
 def _adapted_module(layer: BypassLayer) -> AdaptedModule:
     """What the file has of a layer, of its weight as it is, or while merged as it was."""
     index, delta = layer.whole_connections()
-    base = _Base.of(layer).fingerprint(index, layer.original)
+    base = Base.of(layer).fingerprint(index, layer.original)
     return AdaptedModule(index.cpu(), delta.detach().cpu(), base)
-
-
-@dataclass(frozen=True)
-class _Base:
-    """What an adapter's file says of the weight under a module, and how its entries are read."""
-
-    kind: str | None
-    shape: tuple[int, int]
-    dtype: str
-    entries: Callable[[Tensor], Tensor]
-
-    @classmethod
-    def of(cls, module: nn.Module) -> _Base:
-        """Of an adapted module, or one that can be; without any bypass."""
-        if isinstance(module, BypassLayer):
-            form = module.base_form()
-            return cls(form.kind, module.whole_shape, name_of(form.dtype), module.base_entries)
-        if is_foreign(module):
-            found = base_weight(module)
-            return cls(found.kind, found.shape, name_of(found.dtype), found.entries)
-        weight = module.get_parameter("weight").detach()
-        d_out, d_in = weight.shape
-
-        def entries(index: Tensor) -> Tensor:
-            return weight.gather(1, index.to(weight.device).clamp(min=0).long())
-
-        return cls(None, (d_out, d_in), name_of(weight.dtype), entries)
-
-    def fingerprint(self, index: Tensor, values: Tensor | None = None) -> Fingerprint:
-        """At ``index``; ``values`` are the entries, where the weight has others just now."""
-        values = self.entries(index) if values is None else values
-        if values.is_meta:
-            raise ValueError("model: has weights on the meta device, expected values")
-        hashed = EntryHash()
-        hashed.update(values.cpu(), index.cpu())
-        return Fingerprint(self.shape, self.dtype, hashed.hexdigest(), self.kind)
 
 
 def _some(words: list[str], separator: str = ", ") -> str:

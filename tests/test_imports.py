@@ -67,9 +67,11 @@ BELOW = {
     "model_merge": {"nn"},
     "_files": set(),
     "adapter_file": {"_files", "_version", "plan"},
+    "adapter_base": {"_dtypes", "adapter_file", "nn", "targets"},
     "adapters": {
         "_dtypes",
         "_sharding",
+        "adapter_base",
         "adapter_file",
         "config",
         "model",

@@ -230,6 +230,9 @@ class BypassLayer(ActivationSaver):
     def _leave_resident(self) -> None:
         """Restore W."""
 
+    def _resume(self) -> None:
+        """Write it again after what has restored W for a while."""
+
     def _fold(self) -> Tensor:
         raise NotImplementedError
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from neuroada_kernels.nn._layer import BypassLayer
@@ -30,7 +31,9 @@ class PlannedLayer(BypassLayer):
         if self.index.is_meta:
             plan, self._planned = self.index.new_empty(0), None
         else:
-            plan, self._planned = self._plan_of(self.index), identity_of(self.index)
+            # A plan that was made in inference mode could never be saved for a backward.
+            with torch.inference_mode(False), torch.no_grad():
+                plan, self._planned = self._plan_of(self.index), identity_of(self.index)
         self.register_buffer("plan", plan, persistent=False)
 
     def _plan_of(self, index: Tensor) -> Tensor:
@@ -53,6 +56,7 @@ class PlannedLayer(BypassLayer):
                 return False  # its own forward says why
             self._leave_resident()
             self._plan()
+            self._resume()
         return True
 
     def _follow_index(self, index: Tensor) -> None:
@@ -73,6 +77,7 @@ class PlannedLayer(BypassLayer):
         super()._load_from_state_dict(state_dict, prefix, *args)
         if prefix + "index" in state_dict:
             self._follow_index(self.index)
+            self._resume()
 
     def __setattr__(self, name: str, value: Any) -> None:
         super().__setattr__(name, value)

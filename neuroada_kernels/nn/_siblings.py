@@ -56,7 +56,8 @@ class Siblings:
 
         To be called where an index or a wish has changed.
         """
-        with self.lock:
+        # What is made in inference mode could not be saved for a backward.
+        with self.lock, torch.inference_mode(False), torch.no_grad():
             places: dict[tuple[torch.device, int], list[Reader]] = {}
             for layer in list(self.layers):
                 if layer._is_planned():

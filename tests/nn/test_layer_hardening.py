@@ -175,3 +175,23 @@ def test_a_tensor_whose_storage_was_freed_is_refused():
     x.untyped_storage().resize_(0)
     with nk.use_backend("cpu"), pytest.raises(RuntimeError, match="x: its storage is empty"):
         layer(x)
+
+
+@pytest.mark.parametrize("save_activations", ["full", "compact"])
+@pytest.mark.parametrize("strategy", ["bypass", "resident"])
+def test_what_an_evaluation_plans_serves_training(strategy, save_activations):
+    linear = nn.Linear(24, 16)
+    layer = nk.NeuroAdaLinear.from_linear(
+        linear, k=2, strategy=strategy, save_activations=save_activations
+    )
+    layer.to("cpu")  # after which it plans anew
+    with torch.inference_mode():
+        layer(torch.randn(3, 24))
+    layer(torch.randn(3, 24)).sum().backward()
+    assert layer.delta.grad.any()
+
+
+def test_a_resident_layer_is_patched_again_by_loading():
+    layer = nk.NeuroAdaLinear(24, 16, k=2, strategy="resident")
+    layer.load_state_dict(nk.NeuroAdaLinear(24, 16, k=2, selection="random").state_dict())
+    assert layer.base_values is not None

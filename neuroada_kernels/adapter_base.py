@@ -1,0 +1,50 @@
+"""The weight under a module as an adapter's file knows it, with its fingerprint."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from torch import Tensor, nn
+
+from neuroada_kernels._dtypes import name_of
+from neuroada_kernels.adapter_file import EntryHash, Fingerprint
+from neuroada_kernels.nn._layer import BypassLayer
+from neuroada_kernels.nn.foreign import base_weight
+from neuroada_kernels.targets import is_foreign
+
+
+@dataclass(frozen=True)
+class Base:
+    """What an adapter's file says of the weight under a module, and how its entries are read."""
+
+    kind: str | None
+    shape: tuple[int, int]
+    dtype: str
+    entries: Callable[[Tensor], Tensor]
+
+    @classmethod
+    def of(cls, module: nn.Module) -> Base:
+        """Of an adapted module, or one that can be; without any bypass."""
+        if isinstance(module, BypassLayer):
+            form = module.base_form()
+            return cls(form.kind, module.whole_shape, name_of(form.dtype), module.base_entries)
+        if is_foreign(module):
+            found = base_weight(module)
+            return cls(found.kind, found.shape, name_of(found.dtype), found.entries)
+        weight = module.get_parameter("weight").detach()
+        d_out, d_in = weight.shape
+
+        def entries(index: Tensor) -> Tensor:
+            return weight.gather(1, index.to(weight.device).clamp(min=0).long())
+
+        return cls(None, (d_out, d_in), name_of(weight.dtype), entries)
+
+    def fingerprint(self, index: Tensor, values: Tensor | None = None) -> Fingerprint:
+        """At ``index``; ``values`` are the entries, where the weight has others just now."""
+        values = self.entries(index) if values is None else values
+        if values.is_meta:
+            raise ValueError("model: has weights on the meta device, expected values")
+        hashed = EntryHash()
+        hashed.update(values.cpu(), index.cpu())
+        return Fingerprint(self.shape, self.dtype, hashed.hexdigest(), self.kind)
