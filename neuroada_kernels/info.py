@@ -20,6 +20,8 @@ from neuroada_kernels._registry import available_backends, experimental_backends
 from neuroada_kernels._version import __version__
 from neuroada_kernels.nn.foreign import missing_library
 
+_EXPERIMENTAL = "; experimental, never run on a GPU yet: served only when named"
+
 
 def facts() -> dict[str, Any]:
     """Everything that :func:`main` shows, as plain data."""
@@ -38,7 +40,7 @@ def facts() -> dict[str, Any]:
         "cpu_isa": _cpu_isa(),
         "cpu_features": None if module is None else list(module.cpu_features()),
         "backends": {
-            name: why or ("available, when named" if name in experimental else "available")
+            name: (why or "available") + (_EXPERIMENTAL if name in experimental else "")
             for name, why in available_backends().items()
         },
         "other_bases": {

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 import neuroada_kernels
-from neuroada_kernels import _extension, cli, info
+from neuroada_kernels import _extension, _registry, cli, info
 
 PACKAGE = Path(neuroada_kernels.__file__).parent
 LIBRARY = "libneuroada.so"
@@ -23,7 +23,7 @@ GARBAGE = b"this is no shared object\n" * 100
 PROBE = """
 import json, os, torch
 import neuroada_kernels as nk
-from neuroada_kernels import _extension, _registry
+from neuroada_kernels import _extension, _registry, _registry
 
 torch.manual_seed(0)
 linear = torch.nn.Linear(24, 16)
@@ -162,7 +162,10 @@ def test_info_as_json_agrees_with_the_package(capsys):
     assert info.main(["--json"]) == 0
     facts = json.loads(capsys.readouterr().out)
     expected = neuroada_kernels.available_backends()
-    assert facts["backends"] == {name: why or "available" for name, why in expected.items()}
+    assert facts["backends"].keys() == expected.keys()
+    for name, words in facts["backends"].items():
+        assert words.startswith(expected[name] or "available")
+        assert ("experimental" in words) == (name in _registry.experimental_backends())
     assert facts["op_library"] == (_extension.library_error or "loaded")
     assert facts["extension"] == (_extension.module_error or "loaded")
     assert (facts["build"] is None) == (_extension.module is None)
