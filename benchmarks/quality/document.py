@@ -56,7 +56,8 @@ def spread(interval: Interval | None, signed: bool = False, percent: bool = Fals
         return "diverged"
     scale, digits = (100, 1) if percent else (1, 4)
     sign = "+" if signed else ""
-    text = f"{scale * interval.mean:{sign}.{digits}f}"
+    mean = round(scale * interval.mean, digits) + 0.0  # -0.0 becomes 0.0
+    text = f"{mean:{sign}.{digits}f}"
     if math.isfinite(interval.half):
         text += f" ± {scale * interval.half:.{digits}f}"
     return text + " %" * percent

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import math
+import re
 from collections.abc import Sequence
 from html import escape
 from typing import Any
@@ -80,7 +81,9 @@ def _svg(group: Group, draw: Any) -> str:
         axes.tick_params(colors=INK)
         target = io.StringIO()
         figure.savefig(target, format="svg", metadata={"Date": None})
-    text = target.getvalue()
+    # Names that all figures share would be ids twice in one page; nothing refers to a group.
+    text = re.sub(r'<g id="[^"]*"', "<g", target.getvalue())
+    text = re.sub("<metadata>.*?</metadata>", "", text, flags=re.DOTALL)
     return text[text.index("<svg") :].replace("<svg", f'<svg role="img" aria-label="{name}"', 1)
 
 

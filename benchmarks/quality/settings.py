@@ -71,9 +71,9 @@ class Settings:
                 pretrain_images=800,
                 pretrain_steps=300,
                 pretrain_rate=3e-3,
-                steps=100,
+                steps=300,
             ),
-            rates=(1e-3, 3e-3, 1e-2, 3e-2, 1e-1, 0.3),
+            rates=(3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 1e-1),
             seeds=5,
             k=8,
             every_k=(1, 2, 4, 8, 16, 32, 64),
@@ -96,8 +96,8 @@ class Settings:
                 pretrain_rate=5e-3,
                 steps=50,
             ),
-            digits=replace(full.digits, width=64, steps=50),
-            rates=(2e-3, 5e-3, 1.25e-2, 3e-2, 8e-2, 0.2),
+            digits=replace(full.digits, width=64, steps=200),
+            rates=(5e-4, 2e-3, 5e-3, 1.25e-2, 3e-2, 8e-2, 0.2),
             seeds=3,
         )
 

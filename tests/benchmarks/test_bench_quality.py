@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import json
 import math
+import re
 from dataclasses import replace
 from pathlib import Path
 
@@ -325,6 +326,9 @@ def test_the_page_is_self_contained_and_shows_every_variant(finished):
     assert html(found[:1], finished.store) == html(found[:1], finished.store)
     assert len(page) < 1e6
     assert page.count("<svg") == len(found)
+    ids = re.findall(r'\bid="([^"]*)"', page)
+    assert len(ids) == len(set(ids)) > 0
+    assert set(re.findall(r"""(?:href="|url\()#([^")]+)""", page)) <= set(ids)
     for forbidden in ("<script", "src=", "<link", "@import", "url(http"):
         assert forbidden not in page
     for group in found:
