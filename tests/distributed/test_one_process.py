@@ -95,6 +95,13 @@ def test_merging_parts_is_refused():
     for model in (sharded(adapted()), parallel(adapted())):
         with pytest.raises(ValueError, match=r"weight: is sharded .* save the adapter"):
             nk.merge(model)
+    model = sharded(adapted())
+    model(torch.zeros(1, 2, dtype=torch.long))  # the root keeps whole parameters until a backward
+    assert not isinstance(model.head.weight, DTensor)
+    with pytest.raises(ValueError, match=r"weight: is sharded"):
+        model.head.merge()
+    model.reshard()
+    assert not model.head.merged
 
 
 def test_fsdp_keeps_the_deltas_that_it_has(tmp_path):
