@@ -117,6 +117,30 @@ def choices_agree() -> None:
     assert torch.equal(model.head.index, mine) == (rank == 0)
     assert not model.head.delta.any()
     assert_same_everywhere(model.head.bias)
+    resident_follows()
+    other_layers_agree()
+
+
+def resident_follows() -> None:
+    """A weight that holds another delta is patched by the next forward."""
+    model = adapted(strategy="resident")
+    rows = batch(0, ROWS)
+    with torch.no_grad():
+        model.head.delta += dist.get_rank() + 1
+    loss_of(model, rows)
+    broadcast_adapter(model)
+    assert_same_everywhere(loss_of(model, rows))
+
+
+def other_layers_agree() -> None:
+    torch.manual_seed(0)
+    base, stack = make("scaled", 16, 8), nn.Parameter(torch.randn(2, 4, 16), requires_grad=False)
+    generator = torch.Generator().manual_seed(dist.get_rank())
+    bypass = nk.NeuroAdaBypass(base, 2, selection="random", generator=generator)
+    model = nn.ModuleList([bypass, StackedLinear(stack, bypass.index.clone(), torch.float32)])
+    broadcast_adapter(model)
+    for layer in model:
+        assert_same_everywhere(layer.index)
 
 
 def fsdp(folder: Path) -> None:
