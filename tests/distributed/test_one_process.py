@@ -104,6 +104,13 @@ def test_merging_parts_is_refused():
     assert not model.head.merged
 
 
+def test_split_layers_keep_x_and_say_so():
+    model = parallel(adapted(save_activations="compact"))
+    for layer in layers(model).values():
+        assert layer.columns is None
+        assert "columns of x" not in repr(layer)
+
+
 def test_fsdp_keeps_the_deltas_that_it_has(tmp_path):
     path = tmp_path / "adapter.safetensors"
     nk.save_adapter(adapted(k=2), path)

@@ -306,6 +306,26 @@ def tensor_parallel(folder: Path) -> None:
         narrow_parts()
     if dist.get_world_size() == 2:
         saved_and_loaded(model, folder, parallel(adapted(bias="all", selection="random")))
+        another_k(folder)
+
+
+def another_k(folder: Path) -> None:
+    """Layers take an adapter with more connections, and save it whole; or they all refuse it."""
+    wide, path = adapted(k=12), folder / "wide.safetensors"
+    for layer in layers(wide).values():
+        nn.init.ones_(layer.delta)
+    nk.save_adapter(wide, path)
+    model = parallel(adapted())
+    nk.load_adapter(model, path)
+    saved_and_loaded(model, folder, parallel(adapted()))
+    assert_same_adapter(model, wide, 0)
+    narrow = nk.NeuroAdaLinear(3, 4)
+    parallelize_module(
+        narrow, init_device_mesh("cpu", (dist.get_world_size(),)), NeuroAdaRowwiseParallel()
+    )
+    index = torch.arange(3, dtype=torch.int32).expand(4, 3)
+    with pytest.raises(ValueError, match="in_features: 3 over 2 processes leave 1"):
+        narrow.part_of_connections(index, torch.zeros(4, 3))
 
 
 def ragged_parts() -> None:
