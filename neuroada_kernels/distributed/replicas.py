@@ -7,7 +7,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from neuroada_kernels._sharding import is_sharded
-from neuroada_kernels.nn._base import BypassLinear
+from neuroada_kernels.nn._layer import BypassLayer
 
 
 def broadcast_adapter(model: nn.Module, group: dist.ProcessGroup | None = None) -> None:
@@ -31,7 +31,7 @@ def broadcast_adapter(model: nn.Module, group: dist.ProcessGroup | None = None) 
         If the model has no NeuroAda layer, if a parameter that trains is sharded already, if
         connections are not chosen yet, or a layer is merged; nothing is sent then.
     """
-    layers = [module for module in model.modules() if isinstance(module, BypassLinear)]
+    layers = [module for module in model.modules() if isinstance(module, BypassLayer)]
     if not layers:
         raise ValueError("model: has no NeuroAda layer, expected an adapted model")
     for layer in layers:
@@ -46,6 +46,8 @@ def broadcast_adapter(model: nn.Module, group: dist.ProcessGroup | None = None) 
             layer.index = index
     for parameter in trained:
         dist.broadcast(parameter.detach(), group=group, group_src=0)
+        # Which the broadcast does not do: a resident layer would not see another delta.
+        torch.autograd.graph.increment_version(parameter)
 
 
 def replicate_trained(

@@ -128,7 +128,6 @@ class TensorParallelLinear(NeuroAdaLinear):
     """
 
     _split: _Split
-    _whole_k: int
 
     def forward(self, x: Tensor) -> Tensor:
         """``y`` of ``x``, each laid out as the style says."""
@@ -171,6 +170,11 @@ class TensorParallelLinear(NeuroAdaLinear):
             self.plan,
         )
 
+    def _is_planned(self) -> bool:
+        # For what is kept of x: what comes out of an exchange is a tensor of each layer's own, by
+        # which siblings could share no copy, nor tell who else keeps it. It is kept by reference.
+        return False
+
     @property
     def connections(self) -> int:
         """Of all processes together; each of them has to ask."""
@@ -182,11 +186,13 @@ class TensorParallelLinear(NeuroAdaLinear):
 
     def whole_connections(self) -> tuple[Tensor, Tensor]:
         index, delta = self._columns().full_tensor(), self.delta.detach().full_tensor()  # type: ignore[attr-defined]
-        slots = (index < 0).byte().argsort(dim=1, stable=True)[:, : self._whole_k]
+        k = max(1, int((index >= 0).sum(1).max()))
+        slots = (index < 0).byte().argsort(dim=1, stable=True)[:, :k]
         return index.gather(1, slots), delta.gather(1, slots)
 
     def part_of_connections(self, index: Tensor, delta: Tensor) -> tuple[Tensor, Tensor]:
         device = self.index.device
+        _check_parts(self._split, index)
         columns, values = self._split.part(index.to(device), delta.to(device))
         return columns, self._split.tensor(values)
 
@@ -238,7 +244,8 @@ def _split_layer(
             setattr(layer, name, nn.Parameter(part, parameter.requires_grad))
     layer.__class__ = TensorParallelLinear
     assert isinstance(layer, TensorParallelLinear)
-    layer._split, layer._whole_k = split, layer.k
+    layer._split = split
+    layer._keep_columns(None)
     size = len(split.mine)
     layer.out_features, layer.in_features = (size, d_in) if dim == NEURONS else (d_out, size)
     layer.delta = nn.Parameter(split.tensor(values), layer.delta.requires_grad)

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
-from neuroada_kernels._sharding import is_sharded, split_as, whole
+from neuroada_kernels._sharding import whole
 from neuroada_kernels.nn._activations import check_save_activations
 from neuroada_kernels.nn._deferred import Deferred
 from neuroada_kernels.nn._layer import BaseForm, BypassLayer
@@ -217,19 +217,6 @@ class BypassLinear(BypassLayer):
     def base_entries(self, index: Tensor) -> Tensor:
         weight = whole(self.weight.detach())
         return weight.gather(1, index.to(weight.device).clamp(min=0).long())
-
-    def check_mergeable(self) -> None:
-        if is_sharded(self.weight):
-            raise ValueError(
-                "weight: is sharded over processes, expected a whole one to merge into: save "
-                "the adapter, and merge it into the base model"
-            )
-        super().check_mergeable()
-
-    def part_of_connections(self, index: Tensor, delta: Tensor) -> tuple[Tensor, Tensor]:
-        if not is_sharded(self.delta):
-            return super().part_of_connections(index, delta)
-        return index.to(self.index.device, copy=True), split_as(delta, self.delta)
 
     def base_form(self) -> BaseForm:
         return BaseForm(None, self.weight.dtype, self.weight.device)

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from neuroada_kernels._dtypes import name_of
-from neuroada_kernels._sharding import local, whole
+from neuroada_kernels._sharding import is_managed_by_fsdp, is_sharded, local, split_as, whole
 from neuroada_kernels.nn._activations import ActivationSaver
 from neuroada_kernels.nn._deferred import Deferred
 from neuroada_kernels.nn._strategy import check_known, refusal
@@ -149,8 +149,17 @@ class BypassLayer(ActivationSaver):
 
     def check_mergeable(self) -> None:
         """Raise where :meth:`merge` would."""
+        self._check_whole()
         self.check_selected()
         self._check_index(self.index)
+
+    def _check_whole(self) -> None:
+        """Raise where the weight is in parts, be it that a forward has left it whole for now."""
+        if any(map(is_managed_by_fsdp, self.modules())) or any(map(is_sharded, self.parameters())):
+            raise ValueError(
+                "weight: is sharded over processes, expected a whole one to merge into: save "
+                "the adapter, and merge it into the base model"
+            )
 
     def unmerge(self) -> None:
         """Write the kept values back: ``weight`` is what it was before merging, bit for bit."""
@@ -205,6 +214,8 @@ class BypassLayer(ActivationSaver):
 
     def part_of_connections(self, index: Tensor, delta: Tensor) -> tuple[Tensor, Tensor]:
         """Of another ``index`` and ``delta`` for the whole layer, what this process holds."""
+        if is_sharded(self.delta):
+            return index.to(self.index.device, copy=True), split_as(delta, self.delta)
         device = self.base_form().device
         return index.to(device, copy=True), delta.to(device, copy=True)
 

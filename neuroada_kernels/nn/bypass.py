@@ -174,6 +174,7 @@ class NeuroAdaBypass(PlannedLayer):
     @torch.no_grad()
     def _requantize(self) -> tuple[Requantization, Callable[[], None]]:
         """:meth:`merge_requantized`, and what undoes it while nothing else has happened."""
+        self._check_whole()
         self._check_index(self.index)
         weight = base_weight(self.base)
         if weight.matrix is not None:

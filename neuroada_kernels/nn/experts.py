@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from neuroada_kernels import functional, ops
 from neuroada_kernels._dtypes import FLOATING
+from neuroada_kernels._sharding import whole
 from neuroada_kernels.nn._deferred import Deferred
 from neuroada_kernels.nn._layer import BaseForm
 from neuroada_kernels.nn._planned import PlannedLayer
@@ -80,7 +81,8 @@ class StackedLinear(PlannedLayer):
         return False  # for what is kept of x: every expert reads another, and keeps it whole
 
     def base_entries(self, index: Tensor) -> Tensor:
-        return self._matrix().gather(1, index.to(self.weight.device).clamp(min=0).long())
+        matrix = whole(self.weight.detach()).view(self.out_features, self.in_features)
+        return matrix.gather(1, index.to(matrix.device).clamp(min=0).long())
 
     def base_form(self) -> BaseForm:
         return BaseForm(STACKED, self.weight.dtype, self.weight.device)

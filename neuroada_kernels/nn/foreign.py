@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from neuroada_kernels._dtypes import FLOATING
+from neuroada_kernels._sharding import is_sharded, whole
 from neuroada_kernels.nn._bitsandbytes import bitsandbytes_weight
 from neuroada_kernels.nn._torchao import TorchaoWeight
 from neuroada_kernels.nn._weight import BaseWeight, is_of
@@ -41,6 +42,22 @@ class _PlainWeight(BaseWeight):
 
     def entries(self, index: Tensor) -> Tensor:
         return self.matrix.detach().gather(1, index.to(self.device).clamp(min=0).long())
+
+
+class _ShardedWeight(BaseWeight):
+    """The same in parts, as FSDP2 leaves it: read whole, by all processes at once, not written."""
+
+    def __init__(self, module: nn.Module, kind: str, matrix: Tensor) -> None:
+        d_out, d_in = matrix.shape
+        super().__init__(module, kind, (d_out, d_in), matrix.dtype, matrix.device)
+        self._parts = matrix
+
+    def rows(self, rows: slice) -> Tensor:
+        return whole(self._parts.detach())[rows]
+
+    def entries(self, index: Tensor) -> Tensor:
+        matrix = whole(self._parts.detach())
+        return matrix.gather(1, index.to(matrix.device).clamp(min=0).long())
 
 
 class _Weightless(BaseWeight):
@@ -77,9 +94,9 @@ def base_weight(module: nn.Module) -> BaseWeight:
     if not (isinstance(module, nn.Module) and isinstance(d_in, int) and isinstance(d_out, int)):
         raise TypeError(f"base: {type(module).__name__}, expected in_features and out_features")
     weight = module._parameters.get("weight")
-    if weight is None or tuple(weight.shape) != (d_out, d_in) or not _is_plain(weight):
+    if weight is None or tuple(weight.shape) != (d_out, d_in) or not _is_numbers(weight):
         return _Weightless(module, (d_out, d_in))
-    return _PlainWeight(module, "module", weight)
+    return _of_numbers(module, "module", weight)
 
 
 def is_library(module: nn.Module) -> bool:
@@ -120,11 +137,17 @@ def _library(module: nn.Module) -> Callable[[nn.Module], BaseWeight] | None:
 def _conv1d(module: nn.Module) -> BaseWeight:
     """GPT-2's layer, which keeps W transposed."""
     weight = module._parameters.get("weight")
-    if weight is None or weight.dim() != 2 or not _is_plain(weight):
+    if weight is None or weight.dim() != 2 or not _is_numbers(weight):
         raise ValueError("base: Conv1D without a plain weight [d_in, d_out]")
     with torch.no_grad():
-        return _PlainWeight(module, CONV1D, weight.t())
+        return _of_numbers(module, CONV1D, weight.t())
 
 
-def _is_plain(weight: Tensor) -> bool:
-    return type(weight) in (Tensor, nn.Parameter) and weight.dtype in FLOATING
+def _of_numbers(module: nn.Module, kind: str, matrix: Tensor) -> BaseWeight:
+    return (_ShardedWeight if is_sharded(matrix) else _PlainWeight)(module, kind, matrix)
+
+
+def _is_numbers(weight: Tensor) -> bool:
+    """Whether it is plain, or the parts of what was."""
+    plain = type(weight) in (Tensor, nn.Parameter) or is_sharded(weight)
+    return plain and weight.dtype in FLOATING

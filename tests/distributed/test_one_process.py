@@ -95,6 +95,20 @@ def test_merging_parts_is_refused():
     for model in (sharded(adapted()), parallel(adapted())):
         with pytest.raises(ValueError, match=r"weight: is sharded .* save the adapter"):
             nk.merge(model)
+    model = sharded(adapted())
+    model(torch.zeros(1, 2, dtype=torch.long))  # the root keeps whole parameters until a backward
+    assert not isinstance(model.head.weight, DTensor)
+    with pytest.raises(ValueError, match=r"weight: is sharded"):
+        model.head.merge()
+    model.reshard()
+    assert not model.head.merged
+
+
+def test_split_layers_keep_x_and_say_so():
+    model = parallel(adapted(save_activations="compact"))
+    for layer in layers(model).values():
+        assert layer.columns is None
+        assert "columns of x" not in repr(layer)
 
 
 def test_fsdp_keeps_the_deltas_that_it_has(tmp_path):

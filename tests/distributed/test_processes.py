@@ -9,6 +9,7 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
+from foreign import make
 from processes import (
     ROWS,
     STEPS,
@@ -35,12 +36,14 @@ from torch.distributed.tensor.parallel import parallelize_module
 from torch.nn.parallel import DistributedDataParallel
 
 import neuroada_kernels as nk
+from neuroada_kernels.adapter_file import read_adapter
 from neuroada_kernels.distributed import (
     NeuroAdaColwiseParallel,
     NeuroAdaRowwiseParallel,
     broadcast_adapter,
     replicate_trained,
 )
+from neuroada_kernels.nn.experts import StackedLinear
 
 #: Torch has two names for it, and warns of the older one.
 BUFFERS_LEFT_ALONE = {
@@ -114,6 +117,30 @@ def choices_agree() -> None:
     assert torch.equal(model.head.index, mine) == (rank == 0)
     assert not model.head.delta.any()
     assert_same_everywhere(model.head.bias)
+    resident_follows()
+    other_layers_agree()
+
+
+def resident_follows() -> None:
+    """A weight that holds another delta is patched by the next forward."""
+    model = adapted(strategy="resident")
+    rows = batch(0, ROWS)
+    with torch.no_grad():
+        model.head.delta += dist.get_rank() + 1
+    loss_of(model, rows)
+    broadcast_adapter(model)
+    assert_same_everywhere(loss_of(model, rows))
+
+
+def other_layers_agree() -> None:
+    torch.manual_seed(0)
+    base, stack = make("scaled", 16, 8), nn.Parameter(torch.randn(2, 4, 16), requires_grad=False)
+    generator = torch.Generator().manual_seed(dist.get_rank())
+    bypass = nk.NeuroAdaBypass(base, 2, selection="random", generator=generator)
+    model = nn.ModuleList([bypass, StackedLinear(stack, bypass.index.clone(), torch.float32)])
+    broadcast_adapter(model)
+    for layer in model:
+        assert_same_everywhere(layer.index)
 
 
 def fsdp(folder: Path) -> None:
@@ -133,6 +160,7 @@ def fsdp(folder: Path) -> None:
         assert "sharded" in layer._why_not_resident()
     if dist.get_world_size() == 2:
         saved_and_loaded(model, folder, sharded(adapted(bias="all")))
+    foreign_bases(folder)
 
 
 def checkpoint(model: nn.Module, optimizer: torch.optim.Optimizer, folder: Path) -> Path:
@@ -169,6 +197,49 @@ def saved_and_loaded(model: nn.Module, folder: Path, other: nn.Module) -> None:
     folder_error = ValueError if dist.get_rank() == 0 else RuntimeError
     with pytest.raises(folder_error, match="folder"):
         nk.save_adapter(model, folder)
+
+
+def foreign_bases(folder: Path) -> None:
+    """They train, are saved and loaded as whole ones; none is merged, not even after a forward."""
+    single, model, other = (foreign_model(seed) for seed in (0, 0, 1))
+    fully_shard(model)
+    fully_shard(other)
+    x = torch.linspace(-2, 2, 3 * 16, dtype=torch.float64).sin().view(3, 16)
+    for one in (single, model):
+        one(x).square().mean().backward()
+        with torch.no_grad():
+            for layer in one:
+                layer.delta -= layer.delta.grad
+    path = folder / "foreign.safetensors"
+    nk.save_adapter(model, path)
+    bases = read_adapter(path).modules
+    assert [bases[name].base.kind for name in "01"] == ["transformers Conv1D", "module"]
+    loaded = foreign_model(1)
+    for one in (loaded, other):
+        nk.load_adapter(one, path)
+        for layer, expected in zip(one, single, strict=True):
+            pairs = zip(layer.whole_connections(), expected.whole_connections(), strict=True)
+            for mine, theirs in pairs:
+                torch.testing.assert_close(mine, theirs)
+    for forward in (False, True):
+        if forward:
+            other(x)
+        for merge in (nk.merge, nk.merge_requantized):
+            with pytest.raises(ValueError, match="0: weight: is sharded"):
+                merge(other)
+    weight = nn.Parameter(torch.randn(2, 4, 16), requires_grad=False)
+    stack = StackedLinear(weight, model[0].index.clone(), torch.float32)
+    expected = stack.base_entries(stack.index)
+    assert torch.equal(fully_shard(stack).base_entries(stack.index), expected)
+
+
+def foreign_model(seed: int) -> nn.Module:
+    """The same bases, and connections of that seed."""
+    torch.manual_seed(0)
+    bases = [make("conv1d", 16, 8, torch.float64), make("scaled", 8, 4, torch.float64)]
+    generator = torch.Generator().manual_seed(seed)
+    options = {"selection": "random", "generator": generator, "delta_dtype": torch.float64}
+    return nn.Sequential(*(nk.NeuroAdaBypass(base, 2, **options) for base in bases))
 
 
 def fsdp_replicated(folder: Path) -> None:
@@ -235,6 +306,26 @@ def tensor_parallel(folder: Path) -> None:
         narrow_parts()
     if dist.get_world_size() == 2:
         saved_and_loaded(model, folder, parallel(adapted(bias="all", selection="random")))
+        another_k(folder)
+
+
+def another_k(folder: Path) -> None:
+    """Layers take an adapter with more connections, and save it whole; or they all refuse it."""
+    wide, path = adapted(k=12), folder / "wide.safetensors"
+    for layer in layers(wide).values():
+        nn.init.ones_(layer.delta)
+    nk.save_adapter(wide, path)
+    model = parallel(adapted())
+    nk.load_adapter(model, path)
+    saved_and_loaded(model, folder, parallel(adapted()))
+    assert_same_adapter(model, wide, 0)
+    narrow = nk.NeuroAdaLinear(3, 4)
+    parallelize_module(
+        narrow, init_device_mesh("cpu", (dist.get_world_size(),)), NeuroAdaRowwiseParallel()
+    )
+    index = torch.arange(3, dtype=torch.int32).expand(4, 3)
+    with pytest.raises(ValueError, match="in_features: 3 over 2 processes leave 1"):
+        narrow.part_of_connections(index, torch.zeros(4, 3))
 
 
 def ragged_parts() -> None:
