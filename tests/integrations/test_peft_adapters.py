@@ -344,3 +344,18 @@ def test_connections_that_do_not_fit_are_refused(name, index, message):
     with pytest.raises((TypeError, ValueError), match=message):
         set_connections(model, {name: index})
     assert not changed(model, before)
+
+
+@pytest.mark.parametrize("how", ["copied", "written in place"])
+def test_it_trains_after_a_forward_in_inference_mode(how):
+    """Which is the first to see that the index is another one, and plans it."""
+    model = adapted(target_modules=["q_proj"])
+    if how == "copied":
+        model = copy.deepcopy(model)
+    else:
+        for layer in adapted_layers(model).values():
+            layer.neuroada_index["default"].add_(0)
+    with torch.inference_mode():
+        model(batch(0))
+    model(batch(0)).logits.sum().backward()
+    assert all(p.grad is not None for p in trainable(model).values())

@@ -55,7 +55,9 @@ class IndexDict(BufferDict):
             self._forget(adapter)
         elif identity_of(index) != self._planned.get(adapter):
             self._check(index)
-            self._plans[adapter] = make_plan(index, self._d_in)
+            # Made in inference mode, it would be of no use to a later backward.
+            with torch.inference_mode(False), torch.no_grad():
+                self._plans[adapter] = make_plan(index, self._d_in)
             self._planned[adapter] = identity_of(index)
 
     def _check(self, index: Tensor) -> None:
