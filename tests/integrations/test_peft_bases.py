@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -229,3 +231,32 @@ def test_a_base_without_values_waits_for_its_adapter_to_be_loaded(tmp_path):
     state = model.state_dict()
     waiting.load_state_dict(state, assign=True)
     torch.testing.assert_close(x_and_gradients(waiting), x_and_gradients(model))
+
+
+@pytest.mark.filterwarnings("ignore:Already following adapters were merged")
+def test_what_fails_to_be_written_back_leaves_the_layer_as_it_was(backend, monkeypatch):
+    model = adapted(Int8Linear(linear()))
+    model.add_adapter("other", NeuroAdaPeftConfig(k=2, target_modules=["0"]))
+    layer, write = adapted_layers(model)["0"], backend.set_base_weight
+
+    def fail(layer: nn.Module, weight: Tensor) -> None:
+        raise OSError("no room")
+
+    def attempt(step: Callable[[], None]) -> None:
+        """``step``, which fails and changes nothing before it is let through."""
+        before, merged = values(model), list(layer.merged_adapters)
+        monkeypatch.setattr(backend, "set_base_weight", fail)
+        with pytest.raises(OSError, match="no room"):
+            step()
+        assert not changed(model, before)
+        assert layer.merged_adapters == merged
+        monkeypatch.setattr(backend, "set_base_weight", write)
+        step()
+
+    expected = x_and_gradients(model)[0]
+    attempt(lambda: model.merge_adapter(["default"]))
+    attempt(lambda: model.merge_adapter(["default", "other"]))
+    assert layer.merged_adapters == ["default", "other"]
+    attempt(model.unmerge_adapter)
+    assert not layer.merged
+    torch.testing.assert_close(x_and_gradients(model)[0], expected, rtol=0, atol=0.05)
