@@ -29,6 +29,8 @@ from neuroada_kernels.integrations.peft.layer import (
     check_choosable,
     features_of,
 )
+from neuroada_kernels.nn._bitsandbytes import keep_packing
+from neuroada_kernels.nn._weight import is_of
 from neuroada_kernels.plan import check_index
 
 _ROOT = "base_model.model."  # what PeftModel puts before the names of the model's own modules
@@ -92,6 +94,10 @@ class NeuroAdaModel(BaseTuner):
         for pattern in settings.k_pattern if targets else ():
             if not any(settings.k_matches(pattern, name) for name in targets):
                 raise ValueError(f"k_pattern: {pattern!r} matches no module that is adapted")
+        if not peft_config.inference_mode:
+            _check_unpacked(named)
+        for module in named.values():  # those, too, through which only a gradient passes
+            keep_packing(module)
 
     def _create_and_replace(
         self,
@@ -249,6 +255,19 @@ def _expand_all_linear(
         whole = tuple(f"{n}." for n, m in named.items() if isinstance(m, AuxiliaryTrainingWrapper))
         names = {name for name in config.target_modules if not name.startswith(whole)}
         config.target_modules = names  # type: ignore[assignment]
+
+
+def _check_unpacked(named: Mapping[str, nn.Module]) -> None:
+    """Refuse to train with weights that give x no gradient any more."""
+    for name, module in named.items():
+        state = getattr(getattr(module, "weight", None), "quant_state", None)
+        if is_of(module, "bitsandbytes", "Linear4bit") and getattr(
+            state, "packing_format_for_cpu", False
+        ):
+            raise ValueError(
+                f"{name}: Linear4bit was packed for inference by an evaluation on the CPU, "
+                "expected a model that is adapted first; load it again"
+            )
 
 
 def adapted_layers(model: nn.Module) -> dict[str, NeuroAdaPeftLayer]:
