@@ -334,8 +334,10 @@ def test_a_sum_over_different_connections_is_refused():
     [
         ("model.absent", torch.zeros(1, 1, dtype=torch.int32), "model.absent has no adapter"),
         (QUERY, torch.zeros(32, 3, dtype=torch.int32), r"shape \[32, 3\], expected \[32, 4\]"),
-        (QUERY, torch.full((32, 4), 1, dtype=torch.int32), "stands twice"),
-        (QUERY, torch.zeros(32, 4, dtype=torch.int64), "expected torch.int32"),
+        (QUERY, torch.full((32, 4), 1, dtype=torch.int32), f"{QUERY}: index: .* stands twice"),
+        (QUERY, torch.full((32, 4), 32, dtype=torch.int32), f"{QUERY}: index: column 32 in row 0"),
+        (QUERY, torch.zeros(32, 4, dtype=torch.int64), f"{QUERY}: index: .* expected torch.int32"),
+        (QUERY, None, f"connections: {QUERY}: index: NoneType, expected an int32 tensor"),
     ],
 )
 def test_connections_that_do_not_fit_are_refused(name, index, message):

@@ -31,7 +31,7 @@ from neuroada_kernels.integrations.peft.layer import (
 )
 from neuroada_kernels.nn._bitsandbytes import keep_packing
 from neuroada_kernels.nn._weight import is_of
-from neuroada_kernels.plan import check_index
+from neuroada_kernels.plan import check_index, check_index_form
 
 _ROOT = "base_model.model."  # what PeftModel puts before the names of the model's own modules
 _READ_BY_PARENT = (nn.MultiheadAttention, nn.TransformerEncoderLayer)
@@ -308,17 +308,23 @@ def set_connections(
             raise ValueError(f"connections: {name} has no adapter {adapter_name!r}")
         if layer.merged:
             raise RuntimeError(f"connections: {name} is merged, unmerge first")
-        shape = layer.neuroada_delta[adapter_name].shape
-        if index.shape != shape:
-            raise ValueError(
-                f"connections: {name}: shape {list(index.shape)}, expected {list(shape)}"
-            )
-        check_index(index, layer.in_features)
+        try:
+            _check_fits(index, layer, adapter_name)
+        except (TypeError, ValueError) as error:
+            raise type(error)(f"connections: {name}: {error}") from None
     with torch.no_grad():
         for name, index in connections.items():
             delta = layers[name].neuroada_delta[adapter_name]
             layers[name].neuroada_index[adapter_name] = index.to(delta.device, copy=True)
             delta.zero_()
+
+
+def _check_fits(index: Tensor, layer: NeuroAdaPeftLayer, adapter_name: str) -> None:
+    check_index_form(index, layer.in_features)
+    shape = layer.neuroada_delta[adapter_name].shape
+    if index.shape != shape:
+        raise ValueError(f"shape {list(index.shape)}, expected {list(shape)}")
+    check_index(index, layer.in_features)
 
 
 def _names_hook(names: Sequence[str]) -> Callable[..., Any]:
