@@ -14,10 +14,10 @@ from transformers.pytorch_utils import Conv1D
 from neuroada_kernels import functional, ops
 from neuroada_kernels.integrations.peft._storage import DeltaDict, IndexDict
 from neuroada_kernels.integrations.peft.config import NeuroAdaPeftConfig
+from neuroada_kernels.nn.foreign import has_own_forward
 from neuroada_kernels.plan import order_slots
 from neuroada_kernels.selection import select
-
-_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+from neuroada_kernels.targets import has_hooks
 
 
 class NeuroAdaPeftLayer(BaseTunerLayer):
@@ -314,12 +314,11 @@ def is_plain(module: nn.Module) -> bool:
     """Whether calling it is ``F.linear`` with its weight and bias, and no more than that."""
     return (
         isinstance(module, nn.Linear)
-        and type(module).forward is nn.Linear.forward
-        and "forward" not in vars(module)  # accelerate's hooks, which load offloaded weights
+        and not has_own_forward(module)  # as by accelerate's hooks, which load offloaded weights
         and type(weight := module._parameters.get("weight")) is nn.Parameter
         and weight.is_floating_point()
         and not weight.requires_grad
-        and not any(getattr(module, hooks) for hooks in _HOOKS)
+        and not has_hooks(module)
     )
 
 

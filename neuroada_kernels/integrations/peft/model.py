@@ -32,9 +32,9 @@ from neuroada_kernels.integrations.peft.layer import (
 from neuroada_kernels.nn._bitsandbytes import keep_packing
 from neuroada_kernels.nn._weight import is_of
 from neuroada_kernels.plan import check_index, check_index_form
+from neuroada_kernels.targets import check_parent, layer_number
 
 _ROOT = "base_model.model."  # what PeftModel puts before the names of the model's own modules
-_READ_BY_PARENT = (nn.MultiheadAttention, nn.TransformerEncoderLayer)
 
 
 class NeuroAdaModel(BaseTuner):
@@ -62,8 +62,7 @@ class NeuroAdaModel(BaseTuner):
         if not found or peft_config.layers is None:
             return found
         layers = peft_config.layers
-        number = next((int(part) for part in key.split(".") if part.isdecimal()), None)
-        return number in ({layers} if isinstance(layers, int) else layers)
+        return layer_number(key) in ({layers} if isinstance(layers, int) else layers)
 
     def _prepare_model(self, peft_config: NeuroAdaPeftConfig, model: nn.Module) -> None:
         """Refuse what cannot be adapted, before PEFT has changed anything."""
@@ -80,11 +79,7 @@ class NeuroAdaModel(BaseTuner):
         ]
         for name in targets:
             base, parent = named[name], named[name.rpartition(".")[0]]
-            if isinstance(parent, _READ_BY_PARENT):
-                raise ValueError(
-                    f"{name}: its parent {type(parent).__name__} reads the weight without calling "
-                    "the module, expected a parent that calls it"
-                )
+            check_parent(name, parent)
             if isinstance(base, BaseTunerLayer):
                 base = base.get_base_layer()
             d_in, _ = features_of(base)
