@@ -62,7 +62,7 @@ def check_target(
             f"{name}: {kind}, expected torch.nn.Linear, or a module with in_features and "
             "out_features"
         )
-    _check_parent(name, named[name.rpartition(".")[0]])
+    check_parent(name, named[name.rpartition(".")[0]])
     if is_foreign(module):
         if not (by_name or is_library(module)):
             raise ValueError(
@@ -83,6 +83,16 @@ def check_target(
 def is_foreign(module: nn.Module) -> bool:
     """Whether it is to be wrapped, since what it computes is not for us to replace."""
     return is_library(module) or not isinstance(module, nn.Linear) or has_own_forward(module)
+
+
+def has_hooks(module: nn.Module) -> bool:
+    """Whether calling it runs more than its forward."""
+    return any(getattr(module, hooks) for hooks in _HOOKS)
+
+
+def layer_number(name: str) -> int | None:
+    """The layer that a module of that name is in: the first number in it, if there is one."""
+    return next((int(part) for part in name.split(".") if part.isdecimal()), None)
 
 
 def outside_layers(model: nn.Module) -> dict[str, nn.Module]:
@@ -141,13 +151,9 @@ def _excluded(named: Mapping[str, nn.Module], excluded: str | Sequence[str]) -> 
 def _in_layers(
     named: Mapping[str, nn.Module], chosen: set[int], layers: int | Sequence[int]
 ) -> set[int]:
-    """The chosen modules of these layers: the first number in a name is its layer's."""
+    """The chosen modules of these layers."""
     wanted = {layers} if isinstance(layers, int) else set(layers)
-    numbers = {
-        name: next((int(part) for part in name.split(".") if part.isdecimal()), None)
-        for name, module in named.items()
-        if id(module) in chosen
-    }
+    numbers = {name: layer_number(name) for name, module in named.items() if id(module) in chosen}
     missing = sorted(wanted - set(numbers.values()))
     if missing:
         raise ValueError(f"layers: no module of target_modules is in {missing}")
@@ -165,11 +171,11 @@ def _check_apart(targets: Mapping[str, nn.Module]) -> None:
 
 
 def _check_hooks(name: str, module: nn.Module) -> None:
-    if any(getattr(module, hooks) for hooks in _HOOKS):
+    if has_hooks(module):
         raise ValueError(f"{name}: has hooks, which its replacement would lose")
 
 
-def _check_parent(name: str, parent: nn.Module) -> None:
+def check_parent(name: str, parent: nn.Module) -> None:
     """Refuse where a fused path of torch reads the weight itself and would skip the bypass."""
     if isinstance(parent, nn.MultiheadAttention | nn.TransformerEncoderLayer):
         raise ValueError(

@@ -81,7 +81,7 @@ BELOW = {
         "targets",
     },
     "testing": {"selection"},
-    "integrations": {"config", "functional", "ops", "plan", "selection"},
+    "integrations": {"config", "functional", "nn", "ops", "plan", "selection", "targets"},
     "": {
         "_registry",
         "_version",

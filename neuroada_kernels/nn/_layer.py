@@ -25,6 +25,16 @@ class BaseForm(NamedTuple):
     device: torch.device
 
 
+def uncast(fn: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
+    """``fn``, as ``Module.to`` has it, without the cast: an adapter's dtypes are chosen."""
+
+    def move(tensor: Tensor) -> Tensor:
+        moved = fn(tensor)
+        return moved if moved.dtype == tensor.dtype else tensor.to(moved.device)
+
+    return move
+
+
 class BypassLayer(ActivationSaver):
     """k bypass connections a neuron beside a frozen weight, wherever that is."""
 
@@ -269,11 +279,6 @@ class BypassLayer(ActivationSaver):
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
         """Move everything, but cast neither ``delta``, whose dtype is chosen, nor an index."""
-
-        def move(tensor: Tensor) -> Tensor:
-            moved = fn(tensor)
-            return moved if moved.dtype == tensor.dtype else tensor.to(moved.device)
-
         keeper = nn.Module()
         keeper.register_parameter("delta", self._parameters.pop("delta"))
         names = ("index", "merged_index", "plan", "columns", "kept_index")
@@ -281,7 +286,7 @@ class BypassLayer(ActivationSaver):
         for name in kept:
             keeper.register_buffer(name, self._buffers.pop(name))
         try:
-            keeper._apply(move)
+            keeper._apply(uncast(fn))
             super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         finally:
             self._parameters["delta"] = keeper._parameters["delta"]

@@ -334,8 +334,10 @@ def test_a_sum_over_different_connections_is_refused():
     [
         ("model.absent", torch.zeros(1, 1, dtype=torch.int32), "model.absent has no adapter"),
         (QUERY, torch.zeros(32, 3, dtype=torch.int32), r"shape \[32, 3\], expected \[32, 4\]"),
-        (QUERY, torch.full((32, 4), 1, dtype=torch.int32), "stands twice"),
-        (QUERY, torch.zeros(32, 4, dtype=torch.int64), "expected torch.int32"),
+        (QUERY, torch.full((32, 4), 1, dtype=torch.int32), f"{QUERY}: index: .* stands twice"),
+        (QUERY, torch.full((32, 4), 32, dtype=torch.int32), f"{QUERY}: index: column 32 in row 0"),
+        (QUERY, torch.zeros(32, 4, dtype=torch.int64), f"{QUERY}: index: .* expected torch.int32"),
+        (QUERY, None, f"connections: {QUERY}: index: NoneType, expected an int32 tensor"),
     ],
 )
 def test_connections_that_do_not_fit_are_refused(name, index, message):
@@ -344,3 +346,18 @@ def test_connections_that_do_not_fit_are_refused(name, index, message):
     with pytest.raises((TypeError, ValueError), match=message):
         set_connections(model, {name: index})
     assert not changed(model, before)
+
+
+@pytest.mark.parametrize("how", ["copied", "written in place"])
+def test_it_trains_after_a_forward_in_inference_mode(how):
+    """Which is the first to see that the index is another one, and plans it."""
+    model = adapted(target_modules=["q_proj"])
+    if how == "copied":
+        model = copy.deepcopy(model)
+    else:
+        for layer in adapted_layers(model).values():
+            layer.neuroada_index["default"].add_(0)
+    with torch.inference_mode():
+        model(batch(0))
+    model(batch(0)).logits.sum().backward()
+    assert all(p.grad is not None for p in trainable(model).values())

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
+import foreign
 import pytest
 import torch
 import torch.nn.functional as F
 from accelerate.hooks import AlignDevicesHook, add_hook_to_module
 from peft import LoraConfig, get_peft_model
 from peft.tuners.lora import LoraLayer
-from small_llama import changed, give_values, llama, logits, values
+from small_llama import changed, give_values, llama, logits, trainable, values
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
@@ -229,3 +232,67 @@ def test_a_base_without_values_waits_for_its_adapter_to_be_loaded(tmp_path):
     state = model.state_dict()
     waiting.load_state_dict(state, assign=True)
     torch.testing.assert_close(x_and_gradients(waiting), x_and_gradients(model))
+
+
+@pytest.mark.filterwarnings("ignore:Already following adapters were merged")
+def test_what_fails_to_be_written_back_leaves_the_layer_as_it_was(backend, monkeypatch):
+    model = adapted(Int8Linear(linear()))
+    model.add_adapter("other", NeuroAdaPeftConfig(k=2, target_modules=["0"]))
+    layer, write = adapted_layers(model)["0"], backend.set_base_weight
+
+    def fail(layer: nn.Module, weight: Tensor) -> None:
+        raise OSError("no room")
+
+    def attempt(step: Callable[[], None]) -> None:
+        """``step``, which fails and changes nothing before it is let through."""
+        before, merged = values(model), list(layer.merged_adapters)
+        monkeypatch.setattr(backend, "set_base_weight", fail)
+        with pytest.raises(OSError, match="no room"):
+            step()
+        assert not changed(model, before)
+        assert layer.merged_adapters == merged
+        monkeypatch.setattr(backend, "set_base_weight", write)
+        step()
+
+    expected = x_and_gradients(model)[0]
+    attempt(lambda: model.merge_adapter(["default"]))
+    attempt(lambda: model.merge_adapter(["default", "other"]))
+    assert layer.merged_adapters == ["default", "other"]
+    attempt(model.unmerge_adapter)
+    assert not layer.merged
+    torch.testing.assert_close(x_and_gradients(model)[0], expected, rtol=0, atol=0.05)
+
+
+def four_bits() -> nn.Module:
+    """A 4-bit linear that bitsandbytes would pack for inference, as on a CPU with AVX512-BF16."""
+    base = foreign.make("nf4", 64, 64)
+    base.support_avx512bf16_for_cpu = True
+    return base
+
+
+def test_evaluation_leaves_4_bit_weights_as_they_train():
+    """Also one that is not adapted, but through which a gradient passes."""
+    base = nn.Sequential(nn.Linear(64, 64), four_bits(), four_bits())
+    config = NeuroAdaPeftConfig(k=2, target_modules=["0", "1"])
+    model = give_values(get_peft_model(base, config), 1)
+    x = torch.randn(3, 64)
+
+    def gradients() -> list[Tensor]:
+        return torch.autograd.grad(model(x).square().sum(), trainable(model).values())
+
+    expected = gradients()
+    assert all(gradient.any() for gradient in expected)
+    model.eval()
+    with torch.no_grad():
+        model(x)
+    assert all(found.equal(e) for found, e in zip(gradients(), expected, strict=True))
+
+
+def test_4_bit_weights_that_were_packed_are_not_trained_beside():
+    base = nn.Sequential(nn.Linear(64, 64), four_bits())
+    base[1].weight.quant_state.packing_format_for_cpu = True
+    with pytest.raises(ValueError, match="1: Linear4bit was packed for inference by an evaluation"):
+        get_peft_model(base, NeuroAdaPeftConfig(target_modules=["0"]))
+    assert type(base[0]) is nn.Linear
+    served = NeuroAdaPeftConfig(target_modules=["0"], inference_mode=True)
+    get_peft_model(base, served)

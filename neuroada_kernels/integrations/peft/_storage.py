@@ -9,24 +9,15 @@ import torch
 from peft.tuners._buffer_dict import BufferDict
 from torch import Tensor, nn
 
+from neuroada_kernels.nn._layer import uncast
 from neuroada_kernels.plan import check_index, identity_of, make_plan
-
-
-def _uncast(fn: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
-    """``fn``, as ``Module.to`` has it, without the cast: an adapter's dtypes are chosen."""
-
-    def move(tensor: Tensor) -> Tensor:
-        moved = fn(tensor)
-        return moved if moved.dtype == tensor.dtype else tensor.to(moved.device)
-
-    return move
 
 
 class DeltaDict(nn.ParameterDict):
     """``delta [d_out, k]`` by adapter; ``model.half()`` does not cast it."""
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
-        return super()._apply(_uncast(fn), recurse)  # type: ignore[no-untyped-call]
+        return super()._apply(uncast(fn), recurse)  # type: ignore[no-untyped-call]
 
 
 class IndexDict(BufferDict):
@@ -55,7 +46,9 @@ class IndexDict(BufferDict):
             self._forget(adapter)
         elif identity_of(index) != self._planned.get(adapter):
             self._check(index)
-            self._plans[adapter] = make_plan(index, self._d_in)
+            # Made in inference mode, it would be of no use to a later backward.
+            with torch.inference_mode(False), torch.no_grad():
+                self._plans[adapter] = make_plan(index, self._d_in)
             self._planned[adapter] = identity_of(index)
 
     def _check(self, index: Tensor) -> None:
@@ -84,7 +77,7 @@ class IndexDict(BufferDict):
         self._forget(adapter)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
-        super()._apply(_uncast(fn), recurse)
+        super()._apply(uncast(fn), recurse)
         for adapter in self:
             self._update(adapter)
         return self

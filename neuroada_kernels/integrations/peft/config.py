@@ -18,7 +18,8 @@ class NeuroAdaPeftConfig(PeftConfig):
     """The config of a ``neuroada`` adapter.
 
     Its fields are those of :class:`neuroada_kernels.NeuroAdaConfig`, with the same meaning, but
-    for ``strategy``, which is ``"bypass"``: the base's weights serve several adapters.
+    for three. ``strategy`` is ``"bypass"``: the base's weights serve several adapters. There is
+    neither ``save_activations`` nor ``siblings``: a layer keeps x whole for the backward.
 
     Parameters
     ----------

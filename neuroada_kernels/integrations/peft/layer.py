@@ -14,10 +14,10 @@ from transformers.pytorch_utils import Conv1D
 from neuroada_kernels import functional, ops
 from neuroada_kernels.integrations.peft._storage import DeltaDict, IndexDict
 from neuroada_kernels.integrations.peft.config import NeuroAdaPeftConfig
+from neuroada_kernels.nn.foreign import has_own_forward
 from neuroada_kernels.plan import order_slots
 from neuroada_kernels.selection import select
-
-_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+from neuroada_kernels.targets import has_hooks
 
 
 class NeuroAdaPeftLayer(BaseTunerLayer):
@@ -82,6 +82,8 @@ class NeuroAdaPeftLayer(BaseTunerLayer):
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
         """Add deltas into the chosen entries of the base's weight; what these were is kept.
 
+        Where it raises, no adapter counts as merged that did not before.
+
         Parameters
         ----------
         safe_merge : bool
@@ -102,9 +104,13 @@ class NeuroAdaPeftLayer(BaseTunerLayer):
             return
         if safe_merge:
             self.check_merge(names)
-        weight = self._writable_weight()
-        self._fold(weight, names)
-        self._write_back(weight)
+        weight, before = self._writable_weight(), len(self.merged_adapters)
+        try:
+            self._fold(weight, names)
+            self._write_back(weight)
+        except BaseException:
+            self._unfold(weight, before)
+            raise
 
     def unmerge(self) -> None:
         """Give the base's weight the entries back that it had, bit for bit.
@@ -115,8 +121,9 @@ class NeuroAdaPeftLayer(BaseTunerLayer):
             warnings.warn("Already unmerged. Nothing to do.", stacklevel=2)
             return
         weight = self._writable_weight()
-        self._unfold(weight, 0)
+        self._restore(weight, 0)
         self._write_back(weight)
+        self._forget(0)
 
     def check_merge(self, adapter_names: list[str] | None = None) -> None:
         """Raise where an entry of the merged weight would not be finite; nothing changes."""
@@ -143,11 +150,17 @@ class NeuroAdaPeftLayer(BaseTunerLayer):
             self.merged_adapters.append(name)
 
     def _unfold(self, weight: Tensor, count: int) -> None:
-        """Undo all but the first ``count`` merges, the last one first."""
-        while len(self.merged_adapters) > count:
-            index, original = self._originals.pop()
-            self.merged_adapters.pop()
+        """Undo all but the first ``count`` merges."""
+        self._restore(weight, count)
+        self._forget(count)
+
+    def _restore(self, weight: Tensor, count: int) -> None:
+        """Write what all but the first ``count`` merges changed, the last one first."""
+        for index, original in reversed(self._originals[count:]):
             ops.unmerge_(weight, index.to(weight.device), original.to(weight))
+
+    def _forget(self, count: int) -> None:
+        del self._originals[count:], self.merged_adapters[count:]
 
     def _writable_weight(self) -> Tensor:
         """W ``[d_out, d_in]``: the base's own storage, or a copy where that is quantised."""
@@ -301,12 +314,11 @@ def is_plain(module: nn.Module) -> bool:
     """Whether calling it is ``F.linear`` with its weight and bias, and no more than that."""
     return (
         isinstance(module, nn.Linear)
-        and type(module).forward is nn.Linear.forward
-        and "forward" not in vars(module)  # accelerate's hooks, which load offloaded weights
+        and not has_own_forward(module)  # as by accelerate's hooks, which load offloaded weights
         and type(weight := module._parameters.get("weight")) is nn.Parameter
         and weight.is_floating_point()
         and not weight.requires_grad
-        and not any(getattr(module, hooks) for hooks in _HOOKS)
+        and not has_hooks(module)
     )
 
 

@@ -29,10 +29,12 @@ from neuroada_kernels.integrations.peft.layer import (
     check_choosable,
     features_of,
 )
-from neuroada_kernels.plan import check_index
+from neuroada_kernels.nn._bitsandbytes import keep_packing
+from neuroada_kernels.nn._weight import is_of
+from neuroada_kernels.plan import check_index, check_index_form
+from neuroada_kernels.targets import check_parent, layer_number
 
 _ROOT = "base_model.model."  # what PeftModel puts before the names of the model's own modules
-_READ_BY_PARENT = (nn.MultiheadAttention, nn.TransformerEncoderLayer)
 
 
 class NeuroAdaModel(BaseTuner):
@@ -60,8 +62,7 @@ class NeuroAdaModel(BaseTuner):
         if not found or peft_config.layers is None:
             return found
         layers = peft_config.layers
-        number = next((int(part) for part in key.split(".") if part.isdecimal()), None)
-        return number in ({layers} if isinstance(layers, int) else layers)
+        return layer_number(key) in ({layers} if isinstance(layers, int) else layers)
 
     def _prepare_model(self, peft_config: NeuroAdaPeftConfig, model: nn.Module) -> None:
         """Refuse what cannot be adapted, before PEFT has changed anything."""
@@ -78,11 +79,7 @@ class NeuroAdaModel(BaseTuner):
         ]
         for name in targets:
             base, parent = named[name], named[name.rpartition(".")[0]]
-            if isinstance(parent, _READ_BY_PARENT):
-                raise ValueError(
-                    f"{name}: its parent {type(parent).__name__} reads the weight without calling "
-                    "the module, expected a parent that calls it"
-                )
+            check_parent(name, parent)
             if isinstance(base, BaseTunerLayer):
                 base = base.get_base_layer()
             d_in, _ = features_of(base)
@@ -92,6 +89,10 @@ class NeuroAdaModel(BaseTuner):
         for pattern in settings.k_pattern if targets else ():
             if not any(settings.k_matches(pattern, name) for name in targets):
                 raise ValueError(f"k_pattern: {pattern!r} matches no module that is adapted")
+        if not peft_config.inference_mode:
+            _check_unpacked(named)
+        for module in named.values():  # those, too, through which only a gradient passes
+            keep_packing(module)
 
     def _create_and_replace(
         self,
@@ -251,6 +252,19 @@ def _expand_all_linear(
         config.target_modules = names  # type: ignore[assignment]
 
 
+def _check_unpacked(named: Mapping[str, nn.Module]) -> None:
+    """Refuse to train with weights that give x no gradient any more."""
+    for name, module in named.items():
+        state = getattr(getattr(module, "weight", None), "quant_state", None)
+        if is_of(module, "bitsandbytes", "Linear4bit") and getattr(
+            state, "packing_format_for_cpu", False
+        ):
+            raise ValueError(
+                f"{name}: Linear4bit was packed for inference by an evaluation on the CPU, "
+                "expected a model that is adapted first; load it again"
+            )
+
+
 def adapted_layers(model: nn.Module) -> dict[str, NeuroAdaPeftLayer]:
     """The layers of a model, by the names that their modules had before PEFT wrapped it."""
     return {
@@ -289,17 +303,23 @@ def set_connections(
             raise ValueError(f"connections: {name} has no adapter {adapter_name!r}")
         if layer.merged:
             raise RuntimeError(f"connections: {name} is merged, unmerge first")
-        shape = layer.neuroada_delta[adapter_name].shape
-        if index.shape != shape:
-            raise ValueError(
-                f"connections: {name}: shape {list(index.shape)}, expected {list(shape)}"
-            )
-        check_index(index, layer.in_features)
+        try:
+            _check_fits(index, layer, adapter_name)
+        except (TypeError, ValueError) as error:
+            raise type(error)(f"connections: {name}: {error}") from None
     with torch.no_grad():
         for name, index in connections.items():
             delta = layers[name].neuroada_delta[adapter_name]
             layers[name].neuroada_index[adapter_name] = index.to(delta.device, copy=True)
             delta.zero_()
+
+
+def _check_fits(index: Tensor, layer: NeuroAdaPeftLayer, adapter_name: str) -> None:
+    check_index_form(index, layer.in_features)
+    shape = layer.neuroada_delta[adapter_name].shape
+    if index.shape != shape:
+        raise ValueError(f"shape {list(index.shape)}, expected {list(shape)}")
+    check_index(index, layer.in_features)
 
 
 def _names_hook(names: Sequence[str]) -> Callable[..., Any]:
