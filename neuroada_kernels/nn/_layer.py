@@ -92,7 +92,9 @@ class BypassLayer(ActivationSaver):
         The strategy stays ``"bypass"``, and ``strategy_reason`` says why: who else reads the
         weight is not known here, but to :func:`neuroada_kernels.set_strategy`.
         """
-        if self._deferred is not None and self._deferred.strategy != "bypass":
+        if self._deferred is None:  # nothing is written then, for which a model would compile again
+            return
+        if self._deferred.strategy != "bypass":
             self.strategy_reason = "its connections were loaded; set_strategy takes it up"
         self._deferred = None
 

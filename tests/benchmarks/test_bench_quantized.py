@@ -22,8 +22,8 @@ def test_the_loss_falls_and_the_base_stays(tmp_path, capsys):
     one, four = json.loads(out.read_text())
     assert (one["trained"], four["trained"]) == (13 * 64, 4 * 13 * 64)
     assert one["optimizer_bytes"] == 8 * one["trained"]
-    # x is kept, whatever k is.
-    assert four["kept_bytes"] == one["kept_bytes"] > 0
+    # Of x the columns that were chosen, where these are few.
+    assert 0 < one["kept_bytes"] < four["kept_bytes"]
     assert four["last_loss"] < one["last_loss"] < one["first_loss"]
     assert four["base_unchanged"]
     assert capsys.readouterr().out.count("| yes |") == 2
