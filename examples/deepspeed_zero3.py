@@ -53,7 +53,6 @@ def main() -> None:
     with deepspeed.zero.GatheredParameters(list(model.parameters())):
         if rank == 0:
             nk.save_adapter(model, args.out)
-    dist.barrier()  # nobody leaves while another is still to receive
     dist.destroy_process_group()
 
 

@@ -52,7 +52,6 @@ def main() -> None:
 
     if rank == 0:  # the others have the same
         nk.save_adapter(wrapped, args.out)
-    dist.barrier()  # nobody leaves while another is still to receive
     dist.destroy_process_group()
 
 

@@ -63,7 +63,6 @@ def main() -> None:
     if args.checkpoint:
         adapter = get_model_state_dict(model, options=StateDictOptions(ignore_frozen_params=True))
         checkpoint.save(adapter, checkpoint_id=args.checkpoint)
-    dist.barrier()  # nobody leaves while another is still to receive
     dist.destroy_process_group()
 
 

@@ -64,7 +64,6 @@ def main() -> None:
     nk.save_adapter(
         model, args.out
     )  # by all together: the parts are gathered, the first one writes
-    dist.barrier()  # nobody leaves while another is still to receive
     dist.destroy_process_group()
 
 

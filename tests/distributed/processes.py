@@ -66,7 +66,6 @@ def process_group(rank: int, count: int, folder: Path) -> Iterator[None]:
         timeout=TIMEOUT,
     )
     yield
-    dist.barrier()  # nobody leaves while another is still to receive
     dist.destroy_process_group()  # not after an error, where it would wait for the others
 
 
