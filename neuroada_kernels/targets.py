@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 from torch import nn
 from torch.nn.utils import parametrize
@@ -37,10 +37,16 @@ def find_targets(model: nn.Module, config: NeuroAdaConfig) -> dict[str, nn.Modul
     _check_apart(targets)
     if not targets:
         raise ValueError("target_modules: nothing is left of them, expected at least one module")
-    for pattern in config.k_pattern:
-        if not any(config.k_matches(pattern, name) for name in targets):
-            raise ValueError(f"k_pattern: {pattern!r} matches no module that is adapted")
+    check_k_pattern(config, targets)
     return targets
+
+
+def check_k_pattern(config: NeuroAdaConfig, targets: Iterable[str]) -> None:
+    """Raise where a pattern of ``k_pattern`` matches none of the names that are adapted."""
+    names = list(targets)
+    for pattern in config.k_pattern:
+        if not any(config.k_matches(pattern, name) for name in names):
+            raise ValueError(f"k_pattern: {pattern!r} matches no module that is adapted")
 
 
 def check_target(

@@ -32,7 +32,7 @@ from neuroada_kernels.integrations.peft.layer import (
 from neuroada_kernels.nn._bitsandbytes import keep_packing
 from neuroada_kernels.nn._weight import is_of
 from neuroada_kernels.plan import check_index, check_index_form
-from neuroada_kernels.targets import check_parent, layer_number
+from neuroada_kernels.targets import check_k_pattern, check_parent, layer_number
 
 _ROOT = "base_model.model."  # what PeftModel puts before the names of the model's own modules
 
@@ -86,9 +86,8 @@ class NeuroAdaModel(BaseTuner):
             check_choosable(name, base, peft_config, **get_quantization_kwargs(model))
             if settings.k_of(name) > d_in:
                 raise ValueError(f"k: {settings.k_of(name)}, expected 1 to {d_in} for {name}")
-        for pattern in settings.k_pattern if targets else ():
-            if not any(settings.k_matches(pattern, name) for name in targets):
-                raise ValueError(f"k_pattern: {pattern!r} matches no module that is adapted")
+        if targets:
+            check_k_pattern(settings, targets)
         if not peft_config.inference_mode:
             _check_unpacked(named)
         for module in named.values():  # those, too, through which only a gradient passes
