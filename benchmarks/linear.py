@@ -9,14 +9,11 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
-from pathlib import Path
 
 import torch
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
 from neuroada_kernels import BackendError
 from neuroada_kernels.benchmarks import block
@@ -32,6 +29,7 @@ from neuroada_kernels.benchmarks.candidates import (
 )
 from neuroada_kernels.benchmarks.measurement import Measurement
 from neuroada_kernels.benchmarks.memory import measure_memory
+from neuroada_kernels.benchmarks.options import output_file, positive, progress_bar, threads
 from neuroada_kernels.benchmarks.report import (
     Results,
     print_environment,
@@ -111,7 +109,7 @@ def main(argv: list[str] | None = None) -> int:
         if options.json is not None:
             options.json.write_text(json.dumps(found, indent=1) + "\n")
         return 0
-    with _threads(options.threads):
+    with threads(options.threads):
         print_environment(console, options.device)
         results = _measure_all(options, console)
         if options.host_cost:
@@ -138,12 +136,12 @@ def _parser() -> argparse.ArgumentParser:
     add("--quick", action="store_true", help=f"two cases, float32, {MIN_ROUNDS} rounds")
     add("--cases", nargs="+", metavar="TEXT", help="only cases with one of these in their name")
     add("--dtypes", nargs="+", choices=_DTYPES, help="default: float32 bfloat16")
-    add("--k", nargs="+", type=_positive, metavar="K", help="bypasses a neuron; default: 1 8 20")
+    add("--k", nargs="+", type=positive, metavar="K", help="bypasses a neuron; default: 1 8 20")
     add("--candidates", nargs="+", choices=known, help="beside frozen; default: all")
-    add("--rounds", type=_positive, metavar="N", help=f"default: {_ROUNDS}")
-    add("--threads", type=_positive, metavar="N", help="default: torch's")
-    add("--json", type=_file, metavar="FILE", help="write everything, samples included")
-    add("--png", type=_file, metavar="FILE", help="write a bar chart (needs matplotlib)")
+    add("--rounds", type=positive, metavar="N", help=f"default: {_ROUNDS}")
+    add("--threads", type=positive, metavar="N", help="default: torch's")
+    add("--json", type=output_file, metavar="FILE", help="write everything, samples included")
+    add("--png", type=output_file, metavar="FILE", help="write a bar chart (needs matplotlib)")
     add("--memory", action="store_true", help="instead: what a block keeps for its backward")
     add("--host-cost", action="store_true", help="also the microseconds of a call at T = 1")
     add("--assert-bars", action="store_true", help="exit 1 where a bar is missed")
@@ -192,14 +190,7 @@ def _cases(
 def _measure_all(options: argparse.Namespace, console: Console) -> Results:
     results = Results(options.rounds, options.device)
     work = [(case, dtype) for case in options.cases for dtype in options.dtypes]
-    columns = (
-        TextColumn("{task.description}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TimeElapsedColumn(),
-    )
-    # A refreshing thread would take its time from the candidates.
-    with Progress(*columns, console=console, auto_refresh=False, transient=True) as progress:
+    with progress_bar(console) as progress:
         task = progress.add_task("", total=len(work) * (options.rounds + _WARMUP))
 
         def between() -> None:
@@ -220,35 +211,11 @@ def _measure_all(options: argparse.Namespace, console: Console) -> Results:
     return results
 
 
-@contextmanager
-def _threads(number: int | None) -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(number or before)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
-
-
 def _require_matplotlib(parser: argparse.ArgumentParser) -> None:
     try:
         import matplotlib  # noqa: F401
     except ImportError:
         parser.error("--png: matplotlib is missing, pip install 'neuroada-kernels[bench]'")
-
-
-def _positive(text: str) -> int:
-    number = int(text)
-    if number < 1:
-        raise argparse.ArgumentTypeError(f"{number}, expected at least 1")
-    return number
-
-
-def _file(text: str) -> Path:
-    path = Path(text)
-    if not path.parent.is_dir():
-        raise argparse.ArgumentTypeError(f"{path.parent} is no directory")
-    return path
 
 
 if __name__ == "__main__":

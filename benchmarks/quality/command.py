@@ -8,18 +8,15 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import replace
 from importlib.util import find_spec
-from pathlib import Path
 
-import torch
 from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
+from neuroada_kernels.benchmarks.options import add_outputs, positive, threads
 from neuroada_kernels.benchmarks.quality.settings import Settings
 from neuroada_kernels.benchmarks.quality.suite import ResumeError, Store, Suite
 
@@ -42,7 +39,7 @@ def main(argv: list[str] | None = None) -> int:
     if store.runs:
         console.print(f"{len(store.runs)} runs are done already.")
     try:
-        with _threads(options.threads):
+        with threads(options.threads):
             _run(suite, console)
     except ResumeError as error:
         parser.error(str(error))
@@ -60,11 +57,10 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="neuroada bench quality", description=__doc__)
     add = parser.add_argument
     add("--quick", action="store_true", help="smaller models, fewer steps and seeds")
-    add("--seeds", type=_positive, metavar="N", help="default: 5, or 3 with --quick")
+    add("--seeds", type=positive, metavar="N", help="default: 5, or 3 with --quick")
     add("--tasks", nargs="+", metavar="TASK", help='"text", "digits, rotated", ...; default: all')
-    add("--threads", type=_positive, metavar="N", help="default: torch's")
-    add("--json", type=_file, metavar="FILE", help="every run; where FILE has some, they stay")
-    add("--html", type=_file, metavar="FILE", help="write tables and figures (needs matplotlib)")
+    add("--threads", type=positive, metavar="N", help="default: torch's")
+    add_outputs(parser)
     return parser
 
 
@@ -107,30 +103,6 @@ def _show(suite: Suite, console: Console) -> None:
     for name, reason in suite.store.skipped.items():
         console.print(f"not run: {name}: {reason}", markup=False)
     console.print(described(suite.store), highlight=False)
-
-
-@contextmanager
-def _threads(number: int | None) -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(number or before)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
-
-
-def _positive(text: str) -> int:
-    number = int(text)
-    if number < 1:
-        raise argparse.ArgumentTypeError(f"{number}, expected at least 1")
-    return number
-
-
-def _file(text: str) -> Path:
-    path = Path(text)
-    if not path.parent.is_dir():
-        raise argparse.ArgumentTypeError(f"{path.parent} is no directory")
-    return path
 
 
 if __name__ == "__main__":

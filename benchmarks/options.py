@@ -1,0 +1,57 @@
+"""What the suites' command lines have in common."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+
+
+def positive(text: str) -> int:
+    """A whole number of at least 1."""
+    number = int(text)
+    if number < 1:
+        raise argparse.ArgumentTypeError(f"{number}, expected at least 1")
+    return number
+
+
+def output_file(text: str) -> Path:
+    """A path in a folder that exists."""
+    path = Path(text)
+    if not path.parent.is_dir():
+        raise argparse.ArgumentTypeError(f"{path.parent} is no directory")
+    return path
+
+
+def add_outputs(parser: argparse.ArgumentParser) -> None:
+    """``--json`` and ``--html``, as every suite has them."""
+    add = parser.add_argument
+    add("--json", type=output_file, metavar="FILE", help="every row; those that FILE has stay")
+    add("--html", type=output_file, metavar="FILE", help="write a page (needs matplotlib)")
+
+
+@contextmanager
+def threads(number: int | None) -> Iterator[None]:
+    """Torch's number of threads, for a while; None leaves it."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(number or before)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+def progress_bar(console: Console) -> Progress:
+    """Draws when it is told to: a thread that refreshes it would take time from what is timed."""
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+    )
+    return Progress(*columns, console=console, auto_refresh=False, transient=True)

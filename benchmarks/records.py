@@ -1,0 +1,107 @@
+"""What a suite found out so far: a JSON file, whole after each row; a later run goes on.
+
+Every suite's file has the same frame, which ``neuroada report`` reads: ``kind`` (the suite),
+``command`` (what repeats it), ``settings``, ``sessions`` (where and with what it ran, see
+:func:`neuroada_kernels.benchmarks.report.environment`) and ``results``, rows of plain data.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from neuroada_kernels._files import replacing
+from neuroada_kernels.benchmarks.report import environment
+
+Row = dict[str, Any]
+#: Facts that rows of one file share: others would not be comparable.
+SAME = ("package", "commit", "torch", "cpu", "gpu", "threads")
+
+
+class RecordsError(ValueError):
+    """A results file cannot be gone on with."""
+
+
+@dataclass
+class Records:
+    """Rows by their key; with a ``path``, written there after each as a whole."""
+
+    kind: str
+    command: str
+    settings: dict[str, Any]
+    device: str = "cpu"
+    path: Path | None = None
+    rows: dict[str, Row] = field(default_factory=dict)
+    sessions: list[dict[str, Any]] = field(default_factory=list)
+    _here: bool = False  # whether this process has a session of its own
+
+    @classmethod
+    def open(
+        cls,
+        kind: str,
+        command: str,
+        settings: dict[str, Any],
+        path: Path | None = None,
+        device: str = "cpu",
+    ) -> Records:
+        """What ``path`` holds already, or nothing where there is no such file.
+
+        Raises
+        ------
+        RecordsError
+            If it holds something else, or rows of other settings.
+        """
+        settings = json.loads(json.dumps(settings))  # as a file gives them back
+        records = cls(kind, command, settings, device, path)
+        if path is None or not path.exists():
+            return records
+        try:
+            found = json.loads(path.read_text())
+            before = (found["kind"], found["settings"])
+            records.sessions = list(found["sessions"])
+            records.rows = {row["key"]: row for row in found["results"]}
+        except (KeyError, TypeError, ValueError) as error:
+            raise RecordsError(f"{path}: holds no results of {kind} ({error!r})") from error
+        if before != (kind, settings):
+            raise RecordsError(f"{path}: holds {before[0]} with {before[1]}, expected {settings}")
+        return records
+
+    def once(self, key: str, measure: Callable[[], Row]) -> Row:
+        """The row of that key: the one at hand, or what ``measure`` returns, added."""
+        if key not in self.rows:
+            self._open_session()
+            self.rows[key] = {"key": key, **measure()}
+            self.write()
+        return self.rows[key]
+
+    def _open_session(self) -> None:
+        if self._here:
+            return
+        here = environment(self.device)
+        for session in self.sessions:
+            for fact in SAME:
+                if session.get(fact) != here.get(fact):
+                    raise RecordsError(
+                        f"{self.path}: has rows of {fact} {session.get(fact)}, "
+                        f"expected {here.get(fact)}"
+                    )
+        self.sessions.append(here)
+        self._here = True
+
+    def write(self) -> None:
+        """Write everything to ``path``, if there is one."""
+        if self.path is not None:
+            with replacing(self.path) as new:
+                new.write_text(json.dumps(self.as_dict(), indent=1) + "\n")
+
+    def as_dict(self) -> dict[str, Any]:
+        return {
+            "kind": self.kind,
+            "command": self.command,
+            "settings": self.settings,
+            "sessions": self.sessions,
+            "results": list(self.rows.values()),
+        }
