@@ -28,6 +28,7 @@ from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel
 from neuroada_kernels import functional
 from neuroada_kernels._sharding import is_sharded, local
 from neuroada_kernels.nn._base import BypassLinear
+from neuroada_kernels.nn._named import DEFAULT
 from neuroada_kernels.nn._strategy import refusal
 from neuroada_kernels.nn.linear import NeuroAdaLinear
 
@@ -260,6 +261,9 @@ def _check_layer(layer: BypassLinear, mesh: DeviceMesh) -> None:
         raise ValueError(f"device_mesh: {mesh.ndim} dimensions, expected one of them")
     if is_sharded(layer.weight):
         raise ValueError("weight: is sharded already, expected a whole one")
+    if layer.adapter_names != (DEFAULT,):
+        names = list(layer.adapter_names)
+        raise ValueError(f"module: has adapters by name, {names}, expected none but the default")
     if layer.strategy == "resident":
         raise ValueError(refusal("weight is to be split"))
     if layer.deferred or layer.merged:

@@ -200,8 +200,11 @@ class BypassLinear(BypassLayer):
             raise ValueError(f"x: shape {list(x.shape)}, expected [..., {self.in_features}]")
         if self._deferred is not None and not self.weight.is_meta:
             self.check_selected()
+        if self._rows is not None:
+            self._rows.check(x)
+            return self._rows.map(self._forward_of, x)
         # Module.__getattr__ costs half a microsecond a look, which adds up at one token.
-        if self._buffers["original"] is not None:
+        if self._buffers["original"] is not None or self._idle:
             return F.linear(x, self.weight, self.bias)
         return self._bypass_forward(x)
 
@@ -213,6 +216,13 @@ class BypassLinear(BypassLayer):
 
     def _bypass_forward(self, x: Tensor) -> Tensor:
         raise NotImplementedError
+
+    def _forward_of(self, adapter: str | None, x: Tensor) -> Tensor:
+        """``y`` by an adapter that may be parked, and by none for None."""
+        raise NotImplementedError
+
+    def _weight_to_choose_by(self) -> Tensor:
+        return self.weight
 
     def base_entries(self, index: Tensor) -> Tensor:
         weight = whole(self.weight.detach())

@@ -13,8 +13,10 @@ from neuroada_kernels._dtypes import name_of
 from neuroada_kernels._sharding import is_managed_by_fsdp, is_sharded, local, split_as, whole
 from neuroada_kernels.nn._activations import ActivationSaver
 from neuroada_kernels.nn._deferred import Deferred
+from neuroada_kernels.nn._rows import BatchRows
 from neuroada_kernels.nn._strategy import check_known, refusal
 from neuroada_kernels.plan import check_index, check_index_form, count_connections
+from neuroada_kernels.selection import Rows
 
 
 class BaseForm(NamedTuple):
@@ -49,6 +51,9 @@ class BypassLayer(ActivationSaver):
     _loading = False  # a state dict that was checked as a whole
     _deferred: Deferred | None = None  # while index and delta wait for the weight's values
     _weight_name = "weight"  # in a state dict
+    _idle = False  # the layer is its base: its adapter is not the active one, or disabled
+    _rows: BatchRows | None = None  # while the rows of a batch take different adapters
+    _plan_facts: tuple[str, ...] = ()  # attributes that belong to the plan of an index
 
     def _check_connections(self, index: Tensor, delta_dtype: torch.dtype) -> None:
         """Raise unless :meth:`_hold_connections` may have these."""
@@ -161,9 +166,16 @@ class BypassLayer(ActivationSaver):
 
     def check_mergeable(self) -> None:
         """Raise where :meth:`merge` would."""
+        self._check_active()
         self._check_whole()
         self.check_selected()
         self._check_index(self.index)
+
+    def _check_active(self) -> None:
+        """Raise where the forward does not go through the layer's one adapter."""
+        if self._idle or self._rows is not None:
+            what = "not active" if self._idle else "another one for each row"
+            raise RuntimeError(f"adapter: is {what}, expected an active one to merge")
 
     def _check_whole(self) -> None:
         """Raise where the weight is in parts, be it that a forward has left it whole for now."""
@@ -246,6 +258,13 @@ class BypassLayer(ActivationSaver):
 
     def _why_not_resident(self) -> str | None:
         raise NotImplementedError
+
+    def _weight_to_choose_by(self) -> Tensor | Rows:
+        """W ``[d_out, d_in]``, or what reads its rows, once it holds no bypass."""
+        raise NotImplementedError
+
+    def _follow_index(self, index: Tensor) -> None:
+        """Notice that ``index``, the layer's own, is another one than before."""
 
     def _enter_resident(self) -> None:
         """Write ``W + delta`` into the weight, where the layer does so while it trains."""

@@ -21,6 +21,7 @@ class PlannedLayer(BypassLayer):
 
     plan: Tensor
     _planned: tuple[int, ...] | None = None  # the index that the plan is of; None if not known
+    _plan_facts: tuple[str, ...] = ("_planned",)
 
     def _make_plan(self) -> None:
         self._plan()
@@ -47,7 +48,7 @@ class PlannedLayer(BypassLayer):
             self._make_plan()
 
     def _is_planned(self) -> bool:
-        if self.index.is_meta:
+        if self.index.is_meta or self._idle:
             return False
         if identity_of(self.index) != self._planned:
             try:

@@ -89,6 +89,8 @@ class ResidentLinear(BypassLinear):
         reason = super()._why_not_resident()
         if reason is not None:
             return reason
+        if self._rows is not None:
+            return "the rows of a batch take different adapters"
         if is_managed_by_fsdp(self):  # a forward may have left a whole weight for now
             return "weight is sharded by fully_shard"
         address = self.weight.data_ptr()
@@ -99,7 +101,7 @@ class ResidentLinear(BypassLinear):
         return None
 
     def _enter_resident(self) -> None:
-        if self.base_values is not None or self.merged:
+        if self.base_values is not None or self.merged or self._idle:
             return
         self._check_index(self.index)
         self._owner = id(self)

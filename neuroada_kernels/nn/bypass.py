@@ -15,6 +15,7 @@ from neuroada_kernels.nn._activations import check_save_activations
 from neuroada_kernels.nn._bitsandbytes import keep_packing
 from neuroada_kernels.nn._deferred import Deferred
 from neuroada_kernels.nn._layer import BaseForm, BypassLayer
+from neuroada_kernels.nn._named import NamedLayer
 from neuroada_kernels.nn._planned import PlannedLayer
 from neuroada_kernels.nn._weight import BaseWeight
 from neuroada_kernels.nn.foreign import base_weight
@@ -41,7 +42,7 @@ class Requantization:
     of_update: float
 
 
-class NeuroAdaBypass(PlannedLayer):
+class NeuroAdaBypass(NamedLayer, PlannedLayer):
     """A frozen base layer with k trainable bypass connections a neuron.
 
     ``y[t, j] = base(x)[t, j] + sum_s delta[j, s] x[t, index[j, s]]``, the sum taken in float32 and
@@ -138,19 +139,29 @@ class NeuroAdaBypass(PlannedLayer):
         """``y [..., out_features]`` of ``x [..., in_features]``; the base gets all arguments."""
         if not x.dim() or x.shape[-1] != self.in_features:
             raise ValueError(f"x: shape {list(x.shape)}, expected [..., {self.in_features}]")
+        if self._rows is not None:
+            self._rows.check(x)
         y: Tensor = self.base(x, *args, **options)
         buffers = self._buffers
-        if buffers["original"] is not None:
+        if self._rows is None and (buffers["original"] is not None or self._idle):
             return y
         index = buffers["index"]
         assert index is not None
         if not isinstance(y, Tensor) or y.dtype not in FLOATING:
             raise TypeError(f"base: gave {_form_of(y)}, expected a floating tensor")
+        if self._rows is not None:
+            return self._rows.map(self._add_of, y, x.to(y.dtype))
         if not torch.compiler.is_compiling():
             self._follow_index(index)
         kept = self._keep(x, y.dtype)
         plan = buffers["plan"]
         return functional.apply_bypass(y, x.to(y.dtype), index, self.delta, plan, kept)
+
+    def _add_of(self, adapter: str | None, y: Tensor, x: Tensor) -> Tensor:
+        if adapter is None:
+            return y
+        held = self.holder_of(adapter)
+        return functional.apply_bypass(y, x, held.index, held.delta, held.plan)
 
     def merge_requantized(self) -> Requantization:
         """Dequantise W, add ``delta`` and quantise again, by the base's own quantiser.
@@ -174,6 +185,7 @@ class NeuroAdaBypass(PlannedLayer):
     @torch.no_grad()
     def _requantize(self) -> tuple[Requantization, Callable[[], None]]:
         """:meth:`merge_requantized`, and what undoes it while nothing else has happened."""
+        self._check_active()
         self._check_whole()
         self._check_index(self.index)
         weight = base_weight(self.base)
@@ -219,6 +231,9 @@ class NeuroAdaBypass(PlannedLayer):
             f"in_features={self.in_features}, out_features={self.out_features}, k={self.k}, "
             f"kind={self._kind!r}{self._state_repr()}"
         )
+
+    def _weight_to_choose_by(self) -> BaseWeight:
+        return base_weight(self.base)
 
     def _why_not_resident(self) -> str | None:
         return f"the base is a {self._kind}, whose forward is its own"

@@ -15,6 +15,7 @@ from neuroada_kernels._dtypes import FLOATING
 from neuroada_kernels._sharding import whole
 from neuroada_kernels.nn._deferred import Deferred
 from neuroada_kernels.nn._layer import BaseForm
+from neuroada_kernels.nn._named import NamedLayer
 from neuroada_kernels.nn._planned import PlannedLayer
 from neuroada_kernels.plan import check_index_form, make_plan
 
@@ -24,7 +25,7 @@ STACKS = ("gate_up_proj", "down_proj")
 STACKED = "stacked experts"
 
 
-class StackedLinear(PlannedLayer):
+class StackedLinear(NamedLayer, PlannedLayer):
     """Weights ``[experts, d_out, d_in]`` with k bypass connections a neuron of each expert.
 
     Everything but the product sees them as one matrix ``[experts * d_out, d_in]``.
@@ -39,6 +40,7 @@ class StackedLinear(PlannedLayer):
 
     weight: nn.Parameter
     _plan_sizes: tuple[int, ...] = ()
+    _plan_facts = (*PlannedLayer._plan_facts, "_plan_sizes")
 
     def __init__(self, weight: nn.Parameter, index: Tensor, delta_dtype: torch.dtype) -> None:
         super().__init__()
@@ -51,8 +53,8 @@ class StackedLinear(PlannedLayer):
 
     def forward(self, x: Tensor, counts: Sequence[int]) -> Tensor:
         """``y [tokens, d_out]`` of ``x [tokens, d_in]``, the first ``counts[0]`` by expert 0."""
-        merged = self._buffers["original"] is not None
-        if not merged and not torch.compiler.is_compiling():
+        plain = self._buffers["original"] is not None or self._idle
+        if not plain and not torch.compiler.is_compiling():
             self._follow_index(self.index)
         parts = zip(
             x.split(list(counts)),
@@ -64,7 +66,7 @@ class StackedLinear(PlannedLayer):
         )
         outputs = [
             F.linear(part, weight)
-            if merged
+            if plain
             else functional.apply_linear(part, weight, index, delta, None, plan)
             for part, weight, index, delta, plan in parts
             if len(part)
@@ -92,6 +94,9 @@ class StackedLinear(PlannedLayer):
             f"experts={self.experts}, in_features={self.in_features}, out_features={self.d_out}, "
             f"k={self.k}{self._state_repr()}"
         )
+
+    def _weight_to_choose_by(self) -> Tensor:
+        return self._matrix()
 
     def _why_not_resident(self) -> str | None:
         return "the weight is a stack of experts"

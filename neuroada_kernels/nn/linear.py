@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from neuroada_kernels import functional, ops
 from neuroada_kernels.nn._base import BypassLinear
+from neuroada_kernels.nn._named import NamedLayer
 from neuroada_kernels.nn._planned import PlannedLayer
 from neuroada_kernels.nn._resident import ResidentLinear
 
 
-class NeuroAdaLinear(PlannedLayer, ResidentLinear):
+class NeuroAdaLinear(NamedLayer, PlannedLayer, ResidentLinear):
     __doc__ = BypassLinear.__doc__
 
     def _adopt(self, linear: nn.Linear, index: Tensor, delta_dtype: torch.dtype) -> None:
@@ -37,6 +39,12 @@ class NeuroAdaLinear(PlannedLayer, ResidentLinear):
             buffers["plan"],
             self._keep(x),
         )
+
+    def _forward_of(self, adapter: str | None, x: Tensor) -> Tensor:
+        if adapter is None:
+            return F.linear(x, self.weight, self.bias)
+        held = self.holder_of(adapter)
+        return functional.apply_linear(x, self.weight, held.index, held.delta, self.bias, held.plan)
 
     def _fold(self) -> Tensor:
         return ops.merge_(self.weight, self.index, self.delta)

@@ -8,9 +8,10 @@ from torch import Tensor
 
 from neuroada_kernels import functional, reference
 from neuroada_kernels.nn._base import BypassLinear
+from neuroada_kernels.nn._named import NamedLayer
 
 
-class ReferenceNeuroAdaLinear(BypassLinear):
+class ReferenceNeuroAdaLinear(NamedLayer, BypassLinear):
     __doc__ = BypassLinear.__doc__
     # ``strategy="resident"`` has its arithmetic here, and not its storage: the weight that rounds
     # to W + delta is built in every forward, and W stays as it is.
@@ -19,9 +20,14 @@ class ReferenceNeuroAdaLinear(BypassLinear):
         if self.strategy == "resident":
             weight = reference.merged_weight(self.weight, self.index, self.delta)
             return F.linear(x, weight, self.bias)
-        autocast = functional.autocast_dtype(x)
+        return self._forward_of(self._adapter, x)
+
+    def _forward_of(self, adapter: str | None, x: Tensor) -> Tensor:
+        if adapter is None:
+            return F.linear(x, self.weight, self.bias)
+        autocast, held = functional.autocast_dtype(x), self.holder_of(adapter)
         x = x if autocast is None else x.to(autocast)
-        return reference.neuroada_linear(x, self.weight, self.index, self.delta, self.bias)
+        return reference.neuroada_linear(x, self.weight, held.index, held.delta, self.bias)
 
     def _fold(self) -> Tensor:
         original = torch.zeros(self.index.shape, dtype=self.weight.dtype, device=self.index.device)
