@@ -8,7 +8,6 @@ from contextlib import ExitStack
 
 import torch
 from torch import Tensor, nn
-from torch.nn.parallel import DistributedDataParallel
 
 from neuroada_kernels._dtypes import name_of
 from neuroada_kernels._sharding import (
@@ -20,33 +19,51 @@ from neuroada_kernels._sharding import (
     whole,
 )
 from neuroada_kernels.adapter_base import Base
-from neuroada_kernels.adapter_file import (
-    AdaptedModule,
-    Adapter,
-    read_adapter,
-    write_adapter,
+from neuroada_kernels.adapter_file import AdaptedModule, Adapter, read_adapter, write_adapter
+from neuroada_kernels.adapter_match import (
+    check_bases,
+    find_modules,
+    find_parameters,
+    new_experts,
+    parameters_of,
+    plain_name,
+    some,
 )
+from neuroada_kernels.adding import put_in
 from neuroada_kernels.config import NeuroAdaConfig
 from neuroada_kernels.model import (
     AdaptSummary,
-    errors_name,
+    deltas_of,
     grad_flags_kept_on_error,
     keep_config,
     layer_over,
-    replace,
+    parts_of,
+)
+from neuroada_kernels.named import (
+    active_in,
+    check_name,
+    check_new_name,
+    check_whole,
+    configs_of,
+    keep_config_of,
+    named_layers,
+    names_in,
+    unwrapped,
 )
 from neuroada_kernels.nn._layer import BypassLayer
-from neuroada_kernels.nn.bypass import NeuroAdaBypass
-from neuroada_kernels.nn.experts import STACKS, NeuroAdaExperts, is_experts
-from neuroada_kernels.nn.foreign import missing_library
+from neuroada_kernels.nn._named import DEFAULT, NamedLayer
+from neuroada_kernels.nn.experts import NeuroAdaExperts
 from neuroada_kernels.nn.linear import NeuroAdaLinear
 from neuroada_kernels.plan import check_index
-from neuroada_kernels.siblings import link_siblings
-from neuroada_kernels.targets import check_target
+from neuroada_kernels.targets import errors_name
 
 
 def save_adapter(
-    model: nn.Module, path: str | os.PathLike[str], *, config: NeuroAdaConfig | None = None
+    model: nn.Module,
+    path: str | os.PathLike[str],
+    *,
+    adapter_name: str | None = None,
+    config: NeuroAdaConfig | None = None,
 ) -> None:
     """Save what was trained of ``model``: every delta, and every other parameter that trains.
 
@@ -65,33 +82,38 @@ def save_adapter(
         ``DistributedDataParallel`` is saved as itself.
     path : str or path
         The file, by custom ``*.safetensors``.
+    adapter_name : str, optional
+        Which adapter, by default the active one.
     config : NeuroAdaConfig, optional
-        How the model was adapted, to go into the file; by default what :func:`adapt` was given.
+        How the model was adapted, to go into the file; by default what :func:`adapt` was given, or
+        :func:`add_adapter`.
 
     Raises
     ------
     ValueError
-        If the model has no NeuroAda layer, if ``path`` is a folder, if connections are not chosen
-        yet, if an index was written in place and is not valid, or if merged layers share a
-        weight, so that the base is not known.
+        If the model has no NeuroAda layer, or no such adapter, or another one merged; if none is
+        named and none active; if ``path`` is a folder; if connections are not chosen yet, or an
+        index was written in place and is not valid; or if merged layers share a weight, so that the
+        base is not known.
     RuntimeError
         In the other processes, where the first one could not write.
     """
-    model = _unwrapped(model)
+    model = unwrapped(model)
     reshard(model)
-    layers, parameters = _trained(model)
-    if not layers:
-        raise ValueError("model: has no NeuroAda layer, expected an adapted model")
+    adapter_name = _name_to_save(named_layers(model), adapter_name)
+    layers, parameters = _trained(model, adapter_name)
     _check_bases_known(layers)
     for name, layer in layers.items():
         try:
             layer.check_selected()
-            check_index(layer.index, layer.in_features)
+            check_index(layer.holder_of(adapter_name).index, layer.in_features)
+            if layer.merged and layer.active_adapter != adapter_name:
+                raise ValueError(f"is merged with {layer.active_adapter!r}, unmerge first")
         except (RuntimeError, ValueError) as error:
             raise ValueError(f"{name}: {error}") from error
     if config is None:
-        config = getattr(model, "neuroada_config", None)
-    modules = {name: _adapted_module(layer) for name, layer in layers.items()}
+        config = configs_of(model).get(adapter_name, getattr(model, "neuroada_config", None))
+    modules = {name: _adapted_module(layer, adapter_name) for name, layer in layers.items()}
     as_json = None if config is None else config.to_dict()
     adapter = Adapter(modules, parameters, as_json)
     if any(is_sharded(parameter) for parameter in model.parameters()):
@@ -101,13 +123,20 @@ def save_adapter(
 
 
 def load_adapter(
-    model: nn.Module, path: str | os.PathLike[str], *, allow_mismatch: bool = False
+    model: nn.Module,
+    path: str | os.PathLike[str],
+    *,
+    adapter_name: str | None = None,
+    allow_mismatch: bool = False,
 ) -> AdaptSummary:
     """Load what :func:`save_adapter` saved, into an adapted model or one that is adapted by it.
 
     Everything is checked first, and where an error is raised ``model`` is as it was. A layer
     keeps its ``delta``, so that an optimizer goes on with it, unless ``k`` or ``delta_dtype``
     differ. A model without layers is adapted, frozen, and trains what was trained.
+
+    Under a new ``adapter_name`` it becomes another adapter of an adapted model, as by
+    :func:`add_adapter`: not active, frozen, and beside what is there.
 
     Into a sharded model that is adapted already, every process loads its part of the file; each
     has to be able to read it. FSDP keeps the parameters that it has, so there ``k`` and
@@ -119,6 +148,8 @@ def load_adapter(
         The base model, with the weights that the adapter was trained on, or an adapted one.
     path : str or path
         The file.
+    adapter_name : str, optional
+        What to call it, or the active adapter, whose place it takes; by default that one.
     allow_mismatch : bool
         Load also where weights have other values or another dtype. Shapes must fit.
 
@@ -135,31 +166,33 @@ def load_adapter(
     ValueError
         If the file is damaged or no adapter; if a weight is not the one that the adapter was
         trained on; if the model lacks a module or a parameter, has adapted layers that the file
-        does not know, is merged, or cannot be adapted.
+        does not know, is merged, or cannot be adapted; if an adapter of that name is there and not
+        active; if the file has biases or other parameters, which other adapters share.
     """
-    model = _unwrapped(model)
+    model = unwrapped(model)
     reshard(model)
     adapter = read_adapter(path)
     config = None if adapter.config is None else NeuroAdaConfig.from_dict(adapter.config)
-    experts = _experts(model, adapter)
-    targets = _find(model, adapter, experts)
-    parameters = _find_parameters(model, adapter)
-    differing = {n: _differences(n, targets[n], entry) for n, entry in adapter.modules.items()}
-    differing |= {
-        name: _parameter_differences(parameters[name], tensor)
-        for name, tensor in adapter.parameters.items()
-    }
-    _refuse_mismatch(differing, allow_mismatch)
-    fresh = not any(isinstance(module, BypassLayer) for module in model.modules())
-    new: dict[nn.Module, nn.Module] = dict(experts)
+    adapter_name, active = _name_to_load(model, adapter, adapter_name)
+    fresh = not any(isinstance(module, NamedLayer) for module in model.modules())
+    experts = new_experts(model, adapter)
+    targets = find_modules(model, adapter, experts, adapter_name)
+    parameters = find_parameters(model, adapter)
+    check_bases(adapter, targets, parameters, allow_mismatch=allow_mismatch)
+    new: dict[nn.Module, NamedLayer | NeuroAdaExperts] = dict(experts)
+    replaced = {part for layer in new.values() for part in parts_of(layer)}
+    added: dict[NamedLayer, tuple[Tensor, Tensor]] = {}
     with grad_flags_kept_on_error(model), torch.no_grad(), ExitStack() as undo:
         for name, module in targets.items():
             entry = adapter.modules[name]
-            if isinstance(module, BypassLayer):
-                with errors_name(name):
+            with errors_name(name):
+                if not isinstance(module, NamedLayer):
+                    new[module] = _adapted(module, entry, config)
+                elif module in replaced or adapter_name in module.adapter_names:
                     _exchange(module, entry, undo)
-            else:
-                new[module] = _adapted(name, module, entry, config)
+                else:
+                    check_index(entry.index, module.in_features)
+                    added[module] = module.part_of_connections(entry.index, entry.delta)
         if fresh:
             model.requires_grad_(False)
         for name, parameter in parameters.items():
@@ -167,174 +200,73 @@ def load_adapter(
             parameter.copy_(split_as(adapter.parameters[name], parameter))
             parameter.requires_grad_()
         undo.pop_all()
-    replace(model, new)
-    if new:
-        link_siblings(model, None if config is None else config.siblings)
-    keep_config(model, config)
-    return AdaptSummary.of(model, tuple(targets))
+    siblings = None if config is None else config.siblings
+    put_in(model, adapter_name, new, added, active=active, siblings=siblings)
+    if active:
+        keep_config(model, config)
+    if not active or configs_of(model):
+        keep_config_of(model, adapter_name, config)
+    return AdaptSummary.of(model, tuple(targets), adapter_name)
 
 
-def _trained(model: nn.Module) -> tuple[dict[str, BypassLayer], dict[str, Tensor]]:
-    """Layers, and parameters other than deltas that train, by the names that they go by."""
+def _name_to_save(layers: Mapping[str, NamedLayer], adapter_name: str | None) -> str:
+    """The name that was given, or the active adapter's."""
+    name = active_in(layers) if adapter_name is None else adapter_name
+    if name is None:
+        raise ValueError("adapter_name: is missing, while no adapter is active")
+    check_name(layers, name)
+    return name
+
+
+def _name_to_load(model: nn.Module, adapter: Adapter, adapter_name: str | None) -> tuple[str, bool]:
+    """What the adapter is to be called, and whether it is active afterwards."""
+    if not any(isinstance(module, NamedLayer) for module in model.modules()):
+        name = DEFAULT if adapter_name is None else adapter_name
+        check_new_name((), name)
+        return name, True
+    layers = named_layers(model)
+    known, active = names_in(layers), active_in(layers)
+    name = _name_to_save(layers, None) if adapter_name is None else adapter_name
+    if name not in known:
+        check_new_name(known, name)
+        check_whole(model)
+    elif name != active:
+        raise ValueError(f"adapter_name: {name!r} is there already, expected a new or active one")
+    if adapter.parameters and {*known} != {name}:
+        raise ValueError(
+            f"path: has values of {some(sorted(adapter.parameters))}, which other adapters share"
+        )
+    return name, name == active
+
+
+def _trained(
+    model: nn.Module, adapter_name: str
+) -> tuple[dict[str, NamedLayer], dict[str, Tensor]]:
+    """Layers of an adapter, and what trains and is no delta, by the names that they go by."""
     layers = {
-        _plain(name): module
+        plain_name(name): module
         for name, module in model.named_modules()
-        if isinstance(module, BypassLayer)
+        if isinstance(module, NamedLayer) and adapter_name in module.adapter_names
     }
-    deltas = {id(layer.delta) for layer in layers.values()}
+    deltas = deltas_of(model)
     parameters = {
         name: whole(parameter.detach())
-        for name, parameter in _parameters(model, once=True).items()
+        for name, parameter in parameters_of(model, once=True).items()
         if parameter.requires_grad and id(parameter) not in deltas
     }
     return layers, parameters
 
 
-def _parameters(model: nn.Module, *, once: bool) -> dict[str, nn.Parameter]:
-    """By the names that they have in the model that was adapted, where no layer is wrapped.
-
-    One that has several names comes under each, or ``once``.
-    """
-    wrappers = (NeuroAdaBypass, NeuroAdaExperts)
-    named = model.named_modules(remove_duplicate=False)
-    wrapped = {f"{name}.base.": f"{name}." for name, m in named if isinstance(m, wrappers)}
-    found = {}
-    for name, parameter in model.named_parameters(remove_duplicate=once):
-        for inside, outside in wrapped.items():
-            if name.startswith(inside):
-                name = outside + name.removeprefix(inside)
-        found[_plain(name)] = parameter
-    return found
-
-
-def _unwrapped(model: nn.Module) -> nn.Module:
-    """The model itself, where ``torch.compile`` or DDP has put something round it."""
-    if not isinstance(model, nn.Module):
-        raise TypeError(f"model: {type(model).__name__}, expected torch.nn.Module")
-    while True:
-        if isinstance(model, DistributedDataParallel):
-            model = model.module
-        elif "_orig_mod" in model._modules:
-            model = model.get_submodule("_orig_mod")
-        else:
-            return model
-
-
-def _plain(name: str) -> str:
-    """A name without the parts that compiling single modules puts into it."""
-    return ".".join(part for part in name.split(".") if part != "_orig_mod")
-
-
-def _experts(model: nn.Module, adapter: Adapter) -> dict[nn.Module, NeuroAdaExperts]:
-    """What takes the place of experts whose stacks the file has; it chooses nothing itself."""
-    found = {}
-    for name, module in model.named_modules():
-        known = [f"{_plain(name)}.{stack}" in adapter.modules for stack in STACKS]
-        if any(known) and is_experts(module):
-            if not all(known):
-                raise ValueError(
-                    f"{name}: the adapter has one of {', '.join(STACKS)}, expected both"
-                )
-            with errors_name(name):
-                index = {
-                    stack: torch.zeros(module.get_parameter(stack)[:, :, 0].numel(), 1).int()
-                    for stack in STACKS
-                }
-                flags = [(p, p.requires_grad) for p in module.parameters()]
-                found[module] = NeuroAdaExperts(module, index=index)
-                for parameter, flag in flags:  # nothing is certain yet
-                    parameter.requires_grad_(flag)
-    return found
-
-
-def _find(
-    model: nn.Module, adapter: Adapter, experts: Mapping[nn.Module, NeuroAdaExperts]
-) -> dict[str, nn.Module]:
-    """The module of every name in the file, found to be one that can take its part."""
-    named = dict(model.named_modules(remove_duplicate=False))
-    for name, module in list(named.items()):
-        if module in experts:
-            named |= {f"{name}.{stack}": part for stack, part in experts[module].stacks.items()}
-    real = {_plain(name): name for name in named}
-    missing = sorted(adapter.modules.keys() - real.keys())
-    if missing:
-        raise ValueError(f"model: has no {_some(missing)}, which the adapter is for")
-    targets = {}
-    for name in (name for name in real if name in adapter.modules):
-        module = named[real[name]]
-        if not isinstance(module, BypassLayer):
-            if not name:
-                raise ValueError("model: a single layer, expected a NeuroAda layer")
-            check_target(real[name], module, named, by_name=True)
-        elif module.merged:
-            raise ValueError(f"{name}: is merged, unmerge first")
-        targets[name] = module
-    known = {id(module) for module in targets.values()}
-    if len(known) < len(targets):
-        raise ValueError("model: has one module where the adapter has two")
-    others = [
-        name
-        for name, module in model.named_modules()
-        if isinstance(module, BypassLayer) and id(module) not in known
-    ]
-    if others:
-        raise ValueError(f"model: {_some(others)} adapted, which the adapter does not know")
-    return targets
-
-
-def _find_parameters(model: nn.Module, adapter: Adapter) -> dict[str, nn.Parameter]:
-    found = _parameters(model, once=False)
-    missing = sorted(adapter.parameters.keys() - found.keys())
-    if missing:
-        raise ValueError(f"model: has no {_some(missing)}, which the adapter has values of")
-    return {name: found[name] for name in adapter.parameters}
-
-
-def _differences(name: str, module: nn.Module, entry: AdaptedModule) -> list[str]:
-    with errors_name(name):
-        base = Base.of(module)
-    if base.shape != entry.base.shape:
-        return [f"shape {list(base.shape)}, expected {list(entry.base.shape)}"]
-    differences = entry.base.differences(base.fingerprint(entry.index))
-    if base.kind != entry.base.kind and (missing := missing_library(entry.base.kind or "")):
-        differences.append(missing)
-    return differences
-
-
-def _parameter_differences(parameter: Tensor, saved: Tensor) -> list[str]:
-    return [
-        f"{name} {actual}, expected {expected}"
-        for name, actual, expected in (
-            ("shape", list(parameter.shape), list(saved.shape)),
-            ("dtype", name_of(parameter.dtype), name_of(saved.dtype)),
-        )
-        if actual != expected
-    ]
-
-
-def _refuse_mismatch(differing: Mapping[str, list[str]], allow_mismatch: bool) -> None:
-    wrong = {name: what for name, what in differing.items() if what}
-    fatal = {name: what for name, what in wrong.items() if what[0].startswith("shape")}
-    shown = fatal if allow_mismatch else wrong
-    if shown:
-        words = [f"{name}: {', '.join(what)}" for name, what in shown.items()]
-        hint = "" if fatal else "; allow_mismatch=True loads it all the same"
-        raise ValueError(f"model: not what the adapter is for: {_some(words, '; ')}{hint}")
-
-
-def _adapted(
-    name: str, module: nn.Module, entry: AdaptedModule, config: NeuroAdaConfig | None
-) -> BypassLayer:
-    with errors_name(name):
-        layer = layer_over(
-            module,
-            entry.index.shape[1],
-            NeuroAdaLinear,
-            index=entry.index,
-            delta_dtype=entry.delta.dtype,
-            save_activations="auto" if config is None else config.save_activations,
-        )
-    assert isinstance(layer, BypassLayer)
+def _adapted(module: nn.Module, entry: AdaptedModule, config: NeuroAdaConfig | None) -> NamedLayer:
+    layer = layer_over(
+        module,
+        entry.index.shape[1],
+        NeuroAdaLinear,
+        index=entry.index,
+        delta_dtype=entry.delta.dtype,
+        save_activations="auto" if config is None else config.save_activations,
+    )
+    assert isinstance(layer, NamedLayer)
     layer.delta.copy_(entry.delta)
     return layer
 
@@ -382,14 +314,9 @@ def _check_bases_known(layers: Mapping[str, BypassLayer]) -> None:
             raise ValueError(f"{name}: is merged and shares its weight with {other}, unmerge first")
 
 
-def _adapted_module(layer: BypassLayer) -> AdaptedModule:
+def _adapted_module(layer: NamedLayer, adapter_name: str) -> AdaptedModule:
     """What the file has of a layer, of its weight as it is, or while merged as it was."""
-    index, delta = layer.whole_connections()
+    held = layer.holder_of(adapter_name)
+    index, delta = (held.index, held.delta) if held is not layer else layer.whole_connections()
     base = Base.of(layer).fingerprint(index, layer.original)
     return AdaptedModule(index.cpu(), delta.detach().cpu(), base)
-
-
-def _some(words: list[str], separator: str = ", ") -> str:
-    """The first few of them, and how many there are besides."""
-    more = len(words) - 3
-    return separator.join(words[:3]) + (f" and {more} more" if more > 0 else "")

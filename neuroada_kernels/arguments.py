@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from neuroada_kernels.config import NeuroAdaConfig
 from neuroada_kernels.gradient import Loss
-from neuroada_kernels.nn.experts import is_experts
+from neuroada_kernels.nn.experts import NeuroAdaExperts, is_experts
 
 
 def config_of(
@@ -53,7 +53,8 @@ def check_data(config: NeuroAdaConfig, data: Iterable[Any] | None, loss: Loss | 
 def check_selection(config: NeuroAdaConfig, targets: Mapping[str, nn.Module]) -> None:
     """Raise where connections are to be chosen in a way that a target does not know."""
     for name, module in targets.items():
-        if is_experts(module) and config.selection in ("scores", "gradient"):
+        experts = is_experts(module) or isinstance(module, NeuroAdaExperts)
+        if experts and config.selection in ("scores", "gradient"):
             raise ValueError(
                 f"{name}: stacked experts with selection {config.selection!r}, expected "
                 "'magnitude', 'smallest' or 'random'"

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, overload
@@ -11,21 +10,22 @@ from typing import Any, overload
 import torch
 from torch import Tensor, nn
 
-from neuroada_kernels._progress import progress_bar, worth_showing
 from neuroada_kernels.arguments import check_data, check_scores, check_selection, config_of
+from neuroada_kernels.choices import each_choice
 from neuroada_kernels.config import ALL_LINEAR, NeuroAdaConfig
-from neuroada_kernels.gradient import SCORE_BYTES, Loss, each_gradient
+from neuroada_kernels.gradient import SCORE_BYTES, Loss
 from neuroada_kernels.nn._base import BypassLinear
 from neuroada_kernels.nn._bitsandbytes import elements, keep_packing
+from neuroada_kernels.nn._deferred import Deferred
 from neuroada_kernels.nn._layer import BypassLayer
+from neuroada_kernels.nn._named import DEFAULT, NamedLayer
 from neuroada_kernels.nn._strategy import refusal
 from neuroada_kernels.nn.bypass import NeuroAdaBypass
 from neuroada_kernels.nn.experts import STACKS, NeuroAdaExperts, is_experts
-from neuroada_kernels.nn.foreign import base_weight
 from neuroada_kernels.nn.linear import NeuroAdaLinear
 from neuroada_kernels.siblings import check_siblings, link_siblings
 from neuroada_kernels.strategies import shared_weights
-from neuroada_kernels.targets import find_targets, is_foreign
+from neuroada_kernels.targets import errors_name, find_targets, is_foreign
 
 
 @dataclass(frozen=True)
@@ -64,23 +64,30 @@ class AdaptSummary:
         return self.trainable / self.total
 
     @classmethod
-    def of(cls, model: nn.Module, modules: tuple[str, ...]) -> AdaptSummary:
-        """The summary of an adapted model, which names these modules."""
-        layers = list(_layers(model))
+    def of(
+        cls, model: nn.Module, modules: tuple[str, ...], adapter: str | None = None
+    ) -> AdaptSummary:
+        """The summary of ``adapter``, by default the active one, which these modules have."""
+        having = [
+            (layer, name)
+            for layer in _layers(model)
+            if (name := adapter or layer.active_adapter) in layer.adapter_names
+        ]
+        held = [layer.holder_of(name) for layer, name in having]
+        deltas = deltas_of(model)
+        others = [p for p in model.parameters() if p.requires_grad and id(p) not in deltas]
         named = {
             name: layer
             for name in modules
-            if isinstance(layer := model.get_submodule(name), BypassLayer)
+            if isinstance(layer := model.get_submodule(name), NamedLayer)
         }
-        deltas = {id(layer.delta) for layer in layers}
-        trained = [p for p in model.parameters() if p.requires_grad]
         return cls(
             modules=modules,
-            trainable=sum(layer.connections for layer in layers)
-            + sum(p.numel() for p in trained if id(p) not in deltas),
+            trainable=sum(layer.count_of(name) for layer, name in having)
+            + sum(p.numel() for p in others),
             total=sum(elements(p) for p in model.parameters()),
-            adapter_bytes=sum(layer.delta.nbytes + layer.index.nbytes for layer in layers),
-            optimizer_bytes=2 * sum(p.nbytes for p in trained),
+            adapter_bytes=sum(each.delta.nbytes + each.index.nbytes for each in held),
+            optimizer_bytes=2 * sum(p.nbytes for p in (*others, *(each.delta for each in held))),
             resident=tuple(n for n, layer in named.items() if layer.strategy == "resident"),
             refused={n: why for n, layer in named.items() if (why := layer.strategy_reason)},
         )
@@ -205,50 +212,38 @@ def adapt(
     """
     config = config_of(arguments, options, scores)
     check_data(config, data, loss)
+    _check_unnamed(model)
     targets = find_targets(model, config)
     check_selection(config, targets)
     check_siblings(targets, config.siblings)
     if scores is not None:
         check_scores(scores, targets)
-    modules = _once(targets)
-    sizes = {name: _size_of(name, module) for name, module in modules.items()}
-    show = worth_showing(sum(sizes.values())) if progress is None else progress
+    modules = once(targets)
     shared = {} if config.strategy == "bypass" else shared_weights(model, modules.values())
-    layers: dict[nn.Module, BypassLayer | NeuroAdaExperts] = {}
+    layers: dict[nn.Module, NamedLayer | NeuroAdaExperts] = {}
     for module in model.modules():  # those, too, through which only a gradient passes
         keep_packing(module)
-
-    def adapt_one(name: str, scores: Tensor | None) -> None:
-        module = modules[name]
-        with errors_name(name):
-            layer = layers[module] = layer_over(
-                module,
-                config.k_of(name),
-                layer_type,
-                selection="scores" if scores is not None else config.selection,
-                scores=scores,
-                generator=generator or config.generator_of(name),
-                neuron_fraction=config.neuron_fraction,
-                delta_dtype=config.torch_delta_dtype,
-                save_activations=config.save_activations,
-            )
-            for part in parts_of(layer):
-                if config.strategy == "resident" and not part.deferred:
-                    reason = shared.get(module) or part._why_not_resident()
-                    if reason is not None:
-                        raise ValueError(refusal(reason))
-
+    choices = each_choice(
+        model,
+        modules,
+        config,
+        scores=scores,
+        generator=generator,
+        data=data,
+        loss=loss,
+        score_bytes=score_bytes,
+        progress=progress,
+    )
     with grad_flags_kept_on_error(model):
-        if data is not None and loss is not None:
-            for name, gradient in each_gradient(
-                model, modules, data, loss, score_bytes=score_bytes, show_progress=show
-            ):
-                adapt_one(name, gradient)
-        else:
-            with progress_bar("selecting connections", sum(sizes.values()), show) as advance:
-                for name, size in sizes.items():
-                    adapt_one(name, None if scores is None else scores[name])
-                    advance(size)
+        for name, choice in choices:
+            module = modules[name]
+            with errors_name(name):
+                layers[module] = chosen_layer(module, choice, config, layer_type)
+                for part in parts_of(layers[module]):
+                    if config.strategy == "resident" and not part.deferred:
+                        reason = shared.get(module) or part._why_not_resident()
+                        if reason is not None:
+                            raise ValueError(refusal(reason))
     replace(model, layers)
     link_siblings(model, config.siblings)
     for module, layer in layers.items():
@@ -256,7 +251,7 @@ def adapt(
             part._set_strategy(config.strategy, shared.get(module))
     _freeze(model, config)
     keep_config(model, config)
-    return AdaptSummary.of(model, _with_stacks(model, targets))
+    return AdaptSummary.of(model, with_stacks(model, targets))
 
 
 def select_connections(model: nn.Module) -> list[str]:
@@ -286,16 +281,27 @@ def select_connections(model: nn.Module) -> list[str]:
     return waiting
 
 
-def _layers(model: nn.Module) -> Iterator[BypassLayer]:
-    return (module for module in model.modules() if isinstance(module, BypassLayer))
+def _layers(model: nn.Module) -> Iterator[NamedLayer]:
+    return (module for module in model.modules() if isinstance(module, NamedLayer))
 
 
-def parts_of(layer: BypassLayer | NeuroAdaExperts) -> list[BypassLayer]:
+def deltas_of(model: nn.Module) -> set[int]:
+    """The ids of all deltas, those of parked adapters among them."""
+    return {id(delta) for layer in _layers(model) for delta in layer.deltas}
+
+
+def _check_unnamed(model: nn.Module) -> None:
+    names = {name for layer in _layers(model) for name in layer.adapter_names} - {DEFAULT}
+    if names:
+        raise ValueError(f"model: has adapters by name, {sorted(names)}, expected add_adapter")
+
+
+def parts_of(layer: NamedLayer | NeuroAdaExperts) -> list[NamedLayer]:
     """The layers that have connections: itself, or the stacks of experts."""
-    return [layer] if isinstance(layer, BypassLayer) else list(layer.stacks.values())
+    return [layer] if isinstance(layer, NamedLayer) else list(layer.stacks.values())
 
 
-def _with_stacks(model: nn.Module, names: Iterable[str]) -> tuple[str, ...]:
+def with_stacks(model: nn.Module, names: Iterable[str]) -> tuple[str, ...]:
     """The names of what has connections."""
     found: list[str] = []
     for name in names:
@@ -312,7 +318,7 @@ def replace(model: nn.Module, layers: Mapping[nn.Module, nn.Module]) -> None:
             setattr(model.get_submodule(parent), child, layers[module])
 
 
-def _once(targets: Mapping[str, nn.Module]) -> dict[str, nn.Module]:
+def once(targets: Mapping[str, nn.Module]) -> dict[str, nn.Module]:
     """Each module under the first of its names."""
     first: dict[nn.Module, str] = {}
     for name, module in targets.items():
@@ -320,9 +326,29 @@ def _once(targets: Mapping[str, nn.Module]) -> dict[str, nn.Module]:
     return {name: module for module, name in first.items()}
 
 
+def chosen_layer(
+    module: nn.Module,
+    choice: Deferred,
+    config: NeuroAdaConfig,
+    layer_type: type[BypassLinear] = NeuroAdaLinear,
+) -> NamedLayer | NeuroAdaExperts:
+    """The layer that takes the place of ``module``, with the connections that are chosen."""
+    return layer_over(
+        module,
+        choice.k,
+        layer_type,
+        selection=choice.method,
+        scores=choice.scores,
+        generator=choice.generator,
+        neuron_fraction=choice.neuron_fraction,
+        delta_dtype=config.torch_delta_dtype,
+        save_activations=config.save_activations,
+    )
+
+
 def layer_over(
     module: nn.Module, k: int, layer_type: type[BypassLinear], **options: Any
-) -> BypassLayer | NeuroAdaExperts:
+) -> NamedLayer | NeuroAdaExperts:
     """The layer that takes the place of ``module``: round it, where its forward is not ours."""
     if is_experts(module):
         options.pop("save_activations", None)  # each expert's x is another, and kept whole
@@ -330,17 +356,9 @@ def layer_over(
     if is_foreign(module):
         return NeuroAdaBypass(module, k, **options)
     assert isinstance(module, nn.Linear)
-    return layer_type.from_linear(module, k, **options)
-
-
-def _size_of(name: str, module: nn.Module) -> int:
-    """Elements of the weight."""
-    if is_experts(module):
-        return sum(module.get_parameter(stack).numel() for stack in STACKS)
-    if not is_foreign(module):
-        return module.get_parameter("weight").numel()
-    with errors_name(name):
-        return math.prod(base_weight(module).shape)
+    layer = layer_type.from_linear(module, k, **options)
+    assert isinstance(layer, NamedLayer)
+    return layer
 
 
 def keep_config(model: nn.Module, config: NeuroAdaConfig | None) -> None:
@@ -350,20 +368,11 @@ def keep_config(model: nn.Module, config: NeuroAdaConfig | None) -> None:
 
 def _freeze(model: nn.Module, config: NeuroAdaConfig) -> None:
     """Let nothing train but deltas, and biases where the config says so."""
-    deltas = {id(layer.delta) for layer in _layers(model)}
+    deltas = deltas_of(model)
     for name, parameter in model.named_parameters():
         if id(parameter) not in deltas:
             is_bias = name.rpartition(".")[2].endswith("bias")
             parameter.requires_grad_(config.bias == "all" and is_bias)
-
-
-@contextlib.contextmanager
-def errors_name(module: str) -> Iterator[None]:
-    """Where the block raises for bad input, the message opens with the name of the module."""
-    try:
-        yield
-    except (TypeError, ValueError) as error:
-        raise type(error)(f"{module}: {error}") from error
 
 
 @contextlib.contextmanager

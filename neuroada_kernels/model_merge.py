@@ -17,11 +17,11 @@ def merge(model: nn.Module) -> None:
     Raises
     ------
     RuntimeError, ValueError
-        If a layer cannot be merged, with its name: it has no connections yet, or its base is
-        quantised, for which there is :func:`merge_requantized`. No layer is merged then that was
-        not before.
+        If a layer cannot be merged, with its name: it has no connections yet, its adapter is
+        disabled or another one for each row, or its base is quantised, for which there is
+        :func:`merge_requantized`. No layer is merged then that was not before.
     """
-    layers = [(name, layer) for name, layer in _layers(model) if not layer.merged]
+    layers = [(name, layer) for name, layer in _active(model) if not layer.merged]
     for name, layer in layers:
         _check(name, layer)
     with ExitStack() as undo:
@@ -61,10 +61,10 @@ def merge_requantized(model: nn.Module) -> dict[str, Requantization]:
     """
     quantised = {
         name: layer
-        for name, layer in _layers(model)
+        for name, layer in _active(model)
         if isinstance(layer, NeuroAdaBypass) and base_weight(layer.base).matrix is None
     }
-    exact = [(n, layer) for n, layer in _layers(model) if n not in quantised and not layer.merged]
+    exact = [(n, layer) for n, layer in _active(model) if n not in quantised and not layer.merged]
     for name, layer in exact:
         _check(name, layer)
     reports = {}
@@ -87,6 +87,15 @@ def _check(name: str, layer: BypassLayer) -> None:
         layer.check_mergeable()
     except (RuntimeError, TypeError, ValueError) as error:
         raise type(error)(f"{name}: {error}") from error
+
+
+def _active(model: nn.Module) -> list[tuple[str, BypassLayer]]:
+    """The layers that the active adapter has connections in."""
+    layers = _layers(model)
+    active = [(name, layer) for name, layer in layers if not layer._idle]
+    if layers and not active:
+        raise RuntimeError("model: its adapter is disabled, expected an active one to merge")
+    return active
 
 
 def _layers(model: nn.Module) -> list[tuple[str, BypassLayer]]:

@@ -2,22 +2,31 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+import contextlib
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 
 from torch import nn
 from torch.nn.utils import parametrize
 
 from neuroada_kernels._sharding import is_sharded
 from neuroada_kernels.config import ALL_LINEAR, NeuroAdaConfig, matches
+from neuroada_kernels.nn._base import BypassLinear
 from neuroada_kernels.nn._layer import BypassLayer
+from neuroada_kernels.nn.bypass import NeuroAdaBypass
 from neuroada_kernels.nn.experts import NeuroAdaExperts, is_experts, why_not_experts
 from neuroada_kernels.nn.foreign import has_own_forward, is_base, is_library
 
+#: What stands where a module was.
+_OURS = (BypassLayer, NeuroAdaExperts)
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 
 
-def find_targets(model: nn.Module, config: NeuroAdaConfig) -> dict[str, nn.Module]:
+def find_targets(
+    model: nn.Module, config: NeuroAdaConfig, *, adapted: bool = False
+) -> dict[str, nn.Module]:
     """The modules that ``config`` means, by every name that they have.
+
+    Where the model is ``adapted``, its layers are among them, as the modules that they stand for.
 
     Raises
     ------
@@ -25,7 +34,7 @@ def find_targets(model: nn.Module, config: NeuroAdaConfig) -> dict[str, nn.Modul
         If a part of the config matches nothing, or a module that cannot be replaced.
     """
     named = outside_layers(model)
-    chosen = _targeted(model, named, config.target_modules)
+    chosen = _targeted(model, named, config.target_modules, adapted)
     if config.exclude_modules is not None:
         chosen -= _excluded(named, config.exclude_modules)
     if config.layers is not None:
@@ -33,7 +42,8 @@ def find_targets(model: nn.Module, config: NeuroAdaConfig) -> dict[str, nn.Modul
     # A module that stands under several names stays one module.
     targets = {name: module for name, module in named.items() if id(module) in chosen}
     for name, module in targets.items():
-        check_target(name, module, named, by_name=config.target_modules != ALL_LINEAR)
+        if not (adapted and isinstance(module, _OURS)):  # which were checked in their time
+            check_target(name, module, named, by_name=config.target_modules != ALL_LINEAR)
     _check_apart(targets)
     if not targets:
         raise ValueError("target_modules: nothing is left of them, expected at least one module")
@@ -104,8 +114,7 @@ def layer_number(name: str) -> int | None:
 def outside_layers(model: nn.Module) -> dict[str, nn.Module]:
     """All modules by every name that they have, but for what layers of ours have inside."""
     named = dict(model.named_modules(remove_duplicate=False))
-    ours = (BypassLayer, NeuroAdaExperts)
-    inside = tuple(f"{n}." if n else "" for n, m in named.items() if isinstance(m, ours))
+    inside = tuple(f"{n}." if n else "" for n, m in named.items() if isinstance(m, _OURS))
     return {n: m for n, m in named.items() if not (n and n.startswith(inside))}
 
 
@@ -121,12 +130,19 @@ def output_head(model: nn.Module) -> nn.Module | None:
     return head if isinstance(head, nn.Module) else None
 
 
+def _is_linear(module: nn.Module, adapted: bool) -> bool:
+    """Whether ``"all-linear"`` means it."""
+    if adapted and isinstance(module, BypassLinear):
+        return True
+    if adapted and isinstance(module, NeuroAdaBypass):
+        module = module.base
+    return isinstance(module, nn.Linear) or is_library(module)
+
+
 def _targeted(
-    model: nn.Module, named: Mapping[str, nn.Module], targets: str | Sequence[str]
+    model: nn.Module, named: Mapping[str, nn.Module], targets: str | Sequence[str], adapted: bool
 ) -> set[int]:
-    linears = {
-        name: m for name, m in named.items() if name and (isinstance(m, nn.Linear) or is_library(m))
-    }
+    linears = {name: m for name, m in named.items() if name and _is_linear(m, adapted)}
     if targets == ALL_LINEAR:
         head = output_head(model)
         if not linears:
@@ -188,3 +204,12 @@ def check_parent(name: str, parent: nn.Module) -> None:
             f"{name}: its parent {type(parent).__name__} reads the weight without calling the "
             "module, expected a parent that calls it"
         )
+
+
+@contextlib.contextmanager
+def errors_name(module: str) -> Iterator[None]:
+    """Where the block raises for bad input, the message opens with the name of the module."""
+    try:
+        yield
+    except (TypeError, ValueError) as error:
+        raise type(error)(f"{module}: {error}") from error

@@ -55,6 +55,21 @@ def test_resident_is_refused_by_a_sharded_weight():
     assert nk.set_strategy(model, "auto").keys() == layers(model).keys()
 
 
+def test_adapters_by_name_stay_in_one_process():
+    model = adapted()
+    nk.add_adapter(model, "other", 1)
+    with pytest.raises(ValueError, match=r"module: has adapters by name, \['default', 'other'\]"):
+        parallel(model)
+    for split in (sharded(adapted()), parallel(adapted())):
+        for act in (
+            lambda m: nk.add_adapter(m, "other", 1),
+            lambda m: nk.set_adapter(m, "default"),
+            lambda m: nk.unload(m),
+        ):
+            with pytest.raises(ValueError, match="model: is sharded over processes"):
+                act(split)
+
+
 def test_a_model_is_adapted_before_it_is_sharded(tmp_path):
     nk.save_adapter(adapted(), tmp_path / "adapter.safetensors")
     model = sharded(Transformer().double())

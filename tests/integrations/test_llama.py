@@ -168,3 +168,32 @@ def test_it_is_saved_as_a_model_of_transformers_once_merged(tmp_path):
     plain = LlamaForCausalLM.from_pretrained(tmp_path)
     assert not layers(plain)
     assert plain.generate(batch(0), max_new_tokens=4, do_sample=False).equal(expected)
+
+
+def test_rows_of_a_batch_generate_by_their_own_adapters():
+    model = llama()
+    nk.adapt(model, k=4)
+    give_values(model, 0)
+    nk.add_adapter(model, "other", k=4, target_modules=["q_proj", "up_proj"])
+    nk.set_adapter(model, "other")
+    give_values(model, 1)
+    prompts = batch(0, rows=3)
+    options = {"max_new_tokens": 8, "do_sample": False}
+    with nk.rows_of(model, ["other", "default", "other"]):
+        tokens = model.generate(prompts, **options)
+    for name, rows in (("other", [0, 2]), ("default", [1])):
+        nk.set_adapter(model, name)
+        assert tokens[rows].equal(model.generate(prompts[rows], **options))
+
+
+def test_unloaded_it_is_saved_as_an_ordinary_checkpoint(tmp_path):
+    model = llama()
+    nk.adapt(model, k=4)
+    give_values(model)
+    expected = logits(model)
+    nk.unload(model, merge=True)
+    model.save_pretrained(tmp_path)
+    loaded = type(model).from_pretrained(tmp_path).eval()
+    assert logits(loaded).equal(logits(model))
+    torch.testing.assert_close(logits(loaded), expected, rtol=1e-4, atol=1e-5)
+    assert loaded.state_dict().keys() == llama().state_dict().keys()

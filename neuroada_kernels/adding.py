@@ -1,0 +1,273 @@
+"""Further adapters of an adapted model: chosen by a config, or as a sum of others."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, overload
+
+import torch
+from torch import Tensor, nn
+
+from neuroada_kernels.arguments import check_data, check_scores, check_selection, config_of
+from neuroada_kernels.choices import each_choice
+from neuroada_kernels.combination import Weighted, weighted_sum
+from neuroada_kernels.config import ALL_LINEAR, NeuroAdaConfig
+from neuroada_kernels.gradient import SCORE_BYTES, Loss
+from neuroada_kernels.model import (
+    AdaptSummary,
+    chosen_layer,
+    grad_flags_kept_on_error,
+    once,
+    parts_of,
+    replace,
+    with_stacks,
+)
+from neuroada_kernels.named import (
+    adapter_names,
+    check_name,
+    check_new_name,
+    check_unmerged,
+    check_whole,
+    configs_of,
+    disable_adapter,
+    keep_config_of,
+    named_layers,
+    settle,
+    unwrapped,
+)
+from neuroada_kernels.nn._base import BypassLinear
+from neuroada_kernels.nn._named import NamedLayer
+from neuroada_kernels.nn.experts import NeuroAdaExperts
+from neuroada_kernels.nn.linear import NeuroAdaLinear
+from neuroada_kernels.siblings import link_siblings
+from neuroada_kernels.targets import errors_name, find_targets
+
+
+@overload
+def add_adapter(
+    model: nn.Module,
+    adapter_name: str,
+    config: NeuroAdaConfig,
+    *,
+    scores: Mapping[str, Tensor] | None = None,
+    generator: torch.Generator | None = None,
+    data: Iterable[Any] | None = None,
+    loss: Loss | None = None,
+    score_bytes: int = SCORE_BYTES,
+    layer_type: type[BypassLinear] = NeuroAdaLinear,
+    progress: bool | None = None,
+) -> AdaptSummary: ...
+
+
+@overload
+def add_adapter(
+    model: nn.Module,
+    adapter_name: str,
+    k: int = 1,
+    target_modules: str | Sequence[str] = ALL_LINEAR,
+    *,
+    scores: Mapping[str, Tensor] | None = None,
+    generator: torch.Generator | None = None,
+    data: Iterable[Any] | None = None,
+    loss: Loss | None = None,
+    score_bytes: int = SCORE_BYTES,
+    layer_type: type[BypassLinear] = NeuroAdaLinear,
+    progress: bool | None = None,
+    **options: Any,
+) -> AdaptSummary: ...
+
+
+def add_adapter(
+    model: nn.Module,
+    adapter_name: str,
+    *arguments: Any,
+    scores: Mapping[str, Tensor] | None = None,
+    generator: torch.Generator | None = None,
+    data: Iterable[Any] | None = None,
+    loss: Loss | None = None,
+    score_bytes: int = SCORE_BYTES,
+    layer_type: type[BypassLinear] = NeuroAdaLinear,
+    progress: bool | None = None,
+    **options: Any,
+) -> AdaptSummary:
+    """Add an adapter to an adapted model; :func:`neuroada_kernels.set_adapter` activates it.
+
+    Its connections are chosen by the weights of the base, in any modules, those that are adapted
+    already and others, as :func:`neuroada_kernels.adapt` chooses them. Until it is active the model
+    computes what it did, and it does not train.
+
+    Parameters
+    ----------
+    model : nn.Module
+        An adapted model; layers that are there get another adapter, and other modules a layer.
+    adapter_name : str
+        A new name, without dots.
+    config, k, target_modules, **options
+        As :func:`neuroada_kernels.adapt` takes them. ``strategy`` is the layers', see
+        :func:`neuroada_kernels.set_strategy`, and stays as it is; so are ``save_activations`` and
+        ``siblings``, which a new layer alone takes from here.
+    scores, generator, data, loss, score_bytes, layer_type, progress
+        As in :func:`neuroada_kernels.adapt`. Gradients are those of the base.
+
+    Returns
+    -------
+    AdaptSummary
+        Of this adapter.
+
+    Raises
+    ------
+    TypeError, ValueError
+        As :func:`neuroada_kernels.adapt`; if the name is not new or has dots; if biases of the base
+        train, with this adapter or with another; if the model is sharded over processes.
+    RuntimeError
+        If a layer is merged, or its connections are still to be chosen. The model is unchanged
+        then.
+    """
+    model = unwrapped(model)
+    existing = named_layers(model)
+    check_new_name(adapter_names(model), adapter_name)
+    config = config_of(arguments, options, scores)
+    check_data(config, data, loss)
+    check_addable(model, existing)
+    _check_config(model, config)
+    targets = find_targets(model, config, adapted=True)
+    check_selection(config, targets)
+    if scores is not None:
+        check_scores(scores, targets)
+    modules = once(targets)
+    added: dict[NamedLayer, tuple[Tensor, Tensor]] = {}
+    new: dict[nn.Module, NamedLayer | NeuroAdaExperts] = {}
+    choices = each_choice(
+        model,
+        modules,
+        config,
+        scores=scores,
+        generator=generator,
+        data=data,
+        loss=loss,
+        score_bytes=score_bytes,
+        progress=progress,
+    )
+    with grad_flags_kept_on_error(model), disable_adapter(model):
+        for name, choice in choices:
+            module = modules[name]
+            with errors_name(name):
+                if isinstance(module, NamedLayer | NeuroAdaExperts):
+                    for part in parts_of(module):
+                        index = part.choose_connections(choice)
+                        added[part] = index, torch.zeros_like(index, dtype=config.torch_delta_dtype)
+                    continue
+                new[module] = chosen_layer(module, choice, config, layer_type)
+                if any(part.deferred for part in parts_of(new[module])):
+                    raise ValueError("weight: is on the meta device, expected values")
+    first = getattr(model, "neuroada_config", None)
+    siblings = None if first is None else first.siblings
+    put_in(model, adapter_name, new, added, active=False, siblings=siblings)
+    keep_config_of(model, adapter_name, config)
+    return AdaptSummary.of(model, with_stacks(model, targets), adapter_name)
+
+
+def add_weighted_adapter(
+    model: nn.Module, adapters: Sequence[str], weights: Sequence[float], adapter_name: str
+) -> None:
+    """Add the adapter whose update of the weights is the weighted sum of those of others.
+
+    A neuron has every connection that it has in any of them: the new k is the most that any neuron
+    of a layer has, and slots that a neuron does not need are empty. Sums are rounded once. It is
+    not active and does not train until :func:`neuroada_kernels.set_adapter`.
+
+    Parameters
+    ----------
+    model : nn.Module
+        An adapted model.
+    adapters : sequence of str
+        Names of its adapters; what none of them has, the new one has not either.
+    weights : sequence of float
+        One for each, of any sign.
+    adapter_name : str
+        A new name, without dots.
+
+    Raises
+    ------
+    TypeError, ValueError
+        If a name or a weight is not as expected, or the model is sharded over processes.
+    RuntimeError
+        If a layer is merged. The model is unchanged then.
+    """
+    model = unwrapped(model)
+    layers = named_layers(model)
+    check_new_name(adapter_names(model), adapter_name)
+    check_addable(model, layers)
+    _check_weights(adapters, weights)
+    for name in adapters:
+        check_name(layers, name)
+    weight_of = list(zip(adapters, weights, strict=True))
+    sums: dict[NamedLayer, tuple[Tensor, Tensor]] = {}
+    for layer in layers.values():
+        found = [(layer.holder_of(n), w) for n, w in weight_of if n in layer.adapter_names]
+        if found:
+            sums[layer] = weighted_sum([Weighted(h.index, h.delta, w) for h, w in found])
+    put_in(model, adapter_name, {}, sums, active=False, siblings=None)
+    keep_config_of(model, adapter_name, None)
+
+
+def put_in(
+    model: nn.Module,
+    adapter: str,
+    new: Mapping[nn.Module, NamedLayer | NeuroAdaExperts],
+    added: Mapping[NamedLayer, tuple[Tensor, Tensor]],
+    *,
+    active: bool,
+    siblings: Sequence[Sequence[str]] | None,
+) -> None:
+    """Put ``new`` layers, with this adapter alone, where modules are, and add it to others.
+
+    By module the layer that takes its place, and by layer index and delta. The adapter trains if it
+    is ``active``.
+    """
+    fresh = [part for layer in new.values() for part in parts_of(layer)]
+    for part in fresh:
+        part.rename(adapter)
+    for part, (index, delta) in added.items():
+        part.park(adapter, index, delta)
+    for part in (*fresh, *added):
+        part.holder_of(adapter).delta.requires_grad_(active)
+    for part in added if active else fresh:
+        part.seat(adapter if active else None)
+    replace(model, new)
+    if new:
+        link_siblings(model, siblings)
+    settle(added)
+
+
+def check_addable(model: nn.Module, layers: Mapping[str, NamedLayer]) -> None:
+    """Raise where adapters cannot be added."""
+    check_unmerged(layers)
+    check_whole(model)
+    for name, layer in layers.items():
+        if layer.deferred:
+            raise RuntimeError(f"{name}: waits for select_connections, call that first")
+
+
+def _check_config(model: nn.Module, config: NeuroAdaConfig) -> None:
+    if config.strategy != "bypass":
+        raise ValueError(
+            f"strategy: {config.strategy!r}, expected 'bypass': it is the layers', whose adapters "
+            "all train by it, and set_strategy sets it"
+        )
+    known = (getattr(model, "neuroada_config", None), *configs_of(model).values(), config)
+    if any(each is not None and each.bias == "all" for each in known):
+        raise ValueError("bias: 'all' in a config, expected 'none': adapters share the base's")
+
+
+def _check_weights(adapters: Sequence[str], weights: Sequence[float]) -> None:
+    if isinstance(adapters, str) or not isinstance(adapters, Sequence) or not adapters:
+        raise TypeError(f"adapters: {adapters!r}, expected names of adapters")
+    if not isinstance(weights, Sequence) or len(weights) != len(adapters):
+        raise ValueError(f"weights: {weights!r}, expected {len(adapters)}, one for each adapter")
+    for weight in weights:
+        if isinstance(weight, bool) or not isinstance(weight, int | float):
+            raise TypeError(f"weights: {weight!r}, expected a number")
+        if not math.isfinite(weight):
+            raise ValueError(f"weights: {weight}, expected a finite number")

@@ -1,0 +1,297 @@
+"""Which of several adapters a model goes through: one, none, or one for each row of a batch.
+
+Every layer knows its own adapters; a model keeps nothing of them but their configs. Functions and
+arguments have the names that PEFT gives them, where it has any.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+
+from neuroada_kernels._sharding import is_managed_by_fsdp, is_sharded
+from neuroada_kernels.config import NeuroAdaConfig
+from neuroada_kernels.model import keep_config
+from neuroada_kernels.nn._named import BASE, NamedLayer
+from neuroada_kernels.nn.experts import StackedLinear
+
+
+def adapter_names(model: nn.Module) -> tuple[str, ...]:
+    """The names of the adapters of ``model``, ``"default"`` being what :func:`adapt` made.
+
+    Raises
+    ------
+    ValueError
+        If the model has no NeuroAda layer.
+    """
+    return names_in(named_layers(model))
+
+
+def active_adapter(model: nn.Module) -> str | None:
+    """The adapter that ``model`` goes through; None while it is disabled.
+
+    Raises
+    ------
+    ValueError
+        If the model has no NeuroAda layer.
+    """
+    return active_in(named_layers(model))
+
+
+def set_adapter(model: nn.Module, adapter_name: str, *, inference_mode: bool = False) -> None:
+    """Let ``model`` go through an adapter, which trains from now on, and no other one.
+
+    Layers that lack it are as the base has them. Parameters stay the very same, so that an
+    optimizer goes on with those it holds. A resident layer restores W, bit for bit, and patches it
+    anew with the other adapter.
+
+    Parameters
+    ----------
+    model : nn.Module
+        An adapted model.
+    adapter_name : str
+        Which of :func:`adapter_names`.
+    inference_mode : bool
+        Leave its deltas frozen.
+
+    Raises
+    ------
+    TypeError
+        If ``adapter_name`` is no name; :func:`add_weighted_adapter` makes one adapter of several.
+    ValueError
+        If there is no such adapter, or no NeuroAda layer; if the model is sharded over processes.
+    RuntimeError
+        If a layer is merged. Nothing changes then.
+    """
+    model = unwrapped(model)
+    layers = named_layers(model)
+    check_name(layers, adapter_name)
+    check_unmerged(layers)
+    check_whole(model)
+    for layer in layers.values():
+        layer.seat(adapter_name)
+        for delta in layer.deltas:
+            delta.requires_grad_(False)
+        if layer.active_adapter is not None and not inference_mode:
+            layer.delta.requires_grad_()
+    settle(layers.values())
+    if adapter_name in (configs := configs_of(model)):
+        keep_config(model, configs[adapter_name])
+
+
+@contextlib.contextmanager
+def disable_adapter(model: nn.Module) -> Iterator[None]:
+    """Within the block ``model`` is its base; leaving it, by an error too, it is as before.
+
+    Nothing is merged or copied, and no parameter changes; weights of resident layers are restored,
+    bit for bit, and patched again afterwards. An adapter that is activated within the block is
+    active until its end.
+
+    Raises
+    ------
+    ValueError
+        If the model has no NeuroAda layer.
+    RuntimeError
+        If a layer is merged.
+    """
+    model = unwrapped(model)
+    layers = named_layers(model)
+    check_unmerged(layers)
+    before = [(layer, layer.active_adapter) for layer in layers.values()]
+    flags = [(d, d.requires_grad) for layer in layers.values() for d in layer.deltas]
+    config = getattr(model, "neuroada_config", None)
+    try:
+        for layer in layers.values():
+            layer.seat(None)
+        yield
+    finally:
+        for layer, adapter in before:
+            layer.seat(adapter)
+        for delta, flag in flags:
+            delta.requires_grad_(flag)
+        settle(layers.values())
+        keep_config(model, config)
+
+
+@contextlib.contextmanager
+def rows_of(model: nn.Module, adapter_names: Sequence[str]) -> Iterator[None]:
+    """Within the block each row of a batch goes through an adapter of its own.
+
+    Row i of dimension 0 of what a layer is given takes ``adapter_names[i]``, whichever adapter is
+    active, and computes what it would in a batch of its adapter's rows alone. Gradients reach the
+    deltas that require them, see :func:`set_requires_grad`. Where activations are recomputed, as by
+    ``torch.utils.checkpoint``, the backward has to be within the block too.
+
+    Parameters
+    ----------
+    model : nn.Module
+        An adapted model, all of whose layers see the rows of a batch in dimension 0.
+    adapter_names : sequence of str
+        Of :func:`adapter_names`, or ``"__base__"`` for none; one for each row.
+
+    Raises
+    ------
+    TypeError
+        If ``adapter_names`` is no sequence of names.
+    ValueError
+        If there is no such adapter; if a layer is resident, since a weight can hold one adapter
+        only; if the model has stacked experts, which see tokens and not rows, or is sharded over
+        processes. From a layer's
+        forward, before it computes anything: if its input has another number of rows.
+    RuntimeError
+        If a layer is merged, or within another such block.
+    """
+    layers = named_layers(model)
+    check_unmerged(layers)
+    check_outside_rows(layers)
+    check_whole(unwrapped(model))
+    names = _names("adapter_names", adapter_names)
+    for name in names:
+        if name != BASE:
+            check_name(layers, name)
+    for name, layer in layers.items():
+        if layer.strategy == "resident":
+            raise ValueError(
+                f"{name}: is resident, so that its weight holds one adapter for all rows, expected "
+                "'bypass', see set_strategy"
+            )
+        if isinstance(layer, StackedLinear):
+            raise ValueError(f"{name}: is a stack of experts, which sees tokens instead of rows")
+    try:
+        for layer in layers.values():
+            layer.split_rows(names)
+        yield
+    finally:
+        for layer in layers.values():
+            layer.join_rows()
+        settle(layers.values())
+
+
+def set_requires_grad(
+    model: nn.Module, adapter_names: str | Sequence[str], requires_grad: bool = True
+) -> None:
+    """Let the deltas of adapters train, or not, whichever is active.
+
+    :func:`set_adapter` decides anew. To train several in one batch, see :func:`rows_of`.
+
+    Raises
+    ------
+    TypeError, ValueError
+        If ``adapter_names`` are no names of adapters, or the model has no NeuroAda layer.
+    """
+    layers = named_layers(model)
+    names = [adapter_names] if isinstance(adapter_names, str) else adapter_names
+    names = _names("adapter_names", names)
+    for name in names:
+        check_name(layers, name)
+    for layer in layers.values():
+        for name in set(names) & set(layer.adapter_names):
+            layer.holder_of(name).delta.requires_grad_(requires_grad)
+
+
+def unwrapped(model: nn.Module) -> nn.Module:
+    """The model itself, where ``torch.compile`` or DDP has put something round it."""
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model: {type(model).__name__}, expected torch.nn.Module")
+    while True:
+        if isinstance(model, DistributedDataParallel):
+            model = model.module
+        elif "_orig_mod" in model._modules:
+            model = model.get_submodule("_orig_mod")
+        else:
+            return model
+
+
+def named_layers(model: nn.Module) -> dict[str, NamedLayer]:
+    """The layers of an adapted model, by the names of their modules."""
+    named = unwrapped(model).named_modules()
+    layers = {name: module for name, module in named if isinstance(module, NamedLayer)}
+    if not layers:
+        raise ValueError("model: has no NeuroAda layer inside, expected an adapted model")
+    return layers
+
+
+def active_in(layers: Mapping[str, NamedLayer]) -> str | None:
+    """The adapter that these layers go through, those of them that have it."""
+    active = (layer.active_adapter for layer in layers.values())
+    return next((name for name in active if name is not None), None)
+
+
+def configs_of(model: nn.Module) -> dict[str, NeuroAdaConfig | None]:
+    """By adapter how it was chosen; empty where there has never been more than one."""
+    configs: dict[str, NeuroAdaConfig | None] = vars(model).get("neuroada_configs", {})
+    return configs
+
+
+def keep_config_of(model: nn.Module, adapter: str, config: NeuroAdaConfig | None) -> None:
+    """Keep the config of another adapter than the active one, and so with the model's copies."""
+    if "neuroada_configs" not in vars(model):
+        active = active_adapter(model)
+        own = getattr(model, "neuroada_config", None)
+        vars(model)["neuroada_configs"] = {} if active is None else {active: own}
+    configs_of(model)[adapter] = config
+
+
+def check_new_name(names: Collection[str], adapter_name: object) -> None:
+    """Raise unless another adapter may be called so."""
+    if not isinstance(adapter_name, str):
+        raise TypeError(f"adapter_name: {type(adapter_name).__name__}, expected a name")
+    if adapter_name in names:
+        raise ValueError(f"adapter_name: {adapter_name!r} is there already, expected a new name")
+    if not adapter_name or "." in adapter_name:
+        raise ValueError(f"adapter_name: {adapter_name!r}, expected a name without dots")
+    if adapter_name == BASE or hasattr(nn.ModuleDict(), adapter_name):
+        raise ValueError(f"adapter_name: {adapter_name!r} means something else, expected another")
+
+
+def check_unmerged(layers: Mapping[str, NamedLayer], what: str = "unmerge first") -> None:
+    """Raise where a layer is merged, so that its weight is not the base's."""
+    for name, layer in layers.items():
+        if layer.merged:
+            raise RuntimeError(f"{name}: is merged, {what}")
+
+
+def check_outside_rows(layers: Mapping[str, NamedLayer]) -> None:
+    """Raise within :func:`rows_of`."""
+    for name, layer in layers.items():
+        if layer._rows is not None:
+            raise RuntimeError(f"{name}: rows of a batch take different adapters, leave that first")
+
+
+def check_whole(model: nn.Module) -> None:
+    """Raise where several processes share out the model, whose adapters stay as they are then."""
+    if any(map(is_sharded, model.parameters())) or any(map(is_managed_by_fsdp, model.modules())):
+        raise ValueError(
+            "model: is sharded over processes, expected a whole one: its adapters stay as they are"
+        )
+
+
+def names_in(layers: Mapping[str, NamedLayer]) -> tuple[str, ...]:
+    """The adapters that these layers have."""
+    return tuple(dict.fromkeys(n for layer in layers.values() for n in layer.adapter_names))
+
+
+def _names(argument: str, names: object) -> tuple[str, ...]:
+    if isinstance(names, str) or not isinstance(names, Sequence):
+        raise TypeError(f"{argument}: {type(names).__name__}, expected a sequence of names")
+    if not names:
+        raise ValueError(f"{argument}: is empty, expected at least one name")
+    return tuple(names)
+
+
+def check_name(layers: Mapping[str, NamedLayer], adapter_name: object) -> None:
+    """Raise unless there is an adapter of that name."""
+    if not isinstance(adapter_name, str):
+        raise TypeError(f"adapter_name: {adapter_name!r}, expected one name")
+    known = names_in(layers)
+    if adapter_name not in known:
+        raise ValueError(f"adapter_name: {adapter_name!r}, expected one of {list(known)}")
+
+
+def settle(layers: Iterable[NamedLayer]) -> None:
+    """Let layers that read the same x decide anew what they keep of it."""
+    for siblings in {id(layer._siblings): layer._siblings for layer in layers}.values():
+        siblings.settle()
