@@ -102,6 +102,38 @@ def test_connections_go_by_the_gradient_of_the_base():
         assert layers(model)[name].holder_of("third").index.equal(layer.index)
 
 
+class Attention(nn.Module):
+    """Three layers that read the same x."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.q_proj, self.k_proj, self.v_proj = (nn.Linear(64, 8) for _ in range(3))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.q_proj(x) * self.k_proj(x) + self.v_proj(x)
+
+
+def test_layers_keep_the_columns_of_x_that_the_active_adapter_chose():
+    configs = {
+        "default": {"k": 1, "target_modules": ["q_proj", "k_proj"]},
+        "second": {"k": 2, "target_modules": ["q_proj", "v_proj"]},
+    }
+    model, x = Attention(), torch.randn(5, 64)
+    nk.adapt(model, **configs["default"])
+    nk.add_adapter(model, "second", **configs["second"])
+    for name in ("second", "default", "second"):
+        expected = Attention()
+        nk.adapt(expected, **configs[name])
+        nk.set_adapter(model, name)
+        for active, layer in layers(expected).items():
+            assert layers(model)[active].columns.equal(layer.columns)
+        assert_same(step(model, x), step(expected, x))
+        with nk.disable_adapter(model), nk.rows_of(model, ["second", *["default"] * 4]):
+            model(x)
+        assert_same(step(model, x), step(expected, x))
+
+
 def test_all_linear_means_the_modules_that_are_adapted_too():
     model, expected = Transposed(), Transposed()
     nk.adapt(model, 1, ["down"])

@@ -44,6 +44,19 @@ def test_adapters_change_places_and_stay_the_very_tensors(layer):
     assert "adapters.other.delta" in layer.state_dict()
 
 
+def test_gradients_are_of_the_connections_that_are_in_use(layer_type):
+    layer = layer_type(64, 8, 2)  # so few that x is kept as columns
+    layer.park("other", other_index(layer), torch.zeros(8, 2))
+    x, grad = torch.randn(5, 64), torch.randn(5, 8)
+    for name in ("other", "default", "other"):
+        layer.seat(name)
+        layer.delta.requires_grad_()
+        layer(x).backward(grad)
+        expected = torch.einsum("tj,tjs->js", grad, x[:, layer.index.long()])
+        torch.testing.assert_close(layer.delta.grad, expected, rtol=1e-5, atol=1e-5)
+        layer.delta.grad = None
+
+
 def test_a_plan_is_kept_while_its_adapter_is_parked(monkeypatch):
     layer = nk.NeuroAdaLinear(24, 16, 2)
     layer.park("other", other_index(layer), torch.zeros(16, 2))
