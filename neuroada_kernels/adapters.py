@@ -48,6 +48,7 @@ from neuroada_kernels.named import (
     keep_config_of,
     named_layers,
     names_in,
+    siblings_of,
     unwrapped,
 )
 from neuroada_kernels.nn._layer import BypassLayer
@@ -200,7 +201,9 @@ def load_adapter(
             parameter.copy_(split_as(adapter.parameters[name], parameter))
             parameter.requires_grad_()
         undo.pop_all()
-    siblings = None if config is None else config.siblings
+    siblings = siblings_of(model)
+    if active and config is not None:
+        siblings = config.siblings
     put_in(model, adapter_name, new, added, active=active, siblings=siblings)
     if active:
         keep_config(model, config)

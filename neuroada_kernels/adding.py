@@ -34,6 +34,7 @@ from neuroada_kernels.named import (
     keep_config_of,
     named_layers,
     settle,
+    siblings_of,
     unwrapped,
 )
 from neuroada_kernels.nn._base import BypassLinear
@@ -104,9 +105,9 @@ def add_adapter(
     adapter_name : str
         A new name, without dots.
     config, k, target_modules, **options
-        As :func:`neuroada_kernels.adapt` takes them. ``strategy`` is the layers', see
-        :func:`neuroada_kernels.set_strategy`, and stays as it is; so are ``save_activations`` and
-        ``siblings``, which a new layer alone takes from here.
+        As :func:`neuroada_kernels.adapt` takes them, but for what is the layers' and not an
+        adapter's: ``strategy``, see :func:`neuroada_kernels.set_strategy`, and ``siblings``.
+        ``save_activations`` is for layers that are new.
     scores, generator, data, loss, score_bytes, layer_type, progress
         As in :func:`neuroada_kernels.adapt`. Gradients are those of the base.
 
@@ -161,9 +162,7 @@ def add_adapter(
                 new[module] = chosen_layer(module, choice, config, layer_type)
                 if any(part.deferred for part in parts_of(new[module])):
                     raise ValueError("weight: is on the meta device, expected values")
-    first = getattr(model, "neuroada_config", None)
-    siblings = None if first is None else first.siblings
-    put_in(model, adapter_name, new, added, active=False, siblings=siblings)
+    put_in(model, adapter_name, new, added, active=False, siblings=siblings_of(model))
     keep_config_of(model, adapter_name, config)
     return AdaptSummary.of(model, with_stacks(model, targets), adapter_name)
 
@@ -256,6 +255,8 @@ def _check_config(model: nn.Module, config: NeuroAdaConfig) -> None:
             f"strategy: {config.strategy!r}, expected 'bypass': it is the layers', whose adapters "
             "all train by it, and set_strategy sets it"
         )
+    if config.siblings is not None:
+        raise ValueError("siblings: are the layers', expected None; see set_save_activations")
     known = (getattr(model, "neuroada_config", None), *configs_of(model).values(), config)
     if any(each is not None and each.bias == "all" for each in known):
         raise ValueError("bias: 'all' in a config, expected 'none': adapters share the base's")

@@ -226,12 +226,18 @@ def configs_of(model: nn.Module) -> dict[str, NeuroAdaConfig | None]:
     return configs
 
 
+def siblings_of(model: nn.Module) -> Sequence[Sequence[str]] | None:
+    """The groups of siblings that the model was adapted with, None for those that are known."""
+    configs = (getattr(model, "neuroada_config", None), *configs_of(model).values())
+    found = (config.siblings for config in configs if config is not None)
+    return next((siblings for siblings in found if siblings is not None), None)
+
+
 def keep_config_of(model: nn.Module, adapter: str, config: NeuroAdaConfig | None) -> None:
     """Keep the config of another adapter than the active one, and so with the model's copies."""
-    if "neuroada_configs" not in vars(model):
-        active = active_adapter(model)
+    if "neuroada_configs" not in vars(model):  # then there has been one other, at most
         own = getattr(model, "neuroada_config", None)
-        vars(model)["neuroada_configs"] = {} if active is None else {active: own}
+        vars(model)["neuroada_configs"] = dict.fromkeys(adapter_names(model), own)
     configs_of(model)[adapter] = config
 
 

@@ -254,7 +254,6 @@ def test_a_failed_load_leaves_it_waiting(tmp_path, monkeypatch):
         raise MemoryError
 
     with monkeypatch.context() as patch:
-        patch.setattr("neuroada_kernels.adapters.replace", failing)
         patch.setattr(nk.NeuroAdaLinear, "_make_plan", failing)
         with pytest.raises(MemoryError):
             nk.load_adapter(model, tmp_path / "adapter")

@@ -371,6 +371,18 @@ def test_an_adapter_by_name_is_saved_and_loaded_beside_others(tmp_path, strategy
     assert fresh.neuroada_config == nk.NeuroAdaConfig(**SECOND)
 
 
+def test_every_adapter_has_its_config(tmp_path):
+    first, second = nk.NeuroAdaConfig(**FIRST), nk.NeuroAdaConfig(**SECOND)
+    nk.save_adapter(alone("second"), tmp_path / "file")
+    model = adapted()
+    with nk.disable_adapter(model):
+        nk.load_adapter(model, tmp_path / "file", adapter_name="second")
+    nk.add_weighted_adapter(model, ["second"], [2], "twice")
+    for name, config in {"second": second, "twice": None, "default": first}.items():
+        nk.set_adapter(model, name)
+        assert model.neuroada_config == config
+
+
 def test_a_file_takes_the_place_of_the_active_adapter_alone(tmp_path):
     model = both()
     nk.set_adapter(model, "second")
@@ -430,6 +442,7 @@ REFUSED = {
     "target": (lambda m: nk.add_adapter(m, "third", 1, ["left"]), "'left' matches nothing"),
     "bias": (lambda m: nk.add_adapter(m, "third", bias="all"), "bias: 'all'"),
     "strategy": (lambda m: nk.add_adapter(m, "third", strategy="auto"), "strategy: 'auto'"),
+    "siblings": (lambda m: nk.add_adapter(m, "third", siblings=[]), "siblings: are the layers'"),
     "again": (lambda m: nk.adapt(m, 1, ["head"]), r"by name, \['second'\], expected add_adapter"),
     "weights": (
         lambda m: nk.add_weighted_adapter(m, ["default"], [1, 2], "third"),

@@ -18,7 +18,7 @@ class BatchRows:
     adapters : tuple of str or None
         The adapter of each group; None for the base alone.
     counts : tuple of int
-        BatchRows of each group.
+        Rows of each group.
     order : Tensor or None
         int64, ``[rows]``: the rows, group by group; None where they stand so already.
     places : Tensor or None
