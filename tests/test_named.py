@@ -7,62 +7,11 @@ import pickle
 
 import pytest
 import torch
-from adapted import TARGETS, Model, Unchanged, adapted, inputs, layers, trained
-from foreign import Conv1D
+from adapted import TARGETS, Model, adapted, inputs, layers, trained
 from torch import Tensor, nn
+from two_adapters import FIRST, ROWS, SECOND, STRATEGIES, Transposed, alone, assert_same, both, step
 
 import neuroada_kernels as nk
-
-FIRST = {"k": 2, "target_modules": TARGETS}
-SECOND = {"k": 3, "target_modules": ["up", "head"], "selection": "smallest"}
-STRATEGIES = ["bypass", "resident"]
-
-
-class Transposed(nn.Module):
-    """A layer of ours beside one that is round somebody else's."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        torch.manual_seed(0)
-        self.up, self.down, self.head = nn.Linear(6, 12), Conv1D(6, 12), nn.Linear(6, 4)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.head(torch.relu(self.down(self.up(x))))
-
-
-def both(strategy: str = "bypass", dtype: torch.dtype = torch.float32) -> Model:
-    """A model with an adapter "default", which is active, and another one in other modules."""
-    model = adapted(dtype=dtype)
-    nk.add_adapter(model, "second", **SECOND)
-    nk.set_adapter(model, "second")
-    trained(model, 1)
-    nk.set_adapter(model, "default")
-    nk.set_strategy(model, strategy)
-    return model
-
-
-def alone(name: str, strategy: str = "bypass", dtype: torch.dtype = torch.float32) -> Model:
-    """The same with one of the two."""
-    model = Model(dtype=dtype)
-    nk.adapt(model, **(FIRST if name == "default" else SECOND))
-    trained(model, 0 if name == "default" else 1)
-    nk.set_strategy(model, strategy)
-    return model
-
-
-def step(model: nn.Module, x: Tensor) -> list[Tensor]:
-    """The output, and the gradient of x and of everything that trains."""
-    model.zero_grad()
-    x = x.clone().requires_grad_()
-    y = model(x)
-    y.square().sum().backward()
-    deltas = [p.grad for p in model.parameters() if p.requires_grad]
-    return [y.detach(), x.grad, *deltas]
-
-
-def assert_same(actual: list[Tensor], expected: list[Tensor]) -> None:
-    assert len(actual) == len(expected)
-    assert all(a.equal(e) for a, e in zip(actual, expected, strict=True))
 
 
 @pytest.mark.parametrize("strategy", STRATEGIES)
@@ -191,9 +140,6 @@ def test_an_error_ends_a_block_as_well():
         assert_same(step(model, inputs()), before)
 
 
-ROWS = ["second", "default", "__base__", "second", "default"]
-
-
 @pytest.mark.parametrize("kind", [Model, Transposed])
 @pytest.mark.parametrize("names", [ROWS, sorted(ROWS)], ids=["mixed", "sorted"])
 def test_each_row_goes_through_its_own_adapter(kind, names):
@@ -276,66 +222,6 @@ def test_rows_of_a_sum_may_have_different_numbers_of_connections():
     torch.testing.assert_close(model(x), x @ expected.t() + linear.bias)
 
 
-def test_a_deleted_adapter_leaves_what_was_there_before():
-    expected = list(adapted().state_dict())
-    model, head = both(), Model().head
-    nk.delete_adapter(model, "second")
-    assert nk.adapter_names(model) == ("default",)
-    assert sorted(model.state_dict()) == sorted(expected)
-    assert type(model.head) is nn.Linear
-    assert model.head.weight.equal(head.weight)
-    assert_same(step(model, inputs()), step(alone("default"), inputs()))
-
-
-def test_the_first_adapter_can_be_deleted_as_well():
-    model = both()
-    nk.set_adapter(model, "second")
-    nk.delete_adapter(model, "default")
-    assert nk.adapter_names(model) == ("second",)
-    assert_same(step(model, inputs()), step(alone("second"), inputs()))
-    nk.add_adapter(model, "default", **FIRST)
-    nk.set_adapter(model, "default")
-    assert_same(step(trained(model, 0), inputs()), step(alone("default"), inputs()))
-
-
-@pytest.mark.parametrize("strategy", STRATEGIES)
-@pytest.mark.parametrize("merge", [False, True])
-def test_unloading_leaves_plain_modules_with_the_very_weights(strategy, merge):
-    model = both(strategy)
-    nk.set_save_activations(model, "compact")
-    model(inputs())
-    weights = {name: layer.weight for name, layer in layers(model).items()}
-    old = list(layers(model).values())
-    expected = alone("default")
-    if merge:
-        nk.merge(expected)
-    assert nk.unload(model, merge=merge) is model
-    base = Model()
-    assert list(model.state_dict()) == list(base.state_dict())
-    assert not hasattr(model, "neuroada_config")
-    for name, weight in weights.items():
-        module = model.get_submodule(name)
-        assert type(module) is nn.Linear
-        assert module.weight is weight
-    assert model(inputs()).equal((expected if merge else base)(inputs()))
-    assert not any(layer.strategy == "resident" or layer in layer._siblings.layers for layer in old)
-    before = model.state_dict()
-    del old
-    assert all(t.equal(before[name]) for name, t in model.state_dict().items())
-    nk.adapt(model, **FIRST)
-
-
-def test_unloading_gives_back_what_a_layer_is_round():
-    base = Transposed()
-    down, expected = base.down, copy.deepcopy(base)
-    nk.adapt(base, **FIRST)
-    nk.unload(base)
-    assert base.down is down
-    assert base(inputs()).equal(expected(inputs()))
-    layer = nk.NeuroAdaLinear(4, 3)
-    assert type(nk.unload(layer)) is nn.Linear
-
-
 def test_what_is_saved_has_its_name_whichever_adapter_is_active():
     model, others = both(), [both(), copy.deepcopy(both()), pickle.loads(pickle.dumps(both()))]
     nk.set_adapter(model, "second")
@@ -407,81 +293,6 @@ def test_a_file_may_bring_the_active_adapter_into_layers_that_lack_it(tmp_path):
     assert_same(step(model, inputs()), step(alone("default"), inputs()))
 
 
-@pytest.mark.parametrize(
-    ("name", "error", "words"),
-    [
-        ("default", ValueError, "is there already"),
-        ("a.b", ValueError, "without dots"),
-        ("", ValueError, "without dots"),
-        ("__base__", ValueError, "means something else"),
-        ("keys", ValueError, "means something else"),
-        (3, TypeError, "int, expected a name"),
-    ],
-)
-def test_names_that_would_not_do_are_refused(name, error, words, tmp_path):
-    model = adapted()
-    nk.save_adapter(model, tmp_path / "file")
-    with Unchanged(model):
-        with pytest.raises(error, match=f"adapter_name: .*{words}"):
-            nk.add_adapter(model, name, **SECOND)
-        with pytest.raises(error, match=f"adapter_name: .*{words}"):
-            nk.add_weighted_adapter(model, ["default"], [1], name)
-        if name != "default":
-            with pytest.raises(error, match=f"adapter_name: .*{words}"):
-                nk.load_adapter(model, tmp_path / "file", adapter_name=name)
-
-
-REFUSED = {
-    "unknown": (lambda m: nk.set_adapter(m, "third"), "'third', expected one of .*'second'"),
-    "several": (lambda m: nk.set_adapter(m, ["default", "second"]), "expected one name"),
-    "active": (lambda m: nk.delete_adapter(m, "default"), "activate another one first"),
-    "gone": (lambda m: nk.delete_adapter(m, "third"), "'third', expected one of"),
-    "row": (lambda m: nk.rows_of(m, ["third"]).__enter__(), "'third', expected one of"),
-    "no list": (lambda m: nk.rows_of(m, "second").__enter__(), "expected a sequence of names"),
-    "k": (lambda m: nk.add_adapter(m, "third", 9), "blocks.0.up: k: 9"),
-    "target": (lambda m: nk.add_adapter(m, "third", 1, ["left"]), "'left' matches nothing"),
-    "bias": (lambda m: nk.add_adapter(m, "third", bias="all"), "bias: 'all'"),
-    "strategy": (lambda m: nk.add_adapter(m, "third", strategy="auto"), "strategy: 'auto'"),
-    "siblings": (lambda m: nk.add_adapter(m, "third", siblings=[]), "siblings: are the layers'"),
-    "again": (lambda m: nk.adapt(m, 1, ["head"]), r"by name, \['second'\], expected add_adapter"),
-    "weights": (
-        lambda m: nk.add_weighted_adapter(m, ["default"], [1, 2], "third"),
-        "weights: .*expected 1",
-    ),
-    "infinite": (
-        lambda m: nk.add_weighted_adapter(m, ["default"], [float("inf")], "third"),
-        "expected a finite number",
-    ),
-}
-
-
-@pytest.mark.parametrize("case", REFUSED)
-def test_what_would_be_wrong_is_refused(case):
-    act, words = REFUSED[case]
-    model = both()
-    with Unchanged(model), pytest.raises((TypeError, ValueError), match=words):
-        act(model)
-
-
-@pytest.mark.parametrize(
-    "act",
-    [
-        lambda m: nk.set_adapter(m, "second"),
-        lambda m: nk.add_adapter(m, "third", **SECOND),
-        lambda m: nk.add_weighted_adapter(m, ["second"], [1], "third"),
-        lambda m: nk.delete_adapter(m, "second"),
-        lambda m: nk.disable_adapter(m).__enter__(),
-        lambda m: nk.rows_of(m, ["second"]).__enter__(),
-        lambda m: nk.unload(m),
-    ],
-)
-def test_a_merged_model_is_left_alone(act):
-    model = both()
-    nk.merge(model)
-    with Unchanged(model), pytest.raises(RuntimeError, match="is merged, unmerge first"):
-        act(model)
-
-
 def test_merging_is_of_the_active_adapter():
     model = both()
     nk.set_adapter(model, "second")
@@ -493,34 +304,6 @@ def test_merging_is_of_the_active_adapter():
     assert_same(step(model, inputs()), step(alone("second"), inputs()))
     with nk.disable_adapter(model), pytest.raises(RuntimeError, match="is disabled"):
         nk.merge(model)
-
-
-def test_a_block_of_rows_refuses_what_it_cannot_have():
-    model = both()
-    with nk.rows_of(model, ["second", "default"]):
-        for act in (nk.merge, nk.unload, lambda m: nk.delete_adapter(m, "second")):
-            with pytest.raises(RuntimeError, match="row"):
-                act(model)
-        with pytest.raises(ValueError, match="rows of a batch take different adapters"):
-            nk.set_strategy(model, "resident")
-        for x in (torch.zeros(3, 6), torch.zeros(6)):
-            with pytest.raises(ValueError, match="adapter_names: 2 for x of shape"):
-                model.blocks[0].up(x)
-        assert copy.deepcopy(model)(inputs()).equal(alone("default")(inputs()))
-    nk.set_strategy(model, "resident")
-    with pytest.raises(ValueError, match="is resident, so that its weight holds one adapter"):
-        nk.rows_of(model, ["second"]).__enter__()
-
-
-def test_parameters_that_all_adapters_share_are_not_loaded(tmp_path):
-    model = Model()
-    nk.adapt(model, 2, TARGETS, bias="all")
-    nk.save_adapter(model, tmp_path / "file")
-    with pytest.raises(ValueError, match="bias: 'all'"):
-        nk.add_adapter(model, "second", **SECOND)
-    other = adapted()
-    with Unchanged(other), pytest.raises(ValueError, match=r"bias.*which other adapters share"):
-        nk.load_adapter(other, tmp_path / "file", adapter_name="second")
 
 
 def test_compiled_it_takes_up_another_adapter_without_compiling_again():
