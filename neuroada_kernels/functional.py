@@ -63,6 +63,19 @@ def neuroada_linear(
     ValueError
         If a shape or a device is not, or if ``weight`` requires grad.
     """
+    check_linear(x, weight, index, delta, bias, plan)
+    return apply_linear(x, weight, index, delta, bias, plan)
+
+
+def check_linear(
+    x: Tensor,
+    weight: Tensor,
+    index: Tensor,
+    delta: Tensor,
+    bias: Tensor | None,
+    plan: Tensor | None,
+) -> None:
+    """Raise where a shape, a device or a dtype of the adapter's does not fit."""
     _check_bypass(x, index, delta)
     if weight.dim() != 2 or weight.shape[1] != x.shape[-1] or weight.shape[0] != index.shape[0]:
         raise ValueError(
@@ -74,7 +87,6 @@ def neuroada_linear(
     if bias is not None and bias.device != x.device:
         raise ValueError(f"bias: on {bias.device}, expected {x.device}, as x")
     _check_plan(plan, x)
-    return apply_linear(x, weight, index, delta, bias, plan)
 
 
 def apply_linear(

@@ -7,6 +7,7 @@ made it.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any, cast
 
 import torch
@@ -44,6 +45,36 @@ def is_kept_by_its_maker(x: Tensor) -> bool:
     while node is not None and type(node).__name__ in _VIEWS:
         node, number = node.next_functions[0]
     return node is not None and number == 0 and any(hasattr(type(node), n) for n in _RESULTS)
+
+
+def kept_of(
+    x: Tensor,
+    held: Mapping[str, Tensor | None],
+    delta: Tensor,
+    siblings: Siblings,
+    dtype: torch.dtype | None = None,
+) -> functional.Kept | None:
+    """The columns of x to be saved in its stead, and the index into them; None for x itself.
+
+    ``held`` has ``columns`` and ``kept_index`` of whoever reads x. The copy is of the dtype that
+    it computes in, by default autocast's or that of x.
+    """
+    columns = held["columns"]
+    if columns is None or not torch.is_grad_enabled() or columns.device != x.device:
+        return None
+    if not delta.requires_grad or functional.is_transformed():
+        return None
+    dtype = dtype or functional.autocast_dtype(x) or x.dtype
+    if torch.compiler.is_compiling():
+        # Siblings have the very same columns, so that a compiler makes one copy of its own.
+        return columns_of(x, columns, dtype), cast(Tensor, held["kept_index"])
+    if type(x) not in (Tensor, nn.Parameter) or (dtype == x.dtype and is_kept_by_its_maker(x)):
+        return None
+    with siblings.lock:
+        columns, kept_index = held["columns"], held["kept_index"]
+    if columns is None or kept_index is None:
+        return None
+    return siblings.copy_of(x, columns, dtype), kept_index
 
 
 class ActivationSaver(nn.Module):
@@ -108,27 +139,9 @@ class ActivationSaver(nn.Module):
         self._buffers["columns"], self._buffers["kept_index"] = columns, kept_index
 
     def _keep(self, x: Tensor, dtype: torch.dtype | None = None) -> functional.Kept | None:
-        """The columns of x to be saved in its stead, and the index into them; None for x itself.
-
-        Of the dtype that the layer computes in, by default autocast's or that of x.
-        """
-        buffers = self._buffers
-        columns = buffers["columns"]
-        if columns is None or not torch.is_grad_enabled() or columns.device != x.device:
-            return None
-        if not cast(Tensor, self._parameters["delta"]).requires_grad or functional.is_transformed():
-            return None
-        dtype = dtype or functional.autocast_dtype(x) or x.dtype
-        if torch.compiler.is_compiling():
-            # Siblings have the very same columns, so that a compiler makes one copy of its own.
-            return columns_of(x, columns, dtype), cast(Tensor, buffers["kept_index"])
-        if type(x) not in (Tensor, nn.Parameter) or (dtype == x.dtype and is_kept_by_its_maker(x)):
-            return None
-        with self._siblings.lock:
-            columns, kept_index = buffers["columns"], buffers["kept_index"]
-        if columns is None or kept_index is None:
-            return None
-        return self._siblings.copy_of(x, columns, dtype), kept_index
+        """:func:`kept_of` for the layer's own tensors."""
+        delta = cast(Tensor, self._parameters["delta"])
+        return kept_of(x, self._buffers, delta, self._siblings, dtype)
 
     def _saving_repr(self) -> str:
         columns, mode = self._buffers.get("columns"), self._save_activations

@@ -22,7 +22,9 @@ class Reader(Protocol):
 
     in_features: int
     index: Tensor
-    columns: Tensor | None
+
+    @property
+    def columns(self) -> Tensor | None: ...
 
     @property
     def save_activations(self) -> str: ...
