@@ -118,11 +118,32 @@ def count_connections(index: Tensor, d_in: int) -> int:
     return int((index >= 0).sum())
 
 
-def identity_of(tensor: Tensor) -> tuple[int, ...]:
-    """Which tensor it is, and how often it was written in place; inference tensors do not count."""
-    if tensor.is_meta:
-        return (id(tensor),)
-    return id(tensor), tensor.data_ptr(), -1 if tensor.is_inference() else tensor._version
+class Planned:
+    """An index as it was when it was planned: which tensor, in which memory, how often written.
+
+    It holds that memory, or else another index that is put there through ``.data`` would look like
+    this one. A copy of it, deep or pickled, has planned nothing.
+    """
+
+    __slots__ = ("_identity", "_memory")
+
+    def __init__(self, index: Tensor | None = None) -> None:
+        if index is not None and index.is_meta:
+            index = None
+        self._identity = None if index is None else _identity_of(index)
+        self._memory = None if index is None else index.untyped_storage()
+
+    def is_still(self, index: Tensor) -> bool:
+        """Whether ``index`` is that one, and was not written since."""
+        return not index.is_meta and _identity_of(index) == self._identity
+
+    def __reduce__(self) -> tuple[type[Planned], tuple[()]]:
+        return Planned, ()
+
+
+def _identity_of(index: Tensor) -> tuple[int, int, int]:
+    """Inference tensors do not count how often they are written."""
+    return id(index), index.data_ptr(), -1 if index.is_inference() else index._version
 
 
 def order_slots(index: Tensor) -> Tensor:

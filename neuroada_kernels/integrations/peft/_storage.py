@@ -13,7 +13,7 @@ from neuroada_kernels import functional
 from neuroada_kernels.nn._activations import kept_of
 from neuroada_kernels.nn._layer import uncast
 from neuroada_kernels.nn._siblings import Siblings
-from neuroada_kernels.plan import check_index, identity_of, make_plan, renumber
+from neuroada_kernels.plan import Planned, check_index, make_plan, renumber
 
 
 class DeltaDict(nn.ParameterDict):
@@ -37,7 +37,7 @@ class Connections:
         self.index = torch.empty(0, 1, dtype=torch.int32, device="meta")
         self.plan: Tensor | None = None
         self.held: dict[str, Tensor | None] = {"columns": None, "kept_index": None}
-        self._planned: tuple[int, ...] | None = None  # the index that the plan is of
+        self._planned = Planned()  # the index that the plan is of
         self.reads = False  # x, in a forward that trains
 
     @property
@@ -52,11 +52,11 @@ class Connections:
         TypeError, ValueError
             If it is not valid.
         """
-        if index is self.index and identity_of(index) == self._planned:
+        if self._planned.is_still(index):
             return
         self.index = index
         if index.is_meta:
-            self.plan = self._planned = None
+            self.plan, self._planned = None, Planned()
         else:
             self._plan()
         self._keep_columns(None)
@@ -68,7 +68,7 @@ class Connections:
         # Made in inference mode, it would be of no use to a later backward.
         with torch.inference_mode(False), torch.no_grad():
             self.plan = make_plan(self.index, self.in_features)
-        self._planned = identity_of(self.index)
+        self._planned = Planned(self.index)
 
     def read(self, reads: bool) -> None:
         """Have a say in what is kept of x, or no more."""
@@ -88,7 +88,7 @@ class Connections:
     def _is_planned(self) -> bool:
         if self.index.is_meta:
             return False
-        if identity_of(self.index) != self._planned:
+        if not self._planned.is_still(self.index):
             try:
                 self._plan()
             except (TypeError, ValueError):
