@@ -6,6 +6,7 @@ from typing import TypeAlias
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from neuroada_kernels import ops, reference
 from neuroada_kernels._dtypes import FLOATING
@@ -32,7 +33,7 @@ def neuroada_linear(
     ``y[t, j] = sum_c x[t, c] W[j, c] + b[j] + sum_s delta[j, s] x[t, index[j, s]]``
     (Zhang et al., NeuroAda, EMNLP 2025). Neither ``W + delta`` nor a gradient of W's shape is
     built. Differentiable in ``x``, ``delta`` and ``bias``, once; under ``torch.func`` transforms
-    the formula in plain PyTorch runs instead.
+    and in forward mode the formula in plain PyTorch runs instead.
 
     Parameters
     ----------
@@ -239,5 +240,10 @@ def autocast_dtype(x: Tensor) -> torch.dtype | None:
 
 
 def is_transformed() -> bool:
-    """Whether a ``torch.func`` transform is at work, which our backward cannot follow."""
+    """Whether a ``torch.func`` transform or forward-mode AD is at work, which our ops cannot follow.
+
+    Under ``no_grad`` the ops would not even be asked for a tangent, and would leave it out.
+    """
+    if forward_ad._current_level >= 0:
+        return True
     return not torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active()
