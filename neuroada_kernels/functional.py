@@ -240,7 +240,7 @@ def autocast_dtype(x: Tensor) -> torch.dtype | None:
 
 
 def is_transformed() -> bool:
-    """Whether a ``torch.func`` transform or forward-mode AD is at work, which our ops cannot follow.
+    """Whether ``torch.func`` or forward-mode AD is at work, which our ops cannot follow.
 
     Under ``no_grad`` the ops would not even be asked for a tangent, and would leave it out.
     """

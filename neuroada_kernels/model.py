@@ -16,7 +16,7 @@ from neuroada_kernels.arguments import check_data, check_scores, check_selection
 from neuroada_kernels.config import ALL_LINEAR, NeuroAdaConfig
 from neuroada_kernels.gradient import SCORE_BYTES, Loss, each_gradient
 from neuroada_kernels.nn._base import BypassLinear
-from neuroada_kernels.nn._bitsandbytes import elements, keep_packing
+from neuroada_kernels.nn._bitsandbytes import elements, packing_kept
 from neuroada_kernels.nn._layer import BypassLayer
 from neuroada_kernels.nn._strategy import refusal
 from neuroada_kernels.nn.bypass import NeuroAdaBypass
@@ -215,8 +215,6 @@ def adapt(
     show = worth_showing(sum(sizes.values())) if progress is None else progress
     shared = {} if config.strategy == "bypass" else shared_weights(model, modules.values())
     layers: dict[nn.Module, BypassLayer | NeuroAdaExperts] = {}
-    for module in model.modules():  # those, too, through which only a gradient passes
-        keep_packing(module)
 
     def adapt_one(name: str, scores: Tensor | None) -> None:
         module = modules[name]
@@ -238,7 +236,8 @@ def adapt(
                     if reason is not None:
                         raise ValueError(refusal(reason))
 
-    with grad_flags_kept_on_error(model):
+    # The packing of those, too, through which only a gradient passes.
+    with grad_flags_kept_on_error(model), packing_kept(model):
         if data is not None and loss is not None:
             for name, gradient in each_gradient(
                 model, modules, data, loss, score_bytes=score_bytes, show_progress=show
