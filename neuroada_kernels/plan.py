@@ -30,6 +30,8 @@ def check_index(index: Tensor, d_in: int) -> int:
     ValueError
         If it is no matrix, is on the meta device, or has a column that is out of range or stands
         twice in its row. -1 marks a slot without a connection and may repeat.
+    RuntimeError
+        If it is on a GPU of which a CUDA graph is being captured.
     """
     check_index_form(index, d_in)
     if index.device.type == "cpu" and _extension.module is not None:
@@ -37,6 +39,7 @@ def check_index(index: Tensor, d_in: int) -> int:
         if error:
             raise ValueError(f"index: {error}")
         return int(live)
+    _check_not_captured(index)
     ordered = index.sort(dim=1).values
     out_of_range = ((index < -1) | (index >= d_in)).any(1)
     repeated = ((ordered[:, 1:] == ordered[:, :-1]) & (ordered[:, 1:] >= 0)).any(1)
@@ -45,6 +48,15 @@ def check_index(index: Tensor, d_in: int) -> int:
         row = int(wrong_rows[0])
         raise ValueError(f"index: {_first_fault(index[row].tolist(), row, d_in)}")
     return int((index >= 0).sum())
+
+
+def _check_not_captured(index: Tensor) -> None:
+    """Raise where a CUDA graph is captured, which would record that the values are waited for."""
+    if index.is_cuda and torch.cuda.is_current_stream_capturing():
+        raise RuntimeError(
+            "index: cannot be checked or planned while a CUDA graph is captured; run the layer "
+            "once before, or give the function its plan"
+        )
 
 
 def _first_fault(columns: list[int], row: int, d_in: int) -> str:
@@ -87,6 +99,13 @@ def make_plan(index: Tensor, d_in: int) -> Tensor:
         int32, shape ``[d_out, k]``.
     d_in : int
         Number of inputs of the weight.
+
+    Raises
+    ------
+    TypeError, ValueError
+        If ``index`` is no such tensor.
+    RuntimeError
+        If it is on a GPU of which a CUDA graph is being captured.
     """
     check_index_form(index, d_in)
     if index.device.type == "cpu" and _extension.module is not None:
@@ -94,6 +113,7 @@ def make_plan(index: Tensor, d_in: int) -> Tensor:
         plan = torch.empty(d_in + 1 + SPLITS + 1 + live, dtype=torch.int32)
         _extension.module.plan_index(_buffer(index), *index.shape, d_in, _buffer(plan))
         return plan
+    _check_not_captured(index)
     columns = index.flatten().long()
     entry = torch.argsort(columns, stable=True)[int((columns < 0).sum()) :]
     counts = torch.bincount(columns[columns >= 0], minlength=d_in)
