@@ -94,12 +94,14 @@ class ActivationSaver(nn.Module):
     kept_index: Tensor | None
     _save_activations = "auto"
     _siblings: Siblings
+    _for_compiler: Mapping[str, Tensor | None]
 
     def _start_saving(self) -> None:
         self.register_buffer("columns", None, persistent=False)
         self.register_buffer("kept_index", None, persistent=False)
         self._siblings = Siblings()
         self._siblings.layers.add(self)
+        self._mirror()
 
     @property
     def save_activations(self) -> str:
@@ -137,11 +139,20 @@ class ActivationSaver(nn.Module):
     def _keep_columns(self, columns: Tensor | None) -> None:
         kept_index = None if columns is None else renumber(self.index, columns)
         self._buffers["columns"], self._buffers["kept_index"] = columns, kept_index
+        self._mirror()
+
+    def _mirror(self) -> None:
+        """Have the same two outside of the buffers, whose shapes a compiler takes for fixed.
+
+        An index that is loaded into a compiled model may lead to another number of columns.
+        """
+        self._for_compiler = {name: self._buffers.get(name) for name in ("columns", "kept_index")}
 
     def _keep(self, x: Tensor, dtype: torch.dtype | None = None) -> functional.Kept | None:
         """:func:`kept_of` for the layer's own tensors."""
         delta = cast(Tensor, self._parameters["delta"])
-        return kept_of(x, self._buffers, delta, self._siblings, dtype)
+        held = self._for_compiler if torch.compiler.is_compiling() else self._buffers
+        return kept_of(x, held, delta, self._siblings, dtype)
 
     def _saving_repr(self) -> str:
         columns, mode = self._buffers.get("columns"), self._save_activations
@@ -151,16 +162,17 @@ class ActivationSaver(nn.Module):
     def _share_columns(self) -> None:
         """Go on sharing them, once they are moved: torch moves them layer by layer."""
         mine = self._buffers.get("columns")
-        if mine is None or mine.is_meta:
-            return
-        for sibling in list(self._siblings.layers):
-            theirs = sibling.columns
-            if theirs is not None and theirs.device == mine.device and theirs.equal(mine):
-                self._buffers["columns"] = theirs
-                return
+        if mine is not None and not mine.is_meta:
+            for sibling in list(self._siblings.layers):
+                theirs = None if sibling is self else sibling.columns
+                if theirs is not None and theirs.device == mine.device and theirs.equal(mine):
+                    self._buffers["columns"] = theirs
+                    break
+        self._mirror()
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)  # type: ignore[no-untyped-call]
         if "_siblings" not in state:  # from before there were any
             self._start_saving()
         self._siblings.layers.add(self)
+        self._mirror()
