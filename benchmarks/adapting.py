@@ -55,10 +55,16 @@ def measure(sizes: Sizes, layers: int, k: int, dtype: torch.dtype) -> dict[str, 
     parameters = sum(parameter.numel() for parameter in model.parameters())
     before = _forget_peak()
     start = perf_counter()
-    summary = nk.adapt(model, k=k)
+    nk.adapt(model, k=k)
     seconds = perf_counter() - start
     peak = _memory("VmHWM") - before
-    plans = sum(module.plan.nbytes for module in _layers(model))
+    kept = {
+        "index_bytes": sum(layer.index.nbytes for layer in _layers(model)),
+        "delta_bytes": sum(layer.delta.nbytes for layer in _layers(model)),
+        "plan_bytes": sum(layer.plan.nbytes for layer in _layers(model)),
+    }
+    beside = peak - sum(kept.values())
+    whole = {name: count // layers * sizes.layers for name, count in kept.items()}
     return {
         "layers": layers,
         "parameters": parameters,
@@ -66,16 +72,15 @@ def measure(sizes: Sizes, layers: int, k: int, dtype: torch.dtype) -> dict[str, 
         "dtype": str(dtype).removeprefix("torch."),
         "seconds": seconds,
         "seconds_per_billion": seconds * 1e9 / parameters,
-        "adapter_bytes": summary.adapter_bytes,
-        "plan_bytes": plans,
+        **kept,
         "peak_bytes": peak,
-        # Deltas are zeros that nothing has touched, of which the system has no page yet.
-        "peak_bytes_beside_indices_and_plans": peak - plans - summary.adapter_bytes // 2,
+        # Below zero where the warm-up left more free memory than adapting needs for a while.
+        "peak_bytes_beside_what_is_kept": beside,
         "extrapolated_to_all_layers": {
             "parameters": parameters // layers * sizes.layers,
             "seconds": seconds / layers * sizes.layers,
-            "adapter_bytes": summary.adapter_bytes // layers * sizes.layers,
-            "plan_bytes": plans // layers * sizes.layers,
+            **whole,
+            "peak_bytes": sum(whole.values()) + beside,
         },
     }
 
@@ -125,10 +130,13 @@ def main(argv: list[str] | None = None) -> int:
     layers = options.layers or _fitting(sizes, dtype)
     rows = [measure(sizes, layers, k, dtype) for k in options.k]
     for row in rows:
+        whole = row["extrapolated_to_all_layers"]
+        kept = ", ".join(f"{p} {whole[p + '_bytes'] / 1e6:.0f}" for p in ("index", "delta", "plan"))
         print(
             f"k {row['k']}: {row['parameters'] / 1e9:.2f} billion parameters in {row['layers']} of "
             f"{sizes.layers} layers, {row['seconds_per_billion']:.2f} s a billion, "
-            f"{row['peak_bytes_beside_indices_and_plans'] / 1e6:.0f} MB beside the adapter's own"
+            f"{row['peak_bytes_beside_what_is_kept'] / 1e6:.0f} MB beside what is kept; in all "
+            f"layers that is (extrapolated) {kept} MB"
         )
     if options.json is not None:
         results = {"environment": environment(), "sizes": asdict(sizes), "results": rows}

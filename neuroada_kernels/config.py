@@ -50,8 +50,10 @@ class NeuroAdaConfig:
         Dtype of the deltas.
     strategy : str
         ``"bypass"``, ``"resident"`` or ``"auto"``, see :class:`NeuroAdaLinear`. ``"resident"`` is
-        refused where another module reads a weight, as with tied embeddings; ``"auto"`` leaves
-        such layers at ``"bypass"``.
+        refused where another module reads a weight, as with tied embeddings; ``"auto"`` takes it
+        elsewhere and leaves such layers at ``"bypass"``. The default is exact, where ``"auto"``
+        would round ``W + delta`` to the weight's dtype and write it, so that this is to be asked
+        for.
     save_activations : str
         ``"auto"``, ``"full"`` or ``"compact"``, see :class:`NeuroAdaLinear`.
     siblings : sequence of sequences of str, optional

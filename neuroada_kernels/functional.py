@@ -6,6 +6,7 @@ from typing import TypeAlias
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from neuroada_kernels import ops, reference
 from neuroada_kernels._dtypes import FLOATING
@@ -32,7 +33,7 @@ def neuroada_linear(
     ``y[t, j] = sum_c x[t, c] W[j, c] + b[j] + sum_s delta[j, s] x[t, index[j, s]]``
     (Zhang et al., NeuroAda, EMNLP 2025). Neither ``W + delta`` nor a gradient of W's shape is
     built. Differentiable in ``x``, ``delta`` and ``bias``, once; under ``torch.func`` transforms
-    the formula in plain PyTorch runs instead.
+    and in forward mode the formula in plain PyTorch runs instead.
 
     Parameters
     ----------
@@ -63,6 +64,19 @@ def neuroada_linear(
     ValueError
         If a shape or a device is not, or if ``weight`` requires grad.
     """
+    check_linear(x, weight, index, delta, bias, plan)
+    return apply_linear(x, weight, index, delta, bias, plan)
+
+
+def check_linear(
+    x: Tensor,
+    weight: Tensor,
+    index: Tensor,
+    delta: Tensor,
+    bias: Tensor | None,
+    plan: Tensor | None,
+) -> None:
+    """Raise where a shape, a device or a dtype of the adapter's does not fit."""
     _check_bypass(x, index, delta)
     if weight.dim() != 2 or weight.shape[1] != x.shape[-1] or weight.shape[0] != index.shape[0]:
         raise ValueError(
@@ -74,7 +88,6 @@ def neuroada_linear(
     if bias is not None and bias.device != x.device:
         raise ValueError(f"bias: on {bias.device}, expected {x.device}, as x")
     _check_plan(plan, x)
-    return apply_linear(x, weight, index, delta, bias, plan)
 
 
 def apply_linear(
@@ -227,5 +240,10 @@ def autocast_dtype(x: Tensor) -> torch.dtype | None:
 
 
 def is_transformed() -> bool:
-    """Whether a ``torch.func`` transform is at work, which our backward cannot follow."""
+    """Whether ``torch.func`` or forward-mode AD is at work, which our ops cannot follow.
+
+    Under ``no_grad`` the ops would not even be asked for a tangent, and would leave it out.
+    """
+    if forward_ad._current_level >= 0:
+        return True
     return not torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active()

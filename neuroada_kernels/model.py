@@ -15,7 +15,7 @@ from neuroada_kernels.choices import each_choice
 from neuroada_kernels.config import ALL_LINEAR, NeuroAdaConfig
 from neuroada_kernels.gradient import SCORE_BYTES, Loss
 from neuroada_kernels.nn._base import BypassLinear
-from neuroada_kernels.nn._bitsandbytes import elements, keep_packing
+from neuroada_kernels.nn._bitsandbytes import elements, packing_kept
 from neuroada_kernels.nn._deferred import Deferred
 from neuroada_kernels.nn._layer import BypassLayer
 from neuroada_kernels.nn._named import DEFAULT, NamedLayer
@@ -221,8 +221,6 @@ def adapt(
     modules = once(targets)
     shared = {} if config.strategy == "bypass" else shared_weights(model, modules.values())
     layers: dict[nn.Module, NamedLayer | NeuroAdaExperts] = {}
-    for module in model.modules():  # those, too, through which only a gradient passes
-        keep_packing(module)
     choices = each_choice(
         model,
         modules,
@@ -234,7 +232,8 @@ def adapt(
         score_bytes=score_bytes,
         progress=progress,
     )
-    with grad_flags_kept_on_error(model):
+    # The packing of those, too, through which only a gradient passes.
+    with grad_flags_kept_on_error(model), packing_kept(model):
         for name, choice in choices:
             module = modules[name]
             with errors_name(name):

@@ -30,6 +30,8 @@ def check_index(index: Tensor, d_in: int) -> int:
     ValueError
         If it is no matrix, is on the meta device, or has a column that is out of range or stands
         twice in its row. -1 marks a slot without a connection and may repeat.
+    RuntimeError
+        If it is on a GPU of which a CUDA graph is being captured.
     """
     check_index_form(index, d_in)
     if index.device.type == "cpu" and _extension.module is not None:
@@ -37,6 +39,7 @@ def check_index(index: Tensor, d_in: int) -> int:
         if error:
             raise ValueError(f"index: {error}")
         return int(live)
+    _check_not_captured(index)
     ordered = index.sort(dim=1).values
     out_of_range = ((index < -1) | (index >= d_in)).any(1)
     repeated = ((ordered[:, 1:] == ordered[:, :-1]) & (ordered[:, 1:] >= 0)).any(1)
@@ -45,6 +48,15 @@ def check_index(index: Tensor, d_in: int) -> int:
         row = int(wrong_rows[0])
         raise ValueError(f"index: {_first_fault(index[row].tolist(), row, d_in)}")
     return int((index >= 0).sum())
+
+
+def _check_not_captured(index: Tensor) -> None:
+    """Raise where a CUDA graph is captured, which would record that the values are waited for."""
+    if index.is_cuda and torch.cuda.is_current_stream_capturing():
+        raise RuntimeError(
+            "index: cannot be checked or planned while a CUDA graph is captured; run the layer "
+            "once before, or give the function its plan"
+        )
 
 
 def _first_fault(columns: list[int], row: int, d_in: int) -> str:
@@ -87,6 +99,13 @@ def make_plan(index: Tensor, d_in: int) -> Tensor:
         int32, shape ``[d_out, k]``.
     d_in : int
         Number of inputs of the weight.
+
+    Raises
+    ------
+    TypeError, ValueError
+        If ``index`` is no such tensor.
+    RuntimeError
+        If it is on a GPU of which a CUDA graph is being captured.
     """
     check_index_form(index, d_in)
     if index.device.type == "cpu" and _extension.module is not None:
@@ -94,6 +113,7 @@ def make_plan(index: Tensor, d_in: int) -> Tensor:
         plan = torch.empty(d_in + 1 + SPLITS + 1 + live, dtype=torch.int32)
         _extension.module.plan_index(_buffer(index), *index.shape, d_in, _buffer(plan))
         return plan
+    _check_not_captured(index)
     columns = index.flatten().long()
     entry = torch.argsort(columns, stable=True)[int((columns < 0).sum()) :]
     counts = torch.bincount(columns[columns >= 0], minlength=d_in)
@@ -118,11 +138,32 @@ def count_connections(index: Tensor, d_in: int) -> int:
     return int((index >= 0).sum())
 
 
-def identity_of(tensor: Tensor) -> tuple[int, ...]:
-    """Which tensor it is, and how often it was written in place; inference tensors do not count."""
-    if tensor.is_meta:
-        return (id(tensor),)
-    return id(tensor), tensor.data_ptr(), -1 if tensor.is_inference() else tensor._version
+class Planned:
+    """An index as it was when it was planned: which tensor, in which memory, how often written.
+
+    It holds that memory, or else another index that is put there through ``.data`` would look like
+    this one. A copy of it, deep or pickled, has planned nothing.
+    """
+
+    __slots__ = ("_identity", "_memory")
+
+    def __init__(self, index: Tensor | None = None) -> None:
+        if index is not None and index.is_meta:
+            index = None
+        self._identity = None if index is None else _identity_of(index)
+        self._memory = None if index is None else index.untyped_storage()
+
+    def is_still(self, index: Tensor) -> bool:
+        """Whether ``index`` is that one, and was not written since."""
+        return not index.is_meta and _identity_of(index) == self._identity
+
+    def __reduce__(self) -> tuple[type[Planned], tuple[()]]:
+        return Planned, ()
+
+
+def _identity_of(index: Tensor) -> tuple[int, int, int]:
+    """Inference tensors do not count how often they are written."""
+    return id(index), index.data_ptr(), -1 if index.is_inference() else index._version
 
 
 def order_slots(index: Tensor) -> Tensor:

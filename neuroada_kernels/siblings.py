@@ -6,7 +6,8 @@ a layer that reads another makes its own, of more columns than it needs.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Protocol
 
 from torch import nn
 
@@ -75,11 +76,25 @@ def check_siblings(names: Iterable[str], siblings: Sequence[Sequence[str]] | Non
                 raise ValueError(f"siblings: {end!r} matches no module that is adapted")
 
 
+class Sibling(Protocol):
+    """A layer that can share what it keeps of x."""
+
+    in_features: int
+
+    def join(self, siblings: Siblings) -> None: ...
+
+
 def link_siblings(
     model: nn.Module, siblings: Sequence[Sequence[str]] | None = None
 ) -> tuple[tuple[str, ...], ...]:
     """Have the layers that read the same x keep one copy; the names of each group of them."""
-    layers = {n: m for n, m in model.named_modules() if isinstance(m, BypassLayer)}
+    return link({n: m for n, m in model.named_modules() if isinstance(m, BypassLayer)}, siblings)
+
+
+def link(
+    layers: Mapping[str, Sibling], siblings: Sequence[Sequence[str]] | None = None
+) -> tuple[tuple[str, ...], ...]:
+    """:func:`link_siblings` for layers by their names in the model."""
     groups: dict[tuple[int, str, int], list[str]] = {}
     for name, layer in layers.items():
         number, parent = _group_of(name, siblings)

@@ -50,8 +50,8 @@ class Block(nn.Module):
         return x + self.mlp(self.norm_mlp(x))
 
 
-def block_of(dtype: torch.dtype = torch.float32, k: int = 2, **options: object) -> Block:
-    """The same block each time; of each input every linear chooses among the first quarter."""
+def unadapted_block(dtype: torch.dtype = torch.float32) -> Block:
+    """The same block each time; of each input the first quarter has the largest weights."""
     torch.manual_seed(0)
     block = Block()
     with torch.no_grad():
@@ -59,7 +59,12 @@ def block_of(dtype: torch.dtype = torch.float32, k: int = 2, **options: object) 
             if isinstance(module, nn.Linear):
                 module.weight[:, : module.in_features // 4] *= 4
                 module.weight /= 2
-    block.to(dtype)
+    return block.to(dtype)
+
+
+def block_of(dtype: torch.dtype = torch.float32, k: int = 2, **options: object) -> Block:
+    """:func:`unadapted_block`, adapted: every linear chooses among the first quarter."""
+    block = unadapted_block(dtype)
     nk.adapt(block, k, **options)
     with torch.no_grad():
         for layer in layers_of(block):
@@ -93,12 +98,14 @@ def assert_same_bits(results: Iterable[Tensor], expected: Iterable[Tensor]) -> N
 
 
 def kept_bytes(model: nn.Module, forward: Callable[[], object]) -> int:
-    """Of the storages that a forward keeps for its backward, the model's own left out."""
+    """Of the storages that a forward keeps for its backward; neither the model's nor indices."""
     own = {t.untyped_storage().data_ptr() for t in (*model.parameters(), *model.buffers())}
     kept: dict[int, Tensor] = {}
 
     def pack(tensor: Tensor) -> Tensor:
-        kept[tensor.untyped_storage().data_ptr()] = tensor  # alive, so that no address comes twice
+        if tensor.is_floating_point():
+            # Alive, so that no address comes twice.
+            kept[tensor.untyped_storage().data_ptr()] = tensor
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):

@@ -112,6 +112,21 @@ def test_a_model_compiles_to_eagers_results(leading, backend, device):
     torch.testing.assert_close(moved, step(model, model, x)[0])
 
 
+def test_another_number_of_kept_columns_compiles_once_more_and_no_further(backend, device):
+    model = nn.Sequential(nn.Linear(64, 16)).to(device)
+    nk.adapt(model, save_activations="compact")
+    x = torch.randn(6, 64, device=device)
+    function = compiled(model)
+    for number, columns in enumerate((7, 12, 3, 16)):
+        rows = torch.arange(16, dtype=torch.int32, device=device)[:, None]
+        model[0].index = rows % columns
+        assert len(model[0].columns) == columns
+        stance = "default" if number < 2 else "fail_on_recompile"
+        with torch.compiler.set_stance(stance):
+            results = step(function, model, x)
+        torch.testing.assert_close(results, step(model, model, x))
+
+
 def test_a_compiled_model_follows_merging(backend, device):
     model = small_model().to(device)
     x = torch.randn(6, 24, device=device)

@@ -133,6 +133,8 @@ def test_a_failure_leaves_the_model_as_it_was():
     model = Mixed(("conv1d", "nf4", "scaled"))
     modules = dict(model.named_modules())
     flags = [p.requires_grad for p in model.parameters()]
+    # As on a CPU with AVX512-BF16, where evaluation packs a weight that is not adapted.
+    model.layers["nf4"].support_avx512bf16_for_cpu = True
     for options, message in (
         ({"k_pattern": {"nf4": D_IN + 1}}, r"layers\.nf4: k: 65, expected 1 to 64"),
         ({"strategy": "resident"}, r"layers\.conv1d: strategy: 'resident' is refused: the base"),
@@ -142,6 +144,9 @@ def test_a_failure_leaves_the_model_as_it_was():
             nk.adapt(model, **options)
         assert dict(model.named_modules()) == modules
         assert [p.requires_grad for p in model.parameters()] == flags
+        assert model.layers["nf4"].support_avx512bf16_for_cpu
+    nk.adapt(model)
+    assert not model.layers["nf4"].base.support_avx512bf16_for_cpu
 
 
 def test_meta_models_with_other_bases_wait_for_their_values():

@@ -100,7 +100,16 @@ BELOW = {
         "targets",
     },
     "testing": {"selection"},
-    "integrations": {"config", "functional", "nn", "ops", "plan", "selection", "targets"},
+    "integrations": {
+        "config",
+        "functional",
+        "nn",
+        "ops",
+        "plan",
+        "selection",
+        "siblings",
+        "targets",
+    },
     "": {
         "_registry",
         "_version",

@@ -10,6 +10,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from neuroada_kernels import _extension, check_index, make_plan, order_slots
 from neuroada_kernels.plan import SPLITS
@@ -218,3 +219,10 @@ def test_neighbouring_neurons_read_a_slot_from_different_banks():
     ordered = order_slots(index.int())
     for slot in ordered.T.tolist():
         assert len({column % 8 for column in slot}) == 8
+
+
+@pytest.mark.parametrize("function", [check_index, make_plan])
+def test_what_waits_for_a_gpu_is_refused_in_words_while_a_graph_is_captured(function, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
+    with FakeTensorMode(), pytest.raises(RuntimeError, match="while a CUDA graph is captured"):
+        function(torch.zeros(4, 2, dtype=torch.int32, device="cuda"), 6)

@@ -7,6 +7,7 @@ made it.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any, cast
 
 import torch
@@ -46,6 +47,36 @@ def is_kept_by_its_maker(x: Tensor) -> bool:
     return node is not None and number == 0 and any(hasattr(type(node), n) for n in _RESULTS)
 
 
+def kept_of(
+    x: Tensor,
+    held: Mapping[str, Tensor | None],
+    delta: Tensor,
+    siblings: Siblings,
+    dtype: torch.dtype | None = None,
+) -> functional.Kept | None:
+    """The columns of x to be saved in its stead, and the index into them; None for x itself.
+
+    ``held`` has ``columns`` and ``kept_index`` of whoever reads x. The copy is of the dtype that
+    it computes in, by default autocast's or that of x.
+    """
+    columns = held["columns"]
+    if columns is None or not torch.is_grad_enabled() or columns.device != x.device:
+        return None
+    if not delta.requires_grad or functional.is_transformed():
+        return None
+    dtype = dtype or functional.autocast_dtype(x) or x.dtype
+    if torch.compiler.is_compiling():
+        # Siblings have the very same columns, so that a compiler makes one copy of its own.
+        return columns_of(x, columns, dtype), cast(Tensor, held["kept_index"])
+    if type(x) not in (Tensor, nn.Parameter) or (dtype == x.dtype and is_kept_by_its_maker(x)):
+        return None
+    with siblings.lock:
+        columns, kept_index = held["columns"], held["kept_index"]
+    if columns is None or kept_index is None:
+        return None
+    return siblings.copy_of(x, columns, dtype), kept_index
+
+
 class ActivationSaver(nn.Module):
     """The part of a layer that knows what of x is kept.
 
@@ -63,12 +94,14 @@ class ActivationSaver(nn.Module):
     kept_index: Tensor | None
     _save_activations = "auto"
     _siblings: Siblings
+    _for_compiler: Mapping[str, Tensor | None]
 
     def _start_saving(self) -> None:
         self.register_buffer("columns", None, persistent=False)
         self.register_buffer("kept_index", None, persistent=False)
         self._siblings = Siblings()
         self._siblings.layers.add(self)
+        self._mirror()
 
     @property
     def save_activations(self) -> str:
@@ -106,29 +139,20 @@ class ActivationSaver(nn.Module):
     def _keep_columns(self, columns: Tensor | None) -> None:
         kept_index = None if columns is None else renumber(self.index, columns)
         self._buffers["columns"], self._buffers["kept_index"] = columns, kept_index
+        self._mirror()
+
+    def _mirror(self) -> None:
+        """Have the same two outside of the buffers, whose shapes a compiler takes for fixed.
+
+        An index that is loaded into a compiled model may lead to another number of columns.
+        """
+        self._for_compiler = {name: self._buffers.get(name) for name in ("columns", "kept_index")}
 
     def _keep(self, x: Tensor, dtype: torch.dtype | None = None) -> functional.Kept | None:
-        """The columns of x to be saved in its stead, and the index into them; None for x itself.
-
-        Of the dtype that the layer computes in, by default autocast's or that of x.
-        """
-        buffers = self._buffers
-        columns = buffers["columns"]
-        if columns is None or not torch.is_grad_enabled() or columns.device != x.device:
-            return None
-        if not cast(Tensor, self._parameters["delta"]).requires_grad or functional.is_transformed():
-            return None
-        dtype = dtype or functional.autocast_dtype(x) or x.dtype
-        if torch.compiler.is_compiling():
-            # Siblings have the very same columns, so that a compiler makes one copy of its own.
-            return columns_of(x, columns, dtype), cast(Tensor, buffers["kept_index"])
-        if type(x) not in (Tensor, nn.Parameter) or (dtype == x.dtype and is_kept_by_its_maker(x)):
-            return None
-        with self._siblings.lock:
-            columns, kept_index = buffers["columns"], buffers["kept_index"]
-        if columns is None or kept_index is None:
-            return None
-        return self._siblings.copy_of(x, columns, dtype), kept_index
+        """:func:`kept_of` for the layer's own tensors."""
+        delta = cast(Tensor, self._parameters["delta"])
+        held = self._for_compiler if torch.compiler.is_compiling() else self._buffers
+        return kept_of(x, held, delta, self._siblings, dtype)
 
     def _saving_repr(self) -> str:
         columns, mode = self._buffers.get("columns"), self._save_activations
@@ -138,16 +162,17 @@ class ActivationSaver(nn.Module):
     def _share_columns(self) -> None:
         """Go on sharing them, once they are moved: torch moves them layer by layer."""
         mine = self._buffers.get("columns")
-        if mine is None or mine.is_meta:
-            return
-        for sibling in list(self._siblings.layers):
-            theirs = sibling.columns
-            if theirs is not None and theirs.device == mine.device and theirs.equal(mine):
-                self._buffers["columns"] = theirs
-                return
+        if mine is not None and not mine.is_meta:
+            for sibling in list(self._siblings.layers):
+                theirs = None if sibling is self else sibling.columns
+                if theirs is not None and theirs.device == mine.device and theirs.equal(mine):
+                    self._buffers["columns"] = theirs
+                    break
+        self._mirror()
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)  # type: ignore[no-untyped-call]
         if "_siblings" not in state:  # from before there were any
             self._start_saving()
         self._siblings.layers.add(self)
+        self._mirror()

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -31,6 +33,27 @@ def keep_packing(module: nn.Module) -> None:
     """
     if is_of(module, "bitsandbytes", "Linear4bit"):
         module.support_avx512bf16_for_cpu = False  # type: ignore[assignment]
+
+
+@contextlib.contextmanager
+def packing_kept(model: nn.Module) -> Iterator[None]:
+    """:func:`keep_packing` of every module; undone where the block raises."""
+    before = [
+        (module, vars(module).get("support_avx512bf16_for_cpu"))
+        for module in model.modules()
+        if is_of(module, "bitsandbytes", "Linear4bit")
+    ]
+    try:
+        for module, _ in before:
+            keep_packing(module)
+        yield
+    except BaseException:
+        for module, support in before:
+            if support is None:  # as in a bitsandbytes that does not pack
+                del module.support_avx512bf16_for_cpu
+            else:
+                module.support_avx512bf16_for_cpu = support
+        raise
 
 
 def elements(parameter: Tensor) -> int:

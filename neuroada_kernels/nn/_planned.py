@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from neuroada_kernels.nn._layer import BypassLayer
-from neuroada_kernels.plan import identity_of, make_plan
+from neuroada_kernels.plan import Planned, make_plan
 
 
 class PlannedLayer(BypassLayer):
@@ -20,7 +20,7 @@ class PlannedLayer(BypassLayer):
     """
 
     plan: Tensor
-    _planned: tuple[int, ...] | None = None  # the index that the plan is of; None if not known
+    _planned = Planned()  # the index that the plan is of
     _plan_facts: tuple[str, ...] = ("_planned",)
 
     def _make_plan(self) -> None:
@@ -30,11 +30,11 @@ class PlannedLayer(BypassLayer):
 
     def _plan(self) -> None:
         if self.index.is_meta:
-            plan, self._planned = self.index.new_empty(0), None
+            plan, self._planned = self.index.new_empty(0), Planned()
         else:
             # A plan that was made in inference mode could never be saved for a backward.
             with torch.inference_mode(False), torch.no_grad():
-                plan, self._planned = self._plan_of(self.index), identity_of(self.index)
+                plan, self._planned = self._plan_of(self.index), Planned(self.index)
         self.register_buffer("plan", plan, persistent=False)
 
     def _plan_of(self, index: Tensor) -> Tensor:
@@ -50,7 +50,7 @@ class PlannedLayer(BypassLayer):
     def _is_planned(self) -> bool:
         if self.index.is_meta or self._idle:
             return False
-        if identity_of(self.index) != self._planned:
+        if not self._planned.is_still(self.index):
             try:
                 self._check_index(self.index)
             except (TypeError, ValueError):
@@ -62,16 +62,16 @@ class PlannedLayer(BypassLayer):
 
     def _follow_index(self, index: Tensor) -> None:
         """Plan anew where ``index``, the layer's own, is not what the plan is of."""
-        if identity_of(index) != self._planned:
+        if not self._planned.is_still(index):
             self._replan()
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
-        self._planned = None
+        self._planned = Planned()
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
         super()._apply(fn, recurse)
-        self._planned = None
+        self._planned = Planned()
         return self
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:

@@ -47,6 +47,11 @@ def _raise_versions(optimizer: torch.optim.Optimizer, *_: Any) -> None:
             torch.autograd.graph.increment_version(layer.delta)
 
 
+def _is_captured(weight: Tensor) -> bool:
+    """Whether what is done to ``weight`` now is recorded, to be repeated with another ``delta``."""
+    return weight.is_cuda and torch.cuda.is_current_stream_capturing()
+
+
 class _Seen:
     """A tensor as it was when it was last looked at."""
 
@@ -145,7 +150,7 @@ class ResidentLinear(BypassLinear):
         return functional.apply_resident(x, weight, index, delta, bias, self._keep(x))
 
     def _is_patched(self, weight: Tensor, delta: Tensor) -> bool:
-        if self._seen is None or self._in_graph:
+        if self._seen is None or self._in_graph or _is_captured(weight):
             return False
         return self._seen[0].is_still(delta) and self._seen[1].is_still(weight)
 
@@ -164,7 +169,7 @@ class ResidentLinear(BypassLinear):
         changed = self._seen is None or not self._seen[0].is_still(delta)
         if self._seen is not None and not self._seen[1].is_still(weight):
             self._check_weight(weight, self._seen[1], changed)
-        if weight.is_cuda and torch.cuda.is_current_stream_capturing():
+        if _is_captured(weight):
             self._in_graph = True
         self._write(weight if changed else weight.data, delta)
         self._seen = _Seen(delta), _Seen(weight)

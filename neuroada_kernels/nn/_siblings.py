@@ -22,7 +22,9 @@ class Reader(Protocol):
 
     in_features: int
     index: Tensor
-    columns: Tensor | None
+
+    @property
+    def columns(self) -> Tensor | None: ...
 
     @property
     def save_activations(self) -> str: ...
@@ -125,8 +127,14 @@ class _Latest(threading.local):
 
 
 def _stream(x: Tensor) -> object:
-    """Where the copy is made: another stream would have to wait for it."""
-    return torch.cuda.current_stream(x.device) if x.is_cuda else None
+    """Where the copy is made: another stream would have to wait for it.
+
+    What a CUDA graph records is a place of its own: a replay has other values than the copy that
+    was made before.
+    """
+    if not x.is_cuda:
+        return None
+    return torch.cuda.current_stream(x.device), torch.cuda.is_current_stream_capturing()
 
 
 def _worth_keeping(layers: list[Reader]) -> Tensor | None:

@@ -10,6 +10,7 @@ import torch
 
 from neuroada_kernels.benchmarks import adapting
 from neuroada_kernels.benchmarks.model import Sizes
+from neuroada_kernels.plan import SPLITS
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 
@@ -27,11 +28,17 @@ def test_it_measures_and_extrapolates(tmp_path, capsys):
     assert adapting.main([*arguments, "--threads", threads, "--json", str(path)]) == 0
     assert capsys.readouterr().out.count("s a billion") == 2
     written = json.loads(path.read_text())
+    shapes = adapting.shapes(Sizes(hidden=256, intermediate=512))
     for row, k in zip(written["results"], (1, 3), strict=True):
         neurons = 2 * (3 * 256 + 2 * 64 + 2 * 512)
-        assert row["adapter_bytes"] == 8 * k * neurons
+        assert row["index_bytes"] == row["delta_bytes"] == 4 * k * neurons
+        plans = 2 * sum(d_in + 1 + SPLITS + 1 + k * d_out for d_out, d_in in shapes.values())
+        assert row["plan_bytes"] == 4 * plans
+        kept = row["index_bytes"] + row["delta_bytes"] + row["plan_bytes"]
+        assert row["peak_bytes"] == kept + row["peak_bytes_beside_what_is_kept"]
         assert row["parameters"] == 2 * (2 * 256 * 256 + 2 * 64 * 256 + 3 * 256 * 512)
         assert row["seconds_per_billion"] == pytest.approx(1e9 * row["seconds"] / row["parameters"])
         whole = row["extrapolated_to_all_layers"]
-        assert whole["adapter_bytes"] == 16 * row["adapter_bytes"]
+        assert whole["plan_bytes"] == 16 * row["plan_bytes"]
+        assert whole["peak_bytes"] == 16 * kept + row["peak_bytes_beside_what_is_kept"]
         assert whole["seconds"] == pytest.approx(16 * row["seconds"])

@@ -1,5 +1,5 @@
 // The torch glue of the CUDA backend and its kernels, as ops of namespace neuroada_host_cuda on CPU
-// tensors: for test_cuda_ops.py, where there is no GPU.
+// tensors: for host_ops.py, where there is no GPU.
 #include "cuda/current_device.h"
 #include "neuroada/schemas.h"
 

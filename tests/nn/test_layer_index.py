@@ -52,6 +52,22 @@ def test_index_that_is_written_in_place_acts_at_once(trained):
     assert_follows_index(layer)
 
 
+def replace_twice(index: torch.Tensor, values: torch.Tensor) -> None:
+    """Through ``.data``, which counts no versions; in the end at the first address if possible."""
+    address = index.data_ptr()
+    index.data = values.clone()
+    others = [values.clone() for _ in range(64)]
+    index.data = next((other for other in others if other.data_ptr() == address), others[0])
+
+
+def test_index_whose_data_is_replaced_twice_acts_at_once(trained):
+    layer = trained()
+    for _ in range(4):
+        assert_follows_index(layer)
+        replace_twice(layer.index, other_index(layer))
+    assert_follows_index(layer)
+
+
 def test_index_with_other_strides_works(trained):
     layer = trained()
     layer.index = other_index(layer).t().contiguous().t()

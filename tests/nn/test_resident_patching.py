@@ -8,6 +8,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from neuroada_kernels import NeuroAdaLinear, ops, reference
+from neuroada_kernels.nn import _resident
 
 MODIFIED = "modified by an inplace operation"
 
@@ -264,6 +265,20 @@ def test_a_weight_that_requires_grad_is_refused(layer):
 def test_a_weight_of_another_dtype_is_named(layer):
     with pytest.raises(TypeError, match=r"weight: dtype torch.float32, expected torch.bfloat16"):
         layer(torch.randn(2, 24).bfloat16())
+
+
+def test_always_where_a_graph_records_it_and_from_then_on(layer, patches, monkeypatch):
+    """A replay has another delta, of which no version tells: so the graph has to have the patch."""
+    x = torch.randn(9, 24)
+    with monkeypatch.context() as capture:
+        capture.setattr(_resident, "_is_captured", lambda weight: True)
+        layer(x)
+        layer(x)
+    assert len(patches) == 2
+    layer.delta.data.add_(0.1)  # as a replay may
+    layer(x)
+    assert len(patches) == 3
+    assert holds(layer)
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")

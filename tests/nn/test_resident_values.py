@@ -8,6 +8,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.autograd import forward_ad
 
 from neuroada_kernels import NeuroAdaLinear, ReferenceNeuroAdaLinear, reference
 from neuroada_kernels.testing import CASES, make_inputs, rms_error, tolerance
@@ -201,6 +202,20 @@ def test_torch_func_differentiates_the_formula(strategy):
     each = torch.func.vmap(torch.func.grad(loss), in_dims=(None, 0))(delta, x)
     torch.testing.assert_close(each.sum(0), torch.func.grad(expected_loss)(delta, x))
     torch.testing.assert_close(layer(x), plain(x))
+
+
+# torch's own forward-mode rules are scripted, and say so on their first use.
+@pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated:DeprecationWarning")
+@pytest.mark.parametrize("grad", [True, False], ids=["grad", "no_grad"])
+@pytest.mark.parametrize("strategy", ["bypass", "resident"])
+def test_a_tangent_of_delta_comes_through_in_forward_mode(strategy, grad):
+    layer = NeuroAdaLinear(6, 5, 2, dtype=torch.float64, strategy=strategy)
+    x, along = torch.randn(3, 6, dtype=torch.float64), torch.randn(5, 2)
+    with torch.set_grad_enabled(grad), forward_ad.dual_level():
+        delta = forward_ad.make_dual(layer.delta.detach(), along)
+        y = torch.func.functional_call(layer, {"delta": delta}, x)
+        tangent = forward_ad.unpack_dual(y).tangent
+    torch.testing.assert_close(tangent, reference.bypass(x, layer.index, along))
 
 
 def test_a_second_derivative_is_refused():

@@ -6,6 +6,7 @@ import pytest
 import torch
 from gradients import differentiate, linear, reference_bypass, reference_linear
 from torch import Tensor
+from torch.autograd import forward_ad
 
 import neuroada_kernels as nk
 from neuroada_kernels.functional import neuroada_bypass, neuroada_linear
@@ -94,6 +95,32 @@ def test_func_transforms_follow_the_formula(transform, backend, device):
     for function, formula in zip(ours, formulas, strict=True):
         results, expected = (transformed(transform, f)(x, delta) for f in (function, formula))
         torch.testing.assert_close(results, expected)
+
+
+@pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated:DeprecationWarning")
+@pytest.mark.parametrize("how", ["jvp", "dual_level"])
+@pytest.mark.parametrize("grad", [True, False], ids=["grad", "no_grad"])
+def test_a_tangent_comes_through_in_forward_mode(how, grad, backend, device):
+    inputs = make_inputs(CASE, torch.float64, device=device)
+    x, delta, y = inputs.x, inputs.delta, inputs.grad_output
+    ours = (linear(inputs), lambda x, delta: neuroada_bypass(y, x, inputs.index, delta))
+    formulas = (
+        reference_linear(inputs),
+        lambda x, delta: reference_bypass(inputs)(y, x, delta),
+    )
+    along = (torch.randn_like(x), torch.randn_like(delta))
+    for function, formula in zip(ours, formulas, strict=True):
+        _, expected = torch.func.jvp(formula, (x, delta), along)
+        with torch.set_grad_enabled(grad):
+            torch.testing.assert_close(tangent(how, function, (x, delta), along), expected)
+
+
+def tangent(how: str, function, at: tuple[Tensor, ...], along: tuple[Tensor, ...]) -> Tensor | None:
+    if how == "jvp":
+        return torch.func.jvp(function, at, along)[1]
+    with forward_ad.dual_level():
+        result = function(*map(forward_ad.make_dual, at, along))
+        return forward_ad.unpack_dual(result).tangent
 
 
 def transformed(name: str, function):

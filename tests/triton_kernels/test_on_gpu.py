@@ -82,31 +82,95 @@ class Problem:
             assert rms_error(result, exact) <= 2 * tolerance(self.dtype, length, result.dtype)
 
 
+class LayerProblem:
+    """A step of a layer, and what it should give."""
+
+    def __init__(self, strategy: str, save_activations: str, device: str = "cuda") -> None:
+        torch.manual_seed(0)
+        options = {"strategy": strategy, "save_activations": save_activations}
+        dtype = torch.bfloat16
+        self.layer = nk.NeuroAdaLinear(256, 128, 4, device=device, dtype=dtype, **options)
+        self.x = torch.randn(65, 256, device=device, dtype=dtype, requires_grad=True)
+        self.grad = torch.randn(65, 128, device=device, dtype=dtype)
+
+    def renew(self, seed: int) -> None:
+        """Other values in the same memory."""
+        generator = torch.Generator().manual_seed(seed)
+        with torch.no_grad():
+            for tensor in (self.x, self.grad, self.layer.delta):
+                tensor.copy_(torch.randn(tensor.shape, generator=generator))
+
+    def step(self) -> Results:
+        """y, dx and ddelta."""
+        y = self.layer(self.x)
+        return y.detach(), *torch.autograd.grad(y, (self.x, self.layer.delta), self.grad)
+
+    def truth(self, base: Tensor) -> Results:
+        layer, is_resident = self.layer, self.layer.strategy == "resident"
+        delta = layer.delta.detach()
+        weight = nk.reference.merged_weight(base, layer.index, delta) if is_resident else base
+        x, delta = (t.detach().double().requires_grad_() for t in (self.x, delta))
+        bypass = nk.reference.bypass(x, layer.index, delta)
+        dense = nn.functional.linear(x, weight.double(), layer.bias.double())
+        y = dense if is_resident else dense + bypass
+        grad = self.grad.double()
+        (grad_delta,) = torch.autograd.grad(bypass, delta, grad, retain_graph=True)
+        return y.detach(), *torch.autograd.grad(y, x, grad), grad_delta
+
+    def check(self, results: Results, truth: Results) -> None:
+        for result, exact, length in zip(results, truth, (256, 128 * 5, 65), strict=True):
+            assert rms_error(result, exact) <= 2 * tolerance(torch.bfloat16, length, result.dtype)
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
 def test_a_captured_step_replays_on_new_values(dtype):
     problem = Problem(CASE, dtype)
-    stream = torch.cuda.Stream()
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):
-        for _ in range(3):
-            problem.step()
-    torch.cuda.current_stream().wait_stream(stream)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        captured = problem.step()
+    graph, results = captured(problem.step)
     for seed in (1, 2):
         new = make_inputs(CASE, dtype, device="cuda", seed=seed)
         with torch.no_grad():
             problem.x.copy_(new.x)
             problem.delta.copy_(new.delta)
             problem.inputs.grad_output.copy_(new.grad_output)
-        for result in captured:
+        for result in results:
             result.fill_(float("nan"))
         graph.replay()
         torch.cuda.synchronize()
-        problem.check(captured, problem.truth())
-        for replayed, eager in zip(captured, problem.step(), strict=True):
+        problem.check(results, problem.truth())
+        for replayed, eager in zip(results, problem.step(), strict=True):
             torch.testing.assert_close(replayed, eager)
+
+
+def captured(step: Callable[[], Results]) -> tuple[torch.cuda.CUDAGraph, Results]:
+    """A graph of one step, after some on a stream of their own, and what it writes into."""
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        for _ in range(3):
+            step()
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        results = step()
+    return graph, results
+
+
+@pytest.mark.parametrize("save_activations", ["full", "compact"])
+@pytest.mark.parametrize("strategy", ["bypass", "resident"])
+def test_a_captured_step_of_a_layer_replays_on_new_values(strategy, save_activations):
+    """Forward and backward; also W + delta is that of the replay, not of the capture."""
+    problem = LayerProblem(strategy, save_activations)
+    base = problem.layer.state_dict()["weight"].clone()
+    graph, results = captured(problem.step)
+    for seed in (1, 2):
+        problem.renew(seed)
+        for result in results:
+            result.fill_(float("nan"))
+        graph.replay()
+        torch.cuda.synchronize()
+        problem.check(results, problem.truth(base))
+    problem.layer.strategy = "bypass"
+    assert problem.layer.weight.equal(base)
 
 
 def test_two_streams_at_once_do_not_disturb_each_other():

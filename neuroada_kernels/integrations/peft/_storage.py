@@ -1,16 +1,19 @@
-"""What an adapted layer holds of each adapter: its delta, its index, and the plan of the index."""
+"""What an adapted layer holds of each adapter: its delta, its index, and what follows from that."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from peft.tuners._buffer_dict import BufferDict
 from torch import Tensor, nn
 
+from neuroada_kernels import functional
+from neuroada_kernels.nn._activations import kept_of
 from neuroada_kernels.nn._layer import uncast
-from neuroada_kernels.plan import check_index, identity_of, make_plan
+from neuroada_kernels.nn._siblings import Siblings
+from neuroada_kernels.plan import Planned, check_index, make_plan, renumber
 
 
 class DeltaDict(nn.ParameterDict):
@@ -20,48 +23,146 @@ class DeltaDict(nn.ParameterDict):
         return super()._apply(uncast(fn), recurse)  # type: ignore[no-untyped-call]
 
 
+class Connections:
+    """What follows from an adapter's index in a layer: its plan, and what is kept of x.
+
+    One of the readers of :class:`Siblings`: adapters of a layer read the same x, and so do those
+    of layers beside it.
+    """
+
+    def __init__(self, in_features: int, siblings: Siblings) -> None:
+        self.in_features = in_features
+        self.siblings = siblings
+        self.save_activations = "auto"
+        self.index = torch.empty(0, 1, dtype=torch.int32, device="meta")
+        self.plan: Tensor | None = None
+        self.held: dict[str, Tensor | None] = {"columns": None, "kept_index": None}
+        self._planned = Planned()  # the index that the plan is of
+        self.reads = False  # x, in a forward that trains
+
+    @property
+    def columns(self) -> Tensor | None:
+        return self.held["columns"]
+
+    def follow(self, index: Tensor) -> None:
+        """Plan anew where ``index`` is another one, or was written since.
+
+        Raises
+        ------
+        TypeError, ValueError
+            If it is not valid.
+        """
+        if self._planned.is_still(index):
+            return
+        self.index = index
+        if index.is_meta:
+            self.plan, self._planned = None, Planned()
+        else:
+            self._plan()
+        self._keep_columns(None)
+        if self.reads:
+            self.siblings.settle()
+
+    def _plan(self) -> None:
+        check_index(self.index, self.in_features)
+        # Made in inference mode, it would be of no use to a later backward.
+        with torch.inference_mode(False), torch.no_grad():
+            self.plan = make_plan(self.index, self.in_features)
+        self._planned = Planned(self.index)
+
+    def read(self, reads: bool) -> None:
+        """Have a say in what is kept of x, or no more."""
+        if reads != self.reads:
+            self.reads = reads
+            self.join(self.siblings)
+            self._keep_columns(None)
+            self.siblings.settle()
+
+    def join(self, siblings: Siblings) -> None:
+        """Read what these read; they have to settle afterwards."""
+        self.siblings.layers.discard(self)
+        self.siblings = siblings
+        if self.reads:
+            siblings.layers.add(self)
+
+    def _is_planned(self) -> bool:
+        if self.index.is_meta:
+            return False
+        if not self._planned.is_still(self.index):
+            try:
+                self._plan()
+            except (TypeError, ValueError):
+                return False  # its own forward says why
+        return True
+
+    def _keep_columns(self, columns: Tensor | None) -> None:
+        kept_index = None if columns is None else renumber(self.index, columns)
+        with self.siblings.lock:
+            self.held.update(columns=columns, kept_index=kept_index)
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        self.join(self.siblings)
+
+
 class IndexDict(BufferDict):
     """``index [d_out, k]`` by adapter: persistent buffers, so that they are saved with delta.
 
     Each has its plan (see :mod:`neuroada_kernels.plan`), made when the index is set, loaded or
     moved, since a compiled forward cannot; an index that was written in place is noticed by the
-    next forward that is not compiled.
+    next forward that is not compiled. So it is with the columns of x that are kept for it.
     """
 
     def __init__(self, d_in: int) -> None:
         super().__init__(persistent=True)
         self._d_in = d_in
-        self._plans: dict[str, Tensor] = {}
-        self._planned: dict[str, tuple[int, ...]] = {}
+        self._siblings = Siblings()
+        self._known: dict[str, Connections] = {}
+
+    def add(self, adapter: str, index: Tensor, save_activations: str) -> None:
+        """Hold an adapter's index; it keeps of x what ``save_activations`` says."""
+        self[adapter] = index
+        self._known[adapter].save_activations = save_activations
+
+    def save_activations(self, adapter: str) -> str:
+        """What an adapter keeps of x for its backward."""
+        return self._known[adapter].save_activations
 
     def plan(self, adapter: str) -> Tensor | None:
         """The plan of an adapter's index; None where that has no values."""
         if not torch.compiler.is_compiling():
             self._update(adapter)
-        return self._plans.get(adapter)
+        return self._known[adapter].plan
+
+    def keep(
+        self, adapter: str, x: Tensor, delta: Tensor, dtype: torch.dtype | None = None
+    ) -> functional.Kept | None:
+        """What an adapter keeps of x, see :func:`kept_of`; its index is planned before."""
+        known = self._known[adapter]
+        return kept_of(x, known.held, delta, known.siblings, dtype)
+
+    def activate(self, adapters: Sequence[str]) -> None:
+        """Keep of x what these adapters need, and the others not."""
+        for adapter, known in self._known.items():
+            known.read(adapter in adapters)
+
+    def join(self, siblings: Siblings) -> None:
+        """Become the layer of one that reads the same x; they have to settle afterwards."""
+        self._siblings = siblings
+        for known in self._known.values():
+            known.join(siblings)
 
     def _update(self, adapter: str) -> None:
-        index = self[adapter]
-        if index.is_meta:
-            self._forget(adapter)
-        elif identity_of(index) != self._planned.get(adapter):
-            self._check(index)
-            # Made in inference mode, it would be of no use to a later backward.
-            with torch.inference_mode(False), torch.no_grad():
-                self._plans[adapter] = make_plan(index, self._d_in)
-            self._planned[adapter] = identity_of(index)
+        self._known[adapter].follow(self[adapter])
 
     def _check(self, index: Tensor) -> None:
         if not index.is_meta:
             check_index(index, self._d_in)
 
-    def _forget(self, adapter: str) -> None:
-        self._plans.pop(adapter, None)
-        self._planned.pop(adapter, None)
-
     def __setitem__(self, adapter: str, index: Tensor) -> None:
         self._check(index)
         super().__setitem__(adapter, index)
+        self._known.setdefault(adapter, Connections(self._d_in, self._siblings))
         self._update(adapter)
 
     def __setattr__(self, name: str, value: Any) -> None:
@@ -74,7 +175,7 @@ class IndexDict(BufferDict):
 
     def __delitem__(self, adapter: str) -> None:
         super().__delitem__(adapter)
-        self._forget(adapter)
+        self._known.pop(adapter).read(False)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
         super()._apply(uncast(fn), recurse)

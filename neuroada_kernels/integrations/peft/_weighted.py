@@ -41,13 +41,14 @@ def add_weighted(
                 f"adapters: {', '.join(names)} chose different connections in {key}, expected the "
                 "same ones"
             )
+    first = configs[adapters[0]]
     weight_of = dict(zip(adapters, weights, strict=True))
     for key, names in chosen.items():
         layer = layers[key]
         delta = _weighted_sum({n: layer.neuroada_delta[n] for n in names}, weight_of)
         layer.neuroada_delta[adapter_name] = nn.Parameter(delta, requires_grad=False)
-        layer.neuroada_index[adapter_name] = layer.neuroada_index[names[0]].clone()
-    first = configs[adapters[0]]
+        index = layer.neuroada_index[names[0]].clone()
+        layer.neuroada_index.add(adapter_name, index, first.save_activations)
     sizes = {key: layers[key].neuroada_index[adapter_name].shape[1] for key in chosen}
     return dataclasses.replace(
         first,

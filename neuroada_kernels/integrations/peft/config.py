@@ -18,8 +18,8 @@ class NeuroAdaPeftConfig(PeftConfig):
     """The config of a ``neuroada`` adapter.
 
     Its fields are those of :class:`neuroada_kernels.NeuroAdaConfig`, with the same meaning, but
-    for three. ``strategy`` is ``"bypass"``: the base's weights serve several adapters. There is
-    neither ``save_activations`` nor ``siblings``: a layer keeps x whole for the backward.
+    for two. ``strategy`` is ``"bypass"``: the base's weights serve several adapters. There is no
+    ``siblings``: those are the layers of :data:`neuroada_kernels.siblings.KNOWN` names.
 
     Parameters
     ----------
@@ -38,6 +38,9 @@ class NeuroAdaPeftConfig(PeftConfig):
     delta_dtype : str
         Dtype of the deltas, whatever the model's; neither ``autocast_adapter_dtype`` nor
         ``model.half()`` changes it.
+    save_activations : str
+        ``"auto"``, ``"full"`` or ``"compact"``: what is kept of x for the backward, decided by all
+        adapters that are active in the layers that read the same x.
     layers : int or sequence of int, optional
         Numbers of the layers to adapt, a module's being the first number in its name.
     seed : int
@@ -60,6 +63,7 @@ class NeuroAdaPeftConfig(PeftConfig):
     neuron_fraction: float = 1.0
     bias: str = "none"
     delta_dtype: str = "float32"
+    save_activations: str = "auto"
     layers: list[int] | int | None = None
     seed: int = 0
     k_pattern: dict[str, int] = field(default_factory=dict)
@@ -91,6 +95,7 @@ class NeuroAdaPeftConfig(PeftConfig):
             neuron_fraction=self.neuron_fraction,
             bias=self.bias,
             delta_dtype=self.delta_dtype,
+            save_activations=self.save_activations,
             layers=self.layers,
             seed=self.seed,
             k_pattern=self.k_pattern,

@@ -14,6 +14,7 @@ from transformers.pytorch_utils import Conv1D
 from neuroada_kernels import functional, ops
 from neuroada_kernels.integrations.peft._storage import DeltaDict, IndexDict
 from neuroada_kernels.integrations.peft.config import NeuroAdaPeftConfig
+from neuroada_kernels.nn._siblings import Siblings
 from neuroada_kernels.nn.foreign import has_own_forward
 from neuroada_kernels.plan import order_slots
 from neuroada_kernels.selection import select
@@ -76,8 +77,17 @@ class NeuroAdaPeftLayer(BaseTunerLayer):
             index = order_slots(index).to(device)
         delta = torch.zeros(shape, dtype=settings.torch_delta_dtype, device=device)
         self.neuroada_delta[adapter_name] = nn.Parameter(delta)
-        self.neuroada_index[adapter_name] = index
+        self.neuroada_index.add(adapter_name, index, settings.save_activations)
         self.set_adapter(self.active_adapters, inference_mode=config.inference_mode)
+
+    def set_adapter(self, adapter_names: str | list[str], inference_mode: bool = False) -> None:
+        """As PEFT has it; what is kept of x is settled anew, for those that are active."""
+        super().set_adapter(adapter_names, inference_mode)
+        self.neuroada_index.activate(self.active_adapters)
+
+    def join(self, siblings: Siblings) -> None:
+        """Become one of the layers that read the same x; they have to settle afterwards."""
+        self.neuroada_index.join(siblings)
 
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
         """Add deltas into the chosen entries of the base's weight; what these were is kept.
@@ -270,16 +280,17 @@ class NeuroAdaPeftLinear(nn.Module, NeuroAdaPeftLayer):
 
     def _fused(self, x: Tensor, name: str) -> Tensor:
         base: Any = self.base_layer
-        index = self.neuroada_index
-        return functional.neuroada_linear(
-            x, base.weight, index[name], self.neuroada_delta[name], base.bias, plan=index.plan(name)
-        )
+        own = self.neuroada_index[name], self.neuroada_delta[name]
+        plan = self.neuroada_index.plan(name)
+        functional.check_linear(x, base.weight, *own, base.bias, plan)
+        kept = self.neuroada_index.keep(name, x, own[1])
+        return functional.apply_linear(x, base.weight, *own, base.bias, plan, kept)
 
     def _add_bypass(self, y: Tensor, x: Tensor, name: str) -> Tensor:
-        index = self.neuroada_index
-        return functional.neuroada_bypass(
-            y, x.to(y.dtype), index[name], self.neuroada_delta[name], plan=index.plan(name)
-        )
+        own = self.neuroada_index[name], self.neuroada_delta[name]
+        plan = self.neuroada_index.plan(name)
+        kept = self.neuroada_index.keep(name, x, own[1], y.dtype)
+        return functional.apply_bypass(y, x.to(y.dtype), *own, plan, kept)
 
     def _mixed_batch_forward(
         self, x: Tensor, adapter_names: list[str], *args: Any, **kwargs: Any

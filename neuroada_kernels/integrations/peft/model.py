@@ -32,6 +32,7 @@ from neuroada_kernels.integrations.peft.layer import (
 from neuroada_kernels.nn._bitsandbytes import keep_packing
 from neuroada_kernels.nn._weight import is_of
 from neuroada_kernels.plan import check_index, check_index_form
+from neuroada_kernels.siblings import link
 from neuroada_kernels.targets import check_k_pattern, check_parent, layer_number
 
 _ROOT = "base_model.model."  # what PeftModel puts before the names of the model's own modules
@@ -92,6 +93,11 @@ class NeuroAdaModel(BaseTuner):
             _check_unpacked(named)
         for module in named.values():  # those, too, through which only a gradient passes
             keep_packing(module)
+
+    def inject_adapter(self, model: nn.Module, *args: Any, **kwargs: Any) -> None:
+        """As PEFT has it; then the layers that read the same x keep it, or of it, once."""
+        super().inject_adapter(model, *args, **kwargs)
+        link(adapted_layers(model))
 
     def _create_and_replace(
         self,
