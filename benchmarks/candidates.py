@@ -34,7 +34,6 @@ from neuroada_kernels.benchmarks.exact import Exact, Expected
 from neuroada_kernels.benchmarks.peers import (
     PeftDoRALinear,
     PeftIA3Linear,
-    PeftLinear,
     PeftLoRALinear,
     PeftSHiRALinear,
     PeftSupertuningLinear,
@@ -61,6 +60,7 @@ class Candidate:
     ``roundings`` counts, on the longest way from an input to a result, how often a value is
     rounded to the inputs' dtype: the float64 reference is to be met within that many tolerances.
     ``backend``, where not None, serves forward and backward. A ``peer`` runs where it is asked for.
+    ``nested``: a parameter's gradient is a sum over tokens of what are sums over features.
     """
 
     name: str
@@ -70,6 +70,7 @@ class Candidate:
     roundings: int = 1
     backend: str | None = None
     peer: bool = False
+    nested: bool = False
 
 
 class Run:
@@ -127,6 +128,7 @@ def table() -> dict[str, Candidate]:
             lambda exact, layer: layer.expected(exact),
             lambda inputs: work.lora(inputs, LORA_RANK),
             3,
+            nested=True,
         ),
         Candidate("full", FullLinear, lambda exact, _: exact.full, work.full, peer=True),
         *(_peft() if find_spec("peft") is not None else ()),
@@ -136,36 +138,28 @@ def table() -> dict[str, Candidate]:
 
 def _peft() -> Iterator[Candidate]:
     """The methods of PEFT; LoRA of one rank is always compared, the others are peers."""
-
-    def row(
-        name: str,
-        build: Callable[[Inputs], PeftLinear],
-        need: Needs,
-        roundings: int,
-        peer: bool = True,
-    ) -> Candidate:
-        return Candidate(
-            f"peft-{name}", build, lambda e, layer: layer.expected(e), need, roundings, peer=peer
-        )
-
+    row = partial(Candidate, expect=lambda exact, layer: layer.expected(exact))
     for r in PEFT_LORA_RANKS:
         # A(x), then B of it, then the sum.
         yield row(
-            f"lora-r{r}",
+            f"peft-lora-r{r}",
             partial(PeftLoRALinear, r=r),
-            partial(work.lora, rank=r),
-            3,
-            r != PEFT_LORA_RANK,
+            work=partial(work.lora, rank=r),
+            roundings=3,
+            nested=True,
+            peer=r != PEFT_LORA_RANK,
         )
+    peer = partial(row, peer=True)
     # B A, W + B A, its norm, the factor, B(A(x)) twice, the factor times it, and two sums.
     r = PEFT_LORA_RANK
-    yield row(f"dora-r{r}", partial(PeftDoRALinear, r=r), partial(work.dora, rank=r), 8)
+    dora, needs = partial(PeftDoRALinear, r=r), partial(work.dora, rank=r)
+    yield peer(f"peft-dora-r{r}", dora, work=needs, roundings=8, nested=True)
     # The frozen product, then its scaled form.
-    yield row("ia3", PeftIA3Linear, work.ia3, 2)
+    yield peer("peft-ia3", PeftIA3Linear, work=work.ia3, roundings=2, nested=True)
     # W + delta is rounded, then its product.
-    yield row("shira", PeftSHiRALinear, work.shira, 2)
+    yield peer("peft-shira", PeftSHiRALinear, work=work.shira, roundings=2)
     # delta is rounded, then W + delta, then their product.
-    yield row("supertuning", PeftSupertuningLinear, work.bypass, 3)
+    yield peer("peft-supertuning", PeftSupertuningLinear, work=work.bypass, roundings=3)
 
 
 def automatic(inputs: Inputs) -> str:
@@ -219,7 +213,8 @@ def prepare(candidate: Candidate, inputs: Inputs, exact: Exact | None = None) ->
         )
     for trained, grad, value in zip(run.wanted[1:], grads, expected.grads, strict=True):
         name = f"gradient {list(grad.shape)}"
-        _check(candidate, name, grad, value, trained.dtype, tokens, dtype)
+        summed = tokens + (d_in + d_out if candidate.nested else 0)
+        _check(candidate, name, grad, value, trained.dtype, summed, dtype)
     return run
 
 

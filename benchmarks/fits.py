@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
+from statistics import median
 from typing import Any, Literal
 
 import torch
@@ -18,6 +19,7 @@ import torch
 from neuroada_kernels.benchmarks.measurement import Measurement
 
 Over = Literal["k", "tokens"]
+Where = tuple[int, int, int, bool, str]  # at, d_in, d_out, bias, dtype
 #: Points that a fit takes at least: two numbers are fitted, and a residual is to be seen.
 LEAST = 3
 
@@ -70,20 +72,29 @@ def line(x: Sequence[float], y: Sequence[float]) -> Line:
 
 
 def fits(measurements: Iterable[Measurement]) -> list[Fit]:
-    """A fit wherever at least :data:`LEAST` measurements differ in k alone, or in tokens alone."""
+    """A fit wherever at least :data:`LEAST` measurements differ in k alone, or in tokens alone.
+
+    The frozen linear does the same at every k: there, times are the median of its own, times each
+    point's ratio to it, so that a drift of the machine from point to point cancels.
+    """
     rows = list(measurements)
     return [*_over("k", rows), *_over("tokens", rows)]
 
 
 def _over(over: Over, rows: Sequence[Measurement]) -> Iterator[Fit]:
-    groups: dict[tuple[Any, ...], dict[int, float]] = defaultdict(dict)
+    points: dict[tuple[Where, str], dict[int, Measurement]] = defaultdict(dict)
     for row in rows:
         case = row.case
         x, at = (case.k, case.tokens) if over == "k" else (case.tokens, case.k)
-        alike = (at, case.d_in, case.d_out, case.bias, row.dtype, row.candidate)
-        groups[alike][x] = row.total_us.median
-    for alike, points in groups.items():
-        if len(points) >= LEAST:
-            values = sorted(points)
-            found = line(values, [points[x] for x in values])
-            yield Fit(over, *alike, tuple(values), found.a, found.b, found.residual)
+        where = (at, case.d_in, case.d_out, case.bias, row.dtype)
+        points[where, row.candidate][x] = row
+    for (where, candidate), found in points.items():
+        if len(found) < LEAST:
+            continue
+        values = sorted(found)
+        times = [found[x].total_us.median for x in values]
+        if over == "k":
+            frozen = median(row.total_us.median for row in points[where, "frozen"].values())
+            times = [frozen * found[x].ratio.median for x in values]
+        fit = line(values, times)
+        yield Fit(over, *where, candidate, tuple(values), fit.a, fit.b, fit.residual)

@@ -16,15 +16,15 @@ from neuroada_kernels.testing import Case
 CASE = Case(tokens=16, d_in=2048, d_out=2048, k=1)
 
 
-def measured(case: Case, microseconds: float) -> Measurement:
+def measured(case: Case, microseconds: float, name: str = "frozen", ratio: float = 1.0):
     return Measurement(
         case=case,
         dtype="float32",
-        candidate="frozen",
+        candidate=name,
         backend=None,
         automatic=False,
         timings=Timings((round(600 * microseconds),), (round(400 * microseconds),)),
-        ratio=Quartiles(1, 1, 1),
+        ratio=Quartiles(ratio, ratio, ratio),
         work=Work(1, 1),
         memory=Memory(0, 0, 0),
     )
@@ -44,11 +44,22 @@ def test_the_residual_is_that_of_relative_errors() -> None:
 
 
 def test_there_is_a_fit_wherever_three_differ_in_one_thing() -> None:
-    over_k = [measured(replace(CASE, k=k), 100 + 2 * k) for k in (8, 1, 2)]
-    over_tokens = [measured(replace(CASE, tokens=t), 102 + 5 * (t - 16)) for t in (32, 64)]
+    over_k = [measured(replace(CASE, k=k), 100) for k in (8, 1, 2)]
+    over_tokens = [measured(replace(CASE, tokens=t), 100 + 5 * (t - 16)) for t in (32, 64)]
     other = [measured(replace(CASE, d_out=64, k=k), k) for k in (1, 2)]  # too few
     first, second = fits([*over_k, *over_tokens, *other])
     assert (first.over, first.at, first.values) == ("k", 16, (1, 2, 8))
-    assert (first.a_us, first.b_us) == pytest.approx((100, 2))
+    assert (first.a_us, first.b_us) == pytest.approx((100, 0))
     assert (second.over, second.at, second.values) == ("tokens", 1, (16, 32, 64))
-    assert (second.a_us, second.b_us) == pytest.approx((22, 5))
+    assert (second.a_us, second.b_us) == pytest.approx((20, 5))
+
+
+def test_a_machine_that_slows_down_from_k_to_k_does_not_show() -> None:
+    rows = []
+    for k, slower in ((1, 1.0), (2, 2.0), (4, 3.0)):
+        ratio = 1.1 + 0.01 * k
+        rows.append(measured(replace(CASE, k=k), 100 * slower))
+        rows.append(measured(replace(CASE, k=k), 100 * slower * ratio, "neuroada-cpu", ratio))
+    _, fit = fits(rows)
+    assert (fit.a_us, fit.b_us) == pytest.approx((220, 2))
+    assert fit.residual < 1e-9
