@@ -90,8 +90,10 @@ def measure_case(
     chosen = automatic(inputs)
     on_gpu = device == "cuda"
     timings = (measure_on_gpu if on_gpu else measure)(runs, rounds, warmup=_WARMUP, between=between)
-    names = tuple(runs)
-    host = host_times(runs, rounds, 1, torch.cuda.synchronize) if on_gpu else _host_us(names, dtype)
+    if on_gpu:
+        host = host_times(runs, rounds, calls=1, settle=torch.cuda.synchronize)
+    else:
+        host = _host_us(tuple(runs), dtype, rounds)
 
     def result(name: str) -> Measurement | Skipped:
         if name in reasons:
@@ -134,12 +136,11 @@ def _prepare(
 
 
 @lru_cache
-def _host_us(names: tuple[str, ...], dtype: str) -> Mapping[str, Quartiles]:
+def _host_us(names: tuple[str, ...], dtype: str, rounds: int) -> Mapping[str, Quartiles]:
     """A step's time with next to nothing to compute, where host and device are one."""
     inputs = bench_inputs(_HOST_CASE, getattr(torch, dtype))
     known = table()
-    found: dict[str, Quartiles] = host_times({name: Run(known[name], inputs) for name in names})
-    return found
+    return dict(host_times({name: Run(known[name], inputs) for name in names}, rounds))
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -133,7 +133,7 @@ def host_cost(rounds: int = 15, calls: int = 1000, device: str = "cpu") -> HostC
 def host_times(
     steps: Mapping[str, Step],
     rounds: int = MIN_ROUNDS,
-    calls: int = 20,
+    calls: int = 5,
     settle: Callable[[], None] = lambda: None,
 ) -> dict[str, Quartiles]:
     """Microseconds of the host for the calls of a step, forward and backward, interleaved.
