@@ -13,6 +13,10 @@ SUITES = {
         "neuroada_kernels.benchmarks.quality.command",
         "compare what methods learn at equal trainable budgets",
     ),
+    "compare": (
+        "neuroada_kernels.benchmarks.compare",
+        "two results files of one suite: exit status 1 where the second is slower",
+    ),
 }
 
 
