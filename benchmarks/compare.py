@@ -1,9 +1,9 @@
 """The command ``neuroada bench compare OLD.json NEW.json``: is the second file slower?
 
 Rows with samples are compared by their key: candidate, case and dtype of the linear suite, a method
-of the model suite. In the linear suite every round's time is taken over the frozen linear's in the
-same round first, so that a drift of the machine between the files cancels; the frozen linear's own
-time shows that drift, and is not judged. Rounds of two files belong to no pairs: a ratio is the
+of the model suite. Every round's time is taken over the frozen linear's (or model's) in the same
+round first, so that a drift of the machine between the files cancels; what is frozen shows that
+drift by its own time, and is not judged. Rounds of two files belong to no pairs: a ratio is the
 median over all pairs of one round of each, its spread their quartiles.
 """
 
@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import re
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -66,7 +67,7 @@ def compare(
         raise CompareError(f"{'; '.join(differing)}; --anyway compares all the same")
     before, after = _samples(old), _samples(new)
     changes = [
-        _change(key, before[key], after[key], judged=not key.endswith(f" {_FROZEN}"))
+        _change(key, before[key], after[key], judged=not _is_frozen(key))
         for key in before
         if key in after
     ]
@@ -102,20 +103,24 @@ def _differing(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
 
 
 def _samples(document: Mapping[str, Any]) -> dict[str, list[float]]:
-    """By key, each round's milliseconds; of the linear suite, over the frozen linear's."""
-    times = {row["key"]: _milliseconds(row) for row in document["results"]}
-    measured = {key: values for key, values in times.items() if values}
-    if document["kind"] != KIND:
-        return measured
+    """By key, each round's milliseconds, over the frozen linear's or model's where those are known."""
+    rows = {row["key"]: row for row in document["results"]}
+    times = {key: _milliseconds(row) for key, row in rows.items()}
+    if document["kind"] == KIND:
+        frozen = {key: times.get(f"{key.rpartition(' ')[0]} {_FROZEN}", []) for key in times}
+    else:
+        frozen = {key: row.get("frozen_samples_ms", []) for key, row in rows.items()}
+    return {key: _relative(key, own, frozen[key]) for key, own in times.items() if own}
 
-    def relative(key: str) -> list[float]:
-        frozen = measured.get(f"{key.rpartition(' ')[0]} {_FROZEN}", [])
-        own = measured[key]
-        if key.endswith(f" {_FROZEN}") or len(frozen) != len(own):
-            return own
-        return [time / least for time, least in zip(own, frozen, strict=True)]
 
-    return {key: relative(key) for key in measured}
+def _relative(key: str, own: list[float], frozen: Sequence[float]) -> list[float]:
+    if _is_frozen(key) or len(frozen) != len(own):
+        return own
+    return [time / least for time, least in zip(own, frozen, strict=True)]
+
+
+def _is_frozen(key: str) -> bool:
+    return re.split("[ /]", key)[-1] == _FROZEN
 
 
 def _milliseconds(row: Mapping[str, Any]) -> list[float]:

@@ -24,8 +24,9 @@ def linear(ours, frozen=(10.0, 10.0, 10.0), **facts) -> dict:
     return {"kind": "linear", "sessions": [{**SESSION, **facts}], "results": rows}
 
 
-def model(milliseconds) -> dict:
-    rows = [{"key": "neuroada", "samples_ms": list(milliseconds)}, {"key": "lora", "error": "no"}]
+def model(milliseconds, frozen=()) -> dict:
+    ours = {"samples_ms": list(milliseconds), "frozen_samples_ms": list(frozen)}
+    rows = [{"key": "plain/neuroada", **ours}, {"key": "plain/peft-lora", "error": "no"}]
     return {"kind": "model", "sessions": [SESSION], "results": rows}
 
 
@@ -43,6 +44,8 @@ def test_the_spread_is_that_of_all_pairs_of_rounds() -> None:
     (change,) = compare(model((1, 2)), model((4, 4)))
     assert (change.ratio.lower, change.ratio.median, change.ratio.upper) == (2, 3, 4)
     assert (change.old, change.new) == (1.5, 4)
+    (change,) = compare(model((1, 2), frozen=(1, 2)), model((4, 4), frozen=(4, 4)))
+    assert (change.old, change.new, change.ratio.median) == (1, 1, 1)
 
 
 @pytest.mark.parametrize(
