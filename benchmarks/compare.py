@@ -103,7 +103,7 @@ def _differing(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
 
 
 def _samples(document: Mapping[str, Any]) -> dict[str, list[float]]:
-    """By key, each round's milliseconds, over the frozen linear's or model's where those are known."""
+    """By key, each round's milliseconds, over those of what is frozen where they are known."""
     rows = {row["key"]: row for row in document["results"]}
     times = {key: _milliseconds(row) for key, row in rows.items()}
     if document["kind"] == KIND:
