@@ -31,7 +31,7 @@ from neuroada_kernels.benchmarks.baselines import (
     MaterialisedLinear,
 )
 from neuroada_kernels.benchmarks.exact import Exact, Expected
-from neuroada_kernels.benchmarks.peers import (
+from neuroada_kernels.benchmarks.peft_linears import (
     PeftDoRALinear,
     PeftIA3Linear,
     PeftLoRALinear,

@@ -22,7 +22,7 @@ from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
 
-from neuroada_kernels.benchmarks.results import KIND, framed
+from neuroada_kernels.benchmarks.linear_results import KIND, framed
 from neuroada_kernels.benchmarks.timing import Quartiles, paired_ratio
 
 #: Facts of a session without which times are of another machine.

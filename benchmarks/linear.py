@@ -3,8 +3,8 @@
 Forward and backward of every candidate at every case, interleaved, each checked before it is
 timed: ratios to the frozen linear, rates, memory, host time, and how time grows with k and with T.
 The file that ``--json`` writes has the common frame (:mod:`neuroada_kernels.benchmarks.records`);
-its rows are described in :mod:`neuroada_kernels.benchmarks.results`, and in its ``summary`` are
-the fits and the bars.
+:mod:`neuroada_kernels.benchmarks.linear_results` describes its rows, and in its ``summary`` are the
+fits and the bars.
 With ``--memory`` nothing is timed, see :mod:`neuroada_kernels.benchmarks.block`.
 """
 
@@ -34,6 +34,7 @@ from neuroada_kernels.benchmarks.candidates import (
     table,
 )
 from neuroada_kernels.benchmarks.exact import Exact
+from neuroada_kernels.benchmarks.linear_results import HOST_COST, KIND, Results, Skipped, row_key
 from neuroada_kernels.benchmarks.measurement import Measurement
 from neuroada_kernels.benchmarks.memory import measure_memory
 from neuroada_kernels.benchmarks.options import (
@@ -46,7 +47,6 @@ from neuroada_kernels.benchmarks.options import (
 )
 from neuroada_kernels.benchmarks.records import Records, RecordsError, Row
 from neuroada_kernels.benchmarks.report import print_environment, print_results, write_png
-from neuroada_kernels.benchmarks.results import HOST_COST, KIND, Results, Skipped, row_key
 from neuroada_kernels.benchmarks.shapes import SWEEP_K, SWEEP_TOKENS, bench_cases, shape_names
 from neuroada_kernels.benchmarks.timing import (
     MIN_ROUNDS,

@@ -14,7 +14,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from neuroada_kernels.benchmarks.results import HOST_COST, framed
+from neuroada_kernels.benchmarks.linear_results import HOST_COST, framed
 
 _BEGIN, _END = "<!-- benchmark table -->", "<!-- end of benchmark table -->"
 _MEMORY_BEGIN, _MEMORY_END = "<!-- memory table -->", "<!-- end of memory table -->"

@@ -21,8 +21,8 @@ from rich.table import Table
 from neuroada_kernels._version import __version__
 from neuroada_kernels.benchmarks.bars import Verdict
 from neuroada_kernels.benchmarks.fits import Fit
+from neuroada_kernels.benchmarks.linear_results import Results
 from neuroada_kernels.benchmarks.measurement import Measurement
-from neuroada_kernels.benchmarks.results import Results
 from neuroada_kernels.benchmarks.timing import HostCost, Quartiles
 
 _HEADINGS = (

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from neuroada_kernels.benchmarks.peers import shira_rank
+from neuroada_kernels.benchmarks.peft_linears import shira_rank
 from neuroada_kernels.testing import Inputs
 
 

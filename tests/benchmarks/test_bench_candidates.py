@@ -27,7 +27,7 @@ from neuroada_kernels.benchmarks.candidates import (
     table,
 )
 from neuroada_kernels.benchmarks.exact import Exact
-from neuroada_kernels.benchmarks.results import Skipped
+from neuroada_kernels.benchmarks.linear_results import Skipped
 from neuroada_kernels.testing import Case, rms_error, tolerance
 
 CASE = Case(tokens=33, d_in=64, d_out=48, k=8, bias=True)

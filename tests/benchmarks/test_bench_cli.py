@@ -15,10 +15,10 @@ import torch
 
 import neuroada_kernels as nk
 from neuroada_kernels import cli
-from neuroada_kernels.benchmarks import linear, report, results, suites
+from neuroada_kernels.benchmarks import linear, linear_results, report, suites
 from neuroada_kernels.benchmarks.bars import Bar, Verdict
 from neuroada_kernels.benchmarks.candidates import table
-from neuroada_kernels.benchmarks.results import Results, Skipped
+from neuroada_kernels.benchmarks.linear_results import Results, Skipped
 from neuroada_kernels.benchmarks.shapes import bench_cases, shape_names
 from neuroada_kernels.testing import BENCH_CASES, GPU_BENCH_CASES, Case, Shape
 
@@ -119,8 +119,8 @@ def test_a_chart_without_matplotlib_is_refused_before_anything_is_timed(
 @pytest.mark.parametrize(("limit", "expected"), [(1e9, 0), (0.0, 1)])
 def test_assert_bars_gives_the_exit_status(limit, expected, monkeypatch, capsys) -> None:
     bar = Bar(limit, "frozen", "T16-64to64-k8")
-    judge = results.judge
-    monkeypatch.setattr(results, "judge", lambda rows, host: judge(rows, host, [bar]))
+    judge = linear_results.judge
+    monkeypatch.setattr(linear_results, "judge", lambda rows, host: judge(rows, host, [bar]))
     assert linear.main(["--quick", "--assert-bars"]) == expected
     shown = " ".join(capsys.readouterr().out.split())
     assert f"{'missed' if expected else 'met'} {bar.meaning}" in shown
@@ -133,7 +133,7 @@ def test_assert_bars_measures_the_host_cost(monkeypatch: pytest.MonkeyPatch, cap
         seen.append(host)
         return [Verdict(Bar(1.0, "frozen"), None)]
 
-    monkeypatch.setattr(results, "judge", judge)
+    monkeypatch.setattr(linear_results, "judge", judge)
     assert linear.main(["--quick", "--candidates", "lora-r8", "--assert-bars"]) == 1
     assert seen[0] is not None
     assert "bars without a measurement in this run: 1" in capsys.readouterr().out

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from neuroada_kernels.benchmarks.bars import BARS, status
-from neuroada_kernels.benchmarks.results import Results, Skipped, framed
+from neuroada_kernels.benchmarks.linear_results import Results, Skipped, framed
 from neuroada_kernels.testing import Case
 
 OLDER = json.loads(
