@@ -12,7 +12,7 @@ NVCC ?= nvidia-cuda-nvcc==13.0.88 nvidia-nvvm==13.0.88 nvidia-cuda-crt==13.0.88 
 CPP_BUILD := build/cpp
 SOURCES := $(shell find csrc -type f) CMakeLists.txt setup.py pyproject.toml
 
-.PHONY: demo test bench lint format clean dist install test-python test-triton test-cpp test-cuda-host fuzz smoke
+.PHONY: demo test bench lint format clean dist install test-python test-triton test-cpp test-cuda-host count-instructions fuzz smoke
 
 demo: install
 	$(BIN)/neuroada demo
@@ -74,6 +74,12 @@ test-cuda-host: install
 	$(BIN)/cmake -G Ninja -S . -B build/threads -DNEUROADA_PYTHON=OFF -DNEUROADA_SANITIZE=thread -DCMAKE_MAKE_PROGRAM=$(CURDIR)/$(BIN)/ninja
 	$(BIN)/cmake --build build/threads --target cuda_tests
 	$(BIN)/ctest --test-dir build/threads --tests-regex '^cuda_' --output-on-failure
+
+# Instructions of the CPU kernels, by callgrind, against the committed figures; WRITE=1 writes those anew.
+count-instructions: install
+	$(BIN)/cmake -G Ninja -S . -B $(CPP_BUILD) -DNEUROADA_PYTHON=OFF -DCMAKE_MAKE_PROGRAM=$(CURDIR)/$(BIN)/ninja
+	$(BIN)/cmake --build $(CPP_BUILD) --target count_instructions
+	$(BIN)/python tests/cpp/count_instructions.py $(CPP_BUILD)/tests/cpp/count_instructions $(if $(WRITE),--write)
 
 lint: install
 	$(BIN)/ruff check .

@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from neuroada_kernels import reference
+from neuroada_kernels.benchmarks.exact import Exact, Expected
 from neuroada_kernels.testing import Inputs
 
 
@@ -87,45 +88,26 @@ class LoRALinear(FrozenLinear):
         self.lora_A = normal(r, d_in, d_in**-0.5)
         self.lora_B = normal(d_out, r, r**-0.5 / scaling)
 
+    def expected(self, exact: Exact) -> Expected:
+        return exact.lora(
+            self.lora_A.detach().double(), self.lora_B.detach().double(), self.scaling
+        )
+
     def forward(self, x: Tensor) -> Tensor:
         result = F.linear(x, self.weight, self.bias)
         return result + F.linear(F.linear(x, self.lora_A), self.lora_B) * self.scaling
 
 
-class PeftLoRALinear(nn.Module):
-    """LoRA of rank ``r`` by PEFT itself, its adapters in the weight's dtype and B not zero."""
+class FullLinear(nn.Module):
+    """Full fine-tuning: W, and the bias where there is one, train themselves."""
 
-    def __init__(self, inputs: Inputs, r: int) -> None:
-        from peft import LoraConfig, get_peft_model
-
+    def __init__(self, inputs: Inputs) -> None:
         super().__init__()
-        d_out, d_in = inputs.weight.shape
-        linear = nn.Linear(d_in, d_out, inputs.bias is not None, "meta")
-        linear.weight = nn.Parameter(inputs.weight, requires_grad=False)
-        if inputs.bias is not None:
-            linear.bias = nn.Parameter(inputs.bias, requires_grad=False)
-        config = LoraConfig(r=r, lora_alpha=2 * r, lora_dropout=0.0, target_modules=["0"])
-        model = get_peft_model(nn.Sequential(linear), config, autocast_adapter_dtype=False)
-        self.layer = model.base_model.model[0].to(inputs.weight)
-        self.scaling = self.layer.scaling["default"]
-        with torch.no_grad():
-            # The branch is as large as the dense product, so that an error in it is seen.
-            for matrix, scale in ((self.lora_A, d_in**-0.5), (self.lora_B, r**-0.5 / 2)):
-                matrix.normal_(std=scale)
-
-    @property
-    def lora_A(self) -> Tensor:  # noqa: N802 - the matrix's name
-        weight: Tensor = self.layer.lora_A["default"].weight
-        return weight
-
-    @property
-    def lora_B(self) -> Tensor:  # noqa: N802
-        weight: Tensor = self.layer.lora_B["default"].weight
-        return weight
+        self.weight = nn.Parameter(inputs.weight)
+        self.bias = None if inputs.bias is None else nn.Parameter(inputs.bias)
 
     def forward(self, x: Tensor) -> Tensor:
-        y: Tensor = self.layer(x)
-        return y
+        return F.linear(x, self.weight, self.bias)
 
 
 def _columns(index: Tensor) -> Tensor:

@@ -5,11 +5,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
-from functools import cached_property
+from functools import partial
 from importlib.util import find_spec
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -21,83 +22,35 @@ from neuroada_kernels import (
     use_backend,
 )
 from neuroada_kernels._registry import serving
+from neuroada_kernels.benchmarks import work
 from neuroada_kernels.benchmarks.baselines import (
     FrozenLinear,
+    FullLinear,
     LoRALinear,
     MaskedDenseLinear,
     MaterialisedLinear,
-    PeftLoRALinear,
 )
-from neuroada_kernels.reference import merged_weight
+from neuroada_kernels.benchmarks.exact import Exact, Expected
+from neuroada_kernels.benchmarks.peft_linears import (
+    PeftDoRALinear,
+    PeftIA3Linear,
+    PeftLoRALinear,
+    PeftSHiRALinear,
+    PeftSupertuningLinear,
+)
+from neuroada_kernels.benchmarks.work import Work
 from neuroada_kernels.testing import Case, Inputs, make_inputs, rms_error, tolerance
 
 LORA_RANK = 8
 PEFT_LORA_RANK = 16
+PEFT_LORA_RANKS = (8, PEFT_LORA_RANK, 64)
 RESIDENT = "resident"
+
+Needs = Callable[[Inputs], Work]
 
 
 class WrongCandidateError(RuntimeError):
     """A candidate computes something else than it must, and so is not timed."""
-
-
-@dataclass(frozen=True)
-class Expected:
-    """What a step must give, in float64; ``grads`` as the layer orders what trains."""
-
-    y: Tensor  # [tokens, d_out]
-    grad_x: Tensor  # [tokens, d_in]
-    grads: tuple[Tensor, ...] = ()
-
-
-@dataclass(frozen=True)
-class Work:
-    """What forward and backward need at least, whatever an implementation does."""
-
-    flops: int
-    bytes: int
-
-
-class Exact:
-    """The float64 results of a case; each is computed once and shared by the candidates."""
-
-    def __init__(self, inputs: Inputs) -> None:
-        self.index = inputs.index.long()
-        self.x, self.grad_output = inputs.x.double(), inputs.grad_output.double()
-        self.frozen_weight = inputs.weight.double()
-        self.bias = 0 if inputs.bias is None else inputs.bias.double()
-        self.weight = merged_weight(self.frozen_weight, inputs.index, inputs.delta)
-
-    @cached_property
-    def frozen(self) -> Expected:
-        y = self.x @ self.frozen_weight.t() + self.bias
-        return Expected(y, self.grad_output @ self.frozen_weight)
-
-    @cached_property
-    def grad_weight(self) -> Tensor:
-        return self.grad_output.t() @ self.x
-
-    @cached_property
-    def bypass(self) -> Expected:
-        y = self.x @ self.weight.t() + self.bias
-        grad_delta = self.grad_weight.gather(1, self.index)
-        return Expected(y, self.grad_output @ self.weight, (grad_delta,))
-
-    @cached_property
-    def masked(self) -> Expected:
-        (grad_delta,) = self.bypass.grads
-        grad_weight = torch.zeros_like(self.weight).scatter_(1, self.index, grad_delta)
-        return replace(self.bypass, grads=(grad_weight,))
-
-    def lora(self, layer: nn.Module) -> Expected:
-        assert isinstance(layer, LoRALinear | PeftLoRALinear)
-        a, b = layer.lora_A.detach().double(), layer.lora_B.detach().double() * layer.scaling
-        hidden, grad_hidden = self.x @ a.t(), self.grad_output @ b
-        grad_b = self.grad_output.t() @ hidden * layer.scaling
-        return Expected(
-            self.frozen.y + hidden @ b.t(),
-            self.frozen.grad_x + grad_hidden @ a,
-            (grad_hidden.t() @ self.x, grad_b),
-        )
 
 
 @dataclass(frozen=True)
@@ -106,15 +59,18 @@ class Candidate:
 
     ``roundings`` counts, on the longest way from an input to a result, how often a value is
     rounded to the inputs' dtype: the float64 reference is to be met within that many tolerances.
-    ``backend``, where not None, serves forward and backward.
+    ``backend``, where not None, serves forward and backward. A ``peer`` runs where it is asked for.
+    ``nested``: a parameter's gradient is a sum over tokens of what are sums over features.
     """
 
     name: str
     build: Callable[[Inputs], nn.Module]
-    expect: Callable[[Exact, nn.Module], Expected]
-    work: Callable[[Inputs], Work]
+    expect: Callable[[Exact, Any], Expected]
+    work: Needs
     roundings: int = 1
     backend: str | None = None
+    peer: bool = False
+    nested: bool = False
 
 
 class Run:
@@ -143,50 +99,67 @@ class Run:
 def table() -> dict[str, Candidate]:
     """The candidates by name; one of NeuroAda for every backend that can run here."""
     rows = [
-        Candidate("frozen", FrozenLinear, lambda exact, _: exact.frozen, _frozen_work),
+        Candidate("frozen", FrozenLinear, lambda exact, _: exact.frozen, work.frozen),
         *(
             Candidate(
                 f"neuroada-{name}",
                 _neuroada,
                 lambda exact, _: exact.bypass,
-                _bypass_work,
+                work.bypass,
                 backend=name,
             )
             for name, unavailable in available_backends().items()
             if unavailable is None
         ),
         # W + delta is rounded, then its product.
-        Candidate(RESIDENT, _resident, lambda exact, _: exact.bypass, _bypass_work, 2),
+        Candidate(RESIDENT, _resident, lambda exact, _: exact.bypass, work.bypass, 2),
         # The two parts of dx are rounded before they are added.
-        Candidate("reference", _reference, lambda exact, _: exact.bypass, _bypass_work, 2),
+        Candidate("reference", _reference, lambda exact, _: exact.bypass, work.bypass, 2),
         # delta is rounded, then W + delta, then their product.
         Candidate(
-            "materialised", MaterialisedLinear, lambda exact, _: exact.bypass, _bypass_work, 3
+            "materialised", MaterialisedLinear, lambda exact, _: exact.bypass, work.bypass, 3
         ),
         # W + delta is rounded, then its product.
-        Candidate(
-            "masked-dense", MaskedDenseLinear, lambda exact, _: exact.masked, _bypass_work, 2
-        ),
+        Candidate("masked-dense", MaskedDenseLinear, lambda exact, _: exact.masked, work.bypass, 2),
         # A(x), then B of it, then the sum.
         Candidate(
             f"lora-r{LORA_RANK}",
             lambda inputs: LoRALinear(inputs, LORA_RANK),
-            Exact.lora,
-            lambda inputs: _lora_work(inputs, LORA_RANK),
+            lambda exact, layer: layer.expected(exact),
+            lambda inputs: work.lora(inputs, LORA_RANK),
             3,
+            nested=True,
         ),
+        Candidate("full", FullLinear, lambda exact, _: exact.full, work.full, peer=True),
+        *(_peft() if find_spec("peft") is not None else ()),
     ]
-    if find_spec("peft") is not None:
-        rows.append(
-            Candidate(
-                f"peft-lora-r{PEFT_LORA_RANK}",
-                lambda inputs: PeftLoRALinear(inputs, PEFT_LORA_RANK),
-                Exact.lora,
-                lambda inputs: _lora_work(inputs, PEFT_LORA_RANK),
-                3,
-            )
-        )
     return {row.name: row for row in rows}
+
+
+def _peft() -> Iterator[Candidate]:
+    """The methods of PEFT; LoRA of one rank is always compared, the others are peers."""
+    row = partial(Candidate, expect=lambda exact, layer: layer.expected(exact))
+    for r in PEFT_LORA_RANKS:
+        # A(x), then B of it, then the sum.
+        yield row(
+            f"peft-lora-r{r}",
+            partial(PeftLoRALinear, r=r),
+            work=partial(work.lora, rank=r),
+            roundings=3,
+            nested=True,
+            peer=r != PEFT_LORA_RANK,
+        )
+    peer = partial(row, peer=True)
+    # B A, W + B A, its norm, the factor, B(A(x)) twice, the factor times it, and two sums.
+    r = PEFT_LORA_RANK
+    dora, needs = partial(PeftDoRALinear, r=r), partial(work.dora, rank=r)
+    yield peer(f"peft-dora-r{r}", dora, work=needs, roundings=8, nested=True)
+    # The frozen product, then its scaled form.
+    yield peer("peft-ia3", PeftIA3Linear, work=work.ia3, roundings=2, nested=True)
+    # W + delta is rounded, then its product.
+    yield peer("peft-shira", PeftSHiRALinear, work=work.shira, roundings=2)
+    # delta is rounded, then W + delta, then their product.
+    yield peer("peft-supertuning", PeftSupertuningLinear, work=work.bypass, roundings=3)
 
 
 def automatic(inputs: Inputs) -> str:
@@ -240,7 +213,8 @@ def prepare(candidate: Candidate, inputs: Inputs, exact: Exact | None = None) ->
         )
     for trained, grad, value in zip(run.wanted[1:], grads, expected.grads, strict=True):
         name = f"gradient {list(grad.shape)}"
-        _check(candidate, name, grad, value, trained.dtype, tokens, dtype)
+        summed = tokens + (d_in + d_out if candidate.nested else 0)
+        _check(candidate, name, grad, value, trained.dtype, summed, dtype)
     return run
 
 
@@ -307,27 +281,3 @@ def _reference(inputs: Inputs) -> nn.Module:
     )
     layer.delta.data.copy_(delta)
     return layer
-
-
-def _frozen_work(inputs: Inputs) -> Work:
-    """Two products; W read for each, and x, y, dy and dx passed once."""
-    tokens, (d_out, d_in) = inputs.x.shape[0], inputs.weight.shape
-    values = 2 * d_out * d_in + 2 * tokens * (d_in + d_out)
-    return Work(4 * tokens * d_out * d_in, values * inputs.x.element_size())
-
-
-def _bypass_work(inputs: Inputs) -> Work:
-    """Three products of k columns; x once more, index and delta for each direction, ddelta."""
-    frozen = _frozen_work(inputs)
-    index, delta = inputs.index, inputs.delta
-    entries = 2 * index.nbytes + 3 * delta.nbytes
-    flops = frozen.flops + 6 * inputs.x.shape[0] * index.numel()
-    return Work(flops, frozen.bytes + inputs.x.nbytes + entries)
-
-
-def _lora_work(inputs: Inputs, rank: int) -> Work:
-    """Three products with A and with B; x once more, A and B for each direction, dA and dB."""
-    frozen = _frozen_work(inputs)
-    values = rank * sum(inputs.weight.shape)
-    flops = frozen.flops + 6 * inputs.x.shape[0] * values
-    return Work(flops, frozen.bytes + inputs.x.nbytes + 3 * values * inputs.x.element_size())

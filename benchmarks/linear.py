@@ -1,6 +1,10 @@
-"""The micro benchmark of the linear layers, behind the command ``neuroada bench``.
+"""The suite of the linear layers, behind ``neuroada bench linear`` and plain ``neuroada bench``.
 
-Forward and backward of every candidate at every case, interleaved, each checked before it is timed.
+Forward and backward of every candidate at every case, interleaved, each checked before it is
+timed: ratios to the frozen linear, rates, memory, host time, and how time grows with k and with T.
+The file that ``--json`` writes has the common frame (:mod:`neuroada_kernels.benchmarks.records`);
+:mod:`neuroada_kernels.benchmarks.linear_results` describes its rows, and in its ``summary`` are the
+fits and the bars.
 With ``--memory`` nothing is timed, see :mod:`neuroada_kernels.benchmarks.block`.
 """
 
@@ -8,42 +12,60 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import sys
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import replace
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import asdict
+from functools import lru_cache, partial
+from importlib.util import find_spec
 
 import torch
 from rich.console import Console
 
 from neuroada_kernels import BackendError
 from neuroada_kernels.benchmarks import block
-from neuroada_kernels.benchmarks.bars import judge, status
+from neuroada_kernels.benchmarks.bars import status
 from neuroada_kernels.benchmarks.candidates import (
     Candidate,
-    Exact,
     Run,
     automatic,
     bench_inputs,
     prepare,
     table,
 )
+from neuroada_kernels.benchmarks.exact import Exact
+from neuroada_kernels.benchmarks.linear_results import HOST_COST, KIND, Results, Skipped, row_key
 from neuroada_kernels.benchmarks.measurement import Measurement
 from neuroada_kernels.benchmarks.memory import measure_memory
-from neuroada_kernels.benchmarks.options import output_file, positive, progress_bar, threads
-from neuroada_kernels.benchmarks.report import (
-    Results,
-    print_environment,
-    print_results,
-    write_json,
-    write_png,
+from neuroada_kernels.benchmarks.options import (
+    add_outputs,
+    command_line,
+    output_file,
+    positive,
+    progress_bar,
+    threads,
 )
-from neuroada_kernels.benchmarks.timing import MIN_ROUNDS, host_cost, measure, paired_ratio
-from neuroada_kernels.benchmarks.timing_gpu import measure_on_gpu
-from neuroada_kernels.testing import BENCH_CASES, GPU_BENCH_CASES, Case
+from neuroada_kernels.benchmarks.records import Records, RecordsError, Row
+from neuroada_kernels.benchmarks.report import print_environment, print_results, write_png
+from neuroada_kernels.benchmarks.shapes import SWEEP_K, SWEEP_TOKENS, bench_cases, shape_names
+from neuroada_kernels.benchmarks.timing import (
+    MIN_ROUNDS,
+    Quartiles,
+    host_cost,
+    host_times,
+    measure,
+    paired_ratio,
+)
+from neuroada_kernels.benchmarks.timing_gpu import measure_on_gpu, reason_not_captured
+from neuroada_kernels.testing import BENCH_CASES, GPU_BENCH_CASES, MODEL_SHAPES, Case, Inputs
 
 _DTYPES = ("float32", "bfloat16", "float16", "float64")
 _ROUNDS = 15
 _WARMUP = 2
+#: Where there is next to nothing to compute, so that a step's time is the host's.
+_HOST_CASE = Case(tokens=1, d_in=64, d_out=64, k=1)
+#: What changes the kernels that run, and so belongs to the settings.
+_SWITCHES = ("BACKEND", "CPU_ISA", "CPU_FUSED", "CUDA_FUSED", "TRITON_FUSED", "AUTOTUNE")
 
 
 def measure_case(
@@ -53,10 +75,9 @@ def measure_case(
     rounds: int,
     *,
     device: str = "cpu",
-    results: Results,
     between: Callable[[], None] = lambda: None,
-) -> None:
-    """Add to ``results`` a measurement of each candidate, ``frozen`` among them.
+) -> list[Measurement | Skipped]:
+    """A measurement of each candidate, ``frozen`` among them, in their order.
 
     Raises
     ------
@@ -64,38 +85,62 @@ def measure_case(
         If a candidate is wrong; then nothing of the case is timed.
     """
     inputs = bench_inputs(case, getattr(torch, dtype), device)
+    candidates = list(candidates)
+    runs, reasons = _prepare(candidates, inputs, device)
+    chosen = automatic(inputs)
+    on_gpu = device == "cuda"
+    timings = (measure_on_gpu if on_gpu else measure)(runs, rounds, warmup=_WARMUP, between=between)
+    if on_gpu:
+        host = host_times(runs, rounds, calls=1, settle=torch.cuda.synchronize)
+    else:
+        host = _host_us(tuple(runs), dtype, rounds)
+
+    def result(name: str) -> Measurement | Skipped:
+        if name in reasons:
+            return Skipped(case, dtype, name, reasons[name])
+        return Measurement(
+            case=case,
+            dtype=dtype,
+            candidate=name,
+            backend=runs[name].candidate.backend,
+            automatic=name == chosen,
+            timings=timings[name],
+            ratio=paired_ratio(timings[name].total, timings["frozen"].total),
+            work=runs[name].candidate.work(inputs),
+            memory=measure_memory(runs[name]),
+            host_us=host[name],
+        )
+
+    return [result(candidate.name) for candidate in candidates]
+
+
+def _prepare(
+    candidates: Iterable[Candidate], inputs: Inputs, device: str
+) -> tuple[dict[str, Run], dict[str, str]]:
+    """What can be timed, checked, and why the rest cannot."""
     exact = Exact(inputs)
     runs: dict[str, Run] = {}
+    reasons: dict[str, str] = {}
     for candidate in candidates:
         try:
-            runs[candidate.name] = prepare(candidate, inputs, exact)
+            run = prepare(candidate, inputs, exact)
         except BackendError as error:
-            results.skipped.append(
-                {
-                    "case": case.name,
-                    "dtype": dtype,
-                    "candidate": candidate.name,
-                    "reason": str(error),
-                }
-            )
-    del exact
-    chosen = automatic(inputs)
-    timed = measure_on_gpu if device == "cuda" else measure
-    timings = timed(runs, rounds, warmup=_WARMUP, between=between)
-    for name, run in runs.items():
-        results.measurements.append(
-            Measurement(
-                case=case,
-                dtype=dtype,
-                candidate=name,
-                backend=run.candidate.backend,
-                automatic=name == chosen,
-                timings=timings[name],
-                ratio=paired_ratio(timings[name].total, timings["frozen"].total),
-                work=run.candidate.work(inputs),
-                memory=measure_memory(run),
-            )
-        )
+            reasons[candidate.name] = str(error)
+            continue
+        reason = reason_not_captured(run) if device == "cuda" else None
+        if reason is None:
+            runs[candidate.name] = run
+        else:
+            reasons[candidate.name] = reason
+    return runs, reasons
+
+
+@lru_cache
+def _host_us(names: tuple[str, ...], dtype: str, rounds: int) -> Mapping[str, Quartiles]:
+    """A step's time with next to nothing to compute, where host and device are one."""
+    inputs = bench_inputs(_HOST_CASE, getattr(torch, dtype))
+    known = table()
+    return dict(host_times({name: Run(known[name], inputs) for name in names}, rounds))
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -103,6 +148,7 @@ def main(argv: list[str] | None = None) -> int:
     parser = _parser()
     options = parser.parse_args(argv)
     _complete(options, parser)
+    command = command_line("linear", argv)
     console = Console()
     if options.memory:
         found = block.run(options.device, options.dtypes, console)
@@ -111,36 +157,67 @@ def main(argv: list[str] | None = None) -> int:
         return 0
     with threads(options.threads):
         print_environment(console, options.device)
-        results = _measure_all(options, console)
-        if options.host_cost:
-            results.host = host_cost(options.rounds, device=options.device)
+        try:
+            settings = _settings(options)
+            records = Records.open(KIND, command, settings, options.json, options.device)
+            _measure_all(options, records, console)
+        except RecordsError as error:
+            parser.error(f"--json: {error}")
+        results = Results.of(list(records.rows.values()))
         if options.assert_bars:
-            results.verdicts = judge(results.measurements, results.host)
+            results.judge()
+        records.summary = results.summary()
+        records.write()
         print_results(results, console)
-        if options.json is not None:
-            write_json(results, options.json)
         if options.png is not None:
             write_png(results.measurements, options.png, options.device)
+        if options.html is not None:
+            from neuroada_kernels.benchmarks.html import write_html
+
+            write_html({(options.json or options.html).name: records.as_dict()}, options.html)
     return status(results.verdicts) if options.assert_bars else 0
 
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
-        prog="neuroada bench",
+        prog="neuroada bench linear",
         description="Time forward and backward of the NeuroAda linear, interleaved with the "
         "frozen linear and with other methods. Every candidate is checked first.",
     )
-    known = [name for name in table() if name != "frozen"]
+    known = table()
+    others = [name for name in known if name != "frozen"]
+    peers = [name for name in others if known[name].peer]
     add = parser.add_argument
     add("--device", choices=("cpu", "cuda"), default="cpu", help="default: cpu")
     add("--quick", action="store_true", help=f"two cases, float32, {MIN_ROUNDS} rounds")
     add("--cases", nargs="+", metavar="TEXT", help="only cases with one of these in their name")
-    add("--dtypes", nargs="+", choices=_DTYPES, help="default: float32 bfloat16")
+    add(
+        "--shapes",
+        nargs="+",
+        type=shape_names,
+        metavar="NAME",
+        help=f"linears of a model ({', '.join(MODEL_SHAPES)}) or one, D_INxD_OUT",
+    )
+    add("--tokens", nargs="+", type=positive, metavar="T", help="default: the table's, 512 or 16")
     add("--k", nargs="+", type=positive, metavar="K", help="bypasses a neuron; default: 1 8 20")
-    add("--candidates", nargs="+", choices=known, help="beside frozen; default: all")
+    add(
+        "--sweep",
+        choices=("k", "tokens"),
+        help=f"how time grows: over k from {SWEEP_K[0]} to {SWEEP_K[-1]}, or over T from "
+        f"{SWEEP_TOKENS[0]} to {SWEEP_TOKENS[-1]}, where --k or --tokens does not say",
+    )
+    add("--dtypes", nargs="+", choices=_DTYPES, help="default: float32 bfloat16")
+    add(
+        "--candidates",
+        nargs="+",
+        choices=others,
+        metavar="NAME",
+        help="beside frozen; default: all of " + ", ".join(n for n in others if n not in peers),
+    )
+    add("--peers", action="store_true", help=f"also {', '.join(peers)}")
     add("--rounds", type=positive, metavar="N", help=f"default: {_ROUNDS}")
     add("--threads", type=positive, metavar="N", help="default: torch's")
-    add("--json", type=output_file, metavar="FILE", help="write everything, samples included")
+    add_outputs(parser)
     add("--png", type=output_file, metavar="FILE", help="write a bar chart (needs matplotlib)")
     add("--memory", action="store_true", help="instead: what a block keeps for its backward")
     add("--host-cost", action="store_true", help="also the microseconds of a call at T = 1")
@@ -159,63 +236,82 @@ def _complete(options: argparse.Namespace, parser: argparse.ArgumentParser) -> N
         parser.error("--device cuda: no GPU is visible")
     if options.device == "cuda" and options.assert_bars:
         parser.error("--assert-bars: the bars are those of a CPU")
-    if options.png is not None:
-        _require_matplotlib(parser)
+    _require_matplotlib(options, parser)
     on_gpu = options.device == "cuda"
     every_dtype = ["bfloat16"] if on_gpu else ["float32", "bfloat16"]
     options.dtypes = options.dtypes or (["float32"] if options.quick else every_dtype)
-    known = GPU_BENCH_CASES if on_gpu else BENCH_CASES
-    options.cases = _cases(known, options.quick, options.k, options.cases)
+    options.cases = bench_cases(
+        GPU_BENCH_CASES if on_gpu else BENCH_CASES,
+        quick=options.quick,
+        shapes=[shape for shapes in options.shapes or () for shape in shapes],
+        tokens=options.tokens,
+        k=options.k,
+        sweep=options.sweep,
+        filters=options.cases,
+    )
     if not options.cases:
         parser.error("--cases: none has such a name")
-    names = set(options.candidates or table())
-    options.candidates = [c for c in table().values() if c.name in names | {"frozen"}]
+    options.candidates = _candidates(options.candidates, options.peers)
 
 
-def _cases(
-    known: Sequence[Case],
-    quick: bool,
-    k: Sequence[int] | None,
-    filters: Sequence[str] | None,
-) -> list[Case]:
-    """The cases of the shared table, at other k where asked for."""
-    shapes = list(dict.fromkeys(replace(case, k=1) for case in known))
-    if quick:
-        shapes = [shape for shape in shapes if shape.d_in == shape.d_out]
-    every_k = k or ([8] if quick else list(dict.fromkeys(case.k for case in known)))
-    cases = [replace(shape, k=k) for shape in shapes for k in every_k if k <= shape.d_in]
-    return [c for c in cases if filters is None or any(text in c.name for text in filters)]
+def _candidates(names: Sequence[str] | None, peers: bool) -> list[Candidate]:
+    """The frozen linear, and those named, or else those that are always compared; the peers."""
+    named = {"frozen", *(names or ())}
+    return [
+        row
+        for row in table().values()
+        if row.name in named or (peers if row.peer else names is None)
+    ]
 
 
-def _measure_all(options: argparse.Namespace, console: Console) -> Results:
-    results = Results(options.rounds, options.device)
+def _settings(options: argparse.Namespace) -> dict[str, object]:
+    """What the rows of one file share."""
+    switches = {name: os.environ.get(f"NEUROADA_{name}") for name in _SWITCHES}
+    return {
+        "rounds": options.rounds,
+        "device": options.device,
+        "candidates": [candidate.name for candidate in options.candidates],
+        "switches": {name: value for name, value in switches.items() if value is not None},
+    }
+
+
+def _measure_all(options: argparse.Namespace, records: Records, console: Console) -> None:
     work = [(case, dtype) for case in options.cases for dtype in options.dtypes]
+    each = options.rounds + _WARMUP
     with progress_bar(console) as progress:
-        task = progress.add_task("", total=len(work) * (options.rounds + _WARMUP))
+        task = progress.add_task("", total=len(work) * each)
 
         def between() -> None:
             progress.advance(task)
             progress.refresh()
 
-        for case, dtype in work:
-            progress.update(task, description=f"{case.name} {dtype}", refresh=True)
-            measure_case(
-                case,
-                dtype,
-                options.candidates,
-                options.rounds,
-                device=options.device,
-                results=results,
-                between=between,
+        for number, (case, dtype) in enumerate(work):
+            name = f"{case.name} {dtype}"
+            progress.update(task, completed=number * each, description=name, refresh=True)
+            keys = [row_key(case, dtype, candidate.name) for candidate in options.candidates]
+            records.group(keys, partial(_rows, case, dtype, options, between))
+    if options.host_cost:
+        records.once(
+            HOST_COST,
+            lambda: {"host_cost": asdict(host_cost(options.rounds, device=options.device))},
+        )
+
+
+def _rows(
+    case: Case, dtype: str, options: argparse.Namespace, between: Callable[[], None]
+) -> list[Row]:
+    found = measure_case(
+        case, dtype, options.candidates, options.rounds, device=options.device, between=between
+    )
+    return [each.as_dict() for each in found]
+
+
+def _require_matplotlib(options: argparse.Namespace, parser: argparse.ArgumentParser) -> None:
+    for option in ("png", "html"):
+        if getattr(options, option) is not None and find_spec("matplotlib") is None:
+            parser.error(
+                f"--{option}: matplotlib is missing, pip install 'neuroada-kernels[bench]'"
             )
-    return results
-
-
-def _require_matplotlib(parser: argparse.ArgumentParser) -> None:
-    try:
-        import matplotlib  # noqa: F401
-    except ImportError:
-        parser.error("--png: matplotlib is missing, pip install 'neuroada-kernels[bench]'")
 
 
 if __name__ == "__main__":

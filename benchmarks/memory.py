@@ -60,9 +60,11 @@ def kept_bytes(forward: Callable[[], Tensor], given: Iterable[Tensor]) -> int:
     kept: dict[int, int] = {}
 
     def pack(tensor: Tensor) -> Tensor:
-        storage = tensor.untyped_storage()
-        if storage.data_ptr() not in known:
-            kept[storage.data_ptr()] = storage.nbytes()
+        # A sparse tensor, of PEFT's SHiRA, has no storage of its own.
+        parts = (tensor._indices(), tensor._values()) if tensor.is_sparse else (tensor,)
+        for storage in (part.untyped_storage() for part in parts):
+            if storage.data_ptr() not in known:
+                kept[storage.data_ptr()] = storage.nbytes()
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):

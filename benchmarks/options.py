@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Iterator
+import shlex
+import sys
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -33,6 +35,18 @@ def add_outputs(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add("--json", type=output_file, metavar="FILE", help="every row; those that FILE has stay")
     add("--html", type=output_file, metavar="FILE", help="write a page (needs matplotlib)")
+
+
+def command_line(suite: str, argv: Sequence[str] | None) -> str:
+    """What repeats a call of the suite, but for the files that it writes."""
+    words = iter(sys.argv[1:] if argv is None else argv)
+    kept = []
+    for word in words:
+        if word in ("--json", "--html", "--png"):
+            next(words, None)
+        elif not word.startswith(("--json=", "--html=", "--png=")):
+            kept.append(word)
+    return shlex.join(["neuroada", "bench", suite, *kept])
 
 
 @contextmanager

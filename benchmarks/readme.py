@@ -14,27 +14,30 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from neuroada_kernels.benchmarks.linear_results import HOST_COST, framed
+
 _BEGIN, _END = "<!-- benchmark table -->", "<!-- end of benchmark table -->"
 _MEMORY_BEGIN, _MEMORY_END = "<!-- memory table -->", "<!-- end of memory table -->"
 
 
 def table(results: dict[str, Any]) -> str:
     """A Markdown table of the ratios to frozen, ours in bold, and how they were taken."""
-    rows = results["results"]
+    results = framed(results)
+    rows = [row for row in results["results"] if "ratio_to_frozen" in row]
     names = [n for n in dict.fromkeys(r["candidate"] for r in rows) if n != "frozen"]
     ours = {r["candidate"] for r in rows if r["automatic"]}
     headings = ["T", "d_in × d_out", "dtype", "k", *(_heading(n, n in ours) for n in names)]
     lines = ["| " + " | ".join(headings) + " |", "|" + "---|" * 4 + "---:|" * len(names)]
     lines += ["| " + " | ".join(cells) + " |" for cells in _rows(rows, names, ours)]
-    host = results["host_cost"]
+    where = results["sessions"][0]
     measured = (
         f"Forward and backward as a ratio to the frozen linear (`F.linear` and dx alone), medians "
-        f"of {results['rounds']} interleaved rounds, ratio taken round by round; "
-        f"{results['threads']} threads of an {results['cpu']} "
-        f"({results['cpu_capability']}), torch {results['torch']}, "
-        f"commit {results['commit'][:7]}. `neuroada bench` repeats it."
+        f"of {results['settings']['rounds']} interleaved rounds, ratio taken round by round; "
+        f"{where['threads']} threads of an {where['cpu']} "
+        f"({where['cpu_capability']}), torch {where['torch']}, "
+        f"commit {where['commit'][:7]}. `{results['command']}` repeats it."
     )
-    if host is not None:
+    for host in (row["host_cost"] for row in results["results"] if row["key"] == HOST_COST):
         measured += (
             f" One call at T = 1 costs {host['over_frozen_us']['median']:.0f} µs of host time "
             f"more than the frozen linear's {host['frozen_us']['median']:.0f} µs."

@@ -2,13 +2,14 @@
 
 Every suite's file has the same frame, which ``neuroada report`` reads: ``kind`` (the suite),
 ``command`` (what repeats it), ``settings``, ``sessions`` (where and with what it ran, see
-:func:`neuroada_kernels.benchmarks.report.environment`) and ``results``, rows of plain data.
+:func:`neuroada_kernels.benchmarks.report.environment`) and ``results``, rows of plain data; and
+where a suite computes something of the rows, ``summary``.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -36,6 +37,7 @@ class Records:
     path: Path | None = None
     rows: dict[str, Row] = field(default_factory=dict)
     sessions: list[dict[str, Any]] = field(default_factory=list)
+    summary: dict[str, Any] = field(default_factory=dict)
     _here: bool = False  # whether this process has a session of its own
 
     @classmethod
@@ -63,10 +65,13 @@ class Records:
             before = (found["kind"], found["settings"])
             records.sessions = list(found["sessions"])
             records.rows = {row["key"]: row for row in found["results"]}
+            commands = found["command"].split(" && ")
         except (KeyError, TypeError, ValueError) as error:
             raise RecordsError(f"{path}: holds no results of {kind} ({error!r})") from error
         if before != (kind, settings):
             raise RecordsError(f"{path}: holds {before[0]} with {before[1]}, expected {settings}")
+        # Rows of an earlier call stay, and so does what repeats it.
+        records.command = " && ".join(dict.fromkeys([*commands, command]))
         return records
 
     def once(self, key: str, measure: Callable[[], Row]) -> Row:
@@ -76,6 +81,15 @@ class Records:
             self.rows[key] = {"key": key, **measure()}
             self.write()
         return self.rows[key]
+
+    def group(self, keys: Sequence[str], measure: Callable[[], Iterable[Row]]) -> list[Row]:
+        """The rows of those keys, which are measured together: once more where one is missing."""
+        if not all(key in self.rows for key in keys):
+            self._open_session()
+            rows = zip(keys, measure(), strict=True)
+            self.rows.update({key: {"key": key, **row} for key, row in rows})
+            self.write()
+        return [self.rows[key] for key in keys]
 
     def _open_session(self) -> None:
         if self._here:
@@ -104,4 +118,5 @@ class Records:
             "settings": self.settings,
             "sessions": self.sessions,
             "results": list(self.rows.values()),
+            **({"summary": self.summary} if self.summary else {}),
         }

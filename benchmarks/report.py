@@ -1,14 +1,12 @@
-"""The results on the screen, as JSON and as a chart, with all that it takes to repeat them."""
+"""Results on the screen and as a chart, and the environment: all that it takes to repeat them."""
 
 from __future__ import annotations
 
-import json
 import os
 import platform
 import re
 import subprocess
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field
 from datetime import datetime, timezone
 from importlib import metadata
 from itertools import groupby
@@ -22,46 +20,24 @@ from rich.table import Table
 
 from neuroada_kernels._version import __version__
 from neuroada_kernels.benchmarks.bars import Verdict
+from neuroada_kernels.benchmarks.fits import Fit
+from neuroada_kernels.benchmarks.linear_results import Results
 from neuroada_kernels.benchmarks.measurement import Measurement
 from neuroada_kernels.benchmarks.timing import HostCost, Quartiles
 
 _HEADINGS = (
-    "forward\nms",
-    "backward\nms",
+    "fwd\nms",
+    "bwd\nms",
     "both\nms",
     "of\nfrozen",
     "quartiles",
-    "\nGFLOP/s",
+    "T\nFLOP/s",
     "\nGB/s",
+    "host\nus",
     "peak\nMiB",
     "kept\nMiB",
 )
 _OPENMP = re.compile(r"/(lib(?:gomp|iomp5|omp)[^/]*\.so[^/]*)$")
-
-
-@dataclass
-class Results:
-    """Everything that one run of the suite found out."""
-
-    rounds: int
-    device: str = "cpu"
-    measurements: list[Measurement] = field(default_factory=list)
-    skipped: list[dict[str, str]] = field(default_factory=list)  # case, dtype, candidate, reason
-    host: HostCost | None = None
-    verdicts: list[Verdict] = field(default_factory=list)
-
-    def as_dict(self) -> dict[str, Any]:
-        return {
-            **environment(self.device),
-            "rounds": self.rounds,
-            "results": [m.as_dict() for m in self.measurements],
-            "skipped": self.skipped,
-            "host_cost": None if self.host is None else asdict(self.host),
-            "bars": [
-                {**asdict(v.bar), "meaning": v.bar.meaning, "value": v.value, "outcome": v.outcome}
-                for v in self.verdicts
-            ],
-        }
 
 
 def environment(device: str = "cpu") -> dict[str, Any]:
@@ -111,10 +87,6 @@ def _version(package: str) -> str | None:
         return None
 
 
-def write_json(results: Results, path: Path) -> None:
-    path.write_text(json.dumps(results.as_dict(), indent=1) + "\n")
-
-
 def print_environment(console: Console, device: str = "cpu") -> None:
     facts = environment(device)
     gpu = f"{facts['gpu']} (driver {facts['driver']}), " if device == "cuda" else ""
@@ -129,13 +101,16 @@ def print_environment(console: Console, device: str = "cpu") -> None:
 
 
 def print_results(results: Results, console: Console) -> None:
-    """A table for every case and dtype, then what was left out, the host cost and the bars."""
+    """A table for every case and dtype, what was left out, the fits, the host cost, the bars."""
     for (case, dtype), rows in groupby(results.measurements, lambda m: (m.case.name, m.dtype)):
         console.print(_table(f"{case} {dtype}", list(rows)))
     for skip in results.skipped:
         console.print(
-            "not timed: {candidate}, {case} {dtype}: {reason}".format(**skip), markup=False
+            f"not timed: {skip.candidate}, {skip.case.name} {skip.dtype}: {skip.reason}",
+            markup=False,
         )
+    for (over, title), found in groupby(results.fits, lambda fit: (fit.over, fit.title)):
+        console.print(_fits_table(over, title, list(found)))
     if results.host is not None:
         _print_host_cost(results.host, console)
     for verdict in results.verdicts:
@@ -178,22 +153,42 @@ def write_png(measurements: Sequence[Measurement], path: Path, device: str = "cp
 
 
 def _table(title: str, rows: list[Measurement]) -> Table:
-    table = Table(title=title, title_justify="left", box=SIMPLE_HEAD, padding=0)
+    table = Table(title=title, title_justify="left", box=SIMPLE_HEAD, padding=0, show_edge=False)
     table.add_column("candidate", no_wrap=True)
     for heading in _HEADINGS:
         table.add_column(heading, justify="right", no_wrap=True)
     for row in rows:
         table.add_row(
             row.candidate + " *" * row.automatic,
-            f"{row.forward_us.median / 1e3:.4g}",
-            f"{row.backward_us.median / 1e3:.4g}",
-            f"{row.total_us.median / 1e3:.4g}",
+            f"{row.forward_us.median / 1e3:.3g}",
+            f"{row.backward_us.median / 1e3:.3g}",
+            f"{row.total_us.median / 1e3:.3g}",
             f"{row.ratio.median:.3f}",
             f"{row.ratio.lower:.2f}-{row.ratio.upper:.2f}",
-            f"{row.gflop_per_s:.0f}",
+            f"{row.tflop_per_s:.2g}",
             f"{row.gb_per_s:.1f}",
+            "" if row.host_us is None else f"{row.host_us.median:.0f}",
             f"{row.memory.peak / 2**20:.1f}",
             f"{row.memory.kept / 2**20:.1f}",
+        )
+    return table
+
+
+def _fits_table(over: str, title: str, rows: list[Fit]) -> Table:
+    name = "T" if over == "tokens" else over
+    first, last = rows[0].values[0], rows[0].values[-1]
+    title = f"time = a + b {name}, {name} from {first} to {last}; {title}"
+    table = Table(title=title, title_justify="left", box=SIMPLE_HEAD, padding=(0, 1, 0, 0))
+    table.add_column("candidate", no_wrap=True)
+    for heading in ("a\nms", f"b\nus per {name}", "b of a\npercent", "residual\npercent"):
+        table.add_column(heading, justify="right", no_wrap=True)
+    for row in rows:
+        table.add_row(
+            row.candidate,
+            f"{row.a_us / 1e3:.4g}",
+            f"{row.b_us:.4g}",
+            f"{100 * row.b_us / row.a_us:.2f}",
+            f"{100 * row.residual:.1f}",
         )
     return table
 

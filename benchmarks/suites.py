@@ -6,17 +6,42 @@ import importlib
 import sys
 
 DEFAULT = "linear"
-#: Suite to the module whose ``main`` runs it.
+#: Suite to the module whose ``main`` runs it, and what the help says.
 SUITES = {
-    DEFAULT: "neuroada_kernels.benchmarks.linear",
-    "quality": "neuroada_kernels.benchmarks.quality.command",
+    DEFAULT: ("neuroada_kernels.benchmarks.linear", "time linear layers, methods side by side"),
+    "quality": (
+        "neuroada_kernels.benchmarks.quality.command",
+        "compare what methods learn at equal trainable budgets",
+    ),
+    "compare": (
+        "neuroada_kernels.benchmarks.compare",
+        "two results files of one suite: exit status 1 where the second is slower",
+    ),
 }
 
 
 def main(argv: list[str] | None = None) -> int:
     """Run the suite that the first argument names, or the linear one; its exit status."""
     arguments = sys.argv[1:] if argv is None else argv
+    if arguments[:1] in (["-h"], ["--help"]):
+        print(_help())
+        return 0
     named = bool(arguments) and arguments[0] in SUITES
-    module = importlib.import_module(SUITES[arguments[0] if named else DEFAULT])
+    module = importlib.import_module(SUITES[arguments[0] if named else DEFAULT][0])
     status: int = module.main(arguments[named:])
     return status
+
+
+def _help() -> str:
+    width = max(map(len, SUITES))
+    return "\n".join(
+        [
+            "usage: neuroada bench [SUITE] [OPTION ...]",
+            "",
+            f"Measure, side by side with other methods. Without a SUITE: {DEFAULT}.",
+            "",
+            *(f"  {name:{width}}  {text}" for name, (_, text) in SUITES.items()),
+            "",
+            "`neuroada bench SUITE --help` describes a suite's own options.",
+        ]
+    )

@@ -130,6 +130,33 @@ def host_cost(rounds: int = 15, calls: int = 1000, device: str = "cpu") -> HostC
     )
 
 
+def host_times(
+    steps: Mapping[str, Step],
+    rounds: int = MIN_ROUNDS,
+    calls: int = 5,
+    settle: Callable[[], None] = lambda: None,
+) -> dict[str, Quartiles]:
+    """Microseconds of the host for the calls of a step, forward and backward, interleaved.
+
+    What a step computes on the CPU is in it, what it launches on a GPU is not: ``settle`` waits for
+    that, before and after the clock runs.
+    """
+    samples: dict[str, list[float]] = {name: [] for name in steps}
+    with _without_gc():
+        for number in range(-1, rounds):
+            for name, step in steps.items():
+                with step.serving():
+                    settle()
+                    start = perf_counter_ns()
+                    for _ in range(calls):
+                        step.backward(step.forward())
+                    each = (perf_counter_ns() - start) / calls / 1000
+                    settle()
+                if number >= 0:
+                    samples[name].append(each)
+    return {name: Quartiles.of(values) for name, values in samples.items()}
+
+
 def _time(step: Step) -> tuple[int, int]:
     """Nanoseconds of forward and backward; what they returned is freed after the clock stopped."""
     with step.serving():

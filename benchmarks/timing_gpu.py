@@ -44,6 +44,15 @@ def measure_on_gpu(
     }
 
 
+def reason_not_captured(step: Step) -> str | None:
+    """Why the step cannot be timed here, where it does what a CUDA graph does not hold."""
+    try:
+        _capture(step, True)
+    except RuntimeError as error:
+        return f"not captured in a CUDA graph: {str(error).splitlines()[0]}"
+    return None
+
+
 def _capture(step: Step, backward: bool) -> torch.cuda.CUDAGraph:
     """A graph of one step; what it allocates stays in the graph's own pool."""
 

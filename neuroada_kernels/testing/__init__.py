@@ -4,8 +4,10 @@ from neuroada_kernels.testing.cases import (
     BENCH_CASES,
     CASES,
     GPU_BENCH_CASES,
+    MODEL_SHAPES,
     Case,
     Inputs,
+    Shape,
     make_inputs,
 )
 from neuroada_kernels.testing.tolerances import rms_error, tolerance
@@ -14,8 +16,10 @@ __all__ = [
     "BENCH_CASES",
     "CASES",
     "GPU_BENCH_CASES",
+    "MODEL_SHAPES",
     "Case",
     "Inputs",
+    "Shape",
     "make_inputs",
     "rms_error",
     "tolerance",

@@ -79,6 +79,43 @@ GPU_BENCH_CASES: tuple[Case, ...] = tuple(
 
 
 @dataclass(frozen=True)
+class Shape:
+    """A linear of a model."""
+
+    d_in: int
+    d_out: int
+    bias: bool = False
+
+
+def _llama(hidden: int, intermediate: int, kv: int, bias: bool = False) -> tuple[Shape, ...]:
+    """q, then o where q has a bias; k and v; gate and up; down."""
+    q, o = Shape(hidden, hidden, bias), Shape(hidden, hidden)
+    up, down = Shape(hidden, intermediate), Shape(intermediate, hidden)
+    return tuple(dict.fromkeys((q, Shape(hidden, kv, bias), o, up, down)))
+
+
+def _encoder(hidden: int, intermediate: int) -> tuple[Shape, ...]:
+    """Attention; the two of the MLP."""
+    return (
+        Shape(hidden, hidden, True),
+        Shape(hidden, intermediate, True),
+        Shape(intermediate, hidden, True),
+    )
+
+
+#: The distinct linears of a block of real models, by the configurations that they are published
+#: with (``config.json``: hidden_size, intermediate_size, num_key_value_heads times a head's size).
+MODEL_SHAPES: dict[str, tuple[Shape, ...]] = {
+    "llama-3-8b": _llama(4096, 14336, 8 * 128),
+    "llama-3-70b": _llama(8192, 28672, 8 * 128),
+    "qwen2.5-7b": _llama(3584, 18944, 4 * 128, bias=True),  # q, k and v have biases
+    "bert-base": _encoder(768, 3072),
+    "vit-l": _encoder(1024, 4096),
+    "gpt-2": (Shape(768, 3 * 768, True), *_encoder(768, 3072)),  # q, k and v are one
+}
+
+
+@dataclass(frozen=True)
 class Inputs:
     """Tensors of a case; ``grad_output`` is the gradient that arrives from above."""
 

@@ -7,10 +7,10 @@ import itertools
 import pytest
 
 from neuroada_kernels.benchmarks.bars import BARS, HOST, Bar, Verdict, judge, status
-from neuroada_kernels.benchmarks.candidates import Work
 from neuroada_kernels.benchmarks.measurement import Measurement
 from neuroada_kernels.benchmarks.memory import Memory
 from neuroada_kernels.benchmarks.timing import HostCost, Quartiles, Timings, paired_ratio
+from neuroada_kernels.benchmarks.work import Work
 from neuroada_kernels.testing import BENCH_CASES, Case
 
 CASE = Case(tokens=512, d_in=2048, d_out=2048, k=8)

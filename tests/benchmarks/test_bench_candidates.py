@@ -11,10 +11,14 @@ from torch import Tensor, nn
 import neuroada_kernels as nk
 from neuroada_kernels import reference
 from neuroada_kernels.benchmarks import linear
-from neuroada_kernels.benchmarks.baselines import LoRALinear, MaskedDenseLinear, MaterialisedLinear
+from neuroada_kernels.benchmarks.baselines import (
+    FrozenLinear,
+    LoRALinear,
+    MaskedDenseLinear,
+    MaterialisedLinear,
+)
 from neuroada_kernels.benchmarks.candidates import (
     Candidate,
-    Exact,
     Run,
     WrongCandidateError,
     automatic,
@@ -22,7 +26,8 @@ from neuroada_kernels.benchmarks.candidates import (
     prepare,
     table,
 )
-from neuroada_kernels.benchmarks.report import Results
+from neuroada_kernels.benchmarks.exact import Exact
+from neuroada_kernels.benchmarks.linear_results import Skipped
 from neuroada_kernels.testing import Case, rms_error, tolerance
 
 CASE = Case(tokens=33, d_in=64, d_out=48, k=8, bias=True)
@@ -61,10 +66,29 @@ def altered(name: str, alter) -> Candidate:
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
-@pytest.mark.parametrize("name", table())
+@pytest.mark.parametrize(
+    ("name", "case"),
+    [(name, case) for name, row in table().items() for case in (CASES[:1] if row.peer else CASES)],
+    ids=lambda value: getattr(value, "name", value),
+)
 def test_every_candidate_of_the_table_is_right(name: str, case: Case, dtype: torch.dtype) -> None:
     prepare(table()[name], bench_inputs(case, dtype))
+
+
+@pytest.mark.parametrize("name", [n for n, row in table().items() if n.startswith("peft")])
+def test_an_adapter_of_peft_that_does_nothing_is_refused(name: str) -> None:
+    inputs = bench_inputs(CASE, torch.bfloat16)
+    peft = table()[name]
+    idle = replace(peft, build=lambda inputs: FrozenLinear(inputs))
+    truth = peft.build(inputs).expected(Exact(inputs))
+    with pytest.raises(WrongCandidateError, match="RMS error of y"):
+        prepare(replace(idle, expect=lambda exact, layer: truth), inputs)
+
+
+def test_sparse_peers_train_as_many_numbers_as_neuroada() -> None:
+    inputs = bench_inputs(replace(CASE, d_out=64), torch.float32)
+    peers = (table()[name] for name in ("peft-shira", "peft-supertuning"))
+    assert [Run(peer, inputs).wanted[1].numel() for peer in peers] == [64 * 8, 64 * 8]
 
 
 def test_the_table_has_a_row_for_every_backend_that_can_run_here() -> None:
@@ -212,11 +236,9 @@ def test_nothing_is_timed_once_a_candidate_is_wrong(monkeypatch: pytest.MonkeyPa
     timed = []
     monkeypatch.setattr(linear, "measure", lambda *args, **kwargs: timed.append(args))
     wrong = altered("reference", lambda y: y * 1.05)
-    results = Results(rounds=1)
     with pytest.raises(WrongCandidateError):
-        linear.measure_case(CASE, "float32", [table()["frozen"], wrong], 1, results=results)
+        linear.measure_case(CASE, "float32", [table()["frozen"], wrong], 1)
     assert not timed
-    assert not results.measurements
 
 
 def test_a_backend_that_declines_is_reported_and_not_timed() -> None:
@@ -224,12 +246,9 @@ def test_a_backend_that_declines_is_reported_and_not_timed() -> None:
         raise nk.BackendError("no such instruction set")
 
     rows = [table()["frozen"], replace(table()["reference"], build=decline)]
-    results = Results(rounds=1)
-    linear.measure_case(CASE, "float32", rows, 1, results=results)
-    assert [m.candidate for m in results.measurements] == ["frozen"]
-    assert [(s["candidate"], s["reason"]) for s in results.skipped] == [
-        ("reference", "no such instruction set")
-    ]
+    measured, skipped = linear.measure_case(CASE, "float32", rows, 1)
+    assert measured.candidate == "frozen"
+    assert skipped == Skipped(CASE, "float32", "reference", "no such instruction set")
 
 
 def test_the_work_of_a_bypass_is_that_of_frozen_and_three_products_of_k_columns() -> None:

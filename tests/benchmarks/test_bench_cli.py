@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+import types
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -13,11 +14,16 @@ import pytest
 import torch
 
 import neuroada_kernels as nk
-from neuroada_kernels.benchmarks import linear, report
+from neuroada_kernels import cli
+from neuroada_kernels.benchmarks import linear, linear_results, report, suites
 from neuroada_kernels.benchmarks.bars import Bar, Verdict
 from neuroada_kernels.benchmarks.candidates import table
-from neuroada_kernels.testing import BENCH_CASES, GPU_BENCH_CASES, Case
+from neuroada_kernels.benchmarks.linear_results import Results, Skipped
+from neuroada_kernels.benchmarks.shapes import bench_cases, shape_names
+from neuroada_kernels.testing import BENCH_CASES, GPU_BENCH_CASES, Case, Shape
 
+#: What a default run compares.
+ALWAYS = {name: row for name, row in table().items() if not row.peer}
 TINY = tuple(Case(tokens=16, d_in=64, d_out=d_out, k=k) for d_out in (64, 48) for k in (1, 8))
 
 
@@ -35,16 +41,25 @@ def test_json_holds_what_it_takes_to_judge_and_repeat_a_run(tmp_path: Path, caps
     arguments = ["--cases", "64to48", "--k", "2", "--rounds", "3", "--host-cost"]
     assert linear.main([*arguments, "--json", str(path)]) == 0
     found = json.loads(path.read_text())
-    assert found["package"] == nk.__version__
-    assert found["torch"] == torch.__version__
-    assert found["threads"] == torch.get_num_threads()
-    assert found["rounds"] == 3
-    assert found["bars"] == found["skipped"] == []
-    assert found["host_cost"]["over_frozen_us"].keys() == {"lower", "median", "upper"}
-    assert {"commit", "uncommitted_changes", "date", "cpu", "openmp", "python"} <= found.keys()
+    assert found["kind"] == "linear"
+    assert found["command"] == f"neuroada bench linear {' '.join(arguments)}"
+    assert found["settings"] == {
+        "rounds": 3,
+        "device": "cpu",
+        "candidates": list(ALWAYS),
+        "switches": {},
+    }
+    assert found["summary"] == {"fits": [], "bars": []}
+    (session,) = found["sessions"]
+    assert session["package"] == nk.__version__
+    assert session["torch"] == torch.__version__
+    assert session["threads"] == torch.get_num_threads()
+    assert {"commit", "uncommitted_changes", "date", "cpu", "openmp", "python"} <= session.keys()
 
-    rows = {(row["dtype"], row["candidate"]): row for row in found["results"]}
-    assert rows.keys() == {(dtype, name) for dtype in ("float32", "bfloat16") for name in table()}
+    *measured, host = found["results"]
+    assert host["host_cost"]["over_frozen_us"].keys() == {"lower", "median", "upper"}
+    rows = {(row["dtype"], row["candidate"]): row for row in measured}
+    assert rows.keys() == {(dtype, name) for dtype in ("float32", "bfloat16") for name in ALWAYS}
     for (_, name), row in rows.items():
         assert row["case"]["name"] == "T16-64to48-k2"
         assert row["backend"] == table()[name].backend
@@ -52,10 +67,10 @@ def test_json_holds_what_it_takes_to_judge_and_repeat_a_run(tmp_path: Path, caps
         assert len(samples["forward"]) == len(samples["backward"]) == 3
         total = sorted(f + b for f, b in zip(*samples.values(), strict=True))
         assert row["total_us"]["median"] == total[1] / 1000
-        for key in ("forward_us", "backward_us", "total_us", "ratio_to_frozen"):
+        for key in ("forward_us", "backward_us", "total_us", "ratio_to_frozen", "host_us"):
             assert 0 < row[key]["lower"] <= row[key]["median"] <= row[key]["upper"]
-        assert row["gb_per_s"] > 0
-        assert row["gflop_per_s"] > 0
+        for rate, work in (("gb_per_s", 1e3 * row["bytes"]), ("tflop_per_s", row["flops"])):
+            assert row[rate] == pytest.approx(work / row["total_us"]["median"] / 1e6)
         assert row["peak_bytes"] >= row["peak_bytes_beyond_y_and_dx"] >= 0
         assert row["kept_bytes"] >= 0
     assert rows["float32", "frozen"]["ratio_to_frozen"]["median"] == 1
@@ -64,7 +79,7 @@ def test_json_holds_what_it_takes_to_judge_and_repeat_a_run(tmp_path: Path, caps
     assert len(set(chosen)) == 1
 
     shown = capsys.readouterr().out
-    assert all(name in shown for name in table())
+    assert all(name in shown for name in ALWAYS)
     assert "host time of one forward call" in shown
 
 
@@ -104,8 +119,8 @@ def test_a_chart_without_matplotlib_is_refused_before_anything_is_timed(
 @pytest.mark.parametrize(("limit", "expected"), [(1e9, 0), (0.0, 1)])
 def test_assert_bars_gives_the_exit_status(limit, expected, monkeypatch, capsys) -> None:
     bar = Bar(limit, "frozen", "T16-64to64-k8")
-    judge = linear.judge
-    monkeypatch.setattr(linear, "judge", lambda rows, host: judge(rows, host, [bar]))
+    judge = linear_results.judge
+    monkeypatch.setattr(linear_results, "judge", lambda rows, host: judge(rows, host, [bar]))
     assert linear.main(["--quick", "--assert-bars"]) == expected
     shown = " ".join(capsys.readouterr().out.split())
     assert f"{'missed' if expected else 'met'} {bar.meaning}" in shown
@@ -118,7 +133,7 @@ def test_assert_bars_measures_the_host_cost(monkeypatch: pytest.MonkeyPatch, cap
         seen.append(host)
         return [Verdict(Bar(1.0, "frozen"), None)]
 
-    monkeypatch.setattr(linear, "judge", judge)
+    monkeypatch.setattr(linear_results, "judge", judge)
     assert linear.main(["--quick", "--candidates", "lora-r8", "--assert-bars"]) == 1
     assert seen[0] is not None
     assert "bars without a measurement in this run: 1" in capsys.readouterr().out
@@ -127,9 +142,12 @@ def test_assert_bars_measures_the_host_cost(monkeypatch: pytest.MonkeyPatch, cap
 def test_threads_are_set_for_the_run_alone(monkeypatch: pytest.MonkeyPatch) -> None:
     before = torch.get_num_threads()
     seen = []
-    monkeypatch.setattr(
-        linear, "measure_case", lambda *args, **kwargs: seen.append(torch.get_num_threads())
-    )
+
+    def measure_case(case, dtype, candidates, *args, **kwargs):
+        seen.append(torch.get_num_threads())
+        return [Skipped(case, dtype, row.name, "a test") for row in candidates]
+
+    monkeypatch.setattr(linear, "measure_case", measure_case)
     linear.main(["--quick", "--threads", "2"])
     assert seen == [2]
     assert torch.get_num_threads() == before
@@ -138,12 +156,82 @@ def test_threads_are_set_for_the_run_alone(monkeypatch: pytest.MonkeyPatch) -> N
 def test_cases_are_those_of_the_shared_table(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(linear, "BENCH_CASES", BENCH_CASES)
     for known in (BENCH_CASES, GPU_BENCH_CASES):
-        assert set(linear._cases(known, False, None, None)) == set(known)
-    assert [case.name for case in linear._cases(BENCH_CASES, True, None, None)] == [
+        assert set(bench_cases(known)) == set(known)
+    assert [case.name for case in bench_cases(BENCH_CASES, quick=True)] == [
         "T512-2048to2048-k8",
         "T16-2048to2048-k8",
     ]
-    assert linear._cases(BENCH_CASES, False, [4], ["T16-"]) == [replace(BENCH_CASES[-1], k=4)]
+    assert bench_cases(BENCH_CASES, k=[4], filters=["T16-"]) == [replace(BENCH_CASES[-1], k=4)]
+
+
+def test_cases_of_models_and_sweeps() -> None:
+    cases = bench_cases(BENCH_CASES, shapes=shape_names("qwen2.5-7b"), tokens=[1, 7], k=[2])
+    assert [case.name for case in cases][::2] == [
+        "T1-3584to3584-k2-bias",
+        "T1-3584to512-k2-bias",
+        "T1-3584to3584-k2",
+        "T1-3584to18944-k2",
+        "T1-18944to3584-k2",
+    ]
+    over_k = bench_cases(BENCH_CASES, sweep="k")
+    assert {replace(case, k=1) for case in over_k} == {BENCH_CASES[0]}
+    assert [case.k for case in over_k] == [1, 2, 4, 8, 16, 32, 64, 128]
+    over_tokens = bench_cases(BENCH_CASES, sweep="tokens", k=[3], shapes=shape_names("64x32"))
+    assert {(case.d_in, case.d_out, case.k) for case in over_tokens} == {(64, 32, 3)}
+    assert [case.tokens for case in over_tokens][:: len(over_tokens) - 1] == [1, 16384]
+
+
+def test_the_shapes_of_models_are_those_of_their_configurations() -> None:
+    transformers = pytest.importorskip("transformers")
+    bert, gpt2 = transformers.BertConfig(), transformers.GPT2Config()
+    assert shape_names("bert-base")[1:] == (
+        Shape(bert.hidden_size, bert.intermediate_size, True),
+        Shape(bert.intermediate_size, bert.hidden_size, True),
+    )
+    assert shape_names("gpt-2")[0] == Shape(gpt2.n_embd, 3 * gpt2.n_embd, True)
+
+
+def test_a_file_is_gone_on_with_and_shows_how_time_grows(tmp_path: Path, monkeypatch, capsys):
+    path = tmp_path / "bench.json"
+    fixed = ["--shapes", "64x64", "--dtypes", "float32", "--candidates", "lora-r8", "--rounds", "2"]
+    linear.main([*fixed, "--k", "1", "2", "--json", str(path)])
+    once = json.loads(path.read_text())
+    linear.main([*fixed, "--k", "1", "2", "4", f"--json={path}"])
+    found = json.loads(path.read_text())
+    assert found["results"][: len(once["results"])] == once["results"]
+    assert found["command"] == " && ".join(
+        f"neuroada bench linear {' '.join(fixed)} --k {k}" for k in ("1 2", "1 2 4")
+    )
+    assert once["summary"]["fits"] == []
+    fitted = {fit["candidate"]: fit for fit in found["summary"]["fits"]}
+    assert fitted.keys() == {"frozen", "lora-r8"}
+    assert fitted["frozen"]["over"] == "k"
+    assert fitted["frozen"]["values"] == [1, 2, 4]
+    assert "time = a + b k, k from 1 to 4; 64 to 64, T = 16" in capsys.readouterr().out
+    with pytest.raises(SystemExit):
+        linear.main([*fixed, "--peers", "--json", str(path)])
+    assert f"--json: {path}: holds linear with" in capsys.readouterr().err
+    assert json.loads(path.read_text()) == found
+
+
+def test_the_page_is_written_of_the_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pages = []
+    page = types.ModuleType("html")
+    page.write_html = lambda found, path: pages.append((json.loads(json.dumps(found)), path))
+    monkeypatch.setitem(sys.modules, "neuroada_kernels.benchmarks.html", page)
+    json_, html = tmp_path / "a.json", tmp_path / "a.html"
+    linear.main(["--quick", "--candidates", "lora-r8", "--json", str(json_), "--html", str(html)])
+    assert pages == [({"a.json": json.loads(json_.read_text())}, html)]
+
+
+def test_the_help_shows_the_suites_and_how_to_see_their_options(capsys) -> None:
+    assert cli.main(["bench", "--help"]) == 0
+    shown = capsys.readouterr().out
+    assert all(f"\n  {name} " in shown for name in suites.SUITES)
+    assert "`neuroada bench SUITE --help`" in shown
+    with pytest.raises(SystemExit):
+        cli.main(["bench", "linear", "--help"])
+    assert "usage: neuroada bench linear" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(
@@ -152,6 +240,7 @@ def test_cases_are_those_of_the_shared_table(monkeypatch: pytest.MonkeyPatch) ->
         (["--cases", "nothing"], "--cases: none has such a name"),
         (["--candidates", "qlora"], "invalid choice: 'qlora'"),
         (["--k", "0"], "0, expected at least 1"),
+        (["--shapes", "llama-4"], "'llama-4', expected D_INxD_OUT or one of llama-3-8b"),
         (["--json", "/nowhere/bench.json"], "/nowhere is no directory"),
         (["--assert-bars", "--rounds", "8"], "--rounds: 8, expected at least 9"),
     ],
@@ -202,15 +291,12 @@ def test_the_processor_and_the_openmp_runtimes_are_unknown_where_proc_is_missing
 
 def test_more_than_one_openmp_runtime_is_pointed_out(monkeypatch, capsys) -> None:
     monkeypatch.setattr(report, "_openmp_runtimes", lambda: ["libgomp.so.1", "libiomp5.so"])
-    monkeypatch.setattr(linear, "measure_case", lambda *args, **kwargs: None)
-    linear.main(["--quick"])
+    linear.main(["--quick", "--candidates", "lora-r8", "--rounds", "1"])
     assert "More than one OpenMP runtime" in capsys.readouterr().out
 
 
 def test_what_was_not_timed_is_shown_with_its_reason(capsys) -> None:
-    results = report.Results(rounds=1)
-    results.skipped.append(
-        {"case": "T1", "dtype": "float32", "candidate": "neuroada-x", "reason": "shape [1, 2]"}
-    )
-    report.print_results(results, report.Console())
-    assert "not timed: neuroada-x, T1 float32: shape [1, 2]" in capsys.readouterr().out
+    skipped = Skipped(TINY[0], "float32", "neuroada-x", "shape [1, 2]")
+    report.print_results(Results(skipped=[skipped]), report.Console())
+    shown = " ".join(capsys.readouterr().out.split())
+    assert "not timed: neuroada-x, T16-64to64-k1 float32: shape [1, 2]" in shown

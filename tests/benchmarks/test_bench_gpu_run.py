@@ -1,16 +1,84 @@
-"""``benchmarks/gpu_run.sh`` as far as it goes without a GPU: it stops with one sentence."""
+"""``benchmarks/gpu_run.sh`` without a GPU: its dry run, how it ends, and what it refuses."""
 
 from __future__ import annotations
 
+import json
 import os
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
 
 pytest.importorskip("triton")
 SCRIPT = Path(__file__).parents[2] / "benchmarks" / "gpu_run.sh"
+ENVIRONMENT = {**os.environ, "PYTHON": sys.executable, "CUDA_VISIBLE_DEVICES": ""}
+for variable in ("OUT", "LIMIT", "PYTEST_ADDOPTS", "COVERAGE_PROCESS_START"):
+    ENVIRONMENT.pop(variable, None)
+
+
+def outcomes(out: Path) -> dict[str, str]:
+    """What the summary says of each phase."""
+    lines = (out / "summary.txt").read_text().splitlines()[1:]
+    return dict(line.split(": ", 1) for line in lines)
+
+
+@pytest.mark.timeout(600)  # a dozen processes, each of which imports torch
+def test_a_dry_run_goes_through_every_phase_and_leaves_few_valid_files(tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    done = subprocess.run(
+        [SCRIPT, out, "--dry-run", "--minutes", "15"],
+        env=ENVIRONMENT,
+        capture_output=True,
+        text=True,
+    )
+    log = (out / "log.txt").read_text()
+    assert done.returncode == 0, log
+    said = outcomes(out)
+    assert {name for name, what in said.items() if what.startswith("ok, ")} >= {
+        *("environment", "tests", "linear-8192", "model", "sweep-k", "sweep-tokens"),
+        *("model-checkpointed", "linear-peers"),
+    }
+    assert said["cuda-tests"] == "skipped, the backend cuda cannot run"
+    assert "memcheck" in said
+    assert " passed" in log
+    files = list(out.iterdir())
+    assert len(files) <= 8
+    assert all(file.stat().st_size < 16e6 for file in files)
+    found = json.loads((out / "linear.json").read_text())
+    names = {row["candidate"] for row in found["results"]}
+    assert names == {"frozen", "neuroada-triton", "materialised", "masked-dense", "full"}
+    assert {fit["over"] for fit in found["summary"]["fits"]} == {"k", "tokens"}
+    for file in files:
+        assert file.suffix in (".txt", ".json")
+        if file.suffix == ".json":
+            json.loads(file.read_text())
+
+
+def test_without_time_every_phase_says_so(tmp_path: Path) -> None:
+    arguments = [SCRIPT, tmp_path, "--dry-run", "--minutes", "0"]
+    assert subprocess.run(arguments, env=ENVIRONMENT, capture_output=True).returncode == 0
+    assert set(outcomes(tmp_path).values()) == {"skipped, no time is left"}
+
+
+def test_a_run_that_is_ended_says_how_far_it_came(tmp_path: Path) -> None:
+    process = subprocess.Popen(
+        [SCRIPT, tmp_path, "--dry-run", "environment", "sweep-k"],
+        env=ENVIRONMENT,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+    )
+    summary = tmp_path / "summary.txt"
+    while not (summary.exists() and "environment: started" in summary.read_text()):
+        assert process.poll() is None
+        time.sleep(0.05)
+    process.send_signal(signal.SIGTERM)
+    assert process.wait() == 1
+    said = outcomes(tmp_path)
+    assert said["environment"].startswith("cut off after ")
+    assert said["sweep-k"] == "not reached"
 
 
 @pytest.mark.parametrize(
@@ -18,14 +86,16 @@ SCRIPT = Path(__file__).parents[2] / "benchmarks" / "gpu_run.sh"
     [
         ([], "no GPU is visible"),
         (["tests", "linear-8192"], "no GPU is visible"),
-        (["linear-7"], "linear-7 is no phase, expected of: environment tests"),
+        (["linear-7"], "linear-7 is no phase, expected of: build environment"),
+        (["--minutes", "soon"], "--minutes: 'soon', expected a whole number"),
+        (["--quick"], "--quick is no option, expected --minutes N or --dry-run"),
     ],
 )
 def test_it_stops_before_it_makes_anything(arguments, message, tmp_path: Path) -> None:
     out = tmp_path / "out"
     done = subprocess.run(
         [SCRIPT, *arguments],
-        env={**os.environ, "PYTHON": sys.executable, "OUT": str(out), "CUDA_VISIBLE_DEVICES": ""},
+        env={**ENVIRONMENT, "OUT": str(out)},
         capture_output=True,
         text=True,
     )

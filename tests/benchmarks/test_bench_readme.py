@@ -10,6 +10,7 @@ from neuroada_kernels.benchmarks import readme
 def _row(candidate: str, ratio: float, automatic: bool = False) -> dict:
     case = {"name": "a", "tokens": 16, "d_in": 8, "d_out": 4, "k": 2}
     return {
+        "key": f"a float32 {candidate}",
         "case": case,
         "dtype": "float32",
         "candidate": candidate,
@@ -18,15 +19,25 @@ def _row(candidate: str, ratio: float, automatic: bool = False) -> dict:
     }
 
 
-RESULTS = {
-    "rounds": 9,
+HOST_COST = {"over_frozen_us": {"median": 14.4}, "frozen_us": {"median": 3.1}}
+SESSION = {
     "threads": 2,
     "cpu": "a processor",
     "cpu_capability": "AVX2",
     "torch": "2.13.0",
     "commit": "0123456789abcdef",
-    "host_cost": {"over_frozen_us": {"median": 14.4}, "frozen_us": {"median": 3.1}},
-    "results": [_row("frozen", 1.0), _row("neuroada-cpu", 1.043, True), _row("lora-r8", 1.127)],
+}
+RESULTS = {
+    "kind": "linear",
+    "command": "neuroada bench linear",
+    "settings": {"rounds": 9},
+    "sessions": [SESSION],
+    "results": [
+        _row("frozen", 1.0),
+        _row("neuroada-cpu", 1.043, True),
+        _row("lora-r8", 1.127),
+        {"key": "host-cost", "host_cost": HOST_COST},
+    ],
 }
 
 

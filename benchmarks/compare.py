@@ -1,0 +1,184 @@
+"""The command ``neuroada bench compare OLD.json NEW.json``: is the second file slower?
+
+Rows with samples are compared by their key: candidate, case and dtype of the linear suite, a method
+of the model suite. Every round's time is taken over the frozen linear's (or model's) in the same
+round first, so that a drift of the machine between the files cancels; what is frozen shows that
+drift by its own time, and is not judged. Rounds of two files belong to no pairs: a ratio is the
+median over all pairs of one round of each, its spread their quartiles.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import re
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from rich.box import SIMPLE_HEAD
+from rich.console import Console
+from rich.table import Table
+
+from neuroada_kernels.benchmarks.linear_results import KIND, framed
+from neuroada_kernels.benchmarks.timing import Quartiles, paired_ratio
+
+#: Facts of a session without which times are of another machine.
+MACHINE = ("device", "cpu", "gpu", "threads")
+_FROZEN = "frozen"
+
+
+class CompareError(ValueError):
+    """Two files cannot be compared."""
+
+
+@dataclass(frozen=True)
+class Change:
+    """New over old; above 1 is slower."""
+
+    key: str
+    old: float  # medians: over frozen, or else milliseconds
+    new: float
+    ratio: Quartiles
+    judged: bool = True
+
+
+def compare(
+    old: Mapping[str, Any], new: Mapping[str, Any], *, anyway: bool = False
+) -> list[Change]:
+    """The changes of all rows that both have, the worst first.
+
+    Parameters
+    ----------
+    old, new : mapping
+        Files of a suite whose rows have samples, as their JSON holds them.
+    anyway : bool
+        Also those of two machines or suites.
+
+    Raises
+    ------
+    CompareError
+        If they are of different suites or machines, or have no row in common.
+    """
+    differing = _differing(old, new)
+    if differing and not anyway:
+        raise CompareError(f"{'; '.join(differing)}; --anyway compares all the same")
+    before, after = _samples(old), _samples(new)
+    changes = [
+        _change(key, before[key], after[key], judged=not _is_frozen(key))
+        for key in before
+        if key in after
+    ]
+    if not changes:
+        raise CompareError("the files have no row with samples in common")
+    return sorted(changes, key=lambda change: -change.ratio.median)
+
+
+def read(path: Path) -> dict[str, Any]:
+    """A file of a suite, one of the linear suite also from before its frame.
+
+    Raises
+    ------
+    CompareError
+        If it is none.
+    """
+    try:
+        found = json.loads(path.read_text())
+        if "kind" not in found and "ratio_to_frozen" in found["results"][0]:
+            found = framed(found)
+        if not {"kind", "sessions", "results"} <= found.keys():
+            raise KeyError("kind, sessions or results")
+    except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
+        raise CompareError(f"{path}: no results file of a suite ({error!r})") from error
+    return dict(found)
+
+
+def _differing(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
+    facts = [("kind", old["kind"], new["kind"])]
+    before, after = ((found["sessions"] or [{}])[0] for found in (old, new))
+    facts += [(fact, before.get(fact), after.get(fact)) for fact in MACHINE]
+    return [f"{fact}: {one} and {other}" for fact, one, other in facts if one != other]
+
+
+def _samples(document: Mapping[str, Any]) -> dict[str, list[float]]:
+    """By key, each round's milliseconds, over those of what is frozen where they are known."""
+    rows = {row["key"]: row for row in document["results"]}
+    times = {key: _milliseconds(row) for key, row in rows.items()}
+    if document["kind"] == KIND:
+        frozen = {key: times.get(f"{key.rpartition(' ')[0]} {_FROZEN}", []) for key in times}
+    else:
+        frozen = {key: row.get("frozen_samples_ms", []) for key, row in rows.items()}
+    return {key: _relative(key, own, frozen[key]) for key, own in times.items() if own}
+
+
+def _relative(key: str, own: list[float], frozen: Sequence[float]) -> list[float]:
+    if _is_frozen(key) or len(frozen) != len(own):
+        return own
+    return [time / least for time, least in zip(own, frozen, strict=True)]
+
+
+def _is_frozen(key: str) -> bool:
+    return re.split("[ /]", key)[-1] == _FROZEN
+
+
+def _milliseconds(row: Mapping[str, Any]) -> list[float]:
+    if "samples_ns" in row:
+        parts = row["samples_ns"]
+        return [(f + b) / 1e6 for f, b in zip(parts["forward"], parts["backward"], strict=True)]
+    return list(row.get("samples_ms", ()))
+
+
+def _change(key: str, old: Sequence[float], new: Sequence[float], judged: bool) -> Change:
+    pairs = [(after, before) for before in old for after in new]
+    ratio = paired_ratio([after for after, _ in pairs], [before for _, before in pairs])
+    return Change(key, Quartiles.of(old).median, Quartiles.of(new).median, ratio, judged)
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Print the table; 1 where a ratio is beyond the threshold."""
+    parser = argparse.ArgumentParser(prog="neuroada bench compare", description=__doc__)
+    add = parser.add_argument
+    add("old", type=Path, metavar="OLD.json")
+    add("new", type=Path, metavar="NEW.json")
+    add("--threshold", type=float, default=1.05, help="ratio beyond which it is slower; 1.05")
+    add("--anyway", action="store_true", help="also files of two machines or suites")
+    options = parser.parse_args(argv)
+    if options.threshold <= 0:
+        parser.error(f"--threshold: {options.threshold}, expected a positive ratio")
+    try:
+        changes = compare(read(options.old), read(options.new), anyway=options.anyway)
+    except CompareError as error:
+        parser.error(str(error))
+    slower = [c for c in changes if c.judged and c.ratio.median > options.threshold]
+    console = Console()
+    console.print(_table(changes, options.threshold))
+    console.print(
+        f"{len(changes)} rows compared, slower by more than {options.threshold:g}: {len(slower)}"
+    )
+    return int(bool(slower))
+
+
+def _table(changes: Sequence[Change], threshold: float) -> Table:
+    table = Table(box=SIMPLE_HEAD, padding=(0, 1, 0, 0))
+    table.add_column("row", overflow="fold")
+    for heading in ("old", "new", "ratio", "quartiles", ""):
+        table.add_column(heading, justify="right", no_wrap=True)
+    for change in changes:
+        ratio = change.ratio
+        slower, faster = ratio.median > threshold, ratio.median < 1 / threshold
+        verdict = "slower" if slower else "faster" if faster else ""
+        table.add_row(
+            change.key,
+            f"{change.old:.4g}",
+            f"{change.new:.4g}",
+            f"{ratio.median:.3f}",
+            f"{ratio.lower:.3f}-{ratio.upper:.3f}",
+            verdict if change.judged else "machine",
+        )
+    return table
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,100 @@
+"""Two files of a suite: what counts as slower, and which are refused."""
+
+from __future__ import annotations
+
+import copy
+import json
+
+import pytest
+
+from neuroada_kernels.benchmarks import compare as module
+from neuroada_kernels.benchmarks.compare import CompareError, compare
+
+SESSION = {"device": "cpu", "cpu": "a processor", "threads": 2, "commit": "a"}
+
+
+def row(name: str, milliseconds) -> dict:
+    forward = [round(1e6 * time) - 1 for time in milliseconds]
+    samples = {"forward": forward, "backward": [1] * len(forward)}
+    return {"key": f"T1-8to8-k1 float32 {name}", "samples_ns": samples}
+
+
+def linear(ours, frozen=(10.0, 10.0, 10.0), **facts) -> dict:
+    rows = [row("frozen", frozen), row("neuroada-cpu", ours), {"key": "host-cost"}]
+    return {"kind": "linear", "sessions": [{**SESSION, **facts}], "results": rows}
+
+
+def model(milliseconds, frozen=()) -> dict:
+    ours = {"samples_ms": list(milliseconds), "frozen_samples_ms": list(frozen)}
+    rows = [{"key": "plain/neuroada", **ours}, {"key": "plain/peft-lora", "error": "no"}]
+    return {"kind": "model", "sessions": [SESSION], "results": rows}
+
+
+OLD = linear((11.0, 12.0, 13.0))
+
+
+def test_a_machine_that_is_slower_as_a_whole_does_not_count() -> None:
+    drift, ours = compare(OLD, linear((22.0, 24.0, 26.0), frozen=(20.0, 20.0, 20.0)))
+    assert (drift.key, drift.ratio.median, drift.judged) == ("T1-8to8-k1 float32 frozen", 2, False)
+    assert ours.judged
+    assert (ours.old, ours.new, ours.ratio.median) == (1.2, 1.2, 1)
+
+
+def test_the_spread_is_that_of_all_pairs_of_rounds() -> None:
+    (change,) = compare(model((1, 2)), model((4, 4)))
+    assert (change.ratio.lower, change.ratio.median, change.ratio.upper) == (2, 3, 4)
+    assert (change.old, change.new) == (1.5, 4)
+    (change,) = compare(model((1, 2), frozen=(1, 2)), model((4, 4), frozen=(4, 4)))
+    assert (change.old, change.new, change.ratio.median) == (1, 1, 1)
+
+
+@pytest.mark.parametrize(
+    ("threshold", "status"), [([], 1), (["--threshold", "1.2"], 0), (["--threshold", "1.05"], 1)]
+)
+def test_the_exit_status_says_whether_it_is_slower(threshold, status, tmp_path, capsys) -> None:
+    old, new = tmp_path / "old.json", tmp_path / "new.json"
+    old.write_text(json.dumps(OLD))
+    new.write_text(json.dumps(linear((12.1, 13.2, 14.3))))
+    assert module.main([str(old), str(new), *threshold]) == status
+    shown = capsys.readouterr().out
+    assert "1.100" in shown
+    assert "machine" in shown
+    assert ("slower by more than 1.05: 1" in shown) == bool(status)
+
+
+def test_the_worst_comes_first_and_rows_of_one_file_are_left_out() -> None:
+    old, new = copy.deepcopy(OLD), copy.deepcopy(OLD)
+    old["results"] += [row("lora-r8", (20, 20, 20)), row("reference", (1, 1, 1))]
+    new["results"] += [row("lora-r8", (30, 30, 30))]
+    first, *rest = compare(old, new)
+    assert first.key.endswith("lora-r8")
+    assert len(rest) == 2
+
+
+@pytest.mark.parametrize(
+    ("new", "message"),
+    [
+        (linear((11.0, 12.0, 13.0), cpu="another"), "cpu: a processor and another"),
+        (linear((11.0, 12.0, 13.0), threads=4), "threads: 2 and 4"),
+        (model((1, 2)), "kind: linear and model"),
+    ],
+)
+def test_other_machines_and_suites_are_refused(new, message) -> None:
+    with pytest.raises(CompareError, match=message):
+        compare(OLD, new)
+
+
+def test_whoever_insists_compares_two_machines_but_not_nothing() -> None:
+    assert len(compare(OLD, linear((11.0, 12.0, 13.0), cpu="another"), anyway=True)) == 2
+    with pytest.raises(CompareError, match="no row with samples in common"):
+        compare(OLD, model((1, 2)), anyway=True)
+
+
+@pytest.mark.parametrize("content", ["{", "[]", '{"results": []}', '{"kind": "linear"}'])
+def test_what_is_no_results_file_is_refused(content, tmp_path, capsys) -> None:
+    path = tmp_path / "old.json"
+    path.write_text(content)
+    with pytest.raises(SystemExit) as exit_:
+        module.main([str(path), str(path)])
+    assert exit_.value.code == 2
+    assert f"{path}: no results file of a suite" in " ".join(capsys.readouterr().err.split())

@@ -1,0 +1,51 @@
+// Runs every CPU kernel once over a small fixed case, for callgrind to count: see count_instructions.py.
+//
+//   count_instructions compiler            # what compiled it
+//   count_instructions avx2 float32        # the kernels of an instruction set over a dtype
+#include <cstdio>
+#include <cstring>
+
+#include "run_cpu.h"
+
+namespace neuroada::testing {
+namespace {
+
+// No dimension is a multiple of a vector's or a tile's, so that the ends of loops are counted as well.
+constexpr Case kCase{67, 200, 136, 8, IndexKind::distinct, true};
+
+template <class T>
+void run_largest(const Problem<T>& p, const cpu::Kernels& kernels, const cpu::Executor& executor) {
+  Matrix<int32_t> index(p.shape.d_out, p.shape.k);
+  kernels.largest({dtype_of<T>(), cpu::Ranking::magnitude, p.shape.d_out, p.shape.d_in, p.shape.k, p.weight.data(),
+                   p.weight.stride(), index.data()},
+                  executor);
+}
+
+int count(const char* isa, const char* dtype) {
+  const cpu::Kernels* kernels = cpu::kernels_for(isa);
+  if (kernels == nullptr) {
+    std::printf("%s was not built or does not run here\n", isa);
+    return 77;
+  }
+  bool known = false;
+  each_dtype([&](auto element) {
+    using T = decltype(element);
+    if (std::strcmp(dtype_name<T>(), dtype) != 0) return;
+    known = true;
+    Random random(1);
+    const Problem<T> problem(kCase, random);
+    run(problem, *kernels, in_turn(1));
+    run_largest(problem, *kernels, in_turn(1));
+  });
+  if (!known) std::printf("%s is no dtype\n", dtype);
+  return known ? 0 : 2;
+}
+
+}  // namespace
+}  // namespace neuroada::testing
+
+int main(int argc, char** argv) {
+  if (argc == 3) return neuroada::testing::count(argv[1], argv[2]);
+  std::printf("%s\n", NEUROADA_COMPILER);
+  return 0;
+}
