@@ -9,6 +9,7 @@ DEFAULT = "linear"
 #: Suite to the module whose ``main`` runs it.
 SUITES = {
     DEFAULT: "neuroada_kernels.benchmarks.linear",
+    "memory": "neuroada_kernels.benchmarks.memory_model.command",
     "quality": "neuroada_kernels.benchmarks.quality.command",
 }
 
