@@ -121,6 +121,13 @@ def print_results(rows: list[Row], console: Console) -> None:
         console.print(_models_table(title, group))
 
 
+def of_a_layer(row: Row) -> tuple[int, int]:
+    """Bytes that it holds at rest and for gradients, and that it keeps for the backward."""
+    layer = row["layer"]
+    held = sum(nbytes for name, nbytes in layer.items() if name != "kept")
+    return held, layer["kept"]
+
+
 def described(row: Row) -> str:
     """A model and its training step, in words."""
     setting = row["setting"]
@@ -132,7 +139,9 @@ def described(row: Row) -> str:
 
 
 def _validation_table(rows: list[Row]) -> Table:
-    table = Table(title="the stated model and measurements, MiB", box=SIMPLE_HEAD, padding=0)
+    table = Table(
+        title="the stated model and measurements, MiB", box=SIMPLE_HEAD, padding=(0, 1, 0, 0)
+    )
     table.add_column("model, dtype, k, checkpointing, method", no_wrap=True)
     for heading in ("at rest", "kept", "step, \nmeasured", "step, \npredicted", "\nerror"):
         table.add_column(heading, justify="right", no_wrap=True)
@@ -151,11 +160,12 @@ def _validation_table(rows: list[Row]) -> Table:
 
 
 def _models_table(title: str, rows: list[Row]) -> Table:
-    table = Table(title=title, box=SIMPLE_HEAD, padding=0)
+    table = Table(title=title, box=SIMPLE_HEAD, padding=(0, 1, 0, 0))
     table.add_column("method, GiB", no_wrap=True)
-    for heading in ("weights", "trained", "select.", "optim.", "grads", "kept", "scratch", "peak"):
+    for heading in ("weights", "trains", "select", "optim", "grads", "kept", "scratch", "peak"):
         table.add_column(heading, justify="right", no_wrap=True)
-    table.add_column("of mask-\nbased", justify="right")
+    for heading in ("a layer\nholds", "a layer\nkeeps", "to mask-\nbased"):
+        table.add_column(heading, justify="right", no_wrap=True)
     table.add_column("at", no_wrap=True, overflow="ellipsis")
     peaks = {row["method"]: row["predicted"]["peak"] for row in rows}
     at_rest = ("weights", "trained", "selection", "optimizer")
@@ -165,6 +175,7 @@ def _models_table(title: str, rows: list[Row]) -> Table:
         table.add_row(
             row["method"],
             *(f"{predicted[name] / GIB:.2f}" for name in names),
+            *(f"{nbytes / GIB:.3f}" for nbytes in of_a_layer(row)),
             f"{predicted['peak'] / peaks['masked-dense'] - 1:+.0%}",
             predicted["at"],
         )

@@ -14,7 +14,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from neuroada_kernels.benchmarks.memory_model.command import GIB, MIB, described
+from neuroada_kernels.benchmarks.memory_model.command import GIB, MIB, described, of_a_layer
 from neuroada_kernels.benchmarks.records import Row
 
 #: What NeuroAda's peak is set beside.
@@ -80,11 +80,15 @@ def parts_table(results: dict[str, Any], model: str, k: int, checkpointing: bool
     rows = [row for row in rows if row["setting"]["checkpointing"] == checkpointing]
     return _table(
         (f"{described(rows[0])}, GiB",),
-        ("weights", "trained", "selection", "optimiser", "gradients", "kept", "scratch", "peak"),
+        (
+            *("weights", "trained", "selection", "optimiser", "gradients", "kept", "scratch"),
+            *("peak", "a layer holds", "a layer keeps"),
+        ),
         (
             [
                 row["method"],
                 *(f"{row['predicted'][name] / GIB:.2f}" for name in (*names, *names_at_peak)),
+                *(f"{nbytes / GIB:.3f}" for nbytes in of_a_layer(row)),
             ]
             for row in rows
         ),

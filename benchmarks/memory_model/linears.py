@@ -255,8 +255,9 @@ class NeuroAda(Linear):
     """Ours, k bypasses a neuron.
 
     delta ``4 N k``, index ``4 N k``, and for the backward the plan, ``4 (K + 1 + 65 + N k)``.
-    Saves x itself (``save_activations="full"``), or of x the ``c`` columns that were chosen,
-    ``T c e`` once for all siblings, and an index into these, ``4 c`` and ``4 N k``. The strategy
+    Saves x itself (``save_activations="full"``), or of x the c columns that were chosen,
+    ``T c e`` once for all siblings, and an index into these, ``4 c`` and ``4 N k``: ``"compact"``
+    where c is less than K, ``"auto"`` where it is at most half of that. The strategy
     ``resident`` keeps the weights that it has written over: ``N k e`` and their index, ``4 N k``.
     """
 
@@ -266,7 +267,7 @@ class NeuroAda(Linear):
         place: Place,
         itemsize: int,
         k: int,
-        compact: bool,
+        save: str,
         resident: bool,
     ) -> None:
         super().__init__(tape, place, itemsize)
@@ -275,7 +276,8 @@ class NeuroAda(Linear):
         self.index = self._select(entries, INT32)
         self._select(place.d_in + 1 + SPLITS + 1 + entries, INT32)
         columns = chosen_columns(sum(place.siblings.neurons), k, place.d_in)
-        self.compact = compact and columns < place.d_in
+        most = {"full": 0, "auto": place.d_in // 2, "compact": place.d_in - 1}[save]
+        self.compact = columns <= most
         if self.compact:
             self._select(entries, INT32)
             if place.siblings.columns is None:

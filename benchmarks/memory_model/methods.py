@@ -42,10 +42,10 @@ def table(k: int) -> dict[str, Method]:
         **{
             name: _neuroada(k, save, strategy)
             for name, save, strategy in (
-                ("neuroada", "full", "bypass"),
+                ("neuroada", "auto", "bypass"),  # the defaults
+                ("neuroada-full", "full", "bypass"),
                 ("neuroada-compact", "compact", "bypass"),
-                ("neuroada-resident", "full", "resident"),
-                ("neuroada-resident-compact", "compact", "resident"),
+                ("neuroada-resident", "auto", "resident"),
             )
         },
         "materialised": Method(
@@ -70,9 +70,7 @@ def _neuroada(k: int, save: str, strategy: str) -> Method:
         nk.adapt(model, k, names, save_activations=save, strategy=strategy)
         return model
 
-    build = partial(
-        linears.NeuroAda, k=k, compact=save == "compact", resident=strategy == "resident"
-    )
+    build = partial(linears.NeuroAda, k=k, save=save, resident=strategy == "resident")
     return Method(build, adapt)
 
 

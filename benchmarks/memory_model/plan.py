@@ -25,6 +25,7 @@ LAYERS, HEAD, WIDE, ENCODER = SCALED
 #: Of ``SCALED`` or ``MODELS``: batch, sequence, dtype, k, checkpointing, method.
 QUICK = [
     (LAYERS, 3, 100, "float32", 1, False, "neuroada"),
+    (LAYERS, 3, 100, "float32", 1, False, "neuroada-full"),
     (LAYERS, 3, 100, "float32", 1, False, "neuroada-compact"),
     (LAYERS, 3, 100, "bfloat16", 20, False, "neuroada-resident"),
     (LAYERS, 3, 100, "float32", 4, True, "neuroada"),
@@ -50,7 +51,8 @@ FULL = [
     (LAYERS, 3, 100, "bfloat16", 4, True, "masked-dense"),
     (LAYERS, 3, 100, "bfloat16", 4, True, "materialised"),
     (LAYERS, 3, 100, "float32", 1, True, "lora-r16"),
-    (WIDE, 1, 32, "float32", 20, False, "neuroada-resident-compact"),
+    (WIDE, 1, 32, "float32", 20, False, "neuroada-resident"),
+    (ENCODER, 2, 64, "float32", 1, False, "neuroada"),
     (WIDE, 1, 32, "bfloat16", 1, True, "full"),
     (HEAD, 2, 64, "float32", 1, True, "shira-r16"),
     (ENCODER, 2, 64, "float32", 1, False, "masked-dense"),

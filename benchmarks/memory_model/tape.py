@@ -163,7 +163,8 @@ class Tape:
         ``saves`` is kept, beside the output where ``saves_output``; ``saves_after``: a Python
         function's, which are saved when its forward has returned.
         """
-        self.ledger.instant = f"forward, {self.layer}{name}"
+        again = self._frame is not None and self._frame.runs_again
+        self.ledger.instant = f"{'forward again' if again else 'forward'}, {self.layer}{name}"
         if not any(value.node for value in inputs):
             return Value(self._output(output, scratch), itemsize)
         node = Node(
