@@ -16,6 +16,7 @@ from __future__ import annotations
 import argparse
 import json
 import sys
+from collections.abc import Sequence
 from importlib.util import find_spec
 
 from rich.box import SIMPLE_HEAD
@@ -34,6 +35,8 @@ GIB = 1 << 30
 MIB = 1 << 20
 #: By which the prediction of a peak may differ from the measurement.
 TOLERANCE = 0.03
+#: What NeuroAda's peak is set beside.
+PEERS = ("masked-dense", "materialised", "lora-r16", "full")
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -119,6 +122,9 @@ def print_results(rows: list[Row], console: Console) -> None:
             groups.setdefault(described(row), []).append(row)
     for title, group in groups.items():
         console.print(_models_table(title, group))
+        if not group[0]["setting"]["checkpointing"]:
+            console.print(_layers_table(title, group))
+    console.print(_headline_table(groups))
 
 
 def of_a_layer(row: Row) -> tuple[int, int]:
@@ -139,20 +145,14 @@ def described(row: Row) -> str:
 
 
 def _validation_table(rows: list[Row]) -> Table:
-    table = Table(
-        title="the stated model and measurements, MiB", box=SIMPLE_HEAD, padding=(0, 1, 0, 0)
-    )
-    table.add_column("model, dtype, k, checkpointing, method", no_wrap=True)
-    for heading in ("at rest", "kept", "step, \nmeasured", "step, \npredicted", "\nerror"):
-        table.add_column(heading, justify="right", no_wrap=True)
+    headings = ("at rest", "kept", "step", "predicted", "error")
+    table = _table("measured, and predicted by the stated model, MiB", headings)
     for row in rows:
         if "measured" in row:
             measured, predicted = row["measured"], row["predicted"]
             table.add_row(
                 row["key"].removeprefix("validation, "),
-                f"{measured['at_rest'] / MIB:.2f}",
-                f"{measured['kept'] / MIB:.2f}",
-                f"{measured['step_peak'] / MIB:.2f}",
+                *(f"{measured[name] / MIB:.2f}" for name in ("at_rest", "kept", "step_peak")),
                 f"{predicted['step_peak'] / MIB:.2f}",
                 f"{row['error']['step_peak']:+.2%}",
             )
@@ -160,25 +160,38 @@ def _validation_table(rows: list[Row]) -> Table:
 
 
 def _models_table(title: str, rows: list[Row]) -> Table:
-    table = Table(title=title, box=SIMPLE_HEAD, padding=(0, 1, 0, 0))
-    table.add_column("method, GiB", no_wrap=True)
-    for heading in ("weights", "trains", "select", "optim", "grads", "kept", "scratch", "peak"):
-        table.add_column(heading, justify="right", no_wrap=True)
-    for heading in ("a layer\nholds", "a layer\nkeeps", "to mask-\nbased"):
-        table.add_column(heading, justify="right", no_wrap=True)
-    table.add_column("at", no_wrap=True, overflow="ellipsis")
-    peaks = {row["method"]: row["predicted"]["peak"] for row in rows}
     at_rest = ("weights", "trained", "selection", "optimizer")
     names = (*at_rest, "peak_gradients", "peak_kept", "peak_scratch", "peak")
+    headings = ("weights", "trains", "select", "optim", "grads", "kept", "scratch", "peak")
+    table = _table(f"{title}, GiB", headings)
     for row in rows:
-        predicted = row["predicted"]
-        table.add_row(
-            row["method"],
-            *(f"{predicted[name] / GIB:.2f}" for name in names),
-            *(f"{nbytes / GIB:.3f}" for nbytes in of_a_layer(row)),
-            f"{predicted['peak'] / peaks['masked-dense'] - 1:+.0%}",
-            predicted["at"],
-        )
+        numbers = (row["predicted"][name] / GIB for name in names)
+        table.add_row(row["method"], *(f"{number:.2f}" for number in numbers))
+    return table
+
+
+def _layers_table(title: str, rows: list[Row]) -> Table:
+    table = _table(f"one layer of {title}, MiB", ("holds", "keeps"))
+    for row in rows:
+        table.add_row(row["method"], *(f"{nbytes / MIB:.1f}" for nbytes in of_a_layer(row)))
+    return table
+
+
+def _headline_table(groups: dict[str, list[Row]]) -> Table:
+    table = _table("peak of neuroada, GiB, and how much it is to others", ("", *PEERS))
+    for title, rows in groups.items():
+        peaks = {row["method"]: row["predicted"]["peak"] for row in rows}
+        ours = peaks["neuroada"]
+        ratios = (f"{ours / peaks[peer] - 1:+.0%}" for peer in PEERS)
+        table.add_row(title, f"{ours / GIB:.2f}", *ratios)
+    return table
+
+
+def _table(title: str, headings: Sequence[str]) -> Table:
+    table = Table(title=title, title_justify="left", box=SIMPLE_HEAD, padding=(0, 1, 0, 0))
+    table.add_column("")
+    for heading in headings:
+        table.add_column(heading, justify="right", no_wrap=True)
     return table
 
 

@@ -14,11 +14,8 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from neuroada_kernels.benchmarks.memory_model.command import GIB, MIB, described, of_a_layer
+from neuroada_kernels.benchmarks.memory_model.command import GIB, MIB, PEERS, described, of_a_layer
 from neuroada_kernels.benchmarks.records import Row
-
-#: What NeuroAda's peak is set beside.
-PEERS = ("masked-dense", "materialised", "lora-r16", "full")
 
 
 def validation_table(results: dict[str, Any]) -> str:

@@ -296,6 +296,7 @@ class NeuroAda(Linear):
             gradients=(x.nbytes, self.delta.nbytes),
             saves=[self._kept(x)],
             saves_after=True,
+            views=True,
         )
 
     def _kept(self, x: Value) -> Value:
@@ -320,7 +321,7 @@ def product(
     saves = ([x] if weight.node else []) + ([weight] if x.node else [])
     inputs = (x, weight) if bias is None else (x, weight, bias)
     gradients = [value.nbytes for value in inputs]
-    return tape.op(name, inputs, output, x.itemsize, gradients=gradients, saves=saves)
+    return tape.op(name, inputs, output, x.itemsize, gradients=gradients, saves=saves, views=True)
 
 
 def plus(tape: Tape, left: Value, right: Value) -> Value:

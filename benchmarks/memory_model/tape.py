@@ -6,7 +6,8 @@ node of the graph that saved it, a gradient on its way. These are the rules of t
 - a node exists where one of its inputs needs a gradient, and keeps what its backward reads;
 - the backward takes the node with the highest number of those whose gradient has come; the gradient
   it was given and what it saved go once it has returned;
-- a second gradient for the same node is added into the first, in place;
+- a second gradient for the same node is added into the first, in place, unless that is a view, as a
+  product's is: then into a new one;
 - a parameter takes the gradient that reaches it for its ``.grad``, without a copy.
 
 The peak is the most over all instants, and :attr:`Ledger.at` says which one that is.
@@ -54,9 +55,10 @@ class Ledger:
 class Storage:
     """Bytes that are held until the last reference to this goes."""
 
-    __slots__ = ("__weakref__", "kind", "ledger", "nbytes")
+    __slots__ = ("__weakref__", "kind", "ledger", "nbytes", "viewed")
 
-    def __init__(self, ledger: Ledger, nbytes: int, kind: str) -> None:
+    def __init__(self, ledger: Ledger, nbytes: int, kind: str, viewed: bool = False) -> None:
+        self.viewed = viewed  # a gradient that is a view
         self.ledger, self.nbytes, self.kind = ledger, nbytes, kind
         ledger.by_kind[kind] += nbytes
         ledger.look()
@@ -98,6 +100,7 @@ class Node:
     inputs: Sequence[Node | None] = ()
     gradients: Sequence[int] = ()  # bytes of the gradient of each input, or PASSED
     scratch: int = 0  # bytes beside these, gone when the backward returns
+    views: bool = False  # whether its gradients are
     saved: list[Storage] = field(default_factory=list)
     frame: Frame | None = None  # the checkpoint inside of which it was made
     grad: Storage | None = None  # of a parameter
@@ -128,16 +131,17 @@ class Tape:
         self._frame: Frame | None = None
         self.layer = ""
 
-    def hold(self, nbytes: int, kind: str = SCRATCH) -> Storage:
-        return Storage(self.ledger, nbytes, kind)
+    def hold(self, nbytes: int, kind: str = SCRATCH, viewed: bool = False) -> Storage:
+        return Storage(self.ledger, nbytes, kind, viewed)
 
     def constant(self, numel: int, itemsize: int, kind: str = SCRATCH) -> Value:
         """A tensor that needs no gradient."""
         return Value(self.hold(numel * itemsize, kind), itemsize)
 
     def leaf(self, x: Value) -> Value:
-        """x as one that needs a gradient for itself."""
-        return Value(x.storage, x.itemsize, Node("grad", float("inf"), is_leaf=True))
+        """x as one that needs a gradient for itself: its node has it."""
+        node = Node("grad", float("inf"), saved=[x.storage], is_leaf=True)
+        return Value(x.storage, x.itemsize, node)
 
     def parameter(self, numel: int, itemsize: int, *, trains: bool, hook: int = 0) -> Value:
         """A parameter; ``hook`` bytes are allocated by a hook that replaces its gradient."""
@@ -157,6 +161,7 @@ class Tape:
         scratch: int = 0,
         backward_scratch: int = 0,
         saves_after: bool = False,
+        views: bool = False,
     ) -> Value:
         """One op: ``output`` new bytes, or the storage of which it is a view.
 
@@ -173,6 +178,7 @@ class Tape:
             [value.node for value in inputs],
             gradients,
             backward_scratch,
+            views,
         )
         saved = [value.storage for value in saves]
         if not (saves_output or saves_after):
@@ -242,6 +248,8 @@ class Tape:
                 elif following not in arrived:
                     arrived[following] = gradient
                     heapq.heappush(waiting, (-following.number, following))
+                elif arrived[following].viewed:
+                    arrived[following] = self.hold(gradient.nbytes)
                 del gradient
 
     def _run(self, node: Node, given: Storage) -> list[tuple[Node, Storage]]:
@@ -250,7 +258,7 @@ class Tape:
             self.ledger.instant = f"backward, {node.name}"
         beside = self.hold(node.scratch) if node.scratch else None
         returned = [
-            (following, given if nbytes == PASSED else self.hold(nbytes))
+            (following, given if nbytes == PASSED else self.hold(nbytes, viewed=node.views))
             for following, nbytes in zip(node.inputs, node.gradients, strict=True)
             if following is not None
         ]

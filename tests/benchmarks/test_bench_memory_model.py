@@ -93,7 +93,7 @@ def test_checkpointing_keeps_the_input_alone_and_brings_the_rest_back():
         *((name, SETTING) for name in table(2) if name not in VARIANTS),
         ("neuroada", Setting(SIZES, 2, 24, "bfloat16", 2, checkpointing=True)),
         ("masked-dense", Setting(SIZES, 2, 24, "float32", 2, checkpointing=True)),
-        ("neuroada", ENCODER),
+        ("lora-r8", ENCODER),
     ],
 )
 def test_the_model_says_what_a_step_takes(name, setting):
@@ -127,7 +127,7 @@ def test_the_command_goes_on_and_fails_where_the_model_is_off(monkeypatch, tmp_p
     errors = {"peak": 0.0, "step_peak": 0.0, "kept": 0.0}
     found = {**row, "part": "validation", "method": "neuroada", "measured": predicted}
     found["error"] = errors
-    names = ["masked-dense", "neuroada"]
+    names = ["neuroada", *command.PEERS]
     of_models = [
         Work(name, lambda name=name: {**row, "part": "models", "method": name}) for name in names
     ]
