@@ -5,11 +5,12 @@ from __future__ import annotations
 import json
 import sys
 from importlib.util import find_spec
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 
-from neuroada_kernels.benchmarks.memory_model import command
+from neuroada_kernels.benchmarks.memory_model import command, document
 from neuroada_kernels.benchmarks.memory_model.linears import Place, Siblings, chosen_columns
 from neuroada_kernels.benchmarks.memory_model.methods import method, table
 from neuroada_kernels.benchmarks.memory_model.plan import Work
@@ -17,6 +18,7 @@ from neuroada_kernels.benchmarks.memory_model.predict import predict, predict_la
 from neuroada_kernels.benchmarks.memory_model.shapes import Setting, Sizes
 from neuroada_kernels.benchmarks.memory_model.tape import KEPT, PASSED, Tape
 
+ROOT = Path(__file__).parents[2]
 SIZES = Sizes(hidden=128, intermediate=320, layers=2, heads=4, vocabulary=64, kv_heads=2)
 SETTING = Setting(SIZES, batch=2, sequence=24, dtype="float32", k=2)
 ENCODER = Setting(Sizes(64, 256, 2, 4, 64), batch=2, sequence=24, dtype="bfloat16", k=2)
@@ -146,3 +148,18 @@ def test_the_command_goes_on_and_fails_where_the_model_is_off(monkeypatch, tmp_p
     page = tmp_path / "page.html"
     assert command.main(["--quick", "--html", str(page)]) == 1
     assert page.read_text() == "memory.json"
+
+
+def test_the_document_says_what_the_results_say():
+    results = json.loads((ROOT / "benchmarks/results/cpu/memory.json").read_text())
+    text = (ROOT / "docs/memory.md").read_text()
+    assert document.filled_in(text, results) == text
+    for name in document.tables(results):
+        assert f"<!-- {name} -->" in text
+
+
+def test_the_committed_measurements_are_enough_and_met():
+    results = json.loads((ROOT / "benchmarks/results/cpu/memory.json").read_text())
+    measured = [row for row in results["results"] if "measured" in row]
+    assert len(measured) >= 12
+    assert all(command.off(row) <= command.TOLERANCE for row in measured)
