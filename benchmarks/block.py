@@ -1,4 +1,6 @@
-"""What a transformer's block keeps for its backward, by method: behind ``neuroada bench --memory``.
+"""What a transformer's block keeps for its backward, by method.
+
+The command is ``neuroada bench memory --block``.
 
 The block is Llama's as transformers builds it: norm, q, k and v, rotary embedding, attention by
 ``scaled_dot_product_attention``, o; norm, gate and up, SiLU, down; two residuals. Counted are
@@ -178,8 +180,8 @@ def run(device: str, dtypes: list[str], console: Console) -> dict[str, Any]:
         console.print(_table(dtype, sizes, methods))
     return {
         **environment(device),
-        "kind": "memory",
-        "command": "neuroada bench --memory",
+        "kind": "block-memory",
+        "command": "neuroada bench memory --block",
         "sizes": asdict(sizes),
         "results": [
             {

@@ -1,7 +1,7 @@
 """Writes a table of the README from a results file of ``neuroada bench --json``.
 
 python -m neuroada_kernels.benchmarks.readme benchmarks/results/cpu/linear.json README.md
-python -m neuroada_kernels.benchmarks.readme benchmarks/results/cpu/memory.json README.md
+python -m neuroada_kernels.benchmarks.readme benchmarks/results/cpu/block-memory.json README.md
 """
 
 from __future__ import annotations
@@ -87,7 +87,7 @@ def main(argv: list[str] | None = None) -> int:
     options = parser.parse_args(argv)
     text, results = options.readme.read_text(), json.loads(options.results.read_text())
     begin, end, lines = _BEGIN, _END, table
-    if results.get("kind") == "memory":
+    if results.get("kind") == "block-memory":
         begin, end, lines = _MEMORY_BEGIN, _MEMORY_END, memory_table
     if begin not in text or end not in text:
         parser.error(f"readme: {options.readme} has no {begin} and {end}")

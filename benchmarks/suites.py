@@ -9,6 +9,10 @@ DEFAULT = "linear"
 #: Suite to the module whose ``main`` runs it, and what the help says.
 SUITES = {
     DEFAULT: ("neuroada_kernels.benchmarks.linear", "time linear layers, methods side by side"),
+    "memory": (
+        "neuroada_kernels.benchmarks.memory_model.command",
+        "bytes that training holds, by method: a stated model, and measured",
+    ),
     "quality": (
         "neuroada_kernels.benchmarks.quality.command",
         "compare what methods learn at equal trainable budgets",

@@ -1,4 +1,4 @@
-"""``neuroada bench --memory``: what a block keeps, measured, and set beside what it has to be."""
+"""``neuroada bench memory --block``: what a block keeps, beside what it has to be."""
 
 from __future__ import annotations
 
@@ -7,8 +7,9 @@ import json
 import pytest
 import torch
 
-from neuroada_kernels.benchmarks import block, linear
+from neuroada_kernels.benchmarks import block
 from neuroada_kernels.benchmarks.block import METHODS, Block, BlockSizes, measure_block
+from neuroada_kernels.benchmarks.memory_model import command
 
 SIZES = BlockSizes(tokens=16, width=64, hidden=256, heads=4)
 DTYPES = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
@@ -55,9 +56,9 @@ def test_every_method_computes_the_same_block():
 def test_the_command_prints_and_writes_it(monkeypatch, tmp_path, capsys):
     monkeypatch.setattr(block, "BlockSizes", lambda: SIZES)
     path = tmp_path / "memory.json"
-    assert linear.main(["--memory", "--dtypes", "float32", "--json", str(path)]) == 0
+    assert command.main(["--block", "--dtypes", "float32", "--json", str(path)]) == 0
     found = json.loads(path.read_text())
-    assert found["kind"] == "memory"
+    assert found["kind"] == "block-memory"
     assert found["sizes"]["width"] == SIZES.width
     assert [row["method"] for row in found["results"]] == list(METHODS)
     expected = measure_block(SIZES, torch.float32)

@@ -60,8 +60,8 @@ def _kept(method: str, count: int) -> dict:
 
 
 MEMORY = {
-    "kind": "memory",
-    "command": "neuroada bench --memory",
+    "kind": "block-memory",
+    "command": "neuroada bench memory --block",
     "commit": "0123456789abcdef",
     "sizes": {"tokens": 8, "width": 16, "hidden": 64, "k": 1},
     "results": [_kept("frozen", 2 << 20), _kept("full", 10 << 20), _kept("compact", 8 << 20)],
@@ -76,7 +76,7 @@ def test_the_memory_table_says_how_much_less_is_kept(tmp_path):
         "| full | 10.0 | 8.0 |",
         "| compact | 8.0 (−20%) | 6.0 (−25%) |",
     ]
-    path, results = tmp_path / "README.md", tmp_path / "memory.json"
+    path, results = tmp_path / "README.md", tmp_path / "block-memory.json"
     results.write_text(json.dumps(MEMORY))
     both = f"{readme._BEGIN}\nold\n{readme._END}\n"
     path.write_text(f"{both}{readme._MEMORY_BEGIN}\n{readme._MEMORY_END}\n")

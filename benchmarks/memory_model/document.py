@@ -1,0 +1,150 @@
+"""The tables of ``docs/memory.md``, from a results file of ``neuroada bench memory``.
+
+python -m neuroada_kernels.benchmarks.memory_model.document \
+    benchmarks/results/cpu/memory.json docs/memory.md
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import re
+import sys
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+from neuroada_kernels.benchmarks.memory_model.command import GIB, MIB, PEERS, described, of_a_layer
+from neuroada_kernels.benchmarks.records import Row
+
+
+def validation_table(results: dict[str, Any]) -> str:
+    """Measured and predicted, a row a measurement."""
+    rows = [row for row in results["results"] if "measured" in row]
+    lines = _table(
+        ("model", "dtype", "k", "checkpointing", "method"),
+        ("at rest, MiB", "step measured", "predicted", "error", "error of peak", "at"),
+        (
+            [
+                row["model"],
+                row["setting"]["dtype"],
+                str(row["setting"]["k"]),
+                "yes" if row["setting"]["checkpointing"] else "no",
+                row["method"],
+                f"{row['measured']['at_rest'] / MIB:.2f}",
+                f"{row['measured']['step_peak'] / MIB:.2f}",
+                f"{row['predicted']['step_peak'] / MIB:.2f}",
+                _percent(row["error"]["step_peak"]),
+                _percent(row["error"]["peak"]),
+                row["predicted"]["at"],
+            ]
+            for row in rows
+        ),
+    )
+    worst = max(max(abs(row["error"][n]) for n in ("peak", "step_peak")) for row in rows)
+    session = results["sessions"][0]
+    return (
+        f"{lines}\n\n{len(rows)} measurements, the worst error {worst:.2%}; torch "
+        f"{session['torch']}, commit {session['commit'][:7]}. `{results['command']}` repeats them."
+    )
+
+
+def headline_table(results: dict[str, Any]) -> str:
+    """NeuroAda's peak, and by how much it is less than those of the others."""
+    groups: dict[str, dict[str, Row]] = {}
+    for row in results["results"]:
+        if row["part"] == "models":
+            groups.setdefault(described(row), {})[row["method"]] = row
+    return _table(
+        ("model and step",),
+        ("neuroada, GiB", *(f"to {peer}" for peer in PEERS)),
+        (
+            [title, f"{peak(group['neuroada']) / GIB:.2f}", *_ratios(group)]
+            for title, group in groups.items()
+        ),
+    )
+
+
+def parts_table(results: dict[str, Any], model: str, k: int, checkpointing: bool) -> str:
+    """What a real model's peak is made of, a row a method."""
+    names = ("weights", "trained", "selection", "optimizer")
+    names_at_peak = ("peak_gradients", "peak_kept", "peak_scratch", "peak")
+    rows = [
+        row
+        for row in results["results"]
+        if row["part"] == "models" and row["model"] == model and row["setting"]["k"] == k
+    ]
+    rows = [row for row in rows if row["setting"]["checkpointing"] == checkpointing]
+    return _table(
+        (f"{described(rows[0])}, GiB",),
+        (
+            *("weights", "trained", "selection", "optimiser", "gradients", "kept", "scratch"),
+            *("peak", "a layer holds", "a layer keeps"),
+        ),
+        (
+            [
+                row["method"],
+                *(f"{row['predicted'][name] / GIB:.2f}" for name in (*names, *names_at_peak)),
+                *(f"{nbytes / GIB:.3f}" for nbytes in of_a_layer(row)),
+            ]
+            for row in rows
+        ),
+    )
+
+
+def peak(row: Row) -> int:
+    predicted: int = row["predicted"]["peak"]
+    return predicted
+
+
+def _ratios(group: dict[str, Row]) -> list[str]:
+    return [_percent(peak(group["neuroada"]) / peak(group[peer]) - 1, 0) for peer in PEERS]
+
+
+def _percent(ratio: float, digits: int = 2) -> str:
+    return f"{ratio:+.{digits}%}".replace("-", "−")
+
+
+def _table(left: Iterable[str], right: Iterable[str], rows: Iterable[list[str]]) -> str:
+    left, right = list(left), list(right)
+    lines = [
+        "| " + " | ".join([*left, *right]) + " |",
+        "|" + "---|" * len(left) + "---:|" * len(right),
+    ]
+    return "\n".join([*lines, *("| " + " | ".join(cells) + " |" for cells in rows)])
+
+
+def tables(results: dict[str, Any]) -> dict[str, str]:
+    """By the name that the document's markers have."""
+    return {
+        "validation": validation_table(results),
+        "headline": headline_table(results),
+        "parts": parts_table(results, "Llama-3-8B", 20, False),
+        "parts with checkpointing": parts_table(results, "Llama-3-8B", 20, True),
+    }
+
+
+def filled_in(text: str, results: dict[str, Any]) -> str:
+    """``text`` with each table between its two markers."""
+    for name, table in tables(results).items():
+        begin, end = f"<!-- {name} -->", f"<!-- end of {name} -->"
+        pattern = re.escape(begin) + ".*?" + re.escape(end)
+        text = re.sub(pattern, lambda _: f"{begin}\n{table}\n{end}", text, flags=re.DOTALL)  # noqa: B023
+    return text
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Fill in a document."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("results", type=Path)
+    parser.add_argument("document", type=Path)
+    options = parser.parse_args(argv)
+    results = json.loads(options.results.read_text())
+    options.document.write_text(filled_in(options.document.read_text(), results))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,121 @@
+"""An encoder of the stated model, as RoBERTa, that classifies texts; without dropout.
+
+T tokens, d the width, m the MLP's, e bytes an element.
+"""
+
+from __future__ import annotations
+
+from neuroada_kernels.benchmarks.memory_model.linears import (
+    Build,
+    Linear,
+    Place,
+    Siblings,
+    plus,
+    product,
+)
+from neuroada_kernels.benchmarks.memory_model.modules import (
+    LayerNorm,
+    activation,
+    attention,
+    cross_entropy,
+    layer_of,
+    with_gradient,
+)
+from neuroada_kernels.benchmarks.memory_model.shapes import Setting
+from neuroada_kernels.benchmarks.memory_model.tape import Tape, Value
+
+POSITIONS = 514
+LABELS = 2
+
+
+class EncoderLayer:
+    """Attention and MLP, each added to what it read and normed afterwards.
+
+    Saves q, k, v and attention's result, ``4 T d e``, what both norms read, ``2 T d e``, and what
+    GELU reads, ``T m e``; and 4 bytes a token and head, two elements a token and norm.
+    """
+
+    def __init__(self, tape: Tape, setting: Setting, build: Build, trains: bool) -> None:
+        sizes, e = setting.sizes, setting.itemsize
+        d, m = sizes.hidden, sizes.intermediate
+        self.tape, self.heads, self.width = tape, sizes.heads, d
+        readers = Siblings(d, d, d)
+
+        def linear(
+            name: str, d_out: int, d_in: int, siblings: Siblings, made: bool = False
+        ) -> Linear:
+            return build(tape, Place(name, d_out, d_in, siblings, made, bias=True), e)
+
+        self.query, self.key, self.value = (
+            linear(name, d, d, readers) for name in ("query", "key", "value")
+        )
+        self.output = linear("attention.output.dense", d, d, Siblings(d), True)
+        self.up = linear("intermediate.dense", m, d, Siblings(m))
+        self.down = linear("output.dense", d, m, Siblings(d))
+        self.norms = [LayerNorm(tape, d, e, trains) for _ in range(2)]
+        self.linears = [self.query, self.key, self.value, self.output, self.up, self.down]
+
+    def __call__(self, x: Value) -> Value:
+        q, k, v = self.query(x), self.key(x), self.value(x)
+        attended = attention(self.tape, q, k, v, x.numel // self.width * self.heads)
+        del q, k, v
+        x = self.norms[0](plus(self.tape, self.output(attended), x))
+        del attended
+        hidden = activation(self.tape, "gelu", self.up(x))
+        return self.norms[1](plus(self.tape, self.down(hidden), x))
+
+
+class Encoder:
+    """Embeddings of tokens, positions and a type, a norm, layers, a classifier of two linears."""
+
+    def __init__(self, tape: Tape, setting: Setting, build: Build, trains: bool) -> None:
+        sizes, e, d = setting.sizes, setting.itemsize, setting.sizes.hidden
+        self.tape, self.setting = tape, setting
+        self.embeddings = [
+            tape.parameter(rows * d, e, trains=trains) for rows in (sizes.vocabulary, POSITIONS, 1)
+        ]
+        self.norm = LayerNorm(tape, d, e, trains)
+        self.layers = [EncoderLayer(tape, setting, build, trains) for _ in range(sizes.layers)]
+        self.head = [
+            tape.parameter(numel, e, trains=trains) for numel in (d * d, d, LABELS * d, LABELS)
+        ]
+        norms = [self.norm, *(norm for layer in self.layers for norm in layer.norms)]
+        self.linears = [linear for layer in self.layers for linear in layer.linears]
+        self.before = self.embeddings
+        self.after = [*(p for norm in norms for p in norm.parameters), *self.head]
+
+    def embed(self) -> Value:
+        """Three rows a token, whose gradients are dense ones."""
+        tape, setting = self.tape, self.setting
+        nbytes = setting.tokens * setting.sizes.hidden * setting.itemsize
+        words, positions, types = (
+            tape.op("embedding", [rows], nbytes, rows.itemsize, gradients=[rows.nbytes])
+            for rows in self.embeddings
+        )
+        words = with_gradient(tape, setting, words)
+        return plus(tape, plus(tape, words, types), positions)
+
+    def __call__(self, x: Value | None) -> Value:
+        tape, setting, d = self.tape, self.setting, self.setting.sizes.hidden
+        x = self.norm(self.embed() if x is None else x)
+        for number, layer in enumerate(self.layers):
+            tape.layer = f"layer {number}, "
+            x = layer_of(tape, setting, layer, x)
+        tape.layer = ""
+        first = tape.op("first token", [x], x.storage, x.itemsize, gradients=[x.nbytes])
+        del x
+        dense, dense_bias, out, out_bias = self.head
+        rows = setting.batch * d * setting.itemsize
+        pooled = tape.op("pool", [first], rows, setting.itemsize, gradients=[rows])
+        del first
+        hidden = product(tape, pooled, dense, d, "classifier", dense_bias)
+        hidden = tape.op(
+            "tanh",
+            [hidden],
+            hidden.nbytes,
+            hidden.itemsize,
+            gradients=[hidden.nbytes],
+            saves_output=True,
+        )
+        logits = product(tape, hidden, out, d, "classifier", out_bias)
+        return cross_entropy(tape, logits, LABELS)
