@@ -10,6 +10,8 @@ DEFAULT = "linear"
 SUITES = {
     DEFAULT: "neuroada_kernels.benchmarks.linear",
     "quality": "neuroada_kernels.benchmarks.quality.command",
+    "model": "neuroada_kernels.benchmarks.model",
+    "peers-training": "neuroada_kernels.benchmarks.peers.command",
 }
 
 
