@@ -52,8 +52,6 @@ class Method:
         A regular expression that the names of what trains match, and no others.
     chosen : bool
         Whether it trains NeuroAda's selection, so that gradients can be compared.
-    rate : float
-        The learning rate that the search of ``neuroada bench quality`` chose for such a method.
     """
 
     source: str
@@ -61,7 +59,6 @@ class Method:
     numbers: Callable[[str, tuple[int, int], int], int] | None
     trains: str
     chosen: bool = False
-    rate: float = 0.03
 
     def expected(self, shapes: Shapes, k: int, total: int) -> int:
         """How many numbers should train, of a model with ``total`` parameters."""
@@ -196,7 +193,6 @@ def _of_rank(r: int) -> Callable[[str, tuple[int, int], int], int]:
 
 
 _DELTA = r"delta(\.default)?$"
-_LORA_RATE = 0.0125
 
 METHODS: dict[str, Method] = {
     "frozen": Method(STAND_IN, _frozen, lambda *_: 0, "^$"),
@@ -216,16 +212,12 @@ METHODS: dict[str, Method] = {
         r"_proj\.weight$",
         chosen=True,
     ),
-    **{
-        f"peft-lora-r{r}": Method(PEFT, _lora(r), _of_rank(r), "lora_[AB]", rate=_LORA_RATE)
-        for r in (8, 16, 64)
-    },
+    **{f"peft-lora-r{r}": Method(PEFT, _lora(r), _of_rank(r), "lora_[AB]") for r in (8, 16, 64)},
     "peft-dora-r16": Method(
         PEFT,
         _lora(16, dora=True),
         lambda name, shape, k: 16 * sum(shape) + shape[0],
         "lora_([AB]|magnitude_vector)",
-        rate=_LORA_RATE,
     ),
     "peft-ia3": Method(
         PEFT, _ia3, lambda name, shape, k: shape[name.endswith("down_proj")], "ia3_l"
@@ -237,7 +229,7 @@ METHODS: dict[str, Method] = {
         lambda name, shape, k: int(shape[0] * shape[1] * (1 - SUPERTUNING_SPARSITY)),
         "supertuning_values",
     ),
-    "full": Method(STAND_IN, _full, None, ".", rate=0.005),
+    "full": Method(STAND_IN, _full, None, "."),
 }
 
 

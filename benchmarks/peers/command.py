@@ -2,14 +2,15 @@
 
 A small Llama that reads bytes is pretrained here on CPython's documentation, then trained by each
 method for the same number of steps on the source of its library, in the same order; both ship with
-CPython. Learning rates are those that the search of ``neuroada bench quality`` chose, by kind of
-method; nothing is tuned here.
+CPython. The learning rate of each is the best of a few on half of the held-out windows, what is
+reported is of the other half: one run, not several seeds as in ``neuroada bench quality``.
 
 A row of the results has ``method``, its ``source`` (a package, or ``"stand-in"``) and either
 ``skipped``, the reason, or:
 
-- ``trainable``: how many numbers train; ``learning_rate``; ``curve``: the loss of each step, in
-  bits a byte; ``held_out``: bits a byte of held-out files, ``before`` and ``after``;
+- ``trainable``: how many numbers train; ``learning_rate``, of ``rates``, those tried, each with its
+  ``validation`` loss; ``curve``: the loss of each step, in bits a byte; ``held_out``: that of
+  held-out windows, ``before`` and ``after``;
 - ``step_ms``: quartiles over short runs of the Trainer, ``samples_ms`` their medians;
   ``tokens_per_second`` by the median; ``ratio_to_full``: quartiles of the ratio to full
   fine-tuning, whose runs took turns with these (``full_samples_ms``);

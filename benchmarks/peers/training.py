@@ -40,7 +40,8 @@ class Budget:
     context: int = 128
     batch: int = 8
     k: int = 8
-    windows: int = 32  # held out
+    rates: tuple[float, ...] = (1e-3, 3e-3, 1e-2, 3e-2, 1e-1)  # each method takes its best
+    windows: int = 64  # held out, every other one to choose the rate by
     source_bytes: int = 1 << 21
     rounds: int = 9  # short runs to take times of
     round_steps: int = 8
@@ -55,8 +56,9 @@ class Peers:
         source = data.python_source(budget.source_bytes)
         count = budget.batch * budget.steps
         self._rows = _Rows(data.windows(source.train, count, budget.context - 1))
-        self._held_out = data.windows(source.held_out, budget.windows, budget.context - 1)
-        self._bits = self._held_out_bits(self._base)
+        held_out = data.windows(source.held_out, budget.windows, budget.context - 1)
+        self._validation, self._test = held_out[::2], held_out[1::2]
+        self._bits = self._bits_of(self._base, self._test)
 
     def measure(self, method: str) -> Row:
         """See :mod:`neuroada_kernels.benchmarks.peers.command`.
@@ -67,21 +69,31 @@ class Peers:
             If the method starts from another model, trains something else than it should, or if
             its adapter comes back from the disk as another.
         """
+        tried = {rate: self._search(method, rate) for rate in self.budget.rates}
+        rate = min(tried, key=lambda rate: tried[rate] or math.inf)
         model, trainable = self._adapted(method)
-        curve = self._train(model, method, self.budget.steps).losses
-        after = self._held_out_bits(model)
+        curve = self._train(model, rate, self.budget.steps).losses
+        after = self._bits_of(model, self._test)
         files, error = self._round_trip(method, model)
         return {
             "trainable": trainable,
-            "learning_rate": METHODS[method].rate,
+            "learning_rate": rate,
+            "rates": [{"rate": rate, "validation": bits} for rate, bits in tried.items()],
             "curve": [loss / math.log(2) for loss in curve],
             "held_out": {"before": self._bits, "after": after},
-            **self._times(method),
-            "peak_bytes": allocated_peak(lambda: self._train(self._adapted(method)[0], method, 3)),
+            **self._times(method, rate),
+            "peak_bytes": allocated_peak(lambda: self._train(self._adapted(method)[0], rate, 3)),
             "saved_bytes": sum(files.values()),
             "saved_files": files,
             "round_trip": error,
         }
+
+    def _search(self, method: str, rate: float) -> float | None:
+        """Bits a byte of the validation windows, or None where training diverged."""
+        model, _ = self._adapted(method)
+        self._train(model, rate, self.budget.steps)
+        bits = self._bits_of(model, self._validation)
+        return bits if math.isfinite(bits) else None
 
     def _fresh(self) -> nn.Module:
         return copy.deepcopy(self._base)
@@ -93,7 +105,7 @@ class Peers:
         expected = METHODS[method].expected(shapes_of(base), self.budget.k, total)
         torch.manual_seed(0)  # for what a method draws
         model = METHODS[method].adapt(base, self.budget.k)
-        error = abs(self._held_out_bits(model) - self._bits) / self._bits
+        error = abs(self._bits_of(model, self._test) - self._bits) / self._bits
         refuse_beyond(method, {"loss before training": error}, self._allowed)
         return model, check_what_trains(method, model, expected)
 
@@ -103,9 +115,8 @@ class Peers:
         return limit
 
     @torch.no_grad()
-    def _held_out_bits(self, model: nn.Module) -> float:
+    def _bits_of(self, model: nn.Module, tokens: Tensor) -> float:
         model.eval()
-        tokens = self._held_out
         losses: list[float] = [
             float(model(input_ids=part, labels=part).loss) * len(part)
             for part in tokens.split(self.budget.batch)
@@ -114,7 +125,7 @@ class Peers:
         bits: float = sum(losses) / len(tokens) / math.log(2)
         return bits
 
-    def _train(self, model: nn.Module, method: str, steps: int) -> _Run:
+    def _train(self, model: nn.Module, rate: float, steps: int) -> _Run:
         """Train so many steps, from the first batch on."""
         from transformers import PrinterCallback, Trainer, TrainingArguments
 
@@ -125,7 +136,7 @@ class Peers:
                 output_dir=str(self._folder / "trainer"),
                 max_steps=steps,
                 per_device_train_batch_size=self.budget.batch,
-                learning_rate=METHODS[method].rate,
+                learning_rate=rate,
                 lr_scheduler_type="cosine",
                 warmup_steps=steps // 10,
                 optim="adamw_torch_fused",
@@ -144,13 +155,13 @@ class Peers:
         run.losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
         return run
 
-    def _times(self, method: str) -> Row:
+    def _times(self, method: str, rate: float) -> Row:
         """Short runs in turn with full fine-tuning, so that both see the same drift."""
         models = {name: self._adapted(name)[0] for name in dict.fromkeys((YARDSTICK, method))}
         samples: dict[str, list[float]] = {name: [] for name in models}
         for _ in range(self.budget.rounds):
             for name, model in models.items():
-                run = self._train(model, name, self.budget.round_steps)
+                run = self._train(model, rate, self.budget.round_steps)
                 samples[name].append(statistics.median(run.step_ms))
         step = Quartiles.of(samples[method])
         tokens = self.budget.batch * self.budget.context
@@ -175,7 +186,7 @@ class Peers:
 
     @torch.no_grad()
     def _logits(self, model: nn.Module) -> Tensor:
-        logits: Tensor = model.eval()(input_ids=self._held_out[: self.budget.batch]).logits
+        logits: Tensor = model.eval()(input_ids=self._test[: self.budget.batch]).logits
         return logits
 
 
