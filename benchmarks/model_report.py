@@ -14,7 +14,7 @@ from neuroada_kernels.benchmarks.records import Records, Row
 _HEADINGS = (
     "trains",
     "step\nms",
-    "tokens\na second",
+    "tokens\n/ s",
     "of\nfrozen",
     "quartiles",
     "held\nMiB",
@@ -41,7 +41,8 @@ def plain_table(title: str, first: str, headings: Sequence[str]) -> Table:
 
 
 def mib(size: int) -> str:
-    return f"{size / 2**20:.1f}"
+    """Four digits at most, so that a table fits 80 columns."""
+    return f"{size / 2**20:.1f}" if size < 1000 * 2**20 else f"{size / 2**20:.0f}"
 
 
 def _cells(row: Row) -> Iterator[str]:

@@ -50,7 +50,7 @@ _HEADINGS = (
     "rate",
     "bits a\nbyte",
     "step\nms",
-    "tokens\na second",
+    "tokens\n/ s",
     "of\nfull",
     "peak\nMiB",
     "saved\nKiB",
