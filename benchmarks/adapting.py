@@ -20,7 +20,7 @@ import torch
 from torch import nn
 
 import neuroada_kernels as nk
-from neuroada_kernels.benchmarks.model import LINEARS, Sizes
+from neuroada_kernels.benchmarks.llama import LINEARS, Sizes
 from neuroada_kernels.benchmarks.report import environment
 from neuroada_kernels.nn._base import BypassLinear
 

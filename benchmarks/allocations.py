@@ -7,29 +7,49 @@ thread, and oneDNN's), and pages that the heap holds back after a free.
 
 from __future__ import annotations
 
+import gc
 import json
 import os
 import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from torch.profiler import ProfilerActivity, profile
 
 UNSEEN = "scratch that kernels take from the C++ heap themselves, and pages kept after a free"
 
 
+Returned = TypeVar("Returned")
+
+
 def allocated_peak(work: Callable[[], object]) -> int:
     """Bytes, what ``work`` returns included; what was allocated before does not count."""
+    return highest_alive(_recorded(work)[1])
+
+
+def held_after(work: Callable[[], Returned]) -> tuple[Returned, int]:
+    """What ``work`` returns, and the bytes that it has allocated and not freed."""
+
+    def clean() -> Returned:
+        found = work()
+        gc.collect()  # modules are rings, which live on until they are looked for
+        return found
+
+    gc.collect()
+    returned, events = _recorded(clean)
+    return returned, sum(_alive(events).values())
+
+
+def _recorded(work: Callable[[], Returned]) -> tuple[Returned, list[tuple[int, int]]]:
     profiler = profile(activities=[ProfilerActivity.CPU], profile_memory=True)
     with _quiet():
         profiler.start()
     returned = work()
     with _quiet():
         profiler.stop()
-    del returned
-    return highest_alive(_events(profiler))
+    return returned, _events(profiler)
 
 
 def _events(profiler: Any) -> list[tuple[int, int]]:
@@ -42,6 +62,17 @@ def _events(profiler: Any) -> list[tuple[int, int]]:
     records = [event for event in events if event.get("name") == "[memory]"]
     records.sort(key=lambda event: event["args"]["Ev Idx"])
     return [(event["args"]["Addr"], event["args"]["Bytes"]) for event in records]
+
+
+def _alive(events: list[tuple[int, int]]) -> dict[int, int]:
+    """Bytes by address of what was allocated and not freed."""
+    alive: dict[int, int] = {}
+    for address, size in events:
+        if size > 0:
+            alive[address] = size
+        else:
+            alive.pop(address, None)
+    return alive
 
 
 def highest_alive(events: list[tuple[int, int]]) -> int:

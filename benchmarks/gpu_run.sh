@@ -255,12 +255,12 @@ model() { # FILE OPTIONS...
     skip "transformers or rich is missing"
     return
   fi
-  [[ -z $DRY_RUN ]] && has peft && methods+=(peft-lora)
+  [[ -z $DRY_RUN ]] && has peft && methods+=(peft-lora-r16)
   has_cuda && backend=cuda
   # shellcheck disable=SC2046 # words
   run "$PYTHON" -m neuroada_kernels.benchmarks.model --device "$DEVICE" --backend "$backend" \
     --methods "${methods[@]}" --json "$OUT/$file" "$@" $(sizes --hidden 32 --intermediate 64 --layers 1 \
-      --heads 2 --kv-heads 1 --vocabulary 64 --sequence 8 --k 2 --rank 2 --steps 2 --warmup 1 --dtype float32)
+      --heads 2 --kv-heads 1 --vocabulary 64 --sequence 8 --k 2 --steps 2 --warmup 1 --dtype float32)
 }
 
 memory() {
@@ -297,8 +297,8 @@ phase() {
       ;;
     # shellcheck disable=SC2046
     linear-8192) linear --cases T8192- $(sizes --tokens 8 --k 2 --cases T8-) ;;
-    model) model model.json ;;
-    model-checkpointed) model model-checkpointed.json --checkpointing ;;
+    model) model model.json --modes plain ;;
+    model-checkpointed) model model-checkpointed.json --modes checkpointed ;;
     memory) memory ;;
   esac
 }

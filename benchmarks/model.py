@@ -1,256 +1,337 @@
-"""A whole training step of a randomly initialised Llama, by method: tokens per second, peak memory.
+"""Training steps of a whole transformer, by method: behind ``neuroada bench model``.
 
-``python -m neuroada_kernels.benchmarks.model --device cuda --json FILE``. The sizes default to
-Llama-3-8B's; values do not matter to either figure, so nothing is downloaded. Every method pays for
-the gradient of the embeddings' output, so that frozen does a backward too.
+A Llama with random weights, Llama-3-8B's sizes on a GPU and a scaled one on the CPU; nothing is
+downloaded. Each method is checked before it is timed (:mod:`method_checks`), in each mode: plain,
+with gradient checkpointing, by torch.compile, with both. On the CPU a few methods at a time run
+interleaved with the frozen model, and a ratio is taken round by round; on a GPU, whose memory holds
+one model, they run in turn.
+
+A row of the results has ``mode``, ``method``, its ``source`` (a package, or ``"stand-in"``) and
+either ``skipped``, the reason, or:
+
+- ``trainable``: how many numbers train; ``checks``: relative errors, see ``check_adapted``;
+- ``step_ms``: quartiles, ``samples_ms``: each round; ``tokens_per_second``: by the median;
+- ``ratio_to_frozen``: quartiles, or None without frozen; ``paired``: whether by rounds, those of
+  the frozen model then being ``frozen_samples_ms``;
+- ``held_bytes``: what stays between steps (weights, adapter, state of AdamW); ``step_bytes``: the
+  most beside it within a step; ``peak_bytes``: their sum;
+- ``graph_breaks``: of torch.compile, None in other modes; ``losses``: of each step.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
+import gc
 import sys
 from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, replace
 from importlib.util import find_spec
-from pathlib import Path
-from time import perf_counter_ns
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from rich.console import Console
 
-import neuroada_kernels as nk
-from neuroada_kernels.benchmarks.baselines import MaskedDenseLinear, MaterialisedLinear
-from neuroada_kernels.benchmarks.report import environment
-from neuroada_kernels.benchmarks.timing import Quartiles
-from neuroada_kernels.testing import Inputs
+from neuroada_kernels.benchmarks.llama import Sizes
+from neuroada_kernels.benchmarks.method_checks import WrongMethodError
+from neuroada_kernels.benchmarks.methods import LEFT_OUT, METHODS, package_version, why_not
+from neuroada_kernels.benchmarks.model_report import described, page, table
+from neuroada_kernels.benchmarks.options import add_outputs, positive, progress_bar, threads
+from neuroada_kernels.benchmarks.records import Records, RecordsError, Row
+from neuroada_kernels.benchmarks.timing import Quartiles, measure, paired_ratio
+from neuroada_kernels.benchmarks.training_step import (
+    MODES,
+    Prepared,
+    References,
+    World,
+    free,
+    prepare,
+    references,
+    step_bytes,
+)
 
-#: The linears of a block, which every method adapts.
-LINEARS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
-
-
-@dataclass(frozen=True)
-class Sizes:
-    """Of a Llama; the defaults are Llama-3-8B's."""
-
-    hidden: int = 4096
-    intermediate: int = 14336
-    layers: int = 32
-    heads: int = 32
-    kv_heads: int = 8
-    vocabulary: int = 128256
-
-
-def build(sizes: Sizes, sequence: int, dtype: torch.dtype, device: str) -> nn.Module:
-    """A Llama whose weights are drawn at random on ``device``, frozen."""
-    from transformers import LlamaConfig, LlamaForCausalLM
-
-    config = LlamaConfig(
-        hidden_size=sizes.hidden,
-        intermediate_size=sizes.intermediate,
-        num_hidden_layers=sizes.layers,
-        num_attention_heads=sizes.heads,
-        num_key_value_heads=sizes.kv_heads,
-        vocab_size=sizes.vocabulary,
-        max_position_embeddings=sequence,
-        use_cache=False,
-        attn_implementation="sdpa",
-    )
-    before = torch.get_default_dtype()
-    torch.set_default_dtype(dtype)
-    try:
-        with torch.device(device):
-            model: nn.Module = LlamaForCausalLM(config)
-    finally:
-        torch.set_default_dtype(before)
-    return model.requires_grad_(False).train()
+KIND = "model"
+YARDSTICK = "frozen"
+#: The world's defaults; `--quick` is for a CPU.
+FULL = World(Sizes(1024, 3584, 4, 8, 2, 4096), 512, 1, 8, torch.float32)
+QUICK = World(Sizes(256, 896, 2, 4, 1, 1024), 256, 1, 8, torch.float32)
+ON_GPU = World(Sizes(), 4096, 1, 20, torch.bfloat16, "cuda")
+#: Compiling takes most of a small run's time, so a quick one does so for the kinds that differ.
+QUICK_COMPILED = (
+    "frozen",
+    "neuroada",
+    "neuroada-resident",
+    "materialised",
+    "peft-lora-r16",
+    "full",
+)
+#: Methods that are held in memory at once, beside the frozen one.
+TOGETHER = 3
 
 
-def _frozen(model: nn.Module, options: argparse.Namespace) -> nn.Module:
-    return model
+class Suite:
+    """The rows that are asked for, measured where they are not there yet.
+
+    ``tick`` is told how many rows are there, and what is being done.
+    """
+
+    def __init__(
+        self,
+        world: World,
+        records: Records,
+        asked: dict[str, list[str]],
+        rounds: int,
+        warmup: int,
+        tick: Callable[[int, str], None] = lambda done, doing: None,
+    ) -> None:
+        self.world, self.records, self.asked = world, records, asked  # asked: methods by mode
+        self.rounds, self.warmup, self._tick = rounds, warmup, tick
+
+    @property
+    def keys(self) -> list[str]:
+        return [f"{mode}/{method}" for mode, methods in self.asked.items() for method in methods]
+
+    @property
+    def rows(self) -> list[Row]:
+        """Those that are there, in the order in which they were asked for."""
+        return [self.records.rows[key] for key in self.keys if key in self.records.rows]
+
+    def run(self) -> None:
+        gc.freeze()  # looking for models that are gone, it need not look at all that is loaded
+        try:
+            self._run_all()
+        finally:
+            gc.unfreeze()
+
+    def _run_all(self) -> None:
+        for mode, methods in self.asked.items():
+            for method in methods:
+                reason = why_not(method)
+                if reason is not None:
+                    self._skip(mode, method, reason)
+            missing = [m for m in methods if f"{mode}/{m}" not in self.records.rows]
+            if missing:
+                self._run_mode(mode, missing)
+
+    def _run_mode(self, mode: str, missing: list[str]) -> None:
+        self._say(mode, "what the others are checked against")
+        known = references(self.world, MODES[mode])
+        for group in self._groups(missing):
+            free(self.world.device)
+            prepared = self._prepare(mode, group, known)
+            if prepared:
+                self._measure(mode, prepared)
+
+    def _groups(self, missing: list[str]) -> list[list[str]]:
+        """Each with the yardstick where they run side by side, one alone on a GPU."""
+        if self.world.device != "cpu":
+            return [[method] for method in missing]
+        others = [method for method in missing if method != YARDSTICK]
+        starts = range(0, max(1, len(others)), TOGETHER)
+        return [[YARDSTICK, *others[start : start + TOGETHER]] for start in starts]
+
+    def _prepare(self, mode: str, group: list[str], known: References) -> dict[str, Prepared]:
+        prepared = {}
+        for method in group:
+            self._say(mode, method)
+            try:
+                prepared[method] = prepare(method, self.world, MODES[mode], known)
+            except WrongMethodError:
+                raise
+            except Exception as error:
+                # Memory, and what cannot be compiled, are limits to report; the rest are defects.
+                if not (MODES[mode].compiled or isinstance(error, torch.OutOfMemoryError)):
+                    raise
+                self._skip(mode, method, _first_line(error))
+        return prepared
+
+    def _measure(self, mode: str, prepared: dict[str, Prepared]) -> None:
+        steps = {method: found.step for method, found in prepared.items()}
+        try:
+            timings = measure(
+                steps,
+                self.rounds,
+                warmup=self.warmup,
+                between=lambda: self._say(mode, ", ".join(steps)),
+            )
+            beside = {m: step_bytes(step, self.world.device) for m, step in steps.items()}
+        except torch.OutOfMemoryError as error:
+            for method in prepared:
+                self._skip(mode, method, _first_line(error))
+            return
+        samples = {m: [ns / 1e6 for ns in timed.total] for m, timed in timings.items()}
+        for method, found in prepared.items():
+            row = {
+                **_about(mode, method),
+                **self._times(mode, samples[method], samples.get(YARDSTICK)),
+                "trainable": found.trainable,
+                "held_bytes": found.held_bytes,
+                "step_bytes": beside[method],
+                "peak_bytes": found.held_bytes + beside[method],
+                "checks": found.checks,
+                "graph_breaks": found.graph_breaks,
+                "losses": found.step.losses,
+            }
+            self._add(row)
+
+    def _times(self, mode: str, samples: list[float], beside: list[float] | None) -> Row:
+        """``beside``: the yardstick's of the same rounds, where it ran in them."""
+        frozen = beside or self._before(mode, len(samples))
+        step = Quartiles.of(samples)
+        return {
+            "step_ms": asdict(step),
+            "samples_ms": samples,
+            "tokens_per_second": self.world.tokens / step.median * 1e3,
+            "ratio_to_frozen": None if frozen is None else asdict(paired_ratio(samples, frozen)),
+            "paired": beside is not None,
+            "frozen_samples_ms": beside,
+        }
+
+    def _before(self, mode: str, rounds: int) -> list[float] | None:
+        """The yardstick's median, which it took before, as often as asked for."""
+        row = self.records.rows.get(f"{mode}/{YARDSTICK}", {})
+        return [row["step_ms"]["median"]] * rounds if "step_ms" in row else None
+
+    def _skip(self, mode: str, method: str, reason: str) -> None:
+        self._add({**_about(mode, method), "skipped": reason})
+
+    def _add(self, row: Row) -> None:
+        key = f"{row['mode']}/{row['method']}"
+        if key in self.keys:  # the yardstick also runs where it is not asked for
+            self.records.once(key, lambda: row)
+
+    def _say(self, mode: str, doing: str) -> None:
+        self._tick(len(self.rows), f"{mode}: {doing}")
 
 
-def _neuroada(model: nn.Module, options: argparse.Namespace) -> nn.Module:
-    nk.adapt(model, options.k, LINEARS)
-    return model
+def _about(mode: str, method: str) -> Row:
+    return {"mode": mode, **asdict(MODES[mode]), "method": method, "source": METHODS[method].source}
 
 
-def _materialised(model: nn.Module, options: argparse.Namespace) -> nn.Module:
-    return _replace(model, lambda linear: MaterialisedLinear(_inputs(linear, options.k)))
-
-
-def _masked_dense(model: nn.Module, options: argparse.Namespace) -> nn.Module:
-    return _replace(model, lambda linear: MaskedDenseLinear(_inputs(linear, options.k)))
-
-
-def _peft_lora(model: nn.Module, options: argparse.Namespace) -> nn.Module:
-    from peft import LoraConfig, get_peft_model
-
-    rank = options.rank
-    config = LoraConfig(r=rank, lora_alpha=2 * rank, lora_dropout=0.0, target_modules=LINEARS)
-    adapted: nn.Module = get_peft_model(model, config, autocast_adapter_dtype=False)
-    return adapted
-
-
-METHODS: dict[str, Callable[[nn.Module, argparse.Namespace], nn.Module]] = {
-    "frozen": _frozen,
-    "neuroada": _neuroada,
-    "materialised": _materialised,
-    "masked-dense": _masked_dense,
-    "peft-lora": _peft_lora,
-}
-
-
-def _replace(model: nn.Module, make: Callable[[nn.Linear], nn.Module]) -> nn.Module:
-    for parent in list(model.modules()):
-        for name, child in list(parent.named_children()):
-            if name in LINEARS and isinstance(child, nn.Linear):
-                setattr(parent, name, make(child))
-    return model
-
-
-def _inputs(linear: nn.Linear, k: int) -> Inputs:
-    """What a baseline takes of a layer: no x, no gradient, and a bypass of zeros."""
-    weight = linear.weight.detach()
-    index = nk.select(weight, k)
-    delta = torch.zeros(index.shape, device=weight.device)
-    return Inputs(weight.new_empty(0), weight, index, delta, None, weight.new_empty(0))
-
-
-def measure(method: str, options: argparse.Namespace) -> dict[str, Any]:
-    """Times and memory of a method; ``error`` instead where the memory does not suffice."""
-    row = {"method": method, "checkpointing": options.checkpointing}
-    try:
-        return row | _measure(method, options)
-    except torch.OutOfMemoryError as error:
-        return row | {"error": str(error).splitlines()[0]}
-    finally:
-        if options.device == "cuda":
-            torch.cuda.empty_cache()
-
-
-def _measure(method: str, options: argparse.Namespace) -> dict[str, Any]:
-    on_gpu = options.device == "cuda"
-    model = build(options.sizes, options.sequence, getattr(torch, options.dtype), options.device)
-    if options.checkpointing:
-        model.gradient_checkpointing_enable({"use_reentrant": False})  # type: ignore[operator]
-    tokens = torch.randint(
-        options.sizes.vocabulary, (options.batch, options.sequence), device=options.device
-    )
-    embeddings = model.get_input_embeddings()(tokens).detach().requires_grad_()  # type: ignore[operator]
-    model = METHODS[method](model, options)
-    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    optimizer = torch.optim.AdamW(trained, lr=1e-4) if trained else None
-    if on_gpu:
-        torch.cuda.synchronize()
-        torch.cuda.reset_peak_memory_stats()
-        at_rest = torch.cuda.memory_allocated()
-    times, losses = [], []
-    with _serving(options.backend):
-        for _ in range(options.warmup + options.steps):
-            start = perf_counter_ns()
-            # Read at the end of a step, as a training loop does; it also waits for the GPU.
-            losses.append(_step(model, embeddings, tokens, optimizer).item())
-            times.append((perf_counter_ns() - start) / 1e6)
-    step = Quartiles.of(times[options.warmup :])
-    return {
-        "trainable": sum(parameter.numel() for parameter in trained),
-        "step_ms": asdict(step),
-        "samples_ms": times[options.warmup :],
-        "tokens_per_second": tokens.numel() / step.median * 1e3,
-        "peak_bytes": torch.cuda.max_memory_allocated() if on_gpu else None,
-        "bytes_before_the_first_step": at_rest if on_gpu else None,
-        "losses": losses,
-    }
-
-
-def _step(
-    model: nn.Module, embeddings: Tensor, tokens: Tensor, optimizer: torch.optim.Optimizer | None
-) -> Tensor:
-    loss: Tensor = model(inputs_embeds=embeddings, labels=tokens).loss
-    loss.backward()
-    embeddings.grad = None
-    if optimizer is not None:
-        optimizer.step()
-        optimizer.zero_grad()
-    return loss.detach()
-
-
-def _serving(backend: str | None) -> AbstractContextManager[None]:
-    return nullcontext() if backend is None else nk.use_backend(backend)
+def _first_line(error: Exception) -> str:
+    return f"{type(error).__name__}: {(str(error).strip() or 'no reason given').splitlines()[0]}"
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Measure the methods one after the other; 1 where none fits into the memory."""
+    """Measure what is asked for and not there yet; 1 where a method is wrong or none could run."""
     parser = _parser()
     options = parser.parse_args(argv)
-    _check(options, parser)
-    rows = []
-    for method in options.methods:
-        rows.append(measure(method, options))
-        print(_line(rows[-1]), flush=True)
-    if options.json is not None:
-        settings = {
-            name: value
-            for name, value in vars(options).items()
-            if name not in ("json", "sizes", "methods")
-        }
-        settings["transformers"] = _transformers_version()
-        found = {**environment(options.device), **settings, "sizes": asdict(options.sizes)}
-        options.json.write_text(json.dumps(found | {"results": rows}, indent=1) + "\n")
-    return int(all("error" in row for row in rows))
+    world = _world(options, parser)
+    console = Console()
+    with threads(options.threads):
+        try:
+            records = Records.open(
+                KIND, _command(options), _settings(options, world), options.json, world.device
+            )
+            suite = Suite(world, records, _asked(options), options.steps, options.warmup)
+            _run(suite, console)
+        except RecordsError as error:
+            parser.error(str(error))
+        except WrongMethodError as error:
+            console.print(f"wrong: {error}", markup=False)
+            return 1
+    for mode in suite.asked:
+        console.print(table(mode, [row for row in suite.rows if row["mode"] == mode]))
+    for line in described(records, suite.rows):
+        console.print(line, markup=False, highlight=False)
+    if options.html is not None:
+        page(records, options.html)
+    return int(all("skipped" in row for row in suite.rows))
+
+
+def _run(suite: Suite, console: Console) -> None:
+    with progress_bar(console) as progress:
+        bar = progress.add_task("", total=len(suite.keys))
+        suite._tick = lambda done, doing: progress.update(
+            bar, completed=done, description=doing, refresh=True
+        )
+        suite.run()
 
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
-        prog="python -m neuroada_kernels.benchmarks.model",
-        description="Time training steps of a randomly initialised Llama; take their peak memory.",
+        prog="neuroada bench model",
+        description="Time training steps of a randomly initialised Llama, and take their memory.",
     )
     add = parser.add_argument
     add("--device", choices=("cpu", "cuda"), default="cpu", help="default: cpu")
-    add("--methods", nargs="+", choices=METHODS, default=list(METHODS), help="default: all")
-    add("--backend", help="of neuroada; default: the one chosen automatically")
-    add("--k", type=int, default=20, help="bypasses a neuron; default: 20")
-    add("--rank", type=int, default=16, help="of LoRA; default: 16")
-    add("--sequence", type=int, default=4096, help="default: 4096")
-    add("--batch", type=int, default=1, help="default: 1")
-    add("--dtype", default="bfloat16", choices=("bfloat16", "float16", "float32"))
-    add("--checkpointing", action="store_true", help="compute activations again in the backward")
-    add("--steps", type=int, default=7, help="that count; default: 7")
-    add("--warmup", type=int, default=2, help="that do not; default: 2")
-    add("--json", type=Path, metavar="FILE", help="write everything measured")
-    for name, default in asdict(Sizes()).items():
-        add(f"--{name.replace('_', '-')}", type=int, default=default, help=f"default: {default}")
+    add("--quick", action="store_true", help="a smaller model; few methods compiled")
+    add("--methods", nargs="+", choices=METHODS, metavar="METHOD", help=", ".join(METHODS))
+    add(
+        "--modes",
+        nargs="+",
+        choices=MODES,
+        help="default: all; quick, the first three; on a GPU, plain",
+    )
+    add("--backend", help="of NeuroAda; default: the one chosen automatically")
+    add(
+        "--dtype",
+        choices=("bfloat16", "float16", "float32"),
+        help="default: float32, on a GPU bfloat16",
+    )
+    for name in ("k", "sequence", "batch", *asdict(FULL.sizes)):
+        full, quick, gpu = (_setting(world, name) for world in (FULL, QUICK, ON_GPU))
+        default = f"default: {full}, quick {quick}, on a GPU {gpu}"
+        add(f"--{name.replace('_', '-')}", type=positive, metavar="N", help=default)
+    add("--steps", type=positive, default=9, metavar="N", help="that count; default: 9")
+    add("--warmup", type=positive, default=2, metavar="N", help="that do not; default: 2")
+    add("--threads", type=positive, metavar="N", help="default: torch's")
+    add_outputs(parser)
     return parser
 
 
-def _check(options: argparse.Namespace, parser: argparse.ArgumentParser) -> None:
-    """Refuse what would fail after minutes; gather the sizes."""
-    if options.device == "cuda" and not torch.cuda.is_available():
+def _setting(world: World, name: str) -> Any:
+    return asdict(world.sizes).get(name, getattr(world, name, None))
+
+
+def _world(options: argparse.Namespace, parser: argparse.ArgumentParser) -> World:
+    """What the options ask for; refuses what would fail after minutes."""
+    on_gpu = options.device == "cuda"
+    if on_gpu and not torch.cuda.is_available():
         parser.error("--device cuda: no GPU is visible")
     if find_spec("transformers") is None:
         parser.error("transformers is missing: pip install 'neuroada-kernels[peft]'")
-    if "peft-lora" in options.methods and find_spec("peft") is None:
-        parser.error("--methods peft-lora: peft is missing, pip install 'neuroada-kernels[peft]'")
-    options.sizes = Sizes(**{name: options.__dict__.pop(name) for name in asdict(Sizes())})
-
-
-def _transformers_version() -> str:
-    from transformers import __version__
-
-    return str(__version__)
-
-
-def _line(row: dict[str, Any]) -> str:
-    if "error" in row:
-        return f"{row['method']}: {row['error']}"
-    peak = "" if row["peak_bytes"] is None else f", peak {row['peak_bytes'] / 2**30:.1f} GiB"
-    return (
-        f"{row['method']}: {row['step_ms']['median']:.1f} ms a step, "
-        f"{row['tokens_per_second']:.0f} tokens/s{peak}"
+    world = QUICK if options.quick else ON_GPU if on_gpu else FULL
+    given = {name: value for name, value in vars(options).items() if value is not None}
+    sizes = {name: given[name] for name in asdict(world.sizes) if name in given}
+    rest = {name: given[name] for name in ("k", "sequence", "batch", "backend") if name in given}
+    dtype = getattr(torch, given["dtype"]) if "dtype" in given else world.dtype
+    return replace(
+        world, sizes=replace(world.sizes, **sizes), dtype=dtype, device=options.device, **rest
     )
+
+
+def _asked(options: argparse.Namespace) -> dict[str, list[str]]:
+    """Methods by mode."""
+    default = ["plain"] if options.device == "cuda" else list(MODES)[: 3 if options.quick else None]
+    modes = options.modes or default
+    methods = options.methods or list(METHODS)
+    few = QUICK_COMPILED if options.quick and not options.methods else tuple(methods)
+    return {
+        mode: [method for method in methods if not MODES[mode].compiled or method in few]
+        for mode in modes
+    }
+
+
+def _settings(options: argparse.Namespace, world: World) -> dict[str, Any]:
+    return {
+        **asdict(world),
+        "dtype": str(world.dtype).removeprefix("torch."),
+        "steps": options.steps,
+        "warmup": options.warmup,
+        "transformers": package_version("transformers"),
+        "peft": package_version("peft"),
+        "left_out": LEFT_OUT,
+    }
+
+
+def _command(options: argparse.Namespace) -> str:
+    """What makes all of the rows, without the file's name."""
+    words = ["neuroada bench model", *(["--quick"] if options.quick else [])]
+    defaults = vars(_parser().parse_args([]))
+    for name, value in vars(options).items():
+        if name not in ("quick", "methods", "modes", "json", "html") and value != defaults[name]:
+            words.append(f"--{name.replace('_', '-')} {value}")
+    return " ".join(words)
 
 
 if __name__ == "__main__":

@@ -13,6 +13,14 @@ SUITES = {
         "neuroada_kernels.benchmarks.memory_model.command",
         "bytes that training holds, by method: a stated model, and measured",
     ),
+    "model": (
+        "neuroada_kernels.benchmarks.model",
+        "training steps of a whole transformer: tokens a second, peak memory",
+    ),
+    "peers-training": (
+        "neuroada_kernels.benchmarks.peers.command",
+        "PEFT's methods and NeuroAda through Hugging Face's Trainer",
+    ),
     "quality": (
         "neuroada_kernels.benchmarks.quality.command",
         "compare what methods learn at equal trainable budgets",

@@ -20,8 +20,8 @@ SOURCES = {
     f"{NAME}.triton_kernels": ROOT / "triton_kernels",
 }
 
-#: A suite that is built on the demo, which itself is built on the other benchmarks.
-QUALITY = "benchmarks.quality"
+#: Suites that are built on the demo, which itself is built on the other benchmarks.
+QUALITY, PEERS = "benchmarks.quality", "benchmarks.peers"
 
 #: What the modules of each part may import, besides their own part. The package itself is "".
 BELOW = {
@@ -139,7 +139,7 @@ BELOW["convert"] = {"_dtypes", "adapter_file", "checkpoint"}
 BELOW["benchmarks"] = LIBRARY
 BELOW["info"] = LIBRARY | {"benchmarks"}
 BELOW["demo"] = LIBRARY | {"benchmarks", "info"}
-BELOW[QUALITY] = LIBRARY | {"benchmarks", "demo"}
+BELOW[QUALITY] = BELOW[PEERS] = LIBRARY | {"benchmarks", "demo"}
 BELOW["cli"] = LIBRARY | {"benchmarks", "info", "demo", "inspection", "merging", "convert"}
 
 #: Parts that only the package's own ``__init__`` imports, though they lie below others.
@@ -186,7 +186,8 @@ def graph() -> dict[str, set[str]]:
 
 def part_of(module: str) -> str:
     name = module.removeprefix(NAME).removeprefix(".")
-    return QUALITY if (name + ".").startswith(QUALITY + ".") else name.partition(".")[0]
+    own = (part for part in (QUALITY, PEERS) if (name + ".").startswith(part + "."))
+    return next(own, name.partition(".")[0])
 
 
 def why_wrong(importer: str, imported: str) -> str | None:
@@ -268,6 +269,7 @@ def test_no_module_imports_itself_by_way_of_others():
         ("benchmarks.linear", "cli"),
         ("benchmarks.linear", "backends.cpu"),
         ("benchmarks.linear", "benchmarks.quality.suite"),
+        ("benchmarks.model", "benchmarks.peers.training"),
         ("benchmarks.quality.suite", "cli"),
         ("newcomer", "reference"),
     ],

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from neuroada_kernels.benchmarks import adapting
-from neuroada_kernels.benchmarks.model import Sizes
+from neuroada_kernels.benchmarks.llama import Sizes
 from neuroada_kernels.plan import SPLITS
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")

@@ -1,148 +1,214 @@
-"""The benchmark of whole models, on one that is tiny."""
+"""``neuroada bench model``, on a Llama that is tiny."""
 
 from __future__ import annotations
 
-import argparse
 import json
 import subprocess
 import sys
-from importlib.util import find_spec
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
-import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import nn
 
-import neuroada_kernels as nk
-from neuroada_kernels.benchmarks import model
-from neuroada_kernels.benchmarks.baselines import MaskedDenseLinear, MaterialisedLinear
+pytest.importorskip("transformers")
+pytest.importorskip("peft")
 
-HAS_TRANSFORMERS = find_spec("transformers") is not None
+from neuroada_kernels.benchmarks import methods, model, suites
+from neuroada_kernels.benchmarks.methods import METHODS
+
 TINY = ["--hidden", "32", "--intermediate", "48", "--layers", "2", "--heads", "4"]
 TINY += ["--kv-heads", "2", "--vocabulary", "50", "--sequence", "16", "--batch", "2"]
-TINY += ["--k", "3", "--steps", "3", "--warmup", "1", "--dtype", "float32", "--rank", "2"]
-LAYER_OF = {
-    "neuroada": nk.NeuroAdaLinear,
-    "materialised": MaterialisedLinear,
-    "masked-dense": MaskedDenseLinear,
-}
-#: Of one block's linears in the order of LINEARS, [d_out, d_in].
+TINY += ["--k", "3", "--steps", "3", "--warmup", "1"]
+#: Of a layer's linears, [d_out, d_in].
 SHAPES = [(32, 32), (16, 32), (16, 32), (32, 32), (48, 32), (48, 32), (32, 48)]
 
-
-class Block(nn.Module):
-    """The linears of a Llama's block, each used once."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        for name, (d_out, d_in) in zip(model.LINEARS, SHAPES, strict=True):
-            setattr(self, name, nn.Linear(d_in, d_out, bias=False))
-
-    def forward(self, x: Tensor) -> Tensor:
-        heads = self.q_proj(x) * torch.cat([self.k_proj(x), self.v_proj(x)], -1)
-        x = x + self.o_proj(heads)
-        return x + self.down_proj(self.gate_proj(x).tanh() * self.up_proj(x))
+pytestmark = pytest.mark.filterwarnings("default")  # other packages' are theirs
 
 
-class StandIn(nn.Module):
-    """What the benchmark asks of a Llama, where transformers is missing."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.embeddings = nn.Embedding(50, 32)
-        self.blocks = nn.Sequential(Block(), Block())
-        self.checkpointing: object = None
-
-    def get_input_embeddings(self) -> nn.Module:
-        return self.embeddings
-
-    def gradient_checkpointing_enable(self, options: dict[str, bool]) -> None:
-        self.checkpointing = options
-
-    def forward(self, inputs_embeds: Tensor, labels: Tensor) -> SimpleNamespace:
-        logits = self.blocks(inputs_embeds) @ self.embeddings.weight.t()
-        return SimpleNamespace(loss=F.cross_entropy(logits.flatten(0, 1), labels.flatten()))
+@pytest.fixture(autouse=True)
+def _one_thread():
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
 
 
-@pytest.fixture(params=["transformers", "stand_in"])
-def methods(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """The methods that can run over a model that :func:`model.build` makes."""
-    if request.param == "transformers":
-        if not HAS_TRANSFORMERS:
-            pytest.skip("transformers is missing")
-        return [m for m in model.METHODS if m != "peft-lora" or find_spec("peft") is not None]
-    monkeypatch.setattr(model, "build", lambda *_: StandIn().requires_grad_(False).train())
-    monkeypatch.setattr(model, "find_spec", lambda name: name)
-    monkeypatch.setattr(model, "_transformers_version", lambda: "none")
-    return [m for m in model.METHODS if m != "peft-lora"]
-
-
-@pytest.mark.filterwarnings("default")  # other packages' are theirs
-@pytest.mark.parametrize("checkpointing", [True, False], ids=["checkpointing", ""])
-def test_every_method_trains_the_same_model(checkpointing, methods, tmp_path: Path, capsys) -> None:
-    path = tmp_path / "model.json"
-    flags = ["--checkpointing"] * checkpointing
-    assert model.main([*TINY, *flags, "--methods", *methods, "--json", str(path)]) == 0
+def run(path: Path, *options: str) -> dict[str, dict]:
+    """Rows by key."""
+    assert suites.main(["model", *TINY, *options, "--json", str(path)]) == 0
     found = json.loads(path.read_text())
-    assert found["torch"] == torch.__version__
-    assert found["sizes"]["hidden"] == 32
-    assert [row["method"] for row in found["results"]] == methods
-    rows = {row["method"]: row for row in found["results"]}
+    assert found["kind"] == "model"
+    return {row["key"]: row for row in found["results"]}
+
+
+@pytest.fixture(scope="module")
+def rows(tmp_path_factory) -> dict[str, dict]:
+    path = tmp_path_factory.mktemp("model") / "model.json"
+    run(path, "--modes", "checkpointed", "--methods", "frozen", "neuroada")
+    return run(path, "--modes", "plain")
+
+
+def test_every_method_is_checked_timed_and_weighed(rows):
+    checkpointed = ["checkpointed/frozen", "checkpointed/neuroada"]
+    assert list(rows) == [*checkpointed, *(f"plain/{method}" for method in METHODS)]
     for row in rows.values():
-        assert row["checkpointing"] is checkpointing
-        assert len(row["samples_ms"]) == 3
+        assert row["checkpointing"] == (row["mode"] == "checkpointed")
+        assert len(row["samples_ms"]) == len(row["frozen_samples_ms"]) == 3
         assert row["tokens_per_second"] == 32 / row["step_ms"]["median"] * 1e3
-        assert len(row["losses"]) == 4
-    trained = {name: row["trainable"] for name, row in rows.items()}
+        assert row["paired"]
+        ratios = sorted(map(float.__truediv__, row["samples_ms"], row["frozen_samples_ms"]))
+        assert row["ratio_to_frozen"]["median"] == ratios[1]
+        assert row["peak_bytes"] == row["held_bytes"] + row["step_bytes"]
+        assert row["step_bytes"] > 0
+        assert row["checks"]["loss"] < 1e-5
+        assert row["checks"]["input_gradient"] < 1e-5
+        assert len(row["losses"]) == 1 + 1 + 3 + 1  # checked, warm-up, timed, weighed
+
+
+def test_what_trains_is_what_the_methods_say(rows):
+    trained = {name: rows[f"plain/{name}"]["trainable"] for name in METHODS}
     bypasses = 2 * sum(3 * d_out for d_out, _ in SHAPES)
     assert trained["frozen"] == 0
-    assert trained["neuroada"] == trained["materialised"] == bypasses
+    for name, method in METHODS.items():
+        if method.chosen and name != "masked-dense":
+            assert trained[name] == bypasses
+        known = rows[f"plain/{name}"]["checks"]["gradients"]
+        assert (known is not None) == method.chosen
+        assert known is None or known < 1e-5
     assert trained["masked-dense"] == 2 * sum(d_out * d_in for d_out, d_in in SHAPES)
-    if "peft-lora" in rows:
-        assert trained["peft-lora"] == 2 * sum(2 * (d_out + d_in) for d_out, d_in in SHAPES)
-    shown = capsys.readouterr().out
-    assert all(f"{method}: " in shown for method in methods)
+    assert trained["peft-lora-r8"] == 2 * sum(8 * (d_out + d_in) for d_out, d_in in SHAPES)
 
 
-@pytest.mark.filterwarnings("default")
-def test_the_methods_that_choose_connections_take_the_same_steps(methods) -> None:
-    losses = {}
-    for method, layer in LAYER_OF.items():
-        torch.manual_seed(0)
-        built = model.build(model.Sizes(32, 48, 2, 4, 2, 50), 16, torch.float32, "cpu")
-        adapted = model.METHODS[method](built, argparse.Namespace(k=3, rank=2))
-        assert sum(isinstance(module, layer) for module in adapted.modules()) == 14
-        trained = [p for p in adapted.parameters() if p.requires_grad]
-        optimizer = torch.optim.SGD(trained, lr=1.0)
-        tokens = torch.arange(32).view(2, 16)
-        embeddings = built.get_input_embeddings()(tokens).detach().requires_grad_()
-        losses[method] = [
-            model._step(adapted, embeddings, tokens, optimizer).item() for _ in range(5)
-        ]
-        assert losses[method][-1] < losses[method][0]
-    for other in ("materialised", "masked-dense"):
-        assert losses[other] == pytest.approx(losses["neuroada"], rel=1e-5)
+def test_memory_is_what_each_method_must_hold(rows):
+    held = {name: rows[f"plain/{name}"]["held_bytes"] for name in METHODS}
+    weights = 4 * 2 * sum(d_out * d_in for d_out, d_in in SHAPES)
+    assert held["masked-dense"] - held["frozen"] > 2 * weights  # two moments of AdamW
+    assert held["frozen"] < held["neuroada"] < held["frozen"] + weights
+    of_step = {name: rows[f"plain/{name}"]["step_bytes"] for name in METHODS}
+    # It copies every weight, and keeps the copies for the backward.
+    assert of_step["materialised"] - of_step["neuroada"] > 0.9 * weights
+    assert rows["checkpointed/frozen"]["step_bytes"] < of_step["frozen"]
 
 
-@pytest.mark.filterwarnings("default")
-def test_a_method_that_does_not_fit_says_so_and_the_others_go_on(
-    methods, monkeypatch, capsys
-) -> None:
-    def exhausted(built: object, options: object) -> None:
+def test_a_second_call_goes_on_where_the_first_stopped(tmp_path, monkeypatch):
+    path = tmp_path / "model.json"
+    before = run(path, "--modes", "plain", "--methods", "neuroada")
+    assert list(before) == ["plain/neuroada"]
+    prepared = []
+    real = model.prepare
+    monkeypatch.setattr(model, "prepare", lambda m, *a: prepared.append(m) or real(m, *a))
+    after = run(path, "--modes", "plain", "--methods", "neuroada", "frozen")
+    assert after["plain/neuroada"] == before["plain/neuroada"]
+    assert list(after) == ["plain/neuroada", "plain/frozen"]
+    assert prepared == ["frozen"]
+
+
+def without_inductor(module: nn.Module) -> None:
+    call = torch.compile(module._call_impl, backend="aot_eager")
+    object.__setattr__(module, "_compiled_call_impl", call)
+
+
+def test_compiled_methods_compute_the_same_and_others_say_why_not(tmp_path, monkeypatch):
+    def compile_(module: nn.Module) -> None:
+        if any("lora" in name for name, _ in module.named_parameters()):
+            raise NotImplementedError("no such operator\nand more")
+        without_inductor(module)
+
+    monkeypatch.setattr(nn.Module, "compile", compile_)
+    options = ["--modes", "compiled", "--methods", "frozen", "neuroada", "peft-lora-r8"]
+    rows = run(tmp_path / "model.json", *options)
+    assert rows["compiled/neuroada"]["graph_breaks"] == 0
+    assert rows["compiled/neuroada"]["checks"]["compiled"] < 1e-5
+    reason = rows["compiled/peft-lora-r8"]["skipped"]
+    assert reason == "NotImplementedError: no such operator"
+
+
+def test_what_does_not_fit_says_so_and_the_others_go_on(tmp_path, monkeypatch):
+    def exhausted(built: nn.Module, k: int) -> nn.Module:
         raise torch.OutOfMemoryError("out of memory\ntried to allocate")
 
-    monkeypatch.setitem(model.METHODS, "frozen", exhausted)
-    assert model.main([*TINY, "--methods", "frozen", "neuroada"]) == 0
-    shown = capsys.readouterr().out.splitlines()
-    assert shown[0] == "frozen: out of memory"
-    assert shown[1].startswith("neuroada: ")
-    assert model.main([*TINY, "--methods", "frozen"]) == 1
+    monkeypatch.setitem(METHODS, "full", replace(METHODS["full"], adapt=exhausted))
+    rows = run(tmp_path / "model.json", "--modes", "plain", "--methods", "full", "frozen")
+    assert rows["plain/full"]["skipped"] == "OutOfMemoryError: out of memory"
+    assert rows["plain/frozen"]["trainable"] == 0
+
+
+def _trains_a_norm(built: nn.Module) -> None:
+    built.get_submodule("model.norm").weight.requires_grad_()
+
+
+def _leaves_one_out(built: nn.Module) -> None:
+    built.get_submodule("model.layers.1.self_attn.v_proj").delta.requires_grad_(False)
+
+
+def _starts_elsewhere(built: nn.Module) -> None:
+    built.get_submodule("model.layers.0.mlp.up_proj").weight.mul_(1.01)
+
+
+def _scales_a_gradient(built: nn.Module) -> None:
+    delta = built.get_submodule("model.layers.0.mlp.up_proj").delta
+    delta.register_hook(lambda gradient: 1.01 * gradient)
+
+
+def _writes_into_the_base(built: nn.Module) -> None:
+    norm = built.get_submodule("model.norm").weight
+    hook = built.get_submodule("model.layers.0.mlp.up_proj").delta.register_hook
+    hook(lambda gradient: (norm.data.mul_(1.001), gradient)[1])
+
+
+@pytest.mark.parametrize(
+    ("spoil", "message"),
+    [
+        (_trains_a_norm, "model.norm.weight trains, expected what matches"),
+        (_leaves_one_out, "numbers train, expected"),
+        (_starts_elsewhere, "a relative error of"),
+        (_scales_a_gradient, "in gradients"),
+        (_writes_into_the_base, "model.norm.weight has changed, and does not train"),
+    ],
+)
+def test_a_wrong_method_is_not_timed(spoil, message, tmp_path, monkeypatch, capsys):
+    real = METHODS["neuroada"].adapt
+
+    @torch.no_grad()
+    def adapt(built: nn.Module, k: int) -> nn.Module:
+        adapted = real(built, k)
+        spoil(adapted)
+        return adapted
+
+    monkeypatch.setitem(METHODS, "neuroada", replace(METHODS["neuroada"], adapt=adapt))
+    path = tmp_path / "model.json"
+    options = ["--modes", "plain", "--methods", "neuroada", "--json", str(path)]
+    assert model.main([*TINY, *options]) == 1
+    assert message in " ".join(capsys.readouterr().out.split())
+    assert not path.exists()
+
+
+def test_a_page_is_that_of_the_results(tmp_path, monkeypatch, capsys):
+    pages = {}
+    html = SimpleNamespace(write_html=lambda documents, path: pages.update({path: documents}))
+    monkeypatch.setitem(sys.modules, "neuroada_kernels.benchmarks.html", html)
+    page = tmp_path / "page.html"
+    options = ["--modes", "plain", "--methods", "frozen", "--html", str(page)]
+    assert model.main([*TINY, *options]) == 0
+    (row,) = pages[page]["model.json"]["results"]
+    assert row["key"] == "plain/frozen"
+    shown = capsys.readouterr().out
+    assert "frozen" in shown
+    assert "not run: unsloth" in shown
+
+
+def test_a_method_whose_package_is_missing_says_so(monkeypatch):
+    monkeypatch.setattr(methods, "find_spec", lambda name: None)
+    assert "peft is missing" in methods.why_not("peft-lora-r8")
+    assert "peft is missing" in methods.why_not("neuroada-peft")
+    assert methods.why_not("neuroada") is None
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU is visible")
-def test_without_a_gpu_or_transformers_it_stops_at_once(monkeypatch, capsys) -> None:
+def test_without_a_gpu_or_transformers_it_stops_at_once(monkeypatch, capsys):
     with pytest.raises(SystemExit):
         model.main(["--device", "cuda"])
     assert "--device cuda: no GPU is visible" in capsys.readouterr().err
@@ -152,6 +218,6 @@ def test_without_a_gpu_or_transformers_it_stops_at_once(monkeypatch, capsys) -> 
     assert "transformers is missing" in capsys.readouterr().err
 
 
-def test_transformers_are_imported_only_when_a_model_is_built() -> None:
+def test_transformers_are_imported_only_when_a_model_is_built():
     code = "import sys, neuroada_kernels.benchmarks.model; sys.exit('transformers' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

@@ -1,0 +1,1 @@
+"""Methods through Hugging Face's Trainer: behind ``neuroada bench peers-training``."""
