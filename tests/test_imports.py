@@ -22,6 +22,8 @@ SOURCES = {
 
 #: A suite that is built on the demo, which itself is built on the other benchmarks.
 QUALITY = "benchmarks.quality"
+#: Makes a page of any suite's files, of which it knows the content alone.
+HTML = "benchmarks.html"
 
 #: What the modules of each part may import, besides their own part. The package itself is "".
 BELOW = {
@@ -105,10 +107,11 @@ BELOW["checkpoint"] = set()
 BELOW["inspection"] = {"_dtypes", "adapter_file"}
 BELOW["merging"] = {"_dtypes", "_files", "adapter_file", "checkpoint", "nn", "ops"}
 BELOW["convert"] = {"_dtypes", "adapter_file", "checkpoint"}
-BELOW["benchmarks"] = LIBRARY
+BELOW[HTML] = {"_files"}
+BELOW["benchmarks"] = LIBRARY | {HTML}
 BELOW["info"] = LIBRARY | {"benchmarks"}
 BELOW["demo"] = LIBRARY | {"benchmarks", "info"}
-BELOW[QUALITY] = LIBRARY | {"benchmarks", "demo"}
+BELOW[QUALITY] = LIBRARY | {"benchmarks", "demo", HTML}
 BELOW["cli"] = LIBRARY | {"benchmarks", "info", "demo", "inspection", "merging", "convert"}
 
 #: Parts that only the package's own ``__init__`` imports, though they lie below others.
@@ -155,7 +158,8 @@ def graph() -> dict[str, set[str]]:
 
 def part_of(module: str) -> str:
     name = module.removeprefix(NAME).removeprefix(".")
-    return QUALITY if (name + ".").startswith(QUALITY + ".") else name.partition(".")[0]
+    nested = (part for part in (QUALITY, HTML) if (name + ".").startswith(part + "."))
+    return next(nested, name.partition(".")[0])
 
 
 def why_wrong(importer: str, imported: str) -> str | None:
@@ -238,6 +242,7 @@ def test_no_module_imports_itself_by_way_of_others():
         ("benchmarks.linear", "backends.cpu"),
         ("benchmarks.linear", "benchmarks.quality.suite"),
         ("benchmarks.quality.suite", "cli"),
+        ("benchmarks.html.linear", "benchmarks.linear"),
         ("newcomer", "reference"),
     ],
 )
