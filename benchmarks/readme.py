@@ -57,6 +57,13 @@ def linear_table(source: Source) -> str:
     return f"{content.markdown()}\n\n{content.note}"
 
 
+def linear_ranges(*sources: Source) -> str:
+    """The least and largest ratios, a table a machine."""
+    tables = [(source, linear.ranges(source)) for source in sources]
+    parts = [f"{source.chip}:\n\n{table.markdown()}\n\n{table.note}" for source, table in tables]
+    return "\n\n".join(parts)
+
+
 def block_table(source: Source) -> str:
     """What a block keeps."""
     text = f"{block_memory.described(source.document)} Commit {source.commit}."
@@ -132,6 +139,12 @@ PARTS = (
     Part("README.md", "benchmark table", ("linear.json",), linear_table),
     Part("README.md", "memory table", ("memory.json",), block_table),
     Part("docs/quality.md", "quality tables", ("quality.json",), quality_tables),
+    Part(
+        "docs/benchmarks.md",
+        "linear ranges",
+        ("linear.json", "linear-xeon-amx.json"),
+        linear_ranges,
+    ),
     Part("docs/benchmarks.md", "linear table", ("linear-xeon-amx.json",), linear_table),
     Part("docs/benchmarks.md", "adapting table", ("adapting.json",), adapting_table),
 )

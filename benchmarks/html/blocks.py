@@ -29,7 +29,7 @@ def figure(
     note: str = "",
 ) -> str:
     """Panels (title and SVG) under a common title and legend."""
-    few = " few" * (len(panels) in (2, 4))  # two by two
+    few = " few" * (len(panels) in (1, 2, 4))  # two by two
     inner = "\n".join(
         f'<div class="panel"><h4>{escape(name)}</h4>{svg}</div>' for name, svg in panels
     )

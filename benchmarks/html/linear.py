@@ -37,7 +37,8 @@ def section(source: Source) -> Section:
         if fits:
             found.blocks.append(_fitted(source, groups, looks, fits, axis, short, xlabel))
     found.blocks.append(_rates(source, plotted, looks))
-    found.blocks.append(blocks.table(source, ratios(source)))
+    found.blocks.insert(0, blocks.table(source, ranges(source)))
+    found.blocks.append(blocks.folded(source, "Ratio to frozen, every case", [ratios(source)]))
     if _fits(source.document):
         found.blocks.append(blocks.folded(source, "How time grows", [growth(source.document)]))
     if judged(source.document).rows:
@@ -225,6 +226,35 @@ def ratios(source: Source) -> Table:
         content.append(cells)
     headings = ["T", "d_in × d_out", "dtype", "k", *(marked(name, name) for name in names)]
     return Table("Ratio to frozen", headings, content, words=4, note=measured(source))
+
+
+def ranges(source: Source) -> Table:
+    """The least and the largest ratio of each method, by T and dtype, over shapes and k."""
+    rows = [row for row in measurements(source.document) if row["candidate"] != "frozen"]
+    cases: dict[int, set[str]] = {}
+    for row in rows:
+        cases.setdefault(row["case"]["tokens"], set()).add(row["case"]["name"])
+    # A T of few cases is a point of a sweep, which has its own figure.
+    columns = [
+        (tokens, dtype)
+        for tokens in sorted(tokens for tokens, names in cases.items() if len(names) >= 3)
+        for dtype in dict.fromkeys(row["dtype"] for row in rows)
+    ]
+    ours = {row["candidate"] for row in rows if row["automatic"]}
+    content = []
+    for name in dict.fromkeys(row["candidate"] for row in rows):
+        cells: list[str] = [Strong(name) if name in ours else name]
+        for tokens, dtype in columns:
+            medians = [
+                row["ratio_to_frozen"]["median"]
+                for row in rows
+                if (row["candidate"], row["case"]["tokens"], row["dtype"]) == (name, tokens, dtype)
+            ]
+            cells.append(f"{min(medians):.2f} to {max(medians):.2f}" if medians else "")
+        content.append(cells)
+    headings = ["", *(f"T {tokens}, {dtype}" for tokens, dtype in columns)]
+    note = f"Least and largest median over shapes and k. {measured(source)}"
+    return Table("Ratio to frozen, in short", headings, content, note=note)
 
 
 def measured(source: Source) -> str:

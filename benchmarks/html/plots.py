@@ -18,10 +18,10 @@ _FAMILIES = {
     "lora": "orange",
     "shira": "green",
     "super": "pink",
-    "ia3": "teal",
+    "ia3": "brown",
     "masked": "purple",
     "materialised": "red",
-    "full": "red",
+    "full": "ink",
 }
 #: Members of a family differ by these, and families do not depend on colour alone.
 _MARKERS = ("o", "s", "^", "D", "v", "P", "X")
@@ -153,7 +153,7 @@ def _roof(axes: Any, bandwidth: float, compute: float) -> None:
         textcoords="offset points", ha="right", fontsize=11,
     )  # fmt: skip
     axes.annotate(
-        f"{bandwidth:,.0f} GB/s", (low, low * bandwidth), xytext=(4, 12),
+        f"{bandwidth:,.3g} GB/s", (low, low * bandwidth), xytext=(4, 12),
         textcoords="offset points", fontsize=11,
     )  # fmt: skip
 

@@ -17,6 +17,7 @@ COLORS = {
     "teal": ("#0b6f83", "#62cfe0"),
     "olive": ("#6a6500", "#d6cd5e"),
     "pink": ("#a92f74", "#ff9ccb"),
+    "brown": ("#7d4a1d", "#dcab82"),
     "grey": ("#5b6773", "#a9b4c0"),
 }
 
