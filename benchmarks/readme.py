@@ -54,13 +54,16 @@ class Figure:
 def linear_table(source: Source) -> str:
     """Ratios to frozen, and how they were taken."""
     content = linear.ratios(source)
-    return f"{content.markdown()}\n\n{content.note}"
+    return f"{content.markdown()}\n\n{linear.measured(source)}"
 
 
 def linear_ranges(*sources: Source) -> str:
     """The least and largest ratios, a table a machine."""
-    tables = [(source, linear.ranges(source)) for source in sources]
-    parts = [f"{source.chip}:\n\n{table.markdown()}\n\n{table.note}" for source, table in tables]
+    parts = []
+    for source in sources:
+        content = linear.ranges(source)
+        note = f"{content.note} {linear.measured(source)}"
+        parts += [f"{source.chip}:", content.markdown(), note]
     return "\n\n".join(parts)
 
 

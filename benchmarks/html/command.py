@@ -37,11 +37,13 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def _read(paths: list[Path]) -> dict[str, Any]:
-    """Contents by name; the whole path where two files have one name."""
-    names = [path.name for path in paths]
+    """Contents by name, with as many folders in front as tell files of one name apart."""
+    paths = list(dict.fromkeys(paths))
     documents = {}
-    for path in dict.fromkeys(paths):
-        name = path.name if names.count(path.name) == 1 else str(path)
+    for path in paths:
+        tails = ("/".join(path.parts[-depth:]) for depth in range(1, len(path.parts) + 1))
+        ends = (tail for tail in tails if sum(str(p).endswith(tail) for p in paths) == 1)
+        name = next(ends, str(path))
         try:
             documents[name] = json.loads(path.read_text(encoding="utf-8"))
         except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:

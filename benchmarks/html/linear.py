@@ -27,7 +27,7 @@ def section(source: Source) -> Section:
         f"Linear layers on {source.chip}",
         "Forward and backward of one linear layer by method, every one checked for what it "
         "computes before it is timed, and all interleaved round by round. Ratios are taken within "
-        "a round.",
+        f"a round. {_host_sentence(source.document)}",
     )
     for axis, short, xlabel in _SWEEPS:
         groups = list(_swept(plotted, axis))
@@ -225,7 +225,7 @@ def ratios(source: Source) -> Table:
             cells.append(marked("" if median is None else f"{median:.2f}", name))
         content.append(cells)
     headings = ["T", "d_in × d_out", "dtype", "k", *(marked(name, name) for name in names)]
-    return Table("Ratio to frozen", headings, content, words=4, note=measured(source))
+    return Table("Ratio to frozen", headings, content, words=4)
 
 
 def ranges(source: Source) -> Table:
@@ -253,7 +253,7 @@ def ranges(source: Source) -> Table:
             cells.append(f"{min(medians):.2f} to {max(medians):.2f}" if medians else "")
         content.append(cells)
     headings = ["", *(f"T {tokens}, {dtype}" for tokens, dtype in columns)]
-    note = f"Least and largest median over shapes and k. {measured(source)}"
+    note = "Least and largest median over shapes and k."
     return Table("Ratio to frozen, in short", headings, content, note=note)
 
 
@@ -267,13 +267,17 @@ def measured(source: Source) -> str:
         f"{source.machine}, torch {here['torch']}, "
         f"commit {source.commit}. `{source.command}` repeats it."
     )
+    return f"{text} {_host_sentence(document)}".strip()
+
+
+def _host_sentence(document: Mapping[str, Any]) -> str:
     host = _host_cost(document)
-    if host is not None:
-        text += (
-            f" One call at T = 1 costs {host['over_frozen_us']['median']:.0f} µs of host time "
-            f"more than the frozen linear's {host['frozen_us']['median']:.0f} µs."
-        )
-    return text
+    if host is None:
+        return ""
+    return (
+        f"One call at T = 1 costs {host['over_frozen_us']['median']:.0f} µs of host time "
+        f"more than the frozen linear's {host['frozen_us']['median']:.0f} µs."
+    )
 
 
 def growth(document: Mapping[str, Any]) -> Table:

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from neuroada_kernels._files import replacing
-from neuroada_kernels.benchmarks.html import adapting, block_memory, linear, quality
+from neuroada_kernels.benchmarks.html import adapting, block_memory, linear, model, quality
 from neuroada_kernels.benchmarks.html.blocks import Section, prose
 from neuroada_kernels.benchmarks.html.source import ReportError, Source, kind_of
 from neuroada_kernels.benchmarks.html.style import CSS
@@ -17,6 +17,7 @@ from neuroada_kernels.benchmarks.html.style import CSS
 KINDS: dict[str, Callable[[Source], Section]] = {
     "linear": linear.section,
     "block-memory": block_memory.section,
+    "model": model.section,
     "quality": quality.section,
     "adapting": adapting.section,
 }

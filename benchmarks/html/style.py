@@ -109,11 +109,13 @@ footer { margin-top: 3rem; padding-top: 1rem; border-top: 1px solid var(--line);
   .page { display: block; max-width: none; padding: 0; }
   nav { display: none; }
   section { break-before: page; border: 0; margin: 0; padding: 0; }
-  figure, .panel, tr { break-inside: avoid; }
-  h2, h3, h4 { break-after: avoid; }
+  section:first-of-type { break-before: auto; padding-top: 1rem; }
+  .panel, tr, .facts { break-inside: avoid; }
+  h2, h3, h4, .legend { break-after: avoid; }
   .panels, .panels.few { grid-template-columns: repeat(2, minmax(0, 1fr)); }
   .scroll { overflow: visible; border: 0; }
-  table { font-size: 6.5pt; min-width: 0; }
+  table { font-size: 8pt; min-width: 0; }
+  table.wide { font-size: 6.5pt; }
   th, td { white-space: normal; padding: .12rem .3rem; }
   th:first-child, td:first-child { position: static; min-width: 0; }
   a { color: inherit; }

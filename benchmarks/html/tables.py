@@ -37,8 +37,9 @@ class Table:
             for row in self.rows
         )
         label = escape(self.title or "table")
+        wide = ' class="wide"' if len(self.headings) > 7 else ""
         return (
-            f'<div class="scroll" role="region" aria-label="{label}" tabindex="0"><table>'
+            f'<div class="scroll" role="region" aria-label="{label}" tabindex="0"><table{wide}>'
             f"<thead><tr>{head}</tr></thead>\n<tbody>\n{body}\n</tbody></table></div>"
         )
 

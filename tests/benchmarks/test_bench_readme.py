@@ -118,6 +118,6 @@ def test_changed_results_change_the_pages_and_figures(tmp_path, capsys):
     path.write_text(json.dumps(document))
     assert readme.main([str(tmp_path)]) == 0
     changed = capsys.readouterr().out
-    assert "README.md, docs/figures/ratio-to-frozen.svg\n" in changed
+    assert "README.md, docs/benchmarks.md, docs/figures/ratio-to-frozen.svg\n" in changed
     assert readme.main([str(tmp_path)]) == 0
     assert "nothing, all is as the results say" in capsys.readouterr().out
