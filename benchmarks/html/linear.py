@@ -7,7 +7,7 @@ from typing import Any
 
 from neuroada_kernels.benchmarks.html import blocks
 from neuroada_kernels.benchmarks.html.blocks import Section
-from neuroada_kernels.benchmarks.html.figures import draw
+from neuroada_kernels.benchmarks.html.figures import HEIGHT, Painter, draw
 from neuroada_kernels.benchmarks.html.plots import Series, Style, legend, lines, roofline, styles
 from neuroada_kernels.benchmarks.html.source import Source
 from neuroada_kernels.benchmarks.html.tables import Strong, Table
@@ -117,13 +117,20 @@ def _ratios_against(
         ]
         seen |= {one.label: one.style for one in series}
         paint = lines(series, xlabel, "ratio to frozen", reference=1)
-        panels.append((name, draw(f"{source.name} {title} {name}", f"{title}: {name}", paint)))
+        panels.append(_panel(source, title, name, paint, len(series)))
     note = (
         "Forward and backward as a ratio to the frozen linear’s (dashed), medians with quartiles; "
         "both axes are logarithmic."
     )
     found: str = blocks.figure(source, title, panels, legend=legend(seen), note=note)
     return found
+
+
+def _panel(source: Source, title: str, name: str, paint: Painter, series: int) -> tuple[str, str]:
+    """Higher where there are many lines to tell apart."""
+    height = HEIGHT + 14 * max(0, series - 6)
+    svg = draw(f"{source.name} {title} {name}", f"{title}: {name}", paint, height=height)
+    return name, svg
 
 
 def _quartiles(
@@ -159,7 +166,7 @@ def _fitted(
             continue
         seen |= {one.label: one.style for one in series}
         paint = lines(series, xlabel, "ms", curves=curves)
-        panels.append((name, draw(f"{source.name} {title} {name}", f"{title}: {name}", paint)))
+        panels.append(_panel(source, title, name, paint, len(series)))
     note = (
         f"Forward and backward, medians with quartiles, and lines a + b {short} fitted to them by "
         "the least relative errors; both axes are logarithmic."

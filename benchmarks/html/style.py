@@ -78,11 +78,11 @@ svg.plot text { font-family: inherit !important; font-variant-numeric: tabular-n
   margin: .4rem 0 .8rem; font-size: .85rem; }
 .legend li { display: flex; align-items: center; gap: .4rem; }
 .legend svg { flex: none; width: 1.75rem; height: .8rem; }
-.scroll { overflow-x: auto; max-width: 100%; margin: .5rem 0; border: 1px solid var(--line);
-  border-radius: .5rem; }
+.scroll { overflow-x: auto; width: fit-content; max-width: 100%; margin: .5rem 0;
+  border: 1px solid var(--line); border-radius: .5rem; }
 .scroll:focus-visible { outline: 2px solid var(--blue); outline-offset: 2px; }
 table { border-collapse: collapse; font-size: .85rem; line-height: 1.35;
-  font-variant-numeric: tabular-nums; min-width: 100%; }
+  font-variant-numeric: tabular-nums; }
 th, td { padding: .35rem .55rem; text-align: right; white-space: nowrap;
   border-bottom: 1px solid var(--line); }
 tbody tr:last-child td { border-bottom: 0; }
@@ -91,6 +91,7 @@ thead th { color: var(--quiet); font-weight: 600; vertical-align: bottom; }
 th:first-child, td:first-child { position: sticky; left: 0; background: var(--paper); }
 @media (max-width: 40rem) {
   td.long { white-space: normal; min-width: 9rem; max-width: 11rem; } }
+figcaption code { font-size: .88em; }
 details { margin: .75rem 0; }
 details figure { margin: .75rem 0 1.5rem; }
 summary { cursor: pointer; font-size: .9rem; color: var(--blue); padding: .25rem 0; }
@@ -114,7 +115,7 @@ footer { margin-top: 3rem; padding-top: 1rem; border-top: 1px solid var(--line);
   h2, h3, h4, .legend { break-after: avoid; }
   .panels, .panels.few { grid-template-columns: repeat(2, minmax(0, 1fr)); }
   .scroll { overflow: visible; border: 0; }
-  table { font-size: 8pt; min-width: 0; }
+  table { font-size: 8pt; }
   table.wide { font-size: 6.5pt; }
   th, td { white-space: normal; padding: .12rem .3rem; }
   th:first-child, td:first-child { position: static; min-width: 0; }
