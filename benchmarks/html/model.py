@@ -111,7 +111,6 @@ def steps(mode: str, rows: list[Row]) -> Table:
         content.append(
             [
                 Strong(row["method"]) if ours else row["method"],
-                row["source"],
                 f"{row['trainable']:,}",
                 f"{row['step_ms']['median']:.1f}",
                 f"{row['tokens_per_second']:,.0f}",
@@ -119,10 +118,11 @@ def steps(mode: str, rows: list[Row]) -> Table:
                 "" if ratio is None else f"{ratio['lower']:.2f}–{ratio['upper']:.2f}",
                 f"{row['held_bytes'] / MIB:,.1f}",
                 f"{row['peak_bytes'] / MIB:,.1f}",
+                row["source"],
             ]
         )
     headings = (
-        "method", "from", "trains", "step, ms", "tokens/s", "of frozen", "quartiles", "held, MiB",
-        "peak, MiB",
+        "method", "trains", "step, ms", "tokens/s", "of frozen", "quartiles", "held, MiB",
+        "peak, MiB", "from",
     )  # fmt: skip
-    return Table(f"Mode: {mode}", headings, content, words=2)
+    return Table(f"Mode: {mode}", headings, content)

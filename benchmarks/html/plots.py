@@ -264,7 +264,7 @@ def _rows_down(axes: Any, rows: int, xlabel: str) -> None:
     axes.set_yticks([])
     axes.spines["left"].set_visible(False)
     axes.set_xlabel(xlabel)
-    axes.xaxis.set_major_locator(MaxNLocator(5))
+    axes.xaxis.set_major_locator(MaxNLocator(5, steps=(1, 2, 2.5, 5, 10)))
     axes.grid(axis="x")
 
 

@@ -132,7 +132,10 @@ MODEL = {
     "command": "neuroada bench model",
     "settings": {
         "sizes": {"layers": 2, "hidden": 8, "intermediate": 16, "vocabulary": 64},
-        **{"dtype": "float32", "batch": 1, "sequence": 4, "k": 2},
+        "dtype": "float32",
+        "batch": 1,
+        "sequence": 4,
+        "k": 2,
         "left_out": {"unsloth": "there is none for a CPU"},
     },
     "sessions": [{**FACTS, "torch": "2.13.0"}],
