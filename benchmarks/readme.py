@@ -17,7 +17,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from neuroada_kernels.benchmarks.html import adapting, block_memory, linear, quality
+from neuroada_kernels.benchmarks.html import (
+    adapting,
+    block_memory,
+    linear,
+    memory,
+    model,
+    peers_training,
+    plots,
+    quality,
+)
 from neuroada_kernels.benchmarks.html.figures import Painter, draw, standalone
 from neuroada_kernels.benchmarks.html.plots import Dot, dots, rows_height, stacked, styles
 from neuroada_kernels.benchmarks.html.source import Source, kind_of
@@ -32,10 +41,15 @@ class DocumentError(ValueError):
 
 @dataclass(frozen=True)
 class Part:
-    """What stands between ``<!-- marker -->`` and ``<!-- end of marker -->`` of a page."""
+    """What stands between ``<!-- marker -->`` and ``<!-- end of marker -->`` of a page.
+
+    Of ``files`` those count that are committed and of that kind; where there is none, the page
+    says so.
+    """
 
     page: str
     marker: str
+    kind: str
     files: tuple[str, ...]
     content: Content  # of a source for each file
 
@@ -46,9 +60,11 @@ class Figure:
 
     path: str
     title: str
+    kind: str
     files: tuple[str, ...]
     panels: Callable[..., list[tuple[str, Painter, str]]]
     height: int
+    parts: tuple[plots.Part, ...] = ()  # of its bars, for a legend
 
 
 def linear_table(source: Source) -> str:
@@ -88,6 +104,33 @@ def quality_tables(source: Source) -> str:
         content = quality.table(group)
         parts += [f"### {content.title}", content.markdown(), content.note]
     return "\n\n".join(parts)
+
+
+def memory_tables(source: Source) -> str:
+    """NeuroAda beside mask-based tuning, and how far the computation is to be trusted."""
+    content = memory.against_masked(source.document)
+    parts = (memory.described(source.document), content.markdown(), _noted(source, content.note))
+    return "\n\n".join(parts)
+
+
+def model_tables(source: Source) -> str:
+    """A table a mode."""
+    parts = [model.described(source)]
+    for mode, rows in model.by_mode(source.document).items():
+        content = model.steps(mode, rows)
+        parts += [f"{content.title}:", content.markdown()]
+    return "\n\n".join([*parts, _noted(source, "")])
+
+
+def peers_table(source: Source) -> str:
+    """A row a method."""
+    content = peers_training.compared(source.document)
+    return "\n\n".join((peers_training.described(source), content.markdown(), _noted(source, "")))
+
+
+def _noted(source: Source, note: str) -> str:
+    said = f"{note} {source.machine}, commit {source.commit}. `{source.command}` repeats it."
+    return said.strip()
 
 
 #: The case that the README's figure shows, and what of it: what a user would choose between.
@@ -138,33 +181,68 @@ def block_panels(source: Source) -> list[tuple[str, Painter, str]]:
     return panels
 
 
+def model_memory_panels(source: Source) -> list[tuple[str, Painter, str]]:
+    """A panel for each real model: the peak of a step without checkpointing, at the least k."""
+    groups = memory.by_setting(source.document)
+    least = min(k for _, k, _ in groups)
+    panels = []
+    for (name, k, checkpointing), rows in groups.items():
+        if k == least and not checkpointing:
+            shown = memory.bars_of([row for row in rows if row["method"] in MEMORY_METHODS])
+            said = ", ".join(f"{method} {sum(parts):.2f}" for method, parts in shown)
+            paint = stacked(shown, tuple(memory.BYTES.values()), f"GiB, k {k}")
+            panels.append((name, paint, said))
+    return panels
+
+
+MEMORY_METHODS = (
+    "neuroada",
+    "neuroada-compact",
+    "materialised",
+    "masked-dense",
+    "lora-r16",
+    "full",
+)
+BLOCK_FILES = ("block-memory.json", "memory.json")
+BENCHMARKS = "docs/benchmarks.md"
+LINEAR_FILES = ("linear.json", "linear-xeon-amx.json")
 PARTS = (
-    Part("README.md", "benchmark table", ("linear.json",), linear_table),
-    Part("README.md", "memory table", ("memory.json",), block_table),
-    Part("docs/quality.md", "quality tables", ("quality.json",), quality_tables),
-    Part(
-        "docs/benchmarks.md",
-        "linear ranges",
-        ("linear.json", "linear-xeon-amx.json"),
-        linear_ranges,
-    ),
-    Part("docs/benchmarks.md", "linear table", ("linear-xeon-amx.json",), linear_table),
-    Part("docs/benchmarks.md", "adapting table", ("adapting.json",), adapting_table),
+    Part("README.md", "benchmark table", "linear", LINEAR_FILES[:1], linear_table),
+    Part("README.md", "memory table", "block-memory", BLOCK_FILES, block_table),
+    Part("docs/quality.md", "quality tables", "quality", ("quality.json",), quality_tables),
+    Part(BENCHMARKS, "linear ranges", "linear", LINEAR_FILES, linear_ranges),
+    Part(BENCHMARKS, "linear table", "linear", LINEAR_FILES[1:], linear_table),
+    Part(BENCHMARKS, "model memory", "memory", ("memory.json",), memory_tables),
+    Part(BENCHMARKS, "model tables", "model", ("model.json",), model_tables),
+    Part(BENCHMARKS, "peers table", "peers-training", ("peers-training.json",), peers_table),
+    Part(BENCHMARKS, "adapting table", "adapting", ("adapting.json",), adapting_table),
 )
 FIGURES = (
     Figure(
         "docs/figures/ratio-to-frozen.svg",
         "Forward and backward of a 2048 × 2048 linear, T 512, k 8, as a ratio to the frozen one",
-        ("linear.json", "linear-xeon-amx.json"),
+        "linear",
+        LINEAR_FILES,
         ratio_panels,
         rows_height(5),
     ),
     Figure(
         "docs/figures/block-memory.svg",
-        "MiB that a Llama-shaped block keeps for its backward; in blue what its linears keep",
-        ("memory.json",),
+        "MiB that a Llama-shaped block keeps for its backward",
+        "block-memory",
+        BLOCK_FILES,
         block_panels,
-        rows_height(6),
+        rows_height(6) + 24,
+        block_memory.PARTS,
+    ),
+    Figure(
+        "docs/figures/model-memory.svg",
+        "GiB at the peak of a training step of real models by method, computed",
+        "memory",
+        ("memory.json",),
+        model_memory_panels,
+        rows_height(len(MEMORY_METHODS)) + 24,
+        tuple(memory.BYTES.values()),
     ),
 )
 
@@ -179,7 +257,7 @@ def write(root: Path) -> list[str]:
     """
     pages = written_pages(root)
     new = {root / name: text for name, text in pages.items()}
-    for figure in FIGURES:
+    for figure in figures(root):
         new[root / figure.path] = svg(root, figure)
     changed = [path for path, text in new.items() if not path.exists() or path.read_text() != text]
     for path in changed:
@@ -193,7 +271,8 @@ def written_pages(root: Path) -> dict[str, str]:
     pages: dict[str, str] = {}
     for part in PARTS:
         text = pages.get(part.page) or (root / part.page).read_text()
-        content = part.content(*_sources(root, part.files))
+        sources = _sources(root, part)
+        content = part.content(*sources) if sources else NONE_YET
         pages[part.page] = replaced(text, part.page, part.marker, content)
     return pages
 
@@ -214,13 +293,27 @@ def replaced(text: str, page: str, marker: str, content: str) -> str:
     return re.sub(pattern, lambda _: new, text, count=1, flags=re.DOTALL)
 
 
+NONE_YET = "No results are committed yet."
+
+
+def figures(root: Path) -> list[Figure]:
+    """Those whose results are committed."""
+    return [figure for figure in FIGURES if _sources(root, figure)]
+
+
 def svg(root: Path, figure: Figure) -> str:
     """The figure's file."""
-    panels = figure.panels(*_sources(root, figure.files))
+    panels = figure.panels(*_sources(root, figure))
     titles, painters, _ = zip(*panels, strict=True)
     width = 230 * len(panels) if len(panels) > 2 else 330 * len(panels)
     drawn = draw(
-        figure.path, figure.title, *painters, width=width, height=figure.height, titles=titles
+        figure.path,
+        figure.title,
+        *painters,
+        width=width,
+        height=figure.height,
+        titles=titles,
+        key=[(part.label, part.color, part.alpha) for part in figure.parts],
     )
     file: str = standalone(drawn, figure.title, description(root, figure))
     return file
@@ -228,18 +321,18 @@ def svg(root: Path, figure: Figure) -> str:
 
 def description(root: Path, figure: Figure) -> str:
     """Every number that a figure shows, and the files and commits that they come from."""
-    sources = _sources(root, figure.files)
+    sources = _sources(root, figure)
     said = "; ".join(f"{title}: {words}" for title, _, words in figure.panels(*sources))
     return f"{said}. From " + "; ".join(source.origin for source in sources) + "."
 
 
-def _sources(root: Path, files: tuple[str, ...]) -> list[Source]:
+def _sources(root: Path, of: Part | Figure) -> list[Source]:
     found = []
-    for name in files:
-        document = json.loads((root / RESULTS / name).read_text())
-        kind = kind_of(document)
-        assert kind is not None, name
-        found.append(Source(f"{RESULTS}/{name}", kind, document))
+    for name in of.files:
+        path = root / RESULTS / name
+        document = json.loads(path.read_text()) if path.exists() else None
+        if kind_of(document) == of.kind:
+            found.append(Source(f"{RESULTS}/{name}", of.kind, document))
     return found
 
 

@@ -34,6 +34,7 @@ def draw(
     width: int = WIDTH,
     height: int = HEIGHT,
     titles: Sequence[str] = (),
+    key: Sequence[tuple[str, str, float]] = (),
 ) -> str:
     """Axes side by side, each filled by its painter, as an ``<svg>`` for the page.
 
@@ -43,6 +44,8 @@ def draw(
         Of this plot alone on the page: its ids derive from it.
     label
         What is read out instead of the plot.
+    key
+        Label, colour and opacity of the patches of a legend below: where there is no page with one.
 
     Raises
     ------
@@ -51,6 +54,7 @@ def draw(
     """
     import matplotlib
     from matplotlib.figure import Figure
+    from matplotlib.patches import Patch
 
     ink, quiet, line = color("ink"), color("quiet"), color("line")
     settings: Any = {
@@ -86,6 +90,11 @@ def draw(
             paint(axes)
             if titles:
                 axes.set_title(titles[place], loc="left")
+        if key:
+            patches = [Patch(color=color(hue), alpha=alpha) for _, hue, alpha in key]
+            names = [name for name, _, _ in key]
+            look = {"frameon": False, "fontsize": 11, "handlelength": 1.4, "columnspacing": 1.2}
+            figure.legend(patches, names, loc="outside lower left", ncols=len(key), **look)
         target = io.StringIO()
         figure.savefig(target, format="svg", metadata={"Date": None})
     return _for_the_page(target.getvalue(), label)

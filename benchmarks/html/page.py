@@ -8,7 +8,15 @@ from pathlib import Path
 from typing import Any
 
 from neuroada_kernels._files import replacing
-from neuroada_kernels.benchmarks.html import adapting, block_memory, linear, model, quality
+from neuroada_kernels.benchmarks.html import (
+    adapting,
+    block_memory,
+    linear,
+    memory,
+    model,
+    peers_training,
+    quality,
+)
 from neuroada_kernels.benchmarks.html.blocks import Section, prose
 from neuroada_kernels.benchmarks.html.source import ReportError, Source, kind_of
 from neuroada_kernels.benchmarks.html.style import CSS
@@ -16,8 +24,10 @@ from neuroada_kernels.benchmarks.html.style import CSS
 #: Kind to what makes its section, in the order of the page.
 KINDS: dict[str, Callable[[Source], Section]] = {
     "linear": linear.section,
+    "memory": memory.section,
     "block-memory": block_memory.section,
     "model": model.section,
+    "peers-training": peers_training.section,
     "quality": quality.section,
     "adapting": adapting.section,
 }

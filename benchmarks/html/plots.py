@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from html import escape
 from itertools import pairwise
 from typing import Any
@@ -37,6 +37,11 @@ class Style:
     marker: str = "o"
     dash: str = "-"
 
+    @property
+    def plain(self) -> Style:
+        """A line without markers, where there are too many points for them."""
+        return replace(self, marker="")
+
 
 @dataclass(frozen=True)
 class Series:
@@ -57,6 +62,10 @@ class Part:
     label: str
     color: str
     faint: bool = False
+
+    @property
+    def alpha(self) -> float:
+        return 0.45 if self.faint else 1.0
 
 
 @dataclass(frozen=True)
@@ -158,6 +167,27 @@ def _roof(axes: Any, bandwidth: float, compute: float) -> None:
     )  # fmt: skip
 
 
+def parity(series: Sequence[Series], tolerance: float, xlabel: str, ylabel: str) -> Painter:
+    """Computed over measured: on the diagonal they agree, in the band within the tolerance."""
+
+    def paint(axes: Any) -> None:
+        values = [value for one in series for value in (*one.x, *one.y)]
+        low, high = min(values) / 1.3, max(values) * 1.3
+        edges = [[end * (1 + side) for end in (low, high)] for side in (-tolerance, tolerance)]
+        axes.fill_between([low, high], *edges, color=color("quiet"), alpha=0.3, lw=0)
+        for one in series:
+            axes.plot(one.x, one.y, one.style.marker, color=color(one.style.color), ms=4.5)
+        for axis, name in ((axes.xaxis, "x"), (axes.yaxis, "y")):
+            getattr(axes, f"set_{name}scale")("log")
+            getattr(axes, f"set_{name}lim")(low, high)
+            _log_ticks(axis, low, high)
+        axes.set_xlabel(xlabel)
+        axes.set_ylabel(ylabel)
+        axes.grid()
+
+    return paint
+
+
 def stacked(
     rows: Sequence[tuple[str, Sequence[float]]], parts: Sequence[Part], xlabel: str, digits: int = 1
 ) -> Painter:
@@ -169,7 +199,7 @@ def stacked(
             sizes = [values[place] for _, values in rows]
             axes.barh(
                 range(len(rows)), sizes, left=left, height=0.42, color=color(part.color),
-                alpha=0.45 if part.faint else 1, edgecolor=color("paper"), lw=0.6,
+                alpha=part.alpha, edgecolor=color("paper"), lw=0.6,
             )  # fmt: skip
             left = [start + size for start, size in zip(left, sizes, strict=True)]
         for place, ((name, _), total) in enumerate(zip(rows, left, strict=True)):
@@ -237,7 +267,7 @@ def _swatch(style: Style, joined: bool) -> str:
     ink = f"var(--{style.color})"
     dash = f' stroke-dasharray="{_SWATCHES[style.dash]}"' if _SWATCHES[style.dash] else ""
     line = f'<path d="M0 6h28" stroke="{ink}" stroke-width="1.8"{dash}/>' * joined
-    inner = line + shapes[style.marker]
+    inner = line + shapes.get(style.marker, "")
     return f'<svg viewBox="0 0 28 12" aria-hidden="true" fill="{ink}">{inner}</svg>'
 
 

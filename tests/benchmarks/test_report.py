@@ -6,11 +6,21 @@ import json
 import re
 
 import pytest
+from results_files import LINEAR, MEMORY, MODEL, PEERS
 
 pytest.importorskip("matplotlib")
 
 from neuroada_kernels import cli
-from neuroada_kernels.benchmarks.html import ReportError, figures, linear, model, page, write_html
+from neuroada_kernels.benchmarks.html import (
+    ReportError,
+    figures,
+    linear,
+    memory,
+    model,
+    page,
+    peers_training,
+    write_html,
+)
 from neuroada_kernels.benchmarks.html.source import Source, kind_of
 from neuroada_kernels.benchmarks.html.tables import Strong, Table
 
@@ -93,72 +103,6 @@ def test_what_cannot_be_read_is_an_error(content, message, tmp_path, capsys):
     assert not (tmp_path / "report.html").exists()
 
 
-FACTS = {"threads": 2, "cpu": "a processor", "cpu_capability": "AVX2", "commit": "0123456789"}
-SPREAD = {"lower": 0.9, "median": 1.25, "upper": 1.5}
-CASES = [{"name": f"k{k}", "tokens": 4, "d_in": 8, "d_out": 6, "k": k} for k in (1, 2, 4)]
-FIT = {"over": "k", "at": 4, "d_in": 8, "d_out": 6, "bias": False, "dtype": "float32"}
-LINEAR = {
-    "kind": "linear",
-    "command": "neuroada bench linear --sweep k",
-    "settings": {"rounds": 9},
-    "sessions": [{**FACTS, "torch": "2.13.0"}],
-    "results": [
-        {
-            "key": f"{case['name']} {name}",
-            "case": case,
-            "dtype": "float32",
-            "candidate": name,
-            "automatic": name == "neuroada-cpu",
-            **dict.fromkeys(
-                ("forward_us", "backward_us", "total_us", "ratio_to_frozen", "host_us"), SPREAD
-            ),
-            "tflop_per_s": 0.25,
-            "gb_per_s": 12.0,
-            "peak_bytes": 1 << 20,
-            "kept_bytes": 0,
-        }
-        for case in CASES
-        for name in ("frozen", "neuroada-cpu")
-    ]
-    + [{"key": "a", "case": CASES[0], "dtype": "float32", "candidate": "x", "skipped": "too old"}],
-    "summary": {
-        "fits": [{**FIT, "candidate": "frozen", "values": [1, 2, 4], "a_us": 7e3, "b_us": 2.0}],
-        "bars": [{"meaning": "at most 1 of frozen", "value": 1.25, "outcome": "missed"}],
-    },
-}
-LINEAR["summary"]["fits"][0]["residual"] = 0.031
-MODEL = {
-    "kind": "model",
-    "command": "neuroada bench model",
-    "settings": {
-        "sizes": {"layers": 2, "hidden": 8, "intermediate": 16, "vocabulary": 64},
-        "dtype": "float32",
-        "batch": 1,
-        "sequence": 4,
-        "k": 2,
-        "left_out": {"unsloth": "there is none for a CPU"},
-    },
-    "sessions": [{**FACTS, "torch": "2.13.0"}],
-    "results": [
-        {
-            "key": f"plain/{method}",
-            "mode": "plain",
-            "method": method,
-            "source": "ours",
-            "trainable": 12,
-            "step_ms": SPREAD,
-            "tokens_per_second": 3210.4,
-            "ratio_to_frozen": SPREAD,
-            "held_bytes": 3 << 20,
-            "step_bytes": 4 << 20,
-            "peak_bytes": 7 << 20,
-        }
-        for method in ("frozen", "neuroada")
-    ]
-    + [{"key": "compiled/full", "mode": "compiled", "method": "full", "skipped": "too large"}],
-}
-
-
 def test_a_sweep_shows_its_fits_bars_and_what_was_not_timed():
     section = linear.section(Source("linear.json", "linear", LINEAR))
     shown = "".join(section.blocks)
@@ -178,6 +122,34 @@ def test_a_training_step_shows_time_memory_and_what_did_not_run():
     assert ">7</text>" in shown  # MiB at the peak, behind the bar
     assert "compiled/full: too large" in shown
     assert "unsloth: there is none for a CPU" in shown
+
+
+def test_memory_stands_beside_mask_based_tuning_and_beside_measurements():
+    section = memory.section(Source("memory.json", "memory", MEMORY))
+    shown = "".join(section.blocks)
+    assert "1 of 2 computed peaks" in section.lead
+    assert "within 3%, and the worst is 4.00% off" in section.lead
+    assert "<td>14.0 of 28.0 (−50%)</td>" in shown
+    assert ">14.0</text>" in shown
+    assert "with gradient checkpointing" not in shown
+    assert "<td>+4.00%</td>" in shown
+    assert "validation, b: peft is not installed" in shown
+
+
+def test_peers_show_what_is_learned_and_what_it_costs():
+    section = peers_training.section(Source("peers-training.json", "peers-training", PEERS))
+    shown = "".join(section.blocks)
+    assert "2 layers of width 8" in section.lead
+    assert "<strong>neuroada</strong></td><td>12</td><td>0.03</td><td>3.250</td>" in shown
+    assert "Held-out loss was 4.500 bits a byte before" in shown
+    assert "frozen: nothing trains" in shown
+    assert "liger: on a GPU alone" in shown
+
+
+def test_a_running_mean_is_that_of_a_tenth_of_the_steps():
+    steps, means = peers_training._smooth([float(x) for x in range(20)])
+    assert steps == [float(x) for x in range(2, 21)]
+    assert means == [x + 0.5 for x in range(19)]
 
 
 def test_what_a_file_says_is_text_and_nothing_else(documents, tmp_path):
