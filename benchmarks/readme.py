@@ -203,7 +203,7 @@ MEMORY_METHODS = (
     "lora-r16",
     "full",
 )
-BLOCK_FILES = ("block-memory.json", "memory.json")
+BLOCK_FILES = ("block-memory.json",)
 BENCHMARKS = "docs/benchmarks.md"
 LINEAR_FILES = ("linear.json", "linear-xeon-amx.json")
 PARTS = (

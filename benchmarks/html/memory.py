@@ -157,20 +157,29 @@ def models(rows: list[Row]) -> Table:
                 *(f"{predicted[part] / GIB:.2f}" for part in BYTES),
                 f"{predicted['peak'] / GIB:.2f}",
                 "" if less is None else _percent(less),
-                f"{sum(row['layer'].values()) / MIB:,.1f}",
+                *(f"{nbytes / MIB:,.1f}" for nbytes in _of_a_layer(row)),
                 predicted["at"],
             ]
         )
     headings = (
         "GiB", "weights", "trains", "selection", "AdamW", "gradients", "kept", "scratch", "peak",
-        "beside masked", "a layer, MiB", "peak in",
+        "beside masked", "a layer holds, MiB", "keeps, MiB", "peak in",
     )  # fmt: skip
     title = (
         f"{rows[0]['model']}, k {setting['k']}, {setting['dtype']}, "
         f"{setting['batch']} × {setting['sequence']} tokens, {_mode(setting['checkpointing'])}"
     )
-    note = "Gradients, kept and scratch are those of the instant of the peak, which stands last."
+    note = (
+        "Gradients, kept and scratch are those of the instant of the peak, which stands last. A "
+        "layer holds what is there between steps, and its gradients."
+    )
     return Table(title, headings, content, note=note)
+
+
+def _of_a_layer(row: Row) -> tuple[int, int]:
+    """Bytes that it holds, gradients included, and that it keeps for the backward."""
+    layer = row["layer"]
+    return sum(layer.values()) - layer["kept"], layer["kept"]
 
 
 def _validation(source: Source) -> str:

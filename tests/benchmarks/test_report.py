@@ -153,7 +153,7 @@ def test_a_running_mean_is_that_of_a_tenth_of_the_steps():
 
 
 def test_what_a_file_says_is_text_and_nothing_else(documents, tmp_path):
-    document = json.loads(json.dumps(documents["memory.json"]).replace("compact", "<b>$x$&"))
+    document = json.loads(json.dumps(documents["block-memory.json"]).replace("compact", "<b>$x$&"))
     write_html({"<i>.json": document}, tmp_path / "report.html")
     text = (tmp_path / "report.html").read_text()
     assert "<b>" not in text
