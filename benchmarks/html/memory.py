@@ -107,7 +107,9 @@ def _bars(source: Source, groups: Mapping[str, list[Row]], k: int, checkpointing
     title = f"Peak of a training step, k {k}, {_mode(checkpointing)}"
     panels = []
     for name, rows in groups.items():
-        paint = stacked(bars_of(rows), tuple(BYTES.values()), "GiB")
+        bars = bars_of(rows)
+        digits = 1 if max(sum(parts) for _, parts in bars) > 10 else 2
+        paint = stacked(bars, tuple(BYTES.values()), "GiB", digits)
         unique, label = f"{source.name} {title} {name}", f"{name}: {title}"
         svg = draw(unique, label, paint, height=rows_height(len(rows)))
         setting = rows[0]["setting"]

@@ -71,15 +71,13 @@ def _learned(source: Source, rows: list[Row]) -> str:
     after = [
         Dot(row["method"], row["held_out"]["after"], (0, 0), looks[row["method"]]) for row in rows
     ]
-    title = "Held-out loss after training"
-    held_out = draw(
-        f"{source.name} held out", title, dots(after, "bits a byte"), height=rows_height(len(after))
-    )
+    title, before = "Held-out loss after training", rows[0]["held_out"]["before"]
+    paint = dots(after, "bits a byte", reference=before)
+    held_out = draw(f"{source.name} held out", title, paint, height=rows_height(len(after)))
     panels = [("training loss", curve), ("held-out loss after training", held_out)]
-    before = rows[0]["held_out"]["before"]
     note = (
         "Training loss as a running mean over a tenth of the steps. Held-out loss was "
-        f"{before:.3f} bits a byte before; one run of each method, so that small differences say "
+        f"{before:.3f} bits a byte before (dashed); one run of each method, so that small differences say "
         "nothing."
     )
     key = legend({row["method"]: looks[row["method"]].plain for row in rows})

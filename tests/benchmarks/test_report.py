@@ -141,7 +141,7 @@ def test_peers_show_what_is_learned_and_what_it_costs():
     shown = "".join(section.blocks)
     assert "2 layers of width 8" in section.lead
     assert "<strong>neuroada</strong></td><td>12</td><td>0.03</td><td>3.250</td>" in shown
-    assert "Held-out loss was 4.500 bits a byte before" in shown
+    assert "Held-out loss was 4.500 bits a byte before (dashed)" in shown
     assert "frozen: nothing trains" in shown
     assert "liger: on a GPU alone" in shown
 
