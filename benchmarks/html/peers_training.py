@@ -77,8 +77,8 @@ def _learned(source: Source, rows: list[Row]) -> str:
     panels = [("training loss", curve), ("held-out loss after training", held_out)]
     note = (
         "Training loss as a running mean over a tenth of the steps. Held-out loss was "
-        f"{before:.3f} bits a byte before (dashed); one run of each method, so that small differences say "
-        "nothing."
+        f"{before:.3f} bits a byte before (dashed); one run of each method, so that small "
+        "differences say nothing."
     )
     key = legend({row["method"]: looks[row["method"]].plain for row in rows})
     found: str = blocks.figure(source, "What is learned", panels, legend=key, note=note)
