@@ -83,6 +83,13 @@ def linear_ranges(*sources: Source) -> str:
     return "\n\n".join(parts)
 
 
+def growth_tables(source: Source) -> str:
+    """PEFT's methods beside ours in short, and the lines that were fitted over k and T."""
+    content, fitted = linear.ranges(source), linear.growth(source.document)
+    note = f"{content.note} {linear.measured(source)}"
+    return "\n\n".join((content.markdown(), note, fitted.markdown(), fitted.note))
+
+
 def block_table(source: Source) -> str:
     """What a block keeps."""
     text = f"{block_memory.described(source.document)} Commit {source.commit}."
@@ -212,6 +219,7 @@ PARTS = (
     Part("docs/quality.md", "quality tables", "quality", ("quality.json",), quality_tables),
     Part(BENCHMARKS, "linear ranges", "linear", LINEAR_FILES, linear_ranges),
     Part(BENCHMARKS, "linear table", "linear", LINEAR_FILES[1:], linear_table),
+    Part(BENCHMARKS, "linear growth", "linear", ("linear-peers.json",), growth_tables),
     Part(BENCHMARKS, "model memory", "memory", ("memory.json",), memory_tables),
     Part(BENCHMARKS, "model tables", "model", ("model.json",), model_tables),
     Part(BENCHMARKS, "peers table", "peers-training", ("peers-training.json",), peers_table),

@@ -312,7 +312,7 @@ def growth(document: Mapping[str, Any]) -> Table:
             f"{'k' if fit['over'] == 'k' else 'T'} from {fit['values'][0]} to {fit['values'][-1]}",
             f"{'T' if fit['over'] == 'k' else 'k'} = {fit['at']}",
             f"{fit['a_us'] / 1e3:.4g}",
-            f"{fit['b_us']:.3g}",
+            f"{round(fit['b_us'], 3) + 0.0:.3g}",
             f"{fit['residual']:.1%}",
         ]
         for fit in _fits(document)
