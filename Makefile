@@ -12,7 +12,7 @@ NVCC ?= nvidia-cuda-nvcc==13.0.88 nvidia-nvvm==13.0.88 nvidia-cuda-crt==13.0.88 
 CPP_BUILD := build/cpp
 SOURCES := $(shell find csrc -type f) CMakeLists.txt setup.py pyproject.toml
 
-.PHONY: demo test bench lint format clean dist install test-python test-triton test-cpp test-cuda-host count-instructions fuzz smoke
+.PHONY: demo test bench figures lint format clean dist install test-python test-triton test-cpp test-cuda-host count-instructions fuzz smoke
 
 demo: install
 	$(BIN)/neuroada demo
@@ -21,6 +21,10 @@ test: test-triton test-python test-cpp
 
 bench: install
 	$(BIN)/neuroada bench
+
+# The figures and tables of the documentation, from the committed results.
+figures: install
+	$(BIN)/python -m neuroada_kernels.benchmarks.readme
 
 install: $(VENV)/installed-$(BUILD)
 

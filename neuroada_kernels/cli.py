@@ -19,6 +19,10 @@ COMMANDS = {
         "neuroada_kernels.benchmarks.suites",
         "time the layer, or compare what it learns",
     ),
+    "report": (
+        "neuroada_kernels.benchmarks.html.command",
+        "show results of bench as one HTML page",
+    ),
 }
 
 

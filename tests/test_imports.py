@@ -22,6 +22,8 @@ SOURCES = {
 
 #: Suites that are built on the demo, which itself is built on the other benchmarks.
 QUALITY, PEERS = "benchmarks.quality", "benchmarks.peers"
+#: Makes a page of any suite's files, of which it knows the content alone.
+HTML = "benchmarks.html"
 
 #: What the modules of each part may import, besides their own part. The package itself is "".
 BELOW = {
@@ -136,10 +138,11 @@ BELOW["checkpoint"] = set()
 BELOW["inspection"] = {"_dtypes", "adapter_file"}
 BELOW["merging"] = {"_dtypes", "_files", "adapter_file", "checkpoint", "nn", "ops"}
 BELOW["convert"] = {"_dtypes", "adapter_file", "checkpoint"}
-BELOW["benchmarks"] = LIBRARY
+BELOW[HTML] = {"_files"}
+BELOW["benchmarks"] = LIBRARY | {HTML}
 BELOW["info"] = LIBRARY | {"benchmarks"}
 BELOW["demo"] = LIBRARY | {"benchmarks", "info"}
-BELOW[QUALITY] = BELOW[PEERS] = LIBRARY | {"benchmarks", "demo"}
+BELOW[QUALITY] = BELOW[PEERS] = LIBRARY | {"benchmarks", "demo", HTML}
 BELOW["cli"] = LIBRARY | {"benchmarks", "info", "demo", "inspection", "merging", "convert"}
 
 #: Parts that only the package's own ``__init__`` imports, though they lie below others.
@@ -186,8 +189,8 @@ def graph() -> dict[str, set[str]]:
 
 def part_of(module: str) -> str:
     name = module.removeprefix(NAME).removeprefix(".")
-    own = (part for part in (QUALITY, PEERS) if (name + ".").startswith(part + "."))
-    return next(own, name.partition(".")[0])
+    nested = (part for part in (QUALITY, PEERS, HTML) if (name + ".").startswith(part + "."))
+    return next(nested, name.partition(".")[0])
 
 
 def why_wrong(importer: str, imported: str) -> str | None:
@@ -271,6 +274,7 @@ def test_no_module_imports_itself_by_way_of_others():
         ("benchmarks.linear", "benchmarks.quality.suite"),
         ("benchmarks.model", "benchmarks.peers.training"),
         ("benchmarks.quality.suite", "cli"),
+        ("benchmarks.html.linear", "benchmarks.linear"),
         ("newcomer", "reference"),
     ],
 )

@@ -47,9 +47,10 @@ def main(argv: list[str] | None = None) -> int:
     store.write()
     _show(suite, console)
     if options.html is not None:
-        from neuroada_kernels.benchmarks.quality.page import html
+        from neuroada_kernels.benchmarks.html import write_html
 
-        options.html.write_text(html(summarise(suite), store))
+        name = options.json.name if options.json is not None else "quality.json"
+        write_html({name: store.as_dict()}, options.html)
     return 0
 
 
@@ -85,24 +86,24 @@ def _run(suite: Suite, console: Console) -> None:
 
 
 def _show(suite: Suite, console: Console) -> None:
-    from neuroada_kernels.benchmarks.quality.document import baseline, cells, described, headings
-    from neuroada_kernels.benchmarks.quality.summary import summarise
+    from neuroada_kernels.benchmarks.html.quality import described, table
 
-    for group in summarise(suite):
-        table = Table(
-            title=f"{group.task}: {group.question} ({group.unit})",
+    for group in suite.store.summary:
+        content = table(group)
+        shown = Table(
+            title=f"{content.title} ({group['unit']})",
             title_justify="left",
             box=SIMPLE_HEAD,
             padding=(0, 1, 0, 0),
         )
-        for number, name in enumerate(headings(group)):
-            table.add_column(name, justify="right" if number else "left")
-        for row in group.rows:
-            table.add_row(*cells(row, baseline(group)))
-        console.print(table)
+        for number, name in enumerate(content.headings):
+            shown.add_column(name, justify="right" if number else "left")
+        for row in content.rows:
+            shown.add_row(*row)
+        console.print(shown)
     for name, reason in suite.store.skipped.items():
         console.print(f"not run: {name}: {reason}", markup=False)
-    console.print(described(suite.store), highlight=False)
+    console.print(described(suite.store.as_dict()), highlight=False)
 
 
 if __name__ == "__main__":

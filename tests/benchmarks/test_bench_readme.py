@@ -1,16 +1,27 @@
-"""The README's table says what the results file says, and nothing else of the README changes."""
+"""The documentation's figures and tables say what the committed results say, and nothing else."""
+
+from __future__ import annotations
 
 import json
+import re
+import shutil
+from html import unescape
+from pathlib import Path
 
 import pytest
 
+pytest.importorskip("matplotlib")
+
 from neuroada_kernels.benchmarks import readme
+from neuroada_kernels.benchmarks.html import block_memory, linear
+from neuroada_kernels.benchmarks.html.source import Source
+
+ROOT = Path(__file__).parents[2]
 
 
 def _row(candidate: str, ratio: float, automatic: bool = False) -> dict:
     case = {"name": "a", "tokens": 16, "d_in": 8, "d_out": 4, "k": 2}
     return {
-        "key": f"a float32 {candidate}",
         "case": case,
         "dtype": "float32",
         "candidate": candidate,
@@ -19,7 +30,6 @@ def _row(candidate: str, ratio: float, automatic: bool = False) -> dict:
     }
 
 
-HOST_COST = {"over_frozen_us": {"median": 14.4}, "frozen_us": {"median": 3.1}}
 SESSION = {
     "threads": 2,
     "cpu": "a processor",
@@ -27,25 +37,25 @@ SESSION = {
     "torch": "2.13.0",
     "commit": "0123456789abcdef",
 }
-RESULTS = {
+ROWS = [_row("frozen", 1.0), _row("neuroada-cpu", 1.043, True), _row("lora-r8", 1.127)]
+HOST = {"over_frozen_us": {"median": 14.4}, "frozen_us": {"median": 3.1}}
+OLD = {**SESSION, "rounds": 9, "host_cost": HOST, "results": ROWS}
+FRAMED = {
     "kind": "linear",
     "command": "neuroada bench linear",
     "settings": {"rounds": 9},
     "sessions": [SESSION],
-    "results": [
-        _row("frozen", 1.0),
-        _row("neuroada-cpu", 1.043, True),
-        _row("lora-r8", 1.127),
-        {"key": "host-cost", "host_cost": HOST_COST},
-    ],
+    "results": [*ROWS, {"key": "host-cost", "host_cost": HOST}],
 }
 
 
-def test_the_table_has_a_row_a_case_with_ours_in_bold():
-    lines = readme.table(RESULTS).splitlines()
+@pytest.mark.parametrize("document", [OLD, FRAMED], ids=["without a frame", "framed"])
+def test_the_table_has_a_row_a_case_with_ours_in_bold(document):
+    lines = readme.linear_table(Source("linear.json", "linear", document)).splitlines()
     assert lines[0] == "| T | d_in × d_out | dtype | k | **neuroada-cpu** | lora-r8 |"
     assert lines[2] == "| 16 | 8 × 4 | float32 | 2 | **1.04** | 1.13 |"
     assert "9 interleaved rounds" in lines[-1]
+    assert "2 threads of an a processor (AVX2), torch 2.13.0, commit 0123456." in lines[-1]
     assert "costs 14 µs of host time more" in lines[-1]
 
 
@@ -59,49 +69,57 @@ def _kept(method: str, count: int) -> dict:
     }
 
 
-MEMORY = {
-    "kind": "block-memory",
-    "command": "neuroada bench memory --block",
-    "commit": "0123456789abcdef",
-    "sizes": {"tokens": 8, "width": 16, "hidden": 64, "k": 1},
-    "results": [_kept("frozen", 2 << 20), _kept("full", 10 << 20), _kept("compact", 8 << 20)],
-}
-
-
-def test_the_memory_table_says_how_much_less_is_kept(tmp_path):
-    lines = readme.memory_table(MEMORY).splitlines()
+def test_the_memory_table_says_how_much_less_is_kept():
+    rows = [_kept("frozen", 2 << 20), _kept("full", 10 << 20), _kept("compact", 8 << 20)]
+    lines = block_memory.kept({"results": rows}).markdown().splitlines()
     assert lines[0] == "|  | block, float32 | by its linears, float32 |"
     assert lines[2:5] == [
         "| frozen | 2.0 | 0.0 |",
         "| full | 10.0 | 8.0 |",
         "| compact | 8.0 (−20%) | 6.0 (−25%) |",
     ]
-    path, results = tmp_path / "README.md", tmp_path / "block-memory.json"
-    results.write_text(json.dumps(MEMORY))
-    both = f"{readme._BEGIN}\nold\n{readme._END}\n"
-    path.write_text(f"{both}{readme._MEMORY_BEGIN}\n{readme._MEMORY_END}\n")
-    assert readme.main([str(results), str(path)]) == 0
-    assert path.read_text().startswith(both)
-    assert readme.memory_table(MEMORY) in path.read_text()
 
 
-def test_only_what_stands_between_the_markers_is_replaced(tmp_path):
-    path, results = tmp_path / "README.md", tmp_path / "results.json"
-    results.write_text(json.dumps(RESULTS))
-    path.write_text(f"before\n{readme._BEGIN}\nold\n{readme._END}\nafter\n")
-    assert readme.main([str(results), str(path)]) == 0
-    text = path.read_text()
-    assert text.startswith("before\n")
-    assert text.endswith("\nafter\n")
-    assert readme.table(RESULTS) in text
-    assert "old" not in text
+def test_only_what_stands_between_the_markers_is_replaced():
+    text = "before\n<!-- a -->\nold\n<!-- end of a -->\nafter\n"
+    new = readme.replaced(text, "page.md", "a", "new \\1")
+    assert new == "before\n<!-- a -->\nnew \\1\n<!-- end of a -->\nafter\n"
+    with pytest.raises(readme.DocumentError, match=r"page\.md: has no <!-- b -->"):
+        readme.replaced(text, "page.md", "b", "new")
 
 
-def test_a_readme_without_markers_is_refused_and_kept(tmp_path, capsys):
-    path, results = tmp_path / "README.md", tmp_path / "results.json"
-    results.write_text(json.dumps(RESULTS))
-    path.write_text("nothing here\n")
-    with pytest.raises(SystemExit):
-        readme.main([str(results), str(path)])
-    assert "has no <!-- benchmark table -->" in capsys.readouterr().err
-    assert path.read_text() == "nothing here\n"
+@pytest.mark.parametrize("page", sorted({part.page for part in readme.PARTS}))
+def test_a_page_says_what_the_committed_results_say(page):
+    text = (ROOT / page).read_text()
+    assert readme.written_pages(ROOT)[page] == text, "run make figures"
+    assert page == readme.BENCHMARKS or readme.NONE_YET not in text
+
+
+@pytest.mark.parametrize("figure", readme.figures(ROOT), ids=lambda figure: figure.path)
+def test_a_figure_shows_what_the_committed_results_say(figure):
+    # The numbers, not the bytes: another matplotlib may draw the same otherwise.
+    text = (ROOT / figure.path).read_text()
+    said = re.search("<desc>(.*)</desc>", text)
+    assert unescape(said[1]) == readme.description(ROOT, figure), "run make figures"
+    assert f"<title>{figure.title}</title>" in text
+    assert "var(--" not in text
+
+
+def test_changed_results_change_the_pages_and_figures(tmp_path, capsys):
+    for name in ("README.md", "docs", readme.RESULTS):
+        copy = shutil.copytree if (ROOT / name).is_dir() else shutil.copy
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        copy(ROOT / name, tmp_path / name)
+    assert readme.main([str(tmp_path)]) == 0
+    capsys.readouterr()
+    path = tmp_path / readme.RESULTS / "linear.json"
+    document = json.loads(path.read_text())
+    for row in linear.measurements(document):
+        for quartile in row["ratio_to_frozen"]:
+            row["ratio_to_frozen"][quartile] *= 2
+    path.write_text(json.dumps(document))
+    assert readme.main([str(tmp_path)]) == 0
+    changed = capsys.readouterr().out
+    assert "README.md, docs/benchmarks.md, docs/figures/ratio-to-frozen.svg\n" in changed
+    assert readme.main([str(tmp_path)]) == 0
+    assert "nothing, all is as the results say" in capsys.readouterr().out

@@ -1,0 +1,49 @@
+"""How long adapting a model takes, and in how much memory beside it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from neuroada_kernels.benchmarks.html import blocks
+from neuroada_kernels.benchmarks.html.blocks import Section
+from neuroada_kernels.benchmarks.html.source import Source
+from neuroada_kernels.benchmarks.html.tables import Table
+
+
+def section(source: Source) -> Section:
+    """A table alone: there are as many rows as k."""
+    sizes = source.document["sizes"]
+    lead = (
+        f"Selecting the connections of a randomly initialised Llama of width {sizes['hidden']} and "
+        f"MLP {sizes['intermediate']}, {sizes['layers']} layers; as many of them as fit are made."
+    )
+    found = Section("Adapting a model", lead)
+    found.blocks.append(blocks.table(source, costs(source.document)))
+    return found
+
+
+def costs(document: Mapping[str, Any]) -> Table:
+    """Seconds and bytes of the layers that were made, and seconds extrapolated to all."""
+    rows = [
+        [
+            str(row["k"]),
+            f"{row['parameters'] / 1e9:.2f} billion in {row['layers']} layers, {row['dtype']}",
+            f"{row['seconds']:.2f}",
+            f"{row['seconds_per_billion']:.2f}",
+            f"{row['adapter_bytes'] / 1e6:.1f}",
+            f"{row['plan_bytes'] / 1e6:.1f}",
+            f"{row['peak_bytes_beside_indices_and_plans'] / 1e6:.1f}",
+            f"{row['extrapolated_to_all_layers']['seconds']:.1f}",
+        ]
+        for row in document["results"]
+    ]
+    headings = (
+        "k", "parameters", "seconds", "s a billion", "adapter, MB", "plans, MB", "scratch, MB",
+        "all layers, s",
+    )  # fmt: skip
+    note = (
+        "Scratch: the peak of the process beside the model, the indices and the plans. The last "
+        "column is extrapolated, all layers costing the same."
+    )
+    return Table("Seconds and memory of adapt", headings, rows, words=2, note=note)

@@ -1,0 +1,120 @@
+"""One results file: of which suite it is, what repeats it, and where it ran."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+
+class ReportError(ValueError):
+    """A file is named as a suite's results and does not hold them."""
+
+
+@dataclass(frozen=True)
+class Source:
+    """A results file by its name; every suite's frame, and the older files without one."""
+
+    name: str
+    kind: str
+    document: Mapping[str, Any]
+
+    @property
+    def sessions(self) -> list[Mapping[str, Any]]:
+        """Where the suite ran, each time that it was gone on with."""
+        found = self.document.get("sessions") or [self.document.get("environment", self.document)]
+        return list(found)
+
+    @property
+    def command(self) -> str:
+        command: str = self.document.get("command") or _COMMANDS[self.kind]
+        return command
+
+    @property
+    def commit(self) -> str:
+        """Seven digits, ``unknown`` outside of a checkout; marked where files were changed."""
+        names = [
+            (session.get("commit") or "unknown")[:7]
+            + " with changes" * bool(session.get("uncommitted_changes"))
+            for session in self.sessions
+        ]
+        return ", ".join(dict.fromkeys(names))
+
+    @property
+    def machine(self) -> str:
+        """What computed: the GPU, or threads of a processor."""
+        here = self.sessions[-1]
+        if here.get("gpu"):
+            return str(here["gpu"])
+        threads = here["threads"]
+        return f"{threads} thread{'s' * (threads > 1)} of an {self.processor}"
+
+    @property
+    def processor(self) -> str:
+        here = self.sessions[-1]
+        return f"{here['cpu']} ({here['cpu_capability']})"
+
+    @property
+    def chip(self) -> str:
+        """The name of what computed, without marks: for titles."""
+        here = self.sessions[-1]
+        return str(here.get("gpu") or here["cpu"]).replace("(R)", "").replace("(TM)", "")
+
+    @property
+    def origin(self) -> str:
+        """What a caption says so that its figures can be traced."""
+        return f"{self.name}, kind {self.kind}, commit {self.commit}"
+
+    def facts(self) -> dict[str, str]:
+        """Machine, versions, commit and date, of the last session."""
+        here = self.sessions[-1]
+        facts = {
+            "Machine": self.machine,
+            "Versions": ", ".join(
+                f"{label} {here[key]}" for key, label in _VERSIONS.items() if here.get(key)
+            ),
+            "Commit": self.commit,
+            "Date": str(here.get("date", "unknown"))[:10],
+            "Repeat": self.command,
+        }
+        return facts
+
+
+#: Fact of a session to its name in a sentence.
+_VERSIONS = {
+    "package": "neuroada-kernels",
+    "torch": "torch",
+    "triton": "Triton",
+    "cuda": "CUDA",
+    "driver": "driver",
+    "peft": "PEFT",
+    "python": "Python",
+}
+#: Of the files that do not name their command.
+_COMMANDS = {
+    "linear": "neuroada bench linear --host-cost",
+    "quality": "neuroada bench quality",
+    "adapting": "python -m neuroada_kernels.benchmarks.adapting",
+    "block-memory": "neuroada bench --memory",
+}
+
+
+def kind_of(document: Any) -> str | None:
+    """The suite that wrote a results file; None where it does not look like one.
+
+    Older files have no ``kind``, or one that means something else today; they are told by what
+    their rows have.
+    """
+    if not isinstance(document, Mapping):
+        return None
+    rows = document.get("results")
+    first = rows[0] if isinstance(rows, list) and rows and isinstance(rows[0], Mapping) else {}
+    if "kept_bytes_by_the_linears" in first:
+        return "block-memory"
+    if isinstance(document.get("kind"), str):
+        return str(document["kind"])
+    if {"settings", "summary", "runs"} <= document.keys():
+        return "quality"
+    if "seconds_per_billion" in first:
+        return "adapting"
+    return "linear" if {"case", "ratio_to_frozen"} <= first.keys() else None
