@@ -30,6 +30,7 @@ from neuroada_kernels.benchmarks.html import (
 from neuroada_kernels.benchmarks.html.figures import Painter, draw, standalone
 from neuroada_kernels.benchmarks.html.plots import Dot, dots, rows_height, stacked, styles
 from neuroada_kernels.benchmarks.html.source import Source, kind_of
+from neuroada_kernels.benchmarks.memory_model.document import tables
 
 RESULTS = "benchmarks/results/cpu"
 Content = Callable[..., str]
@@ -118,6 +119,11 @@ def memory_tables(source: Source) -> str:
     content = memory.against_masked(source.document)
     parts = (memory.described(source.document), content.markdown(), _noted(source, content.note))
     return "\n\n".join(parts)
+
+
+def memory_part(name: str) -> Content:
+    """Of ``docs/memory.md``: a table of the memory suite's own."""
+    return lambda source: tables(source.document)[name]
 
 
 def model_tables(source: Source) -> str:
@@ -223,6 +229,10 @@ PARTS = (
     Part(BENCHMARKS, "model memory", "memory", ("memory.json",), memory_tables),
     Part(BENCHMARKS, "model tables", "model", ("model.json",), model_tables),
     Part(BENCHMARKS, "peers table", "peers-training", ("peers-training.json",), peers_table),
+    *(
+        Part("docs/memory.md", name, "memory", ("memory.json",), memory_part(name))
+        for name in ("validation", "headline", "parts", "parts with checkpointing")
+    ),
     Part(BENCHMARKS, "adapting table", "adapting", ("adapting.json",), adapting_table),
 )
 FIGURES = (

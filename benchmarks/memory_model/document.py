@@ -1,17 +1,8 @@
-"""The tables of ``docs/memory.md``, from a results file of ``neuroada bench memory``.
-
-python -m neuroada_kernels.benchmarks.memory_model.document \
-    benchmarks/results/cpu/memory.json docs/memory.md
-"""
+"""The tables of ``docs/memory.md``, from a results file of ``neuroada bench memory``."""
 
 from __future__ import annotations
 
-import argparse
-import json
-import re
-import sys
 from collections.abc import Iterable
-from pathlib import Path
 from typing import Any
 
 from neuroada_kernels.benchmarks.memory_model.command import GIB, MIB, PEERS, described, of_a_layer
@@ -122,29 +113,3 @@ def tables(results: dict[str, Any]) -> dict[str, str]:
         "parts": parts_table(results, "Llama-3-8B", 20, False),
         "parts with checkpointing": parts_table(results, "Llama-3-8B", 20, True),
     }
-
-
-def filled_in(text: str, results: dict[str, Any]) -> str:
-    """``text`` with each table between its two markers."""
-    for name, table in tables(results).items():
-        begin, end = f"<!-- {name} -->", f"<!-- end of {name} -->"
-        pattern = re.escape(begin) + ".*?" + re.escape(end)
-        text = re.sub(pattern, lambda _: f"{begin}\n{table}\n{end}", text, flags=re.DOTALL)  # noqa: B023
-    return text
-
-
-def main(argv: list[str] | None = None) -> int:
-    """Fill in a document."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("results", type=Path)
-    parser.add_argument("document", type=Path)
-    options = parser.parse_args(argv)
-    results = json.loads(options.results.read_text())
-    options.document.write_text(filled_in(options.document.read_text(), results))
-    return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())
