@@ -14,7 +14,7 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
-from neuroada_kernels.benchmarks import model as llama
+from neuroada_kernels.benchmarks import llama
 from neuroada_kernels.benchmarks.allocations import allocated_peak
 from neuroada_kernels.benchmarks.memory_model.encoder import LABELS, POSITIONS
 from neuroada_kernels.benchmarks.memory_model.methods import Method

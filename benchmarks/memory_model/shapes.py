@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import torch
 
-from neuroada_kernels.benchmarks import model as llama
+from neuroada_kernels.benchmarks import llama
 
 
 @dataclass(frozen=True)

@@ -113,6 +113,7 @@ PEERS = {
     "settings": {
         "sizes": {"layers": 2, "hidden": 8},
         "steps": 4,
+        "rates": [0.01, 0.1],
         "left_out": {"liger": "on a GPU alone"},
     },
     "sessions": [{**FACTS, "torch": "2.13.0"}],
