@@ -41,6 +41,7 @@ from neuroada_kernels.model import (
 )
 from neuroada_kernels.named import (
     active_in,
+    check_bias,
     check_name,
     check_new_name,
     check_whole,
@@ -168,7 +169,8 @@ def load_adapter(
         If the file is damaged or no adapter; if a weight is not the one that the adapter was
         trained on; if the model lacks a module or a parameter, has adapted layers that the file
         does not know, is merged, or cannot be adapted; if an adapter of that name is there and not
-        active; if the file has biases or other parameters, which other adapters share.
+        active; if the file has biases or other parameters, or biases of the base train, which
+        adapters share.
     """
     model = unwrapped(model)
     reshard(model)
@@ -233,6 +235,7 @@ def _name_to_load(model: nn.Module, adapter: Adapter, adapter_name: str | None) 
     if name not in known:
         check_new_name(known, name)
         check_whole(model)
+        check_bias(model)
     elif name != active:
         raise ValueError(f"adapter_name: {name!r} is there already, expected a new or active one")
     if adapter.parameters and {*known} != {name}:
@@ -320,6 +323,9 @@ def _check_bases_known(layers: Mapping[str, BypassLayer]) -> None:
 def _adapted_module(layer: NamedLayer, adapter_name: str) -> AdaptedModule:
     """What the file has of a layer, of its weight as it is, or while merged as it was."""
     held = layer.holder_of(adapter_name)
-    index, delta = (held.index, held.delta) if held is not layer else layer.whole_connections()
+    if held is layer:
+        index, delta = layer.whole_connections()
+    else:
+        index, delta = held.index, whole(held.delta.detach())
     base = Base.of(layer).fingerprint(index, layer.original)
-    return AdaptedModule(index.cpu(), delta.detach().cpu(), base)
+    return AdaptedModule(index.cpu(), delta.cpu(), base)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
+from numbers import Real
 from typing import Any, overload
 
 import torch
@@ -25,11 +26,11 @@ from neuroada_kernels.model import (
 )
 from neuroada_kernels.named import (
     adapter_names,
+    check_bias,
     check_name,
     check_new_name,
     check_unmerged,
     check_whole,
-    configs_of,
     disable_adapter,
     keep_config_of,
     named_layers,
@@ -131,7 +132,8 @@ def add_adapter(
     config = config_of(arguments, options, scores)
     check_data(config, data, loss)
     check_addable(model, existing)
-    _check_config(model, config)
+    _check_config(config)
+    check_bias(model, config)
     targets = find_targets(model, config, adapted=True)
     check_selection(config, targets)
     if scores is not None:
@@ -190,7 +192,8 @@ def add_weighted_adapter(
     Raises
     ------
     TypeError, ValueError
-        If a name or a weight is not as expected, or the model is sharded over processes.
+        If a name or a weight is not as expected; if biases of the base train with an adapter; or
+        if the model is sharded over processes.
     RuntimeError
         If a layer is merged. The model is unchanged then.
     """
@@ -198,9 +201,10 @@ def add_weighted_adapter(
     layers = named_layers(model)
     check_new_name(adapter_names(model), adapter_name)
     check_addable(model, layers)
+    check_bias(model)
     _check_weights(adapters, weights)
     for name in adapters:
-        check_name(layers, name)
+        check_name(layers, name, "adapters")
     weight_of = list(zip(adapters, weights, strict=True))
     sums: dict[NamedLayer, tuple[Tensor, Tensor]] = {}
     for layer in layers.values():
@@ -249,7 +253,7 @@ def check_addable(model: nn.Module, layers: Mapping[str, NamedLayer]) -> None:
             raise RuntimeError(f"{name}: waits for select_connections, call that first")
 
 
-def _check_config(model: nn.Module, config: NeuroAdaConfig) -> None:
+def _check_config(config: NeuroAdaConfig) -> None:
     if config.strategy != "bypass":
         raise ValueError(
             f"strategy: {config.strategy!r}, expected 'bypass': it is the layers', whose adapters "
@@ -257,18 +261,17 @@ def _check_config(model: nn.Module, config: NeuroAdaConfig) -> None:
         )
     if config.siblings is not None:
         raise ValueError("siblings: are the layers', expected None; see set_save_activations")
-    known = (getattr(model, "neuroada_config", None), *configs_of(model).values(), config)
-    if any(each is not None and each.bias == "all" for each in known):
-        raise ValueError("bias: 'all' in a config, expected 'none': adapters share the base's")
 
 
 def _check_weights(adapters: Sequence[str], weights: Sequence[float]) -> None:
     if isinstance(adapters, str) or not isinstance(adapters, Sequence) or not adapters:
         raise TypeError(f"adapters: {adapters!r}, expected names of adapters")
-    if not isinstance(weights, Sequence) or len(weights) != len(adapters):
+    if not isinstance(weights, Sequence):
+        raise TypeError(f"weights: {type(weights).__name__}, expected a sequence of numbers")
+    if len(weights) != len(adapters):
         raise ValueError(f"weights: {weights!r}, expected {len(adapters)}, one for each adapter")
     for weight in weights:
-        if isinstance(weight, bool) or not isinstance(weight, int | float):
+        if isinstance(weight, bool) or not isinstance(weight, Real):
             raise TypeError(f"weights: {weight!r}, expected a number")
         if not math.isfinite(weight):
             raise ValueError(f"weights: {weight}, expected a finite number")

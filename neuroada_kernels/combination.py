@@ -40,6 +40,6 @@ def weighted_sum(adapters: Sequence[Weighted]) -> tuple[Tensor, Tensor]:
     place = (first.cumsum(1) + (k - counts)[:, None]).masked_fill(columns < 0, 0)
     index = columns.new_full((len(columns), k + 1), -1).scatter_(1, place, columns)[:, 1:]
     delta = values.new_zeros(len(values), k + 1).scatter_add_(1, place, values)[:, 1:]
-    ordered = order_slots(index)
+    ordered = order_slots(index.contiguous())
     rank = ordered.argsort(dim=1, stable=True).argsort(dim=1)
     return ordered, delta.gather(1, rank).to(dtype)

@@ -15,8 +15,10 @@ from torch.nn.parallel import DistributedDataParallel
 from neuroada_kernels._sharding import is_managed_by_fsdp, is_sharded
 from neuroada_kernels.config import NeuroAdaConfig
 from neuroada_kernels.model import keep_config
+from neuroada_kernels.model_merge import unmerge
 from neuroada_kernels.nn._named import BASE, NamedLayer
 from neuroada_kernels.nn.experts import StackedLinear
+from neuroada_kernels.targets import errors_name
 
 
 def adapter_names(model: nn.Module) -> tuple[str, ...]:
@@ -62,7 +64,8 @@ def set_adapter(model: nn.Module, adapter_name: str, *, inference_mode: bool = F
     TypeError
         If ``adapter_name`` is no name; :func:`add_weighted_adapter` makes one adapter of several.
     ValueError
-        If there is no such adapter, or no NeuroAda layer; if the model is sharded over processes.
+        If there is no such adapter, or no NeuroAda layer; if the model is sharded over processes;
+        or if an index was written in place and is not valid.
     RuntimeError
         If a layer is merged. Nothing changes then.
     """
@@ -71,8 +74,13 @@ def set_adapter(model: nn.Module, adapter_name: str, *, inference_mode: bool = F
     check_name(layers, adapter_name)
     check_unmerged(layers)
     check_whole(model)
+    with contextlib.ExitStack() as undo:
+        for name, layer in layers.items():
+            undo.callback(layer.seat, layer.active_adapter)
+            with errors_name(name):
+                layer.seat(adapter_name)
+        undo.pop_all()
     for layer in layers.values():
-        layer.seat(adapter_name)
         for delta in layer.deltas:
             delta.requires_grad_(False)
         if layer.active_adapter is not None and not inference_mode:
@@ -88,7 +96,7 @@ def disable_adapter(model: nn.Module) -> Iterator[None]:
 
     Nothing is merged or copied, and no parameter changes; weights of resident layers are restored,
     bit for bit, and patched again afterwards. An adapter that is activated within the block is
-    active until its end.
+    active, or merged, until its end. Within :func:`rows_of` all rows are the base's.
 
     Raises
     ------
@@ -100,20 +108,27 @@ def disable_adapter(model: nn.Module) -> Iterator[None]:
     model = unwrapped(model)
     layers = named_layers(model)
     check_unmerged(layers)
-    before = [(layer, layer.active_adapter) for layer in layers.values()]
-    flags = [(d, d.requires_grad) for layer in layers.values() for d in layer.deltas]
-    config = getattr(model, "neuroada_config", None)
+    before = {layer: (layer.active_adapter, layer._rows) for layer in layers.values()}
+    flags = {d: d.requires_grad for layer in layers.values() for d in layer.deltas}
+    active, config = active_in(layers), getattr(model, "neuroada_config", None)
     try:
         for layer in layers.values():
             layer.seat(None)
+            layer.join_rows()
         yield
     finally:
-        for layer, adapter in before:
+        unmerge(model)
+        after = _layers_in(model)  # which may be others, or none
+        for layer in after.values():
+            adapter, layer._rows = before.get(layer, (active, None))
             layer.seat(adapter)
-        for delta, flag in flags:
-            delta.requires_grad_(flag)
-        settle(layers.values())
-        keep_config(model, config)
+            for name in layer.adapter_names:
+                delta = layer.holder_of(name).delta
+                new = delta.requires_grad and name == active
+                delta.requires_grad_(flags.get(delta, new))
+        settle(after.values())
+        if after:
+            keep_config(model, config)
 
 
 @contextlib.contextmanager
@@ -121,9 +136,10 @@ def rows_of(model: nn.Module, adapter_names: Sequence[str]) -> Iterator[None]:
     """Within the block each row of a batch goes through an adapter of its own.
 
     Row i of dimension 0 of what a layer is given takes ``adapter_names[i]``, whichever adapter is
-    active, and computes what it would in a batch of its adapter's rows alone. Gradients reach the
-    deltas that require them, see :func:`set_requires_grad`. Where activations are recomputed, as by
-    ``torch.utils.checkpoint``, the backward has to be within the block too.
+    active, and computes what it would in a batch of its adapter's rows alone, but for rounding
+    where the base's forward is not ours. Gradients reach the deltas that require them, see
+    :func:`set_requires_grad`. Where activations are recomputed, as by ``torch.utils.checkpoint``,
+    the backward has to be within the block too.
 
     Parameters
     ----------
@@ -139,8 +155,8 @@ def rows_of(model: nn.Module, adapter_names: Sequence[str]) -> Iterator[None]:
     ValueError
         If there is no such adapter; if a layer is resident, since a weight can hold one adapter
         only; if the model has stacked experts, which see tokens and not rows, or is sharded over
-        processes. From a layer's
-        forward, before it computes anything: if its input has another number of rows.
+        processes; if an index was written in place and is not valid. From a layer's forward,
+        before it computes anything: if its input has another number of rows.
     RuntimeError
         If a layer is merged, or within another such block.
     """
@@ -148,10 +164,10 @@ def rows_of(model: nn.Module, adapter_names: Sequence[str]) -> Iterator[None]:
     check_unmerged(layers)
     check_outside_rows(layers)
     check_whole(unwrapped(model))
-    names = _names("adapter_names", adapter_names)
+    names = _names(adapter_names)
     for name in names:
         if name != BASE:
-            check_name(layers, name)
+            check_name(layers, name, "adapter_names")
     for name, layer in layers.items():
         if layer.strategy == "resident":
             raise ValueError(
@@ -161,8 +177,9 @@ def rows_of(model: nn.Module, adapter_names: Sequence[str]) -> Iterator[None]:
         if isinstance(layer, StackedLinear):
             raise ValueError(f"{name}: is a stack of experts, which sees tokens instead of rows")
     try:
-        for layer in layers.values():
-            layer.split_rows(names)
+        for name, layer in layers.items():
+            with errors_name(name):
+                layer.split_rows(names)
         yield
     finally:
         for layer in layers.values():
@@ -183,10 +200,9 @@ def set_requires_grad(
         If ``adapter_names`` are no names of adapters, or the model has no NeuroAda layer.
     """
     layers = named_layers(model)
-    names = [adapter_names] if isinstance(adapter_names, str) else adapter_names
-    names = _names("adapter_names", names)
+    names = _names([adapter_names] if isinstance(adapter_names, str) else adapter_names)
     for name in names:
-        check_name(layers, name)
+        check_name(layers, name, "adapter_names")
     for layer in layers.values():
         for name in set(names) & set(layer.adapter_names):
             layer.holder_of(name).delta.requires_grad_(requires_grad)
@@ -207,11 +223,14 @@ def unwrapped(model: nn.Module) -> nn.Module:
 
 def named_layers(model: nn.Module) -> dict[str, NamedLayer]:
     """The layers of an adapted model, by the names of their modules."""
-    named = unwrapped(model).named_modules()
-    layers = {name: module for name, module in named if isinstance(module, NamedLayer)}
+    layers = _layers_in(unwrapped(model))
     if not layers:
         raise ValueError("model: has no NeuroAda layer inside, expected an adapted model")
     return layers
+
+
+def _layers_in(model: nn.Module) -> dict[str, NamedLayer]:
+    return {name: m for name, m in model.named_modules() if isinstance(m, NamedLayer)}
 
 
 def active_in(layers: Mapping[str, NamedLayer]) -> str | None:
@@ -267,6 +286,13 @@ def check_outside_rows(layers: Mapping[str, NamedLayer]) -> None:
             raise RuntimeError(f"{name}: rows of a batch take different adapters, leave that first")
 
 
+def check_bias(model: nn.Module, *more: NeuroAdaConfig) -> None:
+    """Raise where biases of the base, which adapters share, train with one of the model's."""
+    known = (getattr(model, "neuroada_config", None), *configs_of(model).values(), *more)
+    if any(config is not None and config.bias == "all" for config in known):
+        raise ValueError("bias: 'all' in a config, expected 'none': adapters share the base's")
+
+
 def check_whole(model: nn.Module) -> None:
     """Raise where several processes share out the model, whose adapters stay as they are then."""
     if any(map(is_sharded, model.parameters())) or any(map(is_managed_by_fsdp, model.modules())):
@@ -280,21 +306,24 @@ def names_in(layers: Mapping[str, NamedLayer]) -> tuple[str, ...]:
     return tuple(dict.fromkeys(n for layer in layers.values() for n in layer.adapter_names))
 
 
-def _names(argument: str, names: object) -> tuple[str, ...]:
-    if isinstance(names, str) or not isinstance(names, Sequence):
-        raise TypeError(f"{argument}: {type(names).__name__}, expected a sequence of names")
-    if not names:
-        raise ValueError(f"{argument}: is empty, expected at least one name")
-    return tuple(names)
+def _names(adapter_names: object) -> tuple[str, ...]:
+    if isinstance(adapter_names, str) or not isinstance(adapter_names, Sequence):
+        kind = type(adapter_names).__name__
+        raise TypeError(f"adapter_names: {kind}, expected a sequence of names")
+    if not adapter_names:
+        raise ValueError("adapter_names: is empty, expected at least one name")
+    return tuple(adapter_names)
 
 
-def check_name(layers: Mapping[str, NamedLayer], adapter_name: object) -> None:
-    """Raise unless there is an adapter of that name."""
-    if not isinstance(adapter_name, str):
-        raise TypeError(f"adapter_name: {adapter_name!r}, expected one name")
+def check_name(
+    layers: Mapping[str, NamedLayer], name: object, argument: str = "adapter_name"
+) -> None:
+    """Raise unless there is an adapter of the name that was given as ``argument``."""
+    if not isinstance(name, str):
+        raise TypeError(f"{argument}: {name!r}, expected one name")
     known = names_in(layers)
-    if adapter_name not in known:
-        raise ValueError(f"adapter_name: {adapter_name!r}, expected one of {list(known)}")
+    if name not in known:
+        raise ValueError(f"{argument}: {name!r}, expected one of {list(known)}")
 
 
 def settle(layers: Iterable[NamedLayer]) -> None:

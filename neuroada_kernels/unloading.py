@@ -7,7 +7,6 @@ from torch import nn
 from neuroada_kernels.model import parts_of, replace
 from neuroada_kernels.model_merge import merge as merge_layers
 from neuroada_kernels.named import (
-    active_in,
     check_name,
     check_outside_rows,
     check_unmerged,
@@ -20,6 +19,7 @@ from neuroada_kernels.nn._base import BypassLinear
 from neuroada_kernels.nn._named import NamedLayer
 from neuroada_kernels.nn.bypass import NeuroAdaBypass
 from neuroada_kernels.nn.experts import NeuroAdaExperts, StackedLinear
+from neuroada_kernels.targets import errors_name
 
 
 def delete_adapter(model: nn.Module, adapter_name: str) -> None:
@@ -39,16 +39,19 @@ def delete_adapter(model: nn.Module, adapter_name: str) -> None:
     check_unmerged(layers)
     check_outside_rows(layers)
     check_whole(model)
-    active = active_in(layers)
-    if active is None:
+    active = {layer.active_adapter for layer in layers.values()}
+    if active == {None}:
         raise RuntimeError("model: is its base for now, leave disable_adapter first")
-    if active == adapter_name:
-        raise ValueError(f"adapter_name: {active!r} is active, activate another one first")
+    if adapter_name in active:
+        raise ValueError(f"adapter_name: {adapter_name!r} is active, activate another one first")
+    for name, layer in layers.items():
+        with errors_name(name):
+            layer.step_aside(adapter_name)
     bare: dict[nn.Module, nn.Module] = {}
-    for layer in _outer_layers(model):
-        parts = [part for part in parts_of(layer) if adapter_name in part.adapter_names]
+    for outer in _outer_layers(model):
+        parts = [part for part in parts_of(outer) if adapter_name in part.adapter_names]
         if any(part.adapter_names == (adapter_name,) for part in parts):  # then all of experts
-            bare[layer] = _bare(layer)
+            bare[outer] = _bare(outer)
             continue
         for part in parts:
             part.remove(adapter_name)

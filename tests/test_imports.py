@@ -68,7 +68,7 @@ BELOW = {
         "targets",
     },
     "model_merge": {"nn"},
-    "named": {"_sharding", "config", "model", "nn"},
+    "named": {"_sharding", "config", "model", "model_merge", "nn", "targets"},
     "combination": {"plan"},
     "adding": {
         "arguments",
@@ -82,7 +82,7 @@ BELOW = {
         "siblings",
         "targets",
     },
-    "unloading": {"model", "model_merge", "named", "nn"},
+    "unloading": {"model", "model_merge", "named", "nn", "targets"},
     "_files": set(),
     "adapter_file": {"_files", "_version", "plan"},
     "adapter_base": {"_dtypes", "adapter_file", "nn", "targets"},

@@ -222,6 +222,13 @@ def test_rows_of_a_sum_may_have_different_numbers_of_connections():
     torch.testing.assert_close(model(x), x @ expected.t() + linear.bias)
 
 
+def test_a_sum_of_single_connections_is_contiguous():
+    model = adapted(k=1)
+    nk.add_weighted_adapter(model, ["default"], [2], "sum")
+    for layer in layers(model).values():
+        assert layer.holder_of("sum").index.is_contiguous()
+
+
 def test_what_is_saved_has_its_name_whichever_adapter_is_active():
     model, others = both(), [both(), copy.deepcopy(both()), pickle.loads(pickle.dumps(both()))]
     nk.set_adapter(model, "second")

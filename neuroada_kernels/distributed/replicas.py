@@ -7,11 +7,13 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from neuroada_kernels._sharding import is_sharded
-from neuroada_kernels.nn._layer import BypassLayer
+from neuroada_kernels.nn._named import NamedLayer
 
 
 def broadcast_adapter(model: nn.Module, group: dist.ProcessGroup | None = None) -> None:
     """Give every process the connections and the trained parameters of the first.
+
+    Those of adapters that are not active are among them.
 
     To be called once in each, on a model that was adapted alike, before DDP, ``fully_shard`` or
     ``parallelize_module``. Selecting by magnitude or at random comes to the same everywhere anyway,
@@ -31,7 +33,7 @@ def broadcast_adapter(model: nn.Module, group: dist.ProcessGroup | None = None) 
         If the model has no NeuroAda layer, if a parameter that trains is sharded already, if
         connections are not chosen yet, or a layer is merged; nothing is sent then.
     """
-    layers = [module for module in model.modules() if isinstance(module, BypassLayer)]
+    layers = [module for module in model.modules() if isinstance(module, NamedLayer)]
     if not layers:
         raise ValueError("model: has no NeuroAda layer, expected an adapted model")
     for layer in layers:
@@ -40,11 +42,14 @@ def broadcast_adapter(model: nn.Module, group: dist.ProcessGroup | None = None) 
             raise ValueError(f"model: has connections that are {state}, expected to train them")
     trained = _trained(model)
     for layer in layers:
-        index = layer.index.clone()
-        dist.broadcast(index, group=group, group_src=0)
-        if not torch.equal(index, layer.index):
-            layer.index = index
-    for parameter in trained:
+        for adapter in layer.adapter_names:
+            held = layer.holder_of(adapter)
+            index = held.index.clone()
+            dist.broadcast(index, group=group, group_src=0)
+            if not torch.equal(index, held.index):
+                held.index = index
+    deltas = [delta for layer in layers for delta in layer.deltas]
+    for parameter in dict.fromkeys([*trained, *deltas]):
         dist.broadcast(parameter.detach(), group=group, group_src=0)
         # Which the broadcast does not do: a resident layer would not see another delta.
         torch.autograd.graph.increment_version(parameter)

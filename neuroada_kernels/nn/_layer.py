@@ -68,6 +68,8 @@ class BypassLayer(ActivationSaver):
         self.register_buffer("original", None)
         # Where W was changed, merged or resident, whatever is written into index meanwhile.
         self.register_buffer("merged_index", None, persistent=False)
+        # The layer's own from the start, so that setting them later compiles nothing again.
+        self._idle, self._rows = False, None
         self._start_saving()
 
     @property

@@ -9,12 +9,13 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from neuroada_kernels.nn._deferred import Deferred
 from neuroada_kernels.nn._layer import BypassLayer, uncast
 from neuroada_kernels.nn._rows import BatchRows
-from neuroada_kernels.plan import check_index, count_connections
+from neuroada_kernels.plan import check_index, count_connections, identity_of
 
 #: The adapter of a layer that was given no other name.
 DEFAULT = "default"
@@ -71,6 +72,8 @@ class ParkedAdapter(nn.Module):
     ) -> None:
         """Load what is here, once it is found to be valid; the rest is the layer's to load."""
         if self.index is None or self.delta is None:
+            others = {k: v for k, v in state_dict.items() if k.removeprefix(prefix) not in _SAVED}
+            super()._load_from_state_dict(others, prefix, *args, **options)
             return
         errors: list[str] = args[-1]
         index = state_dict.get(prefix + "index", self.index)
@@ -111,6 +114,15 @@ class NamedLayer(BypassLayer):
     def holder_of(self, adapter: str) -> Any:
         """What has the ``index``, ``delta`` and ``plan`` of an adapter: the layer, or its place."""
         return self if adapter == self._adapter else self.adapters[adapter]
+
+    def plan_of(self, adapter: str) -> Tensor | None:
+        """The plan of an adapter, parked or not; None where its index was written since."""
+        held = self.holder_of(adapter)
+        facts = vars(self) if held is self else held._facts
+        if not torch.compiler.is_compiling() and identity_of(held.index) != facts.get("_planned"):
+            return None
+        plan: Tensor = held.plan
+        return plan
 
     @property
     def deltas(self) -> list[nn.Parameter]:
@@ -153,10 +165,15 @@ class NamedLayer(BypassLayer):
             self._take(adapter)
         self._resume()
 
+    def step_aside(self, adapter: str) -> None:
+        """Hold another adapter than this one, where there is any; this one is not active."""
+        others = [name for name in self.adapter_names if name != adapter]
+        if adapter == self._adapter and others:
+            self._take(others[0])
+
     def remove(self, adapter: str) -> None:
         """Delete an adapter that is not active and not the only one."""
-        if adapter == self._adapter:
-            self._take(next(name for name in self.adapter_names if name != adapter))
+        self.step_aside(adapter)
         del self.adapters[adapter]
         if self.adapter_names == (DEFAULT,):
             self._forget_places()
@@ -177,8 +194,9 @@ class NamedLayer(BypassLayer):
         self._rows = None
 
     def let_go(self) -> None:
-        """Leave the weight to others: neither resident any more nor anybody's sibling."""
+        """Leave the weight to others: not resident, never to be unmerged, nobody's sibling."""
         self._leave_resident()
+        self.original = self.merged_index = None
         self._strategy = "bypass"
         self._siblings.layers.discard(self)
 

@@ -161,7 +161,7 @@ class NeuroAdaBypass(NamedLayer, PlannedLayer):
         if adapter is None:
             return y
         held = self.holder_of(adapter)
-        return functional.apply_bypass(y, x, held.index, held.delta, held.plan)
+        return functional.apply_bypass(y, x, held.index, held.delta, self.plan_of(adapter))
 
     def merge_requantized(self) -> Requantization:
         """Dequantise W, add ``delta`` and quantise again, by the base's own quantiser.

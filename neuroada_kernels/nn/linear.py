@@ -43,8 +43,8 @@ class NeuroAdaLinear(NamedLayer, PlannedLayer, ResidentLinear):
     def _forward_of(self, adapter: str | None, x: Tensor) -> Tensor:
         if adapter is None:
             return F.linear(x, self.weight, self.bias)
-        held = self.holder_of(adapter)
-        return functional.apply_linear(x, self.weight, held.index, held.delta, self.bias, held.plan)
+        held, plan = self.holder_of(adapter), self.plan_of(adapter)
+        return functional.apply_linear(x, self.weight, held.index, held.delta, self.bias, plan)
 
     def _fold(self) -> Tensor:
         return ops.merge_(self.weight, self.index, self.delta)

@@ -70,6 +70,15 @@ def test_adapters_by_name_stay_in_one_process():
                 act(split)
 
 
+def test_an_adapter_that_is_not_active_is_saved_whole(tmp_path):
+    model = adapted()
+    nk.add_adapter(model, "other", 1)
+    nk.save_adapter(model, tmp_path / "whole", adapter_name="other")
+    nk.save_adapter(sharded(model), tmp_path / "sharded", adapter_name="other")
+    files = [(tmp_path / name).read_bytes() for name in ("whole", "sharded")]
+    assert files[0] == files[1]
+
+
 def test_a_model_is_adapted_before_it_is_sharded(tmp_path):
     nk.save_adapter(adapted(), tmp_path / "adapter.safetensors")
     model = sharded(Transformer().double())

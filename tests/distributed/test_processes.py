@@ -119,6 +119,7 @@ def choices_agree() -> None:
     assert_same_everywhere(model.head.bias)
     resident_follows()
     other_layers_agree()
+    parked_adapters_agree()
 
 
 def resident_follows() -> None:
@@ -130,6 +131,18 @@ def resident_follows() -> None:
     loss_of(model, rows)
     broadcast_adapter(model)
     assert_same_everywhere(loss_of(model, rows))
+
+
+def parked_adapters_agree() -> None:
+    model = adapted()
+    nk.add_adapter(model, "other", 2, ["head"], selection="random", seed=dist.get_rank())
+    parked = model.head.holder_of("other")
+    torch.nn.init.constant_(parked.delta, dist.get_rank())
+    broadcast_adapter(model)
+    assert_same_everywhere(parked.index)
+    assert not parked.delta.any()
+    nk.set_adapter(model, "other")
+    assert model.head.plan.equal(nk.make_plan(model.head.index, model.head.in_features))
 
 
 def other_layers_agree() -> None:

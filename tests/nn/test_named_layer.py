@@ -95,6 +95,8 @@ def test_casting_leaves_every_delta_and_index(layer):
         ("adapters.default.index", torch.full((16, 2), 3).int(), "column 3 stands twice"),
         ("adapters.other.original", torch.zeros(16, 2), "merged by 'other', expected 'default'"),
         ("delta", torch.zeros(16, 2), 'Unexpected key.*"delta"'),
+        ("adapters.default.scale", torch.zeros(1), 'Unexpected key.*"adapters.default.scale"'),
+        ("adapters.other.scale", torch.zeros(1), 'Unexpected key.*"adapters.other.scale"'),
         ("adapters.other.delta", None, 'Missing key.*"adapters.other.delta"'),
         ("adapters.default.delta", None, 'Missing key.*"adapters.default.delta"'),
     ],
