@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from neuroada_kernels.nn._deferred import Deferred
 from neuroada_kernels.nn._layer import BypassLayer, uncast
 from neuroada_kernels.nn._rows import BatchRows
-from neuroada_kernels.plan import check_index, count_connections, identity_of
+from neuroada_kernels.plan import Planned, check_index, count_connections
 
 #: The adapter of a layer that was given no other name.
 DEFAULT = "default"
@@ -119,7 +119,8 @@ class NamedLayer(BypassLayer):
         """The plan of an adapter, parked or not; None where its index was written since."""
         held = self.holder_of(adapter)
         facts = vars(self) if held is self else held._facts
-        if not torch.compiler.is_compiling() and identity_of(held.index) != facts.get("_planned"):
+        planned: Planned = facts.get("_planned", Planned())
+        if not torch.compiler.is_compiling() and not planned.is_still(held.index):
             return None
         plan: Tensor = held.plan
         return plan
