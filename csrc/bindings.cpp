@@ -81,6 +81,7 @@ std::vector<std::string> cpu_features() {
   if (neuroada::cpu::has_avx2()) features.push_back("avx2");
   if (neuroada::cpu::has_avx512()) features.push_back("avx512");
   if (neuroada::cpu::has_avx512_bf16()) features.push_back("avx512_bf16");
+  if (neuroada::cpu::kernels_for("amx_bf16") != nullptr) features.push_back("amx_bf16");  // not all compilers know it
 #if defined(__aarch64__)
   features.push_back("neon");
 #endif

@@ -96,6 +96,7 @@ ALWAYS, NEVER = (0, math.inf), (math.inf, math.inf)
         ("avx512", True, False, "amd", {F32: (2, math.inf), BF16: (4, math.inf), F16: NEVER}),
         ("avx512_bf16", True, False, "amd", {F32: (2, math.inf), BF16: (9, math.inf), F16: NEVER}),
         ("avx512_bf16", True, True, "intel", {F32: (2, 32), F64: NEVER, BF16: NEVER, F16: NEVER}),
+        ("amx_bf16", True, True, "intel", {F32: (2, 32), BF16: ALWAYS, F16: NEVER}),
     ],
 )
 def test_one_kernel_is_chosen_where_it_was_measured_faster(

@@ -2,7 +2,7 @@
 // waits for memory goes between what keeps the multipliers busy.
 #pragma once
 
-#include "product_tile.h"
+#include "product_job.h"
 
 namespace neuroada::cpu::NEUROADA_ISA {
 

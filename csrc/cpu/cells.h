@@ -41,6 +41,18 @@ struct WideCell {
 
 #ifdef __AVX512BF16__
 
+// For the lower and for the upper half of each lane, which of the bytes around it become the lane, widened; 0x80
+// stands for zero.
+struct Widened {
+  alignas(64) uint8_t bytes[2][64];
+  constexpr Widened() : bytes() {
+    for (int half = 0; half < 2; ++half) {
+      for (int i = 0; i < 64; ++i) bytes[half][i] = static_cast<uint8_t>(i % 4 < 2 ? 0x80 : i % 16 - 2 + 2 * half);
+    }
+  }
+};
+inline constexpr Widened kWidened;
+
 struct PairCell {
   using Source = BFloat16;
   using A = float;  // the bits of a pair, the lower column in the lower half
@@ -60,8 +72,9 @@ struct PairCell {
 
   template <int block>
   static Vec<float> column(const float* staged, int32_t column, int v) {
-    const VecU32 pairs = (VecU32)load(staged + int64_t{column / 2} * block + v * kLanes<float>);
-    return (Vec<float>)((pairs << (column % 2 ? 0 : 16)) & 0xffff0000u);
+    const uint32_t cell = static_cast<uint32_t>(column) / 2, upper = static_cast<uint32_t>(column) % 2;
+    const Vec<float> pairs = load(staged + int64_t{cell} * block + v * kLanes<float>);
+    return (Vec<float>)_mm512_shuffle_epi8((__m512i)pairs, _mm512_load_si512(kWidened.bytes[upper]));
   }
 
   static Vec<float> broadcast_weight(const BFloat16* weight) {

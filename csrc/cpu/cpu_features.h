@@ -1,6 +1,12 @@
 // What this processor can do, asked at run time.
 #pragma once
 
+#if defined(__x86_64__) && defined(__linux__)
+#include <cpuid.h>
+#include <sys/syscall.h>
+#include <unistd.h>
+#endif
+
 namespace neuroada::cpu {
 
 // AVX2 with FMA and F16C, as the avx2 kernels are compiled for.
@@ -26,6 +32,26 @@ inline bool has_avx512() {
 inline bool has_avx512_bf16() {
 #if defined(__x86_64__)
   return has_avx512() && __builtin_cpu_supports("avx512bf16");
+#else
+  return false;
+#endif
+}
+
+// With tiles of AMX that multiply bfloat16, where the kernel lets this process use them: it wants to be asked,
+// once, since each thread that does has 8 KB more to save.
+inline bool has_amx_bf16() {
+#if defined(__x86_64__) && defined(__linux__)
+  static const bool granted = [] {
+    constexpr unsigned kOsSavesRegisters = 1u << 27, kBf16 = 1u << 22, kTiles = 1u << 24;  // bits of cpuid
+    constexpr unsigned kTileState = 3u << 17;                                              // of XCR0
+    constexpr long kRequestPermission = 0x1023, kTileData = 18;                            // of arch_prctl
+    unsigned a, b, c, d;
+    if (!has_avx512_bf16() || !__get_cpuid(1, &a, &b, &c, &d) || !(c & kOsSavesRegisters)) return false;
+    if (!__get_cpuid_count(7, 0, &a, &b, &c, &d) || (d & (kBf16 | kTiles)) != (kBf16 | kTiles)) return false;
+    asm("xgetbv" : "=a"(a), "=d"(d) : "c"(0));
+    return (a & kTileState) == kTileState && syscall(SYS_arch_prctl, kRequestPermission, kTileData) == 0;
+  }();
+  return granted;
 #else
   return false;
 #endif

@@ -22,6 +22,11 @@
 #include "entry.h"
 #undef NEUROADA_ISA
 #endif
+#ifdef NEUROADA_AMX
+#define NEUROADA_ISA amx_bf16
+#include "entry.h"
+#undef NEUROADA_ISA
+#endif
 
 #define NEUROADA_KERNELS(isa)                                                                   \
   Kernels {                                                                                     \
@@ -32,12 +37,33 @@
 namespace neuroada::cpu {
 namespace {
 
+#ifdef NEUROADA_AMX
+// Tiles multiply bfloat16, and all else is as it is without them.
+void linear_fwd_in_tiles(const LinearFwd& args, const Executor& executor) {
+  (args.bypass.dtype == DType::bf16 ? amx_bf16::linear_fwd : avx512_bf16::linear_fwd)(args, executor);
+}
+void linear_bwd_input_in_tiles(const LinearBwdInput& args, const Executor& executor) {
+  (args.bypass.dtype == DType::bf16 ? amx_bf16::linear_bwd_input : avx512_bf16::linear_bwd_input)(args, executor);
+}
+
+constexpr Kernels kernels_with_tiles() {
+  Kernels kernels = NEUROADA_KERNELS(avx512_bf16);
+  kernels.isa = "amx_bf16";
+  kernels.linear_fwd = &linear_fwd_in_tiles;
+  kernels.linear_bwd_input = &linear_bwd_input_in_tiles;
+  return kernels;
+}
+#endif
+
 struct Candidate {
   Kernels kernels;
   bool (*runs_here)();
 };
 
 const Candidate kCandidates[] = {
+#ifdef NEUROADA_AMX
+    {kernels_with_tiles(), &has_amx_bf16},
+#endif
 #ifdef NEUROADA_X86
     {NEUROADA_KERNELS(avx512_bf16), &has_avx512_bf16},
     {NEUROADA_KERNELS(avx512), &has_avx512},

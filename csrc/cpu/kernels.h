@@ -123,8 +123,8 @@ struct Kernels {
 // The kernels of one instruction set by name, or null where it was not built or does not run here.
 const Kernels* kernels_for(const char* isa);
 
-// The best that runs here, or the one that NEUROADA_CPU_ISA (generic, avx2, avx512, avx512_bf16) names; throws
-// where that one does not run.
+// The best that runs here, or the one that NEUROADA_CPU_ISA (generic, avx2, avx512, avx512_bf16, amx_bf16) names;
+// throws where that one does not run.
 const Kernels& kernels();
 
 }  // namespace neuroada::cpu

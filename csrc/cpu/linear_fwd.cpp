@@ -14,6 +14,7 @@ struct ForwardWeight {
   using Cell = typename ProductCell<T>::type;
   using Element = typename Cell::Element;
   static constexpr bool kPacked = false;
+  static constexpr int64_t kCells = kBlockCells;  // of a block
 
   // A cache line more than a block's row, so that the rows of a tile lie in different sets of the cache.
   static constexpr int64_t kStep = kBlockCells * Cell::kDepth + 64 / sizeof(Element);
@@ -22,6 +23,8 @@ struct ForwardWeight {
 
   const T* weight;  // [d_out, d_in]
   int64_t stride, d_in;
+
+  static int64_t block_rows(bool few) { return few ? 2 * kBlockRows : kBlockRows; }
 
   // Without a copy, if it can be: no tile may read past the last row, nor a pair past its end.
   WeightBlock<Element> in_place(const BlockPlace& b) const {
@@ -69,7 +72,7 @@ struct ForwardWeight {
 
 void linear_fwd(const LinearFwd& args, const Executor& executor) {
   const BypassFwd& b = args.bypass;
-  with_dtype(b.dtype, [&](auto element) {
+  with_product_dtype(b.dtype, [&](auto element) {
     using T = decltype(element);
     using A = accumulate_t<T>;
     const Product<T> product{b.tokens,

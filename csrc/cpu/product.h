@@ -8,18 +8,20 @@
 
 #include "block_copy.h"
 #include "staging.h"
+#ifdef __AMX_BF16__
+#include "product_tile_amx.h"
+#else
+#include "product_tile.h"
+#endif
 
 namespace neuroada::cpu::NEUROADA_ISA {
 
-// Rows and cells of W that are multiplied by all tokens of a block before the next are: as many as the
-// second cache holds twice beside the staged tokens.
-inline constexpr int64_t kBlockRows = 4 * kTileSums, kBlockCells = 512;
-// Tokens of a block: at least so many where threads share few tokens, since each block reads all of W,
+// Tokens of a block: at least kLeastTokens where threads share few tokens, since each block reads all of W,
 // and at most so many, or as take this much staged.
-inline constexpr int64_t kLeastTokens = 96, kMostTokens = 256, kStagedBytes = 2 << 20;
+inline constexpr int64_t kMostTokens = 256, kStagedBytes = 2 << 20;
 
 // Of so few tokens a block is short of memory, not of multipliers: no copy goes on beside the product, and
-// blocks of W are wider, which memory reads faster.
+// blocks of W may be wider, which memory reads faster.
 inline constexpr int64_t kFewTokens = 32;
 
 inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
@@ -55,8 +57,6 @@ struct ProductTasks {
 
   int64_t count() const { return blocks * ranges; }
   bool few() const { return block_tokens <= kFewTokens; }
-  // Rows of a block of W.
-  int64_t block_rows() const { return few() ? 2 * kBlockRows : kBlockRows; }
   // Neighbouring tasks have the same rows, so that a thread finds them in its cache.
   int64_t block(int64_t task) const { return task % blocks; }
   int64_t first_row(int64_t task) const { return boundary(task / blocks); }
@@ -73,21 +73,21 @@ struct ProductTasks {
   }
 };
 
-// Where a thread's block of tokens, the totals of a block of rows, and two blocks of W lie, or a wide one.
+// Where a thread's block of tokens, the totals of a block of rows, and one or two blocks of W lie.
 template <class Cell>
 struct ProductScratch {
   using A = typename Cell::A;
   using Element = typename Cell::Element;
-  int64_t cells, block_tokens;
+  int64_t cells, total_stride;
   Scratch<A> staged, totals;
   Scratch<Element> weight;
 
-  ProductScratch(int64_t columns, const ProductTasks& tasks, int64_t weight_elements)
-      : cells(ceil_div(columns, Cell::kDepth)),
-        block_tokens(tasks.block_tokens),
-        staged(make_scratch<A>(cells * block_tokens)),
-        totals(make_scratch<A>(tasks.block_rows() * block_tokens)),
-        weight(make_scratch<Element>(2 * kBlockRows * weight_elements)) {}
+  ProductScratch(int64_t columns, const ProductTasks& tasks, int64_t block_rows, int64_t weight_elements)
+      : cells(round_up(ceil_div(columns, Cell::kDepth), kTileCells)),
+        total_stride(tasks.block_tokens + kTotalGap),
+        staged(make_scratch<A>(cells * tasks.block_tokens)),
+        totals(make_scratch<A>(block_rows * total_stride)),
+        weight(make_scratch<Element>(weight_elements)) {}
 
   // The panel whose first token is the block's `token`.
   A* panel(int64_t token) const { return staged.get() + token * cells; }
@@ -130,19 +130,20 @@ struct BlockPlace {
 
 // The blocks of a range of rows, in the order in which they are multiplied: all cells of some rows first.
 struct BlockOrder {
-  int64_t first, last, cells, rows, across;
+  int64_t first, last, cells, rows, block_cells, across;
 
-  BlockOrder(int64_t first, int64_t last, int64_t cells, int64_t rows)
+  BlockOrder(int64_t first, int64_t last, int64_t cells, int64_t rows, int64_t block_cells)
       : first(first),
         last(last),
         cells(cells),
         rows(rows),
-        across(std::max<int64_t>(ceil_div(cells, kBlockCells), 1)) {}
+        block_cells(block_cells),
+        across(std::max<int64_t>(ceil_div(cells, block_cells), 1)) {}
 
   int64_t count() const { return ceil_div(last - first, rows) * across; }
   BlockPlace at(int64_t number) const {
-    const int64_t row = first + number / across * rows, cell = number % across * kBlockCells;
-    return {row, std::min(rows, last - row), cell, std::min(kBlockCells, cells - cell), rows};
+    const int64_t row = first + number / across * rows, cell = number % across * block_cells;
+    return {row, std::min(rows, last - row), cell, std::min(block_cells, cells - cell), rows};
   }
 };
 
@@ -160,20 +161,28 @@ template <class Cell, bool packed, class Aside>
 void multiply_block(const ProductScratch<Cell>& scratch, const BlockPlace& place,
                     const WeightBlock<typename Cell::Element>& block, int64_t tokens, Aside& aside) {
   using A = typename Cell::A;
-  const int64_t stride = scratch.block_tokens;
-  each_panel<A>(tokens, [&](int64_t t, int64_t, auto vectors) {
+  const int64_t stride = scratch.total_stride;
+  const auto multiply = [&](int64_t t, int64_t r, auto vectors) {
     const A* x = scratch.panel(t) + place.cell * vectors * kLanes<A>;
-    for (int64_t r = 0; r < place.width; r += kTileRows<vectors>) {
-      A* total = scratch.totals.get() + r * stride + t;
-      multiply_tile<Cell, vectors, packed>({x, block.from(r), place.cells, total, stride, place.cell == 0}, aside);
+    A* total = scratch.totals.get() + r * stride + t;
+    multiply_tile<Cell, vectors, packed>({x, block.from(r), place.cells, total, stride, place.cell == 0}, aside);
+  };
+  if constexpr (kRowsFirst) {
+    for (int64_t r = 0; r < place.width; r += kTileSums) {
+      each_panel<A>(tokens, [&](int64_t t, int64_t, auto vectors) { multiply(t, r, vectors); });
     }
-  });
+  } else {
+    each_panel<A>(tokens, [&](int64_t t, int64_t, auto vectors) {
+      for (int64_t r = 0; r < place.width; r += kTileRows<vectors>) multiply(t, r, vectors);
+    });
+  }
 }
 
-// Calls after_row_block(place) when the totals of a block of rows are complete.
+// Calls after_row_block(place) when the totals of a block of rows are complete. A block of W is read where it lies,
+// or copied before it is multiplied.
 template <class Cell, class Weight, class F>
-void multiply_few(const ProductScratch<Cell>& scratch, const Weight& weight, const BlockOrder& order, int64_t tokens,
-                  F&& after_row_block) {
+void multiply_in_turn(const ProductScratch<Cell>& scratch, const Weight& weight, const BlockOrder& order,
+                      int64_t tokens, F&& after_row_block) {
   NothingAside nothing;
   for (int64_t number = 0; number < order.count(); ++number) {
     const BlockPlace place = order.at(number);
@@ -189,10 +198,10 @@ void multiply_few(const ProductScratch<Cell>& scratch, const Weight& weight, con
 
 // The same with every block of W copied beside the product of the one before.
 template <class Cell, class Weight, class F>
-void multiply_many(const ProductScratch<Cell>& scratch, const Weight& weight, const BlockOrder& order, int64_t tokens,
-                   F&& after_row_block) {
+void multiply_with_copies(const ProductScratch<Cell>& scratch, const Weight& weight, const BlockOrder& order,
+                          int64_t tokens, F&& after_row_block) {
   const auto target = [&](int64_t number) {
-    return scratch.weight.get() + number % 2 * (kBlockRows * Weight::kElementsARow);
+    return scratch.weight.get() + number % 2 * (Weight::block_rows(false) * Weight::kElementsARow);
   };
   const auto copy_of = [&](int64_t number) {
     return number < order.count() ? weight.copy(order.at(number), target(number)) : BlockCopy<Weight>();
@@ -219,23 +228,39 @@ void run_task(const Product<T>& p, const Weight& weight, const Rows& rows, const
   T* out = p.out + start * p.out_stride;
   const T* none = nullptr;
   each_panel<A>(tokens, [&](int64_t t, int64_t count, auto vectors) {
-    stage_transposed<Cell, vectors * kLanes<A>>(x + t * p.x_stride, p.x_stride, count, 0, p.columns, p.columns,
-                                                scratch.panel(t));
+    constexpr int64_t width = vectors * kLanes<A>;
+    A* panel = scratch.panel(t);
+    stage_transposed<Cell, width>(x + t * p.x_stride, p.x_stride, count, 0, p.columns, p.columns, panel);
+    std::fill(panel + ceil_div(p.columns, Cell::kDepth) * width, panel + scratch.cells * width, A{0});
   });
   const auto gather = [&](const BlockPlace& place) {
     each_panel<A>(tokens, [&](int64_t t, int64_t count, auto vectors) {
-      const DenseTerm<T> dense{{p.bias}, scratch.totals.get() + t, tasks.block_tokens, place.row};
+      const DenseTerm<T> dense{{p.bias}, scratch.totals.get() + t, scratch.total_stride, place.row};
       gather_rows<T, Cell, vectors * kLanes<A>>(rows, scratch.panel(t), place.row, place.row + place.width, count, none,
                                                 0, dense, out + t * p.out_stride, p.out_stride);
     });
   };
-  const BlockOrder order(tasks.first_row(task), tasks.last_row(task), scratch.cells, tasks.block_rows());
-  if (tasks.few()) return multiply_few(scratch, weight, order, tokens, gather);
-  multiply_many(scratch, weight, order, tokens, gather);
+  [[maybe_unused]] const TileRegisters registers;
+  const int64_t block_rows = Weight::block_rows(tasks.few());
+  const BlockOrder order(tasks.first_row(task), tasks.last_row(task), scratch.cells, block_rows, Weight::kCells);
+  if constexpr (kCopiesAside) {
+    if (!tasks.few()) return multiply_with_copies(scratch, weight, order, tokens, gather);
+  }
+  multiply_in_turn(scratch, weight, order, tokens, gather);
+}
+
+// Calls f(element) with an element of the dtype: tiles of AMX multiply bfloat16 alone.
+template <class F>
+void with_product_dtype([[maybe_unused]] DType dtype, F&& f) {
+#ifdef __AMX_BF16__
+  f(BFloat16{});
+#else
+  with_dtype(dtype, f);
+#endif
 }
 
 template <class T, class Weight, class Rows>
-void multiply_and_gather(const Product<T>& p, const Weight& weight, const Rows& rows, const Executor& all) {
+void multiply_and_gather(const Product<T>& p, const Weight& weight, const Rows& entries, const Executor& all) {
   using Cell = typename ProductCell<T>::type;
   using A = accumulate_t<T>;
   constexpr int64_t kProductsABypass = 8;  // multiply-adds of the product in the time of one of a gather
@@ -244,9 +269,10 @@ void multiply_and_gather(const Product<T>& p, const Weight& weight, const Rows& 
   const ProductTasks tasks(p.tokens, p.rows, bytes, kLanes<A>, executor.threads);
   const int64_t parts = std::min(tasks.count(), executor.threads);
   executor.parallel(parts, [&](int64_t part) {
-    const ProductScratch<Cell> scratch(p.columns, tasks, Weight::kElementsARow);
+    const int64_t rows = Weight::block_rows(tasks.few()), copied = kCopiesAside && !tasks.few() ? 2 * rows : rows;
+    const ProductScratch<Cell> scratch(p.columns, tasks, rows, copied * Weight::kElementsARow);
     for (int64_t task = tasks.count() * part / parts; task < tasks.count() * (part + 1) / parts; ++task) {
-      run_task(p, weight, rows, tasks, task, scratch);
+      run_task(p, weight, entries, tasks, task, scratch);
     }
   });
 }

@@ -5,7 +5,7 @@
 #include <algorithm>
 #include <utility>
 
-#include "cells.h"
+#include "product_job.h"
 
 namespace neuroada::cpu::NEUROADA_ISA {
 
@@ -16,32 +16,16 @@ inline constexpr int kTileSums = kVectorBytes == 64 ? 24 : 12, kTileVectors = kV
 template <int vectors>
 inline constexpr int kTileRows = kTileSums / (vectors == 1 ? 2 : vectors);
 
-// What a tile reads of W: row r at cell c stands at `at + r * row_step + c * cell_step`, in elements.
-template <class Element>
-struct WeightBlock {
-  const Element* at = nullptr;
-  int64_t row_step = 0, cell_step = 0;
-
-  WeightBlock from(int64_t row) const { return {at + row * row_step, row_step, cell_step}; }
-};
-
-// What a tile reads and adds to: total[r][i] = or += sum over `cells` of panel[c][i] W(r, c).
-template <class Cell>
-struct TileJob {
-  using A = typename Cell::A;
-  const A* panel;  // [cells][tokens of the panel]
-  WeightBlock<typename Cell::Element> weight;
-  int64_t cells;
-  A* total;
-  int64_t total_stride;
-  bool first;  // whether total is set, not added to
-};
-
-// What may be done aside: a step of it every kCells cells.
-struct NothingAside {
-  static constexpr int64_t kCells = INT64_MAX;
-  void step() {}
-};
+// Rows and cells of W that are multiplied by all tokens of a block before the next are: as many as the
+// second cache holds twice beside the staged tokens.
+inline constexpr int64_t kBlockRows = 4 * kTileSums, kBlockCells = 512, kLeastTokens = 96;
+// Beside the product, the multipliers being what limits it, the next block is copied; and a panel of x stays in
+// the cache while the rows of a block go by.
+inline constexpr bool kCopiesAside = true, kRowsFirst = false;
+// Where tile registers have conditions, vectors have none: on the number of cells, on where totals lie, and on
+// who used them before.
+inline constexpr int64_t kTileCells = 1, kTotalGap = 0;
+struct TileRegisters {};
 
 // f(0), f(1), ... as constants: only so do the sums of a tile stay in registers from one loop to the next.
 template <class F, int... i>

@@ -62,6 +62,8 @@ def _tokens_of_one_kernel(dtype: torch.dtype) -> tuple[float, float]:
         return 2, 32 if _has_fast_mkl() else math.inf
     if not has_product(dtype):
         return _ALWAYS
+    if dtype == torch.bfloat16 and isa == "amx_bf16":
+        return _ALWAYS
     if dtype == torch.float16 or _has_amx():
         return _NEVER  # its own units multiply faster than any vector
     return 9 if isa == "avx512_bf16" else 4, math.inf

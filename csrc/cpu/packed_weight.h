@@ -1,0 +1,77 @@
+// W for the product of the backward pass in vectors: a block of it as [neuron][column], or [pair of
+// neurons][column].
+#pragma once
+
+#include "product.h"
+
+namespace neuroada::cpu::NEUROADA_ISA {
+
+template <class T>
+struct BackwardWeight {
+  using Source = T;
+  using A = accumulate_t<T>;
+  using Cell = typename ProductCell<T>::type;
+  using Element = typename Cell::Element;
+  static constexpr bool kPacked = true;
+  static constexpr int64_t kCells = kBlockCells;                        // of a block
+  static constexpr int64_t kElementsARow = kBlockCells * Cell::kDepth;  // of a block
+  static constexpr int64_t kLine = 64 / sizeof(T), kLineStep = kLine * Cell::kDepth;
+
+  const T* weight;  // [d_out, d_in]
+  int64_t stride, d_out;
+
+  static int64_t block_rows(bool few) { return few ? 2 * kBlockRows : kBlockRows; }
+
+  WeightBlock<Element> in_place(const BlockPlace&) const { return {}; }
+  static WeightBlock<Element> copied(const BlockPlace& b, const Element* scratch) {
+    return {scratch, Cell::kDepth, step(b)};
+  }
+
+  // The copy of whole lines; what else there is of the block, and zeros up to whole tiles, is written now.
+  BlockCopy<BackwardWeight> copy(const BlockPlace& b, Element* scratch) const {
+    const int64_t lines = b.width / kLine, rows = std::min(b.cells, d_out / Cell::kDepth - b.cell);
+    for (int64_t i = 0; i < b.cells; ++i) {
+      const int64_t neuron = (b.cell + i) * Cell::kDepth, from = i < rows ? lines * kLine : 0;
+      Element* target = scratch + i * step(b);
+      for (int64_t c = from; c < round_up(b.width, kTileSums); ++c) {
+        for (int64_t n = 0; n < Cell::kDepth; ++n) {
+          Element& place = target[c * Cell::kDepth + n];
+          if (c < b.width && neuron + n < d_out) {
+            widen_into(weight[(neuron + n) * stride + b.row + c], place);
+          } else {
+            place = Element{};
+          }
+        }
+      }
+    }
+    const T* source = weight + b.cell * Cell::kDepth * stride + b.row;
+    return {*this, {source, scratch, Cell::kDepth * stride, step(b), rows, lines}};
+  }
+
+  void prefetch_line(const T* line) const {
+    for (int64_t n = 0; n < Cell::kDepth; ++n) __builtin_prefetch(line + n * stride, 0, 2);
+  }
+
+  inline __attribute__((always_inline)) void copy_line(const T* line, Element* target) const {
+#pragma GCC unroll 16
+    for (int64_t c = 0; c < kLine; c += kLanes<A>) {
+      if constexpr (Cell::kDepth == 1) {
+        store(target + c, load(line + c));
+      } else {
+        pack_pairs(line + c, line + stride + c, target + 2 * c);
+      }
+    }
+  }
+
+ private:
+  // From one cell of a block to the next.
+  static int64_t step(const BlockPlace& b) { return b.rows * Cell::kDepth; }
+
+  // target[2 i] = low[i], target[2 i + 1] = high[i]
+  static void pack_pairs(const BFloat16* low, const BFloat16* high, BFloat16* target) {
+    const VecU32 pairs = ((VecU32)load(low) >> 16) | (VecU32)load(high);
+    std::memcpy(target, &pairs, sizeof(pairs));
+  }
+};
+
+}  // namespace neuroada::cpu::NEUROADA_ISA

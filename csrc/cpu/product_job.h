@@ -1,0 +1,36 @@
+// What a tile of the dense product reads and adds to, whichever registers it is in: vectors in
+// product_tile.h, tiles of AMX in product_tile_amx.h.
+#pragma once
+
+#include "cells.h"
+
+namespace neuroada::cpu::NEUROADA_ISA {
+
+// What a tile reads of W: row r at cell c stands at `at + r * row_step + c * cell_step`, in elements.
+template <class Element>
+struct WeightBlock {
+  const Element* at = nullptr;
+  int64_t row_step = 0, cell_step = 0;
+
+  WeightBlock from(int64_t row) const { return {at + row * row_step, row_step, cell_step}; }
+};
+
+// What a tile reads and adds to: total[r][i] = or += sum over `cells` of panel[c][i] W(r, c).
+template <class Cell>
+struct TileJob {
+  using A = typename Cell::A;
+  const A* panel;  // [cells][tokens of the panel]
+  WeightBlock<typename Cell::Element> weight;
+  int64_t cells;
+  A* total;
+  int64_t total_stride;
+  bool first;  // whether total is set, not added to
+};
+
+// What may be done aside: a step of it every kCells cells.
+struct NothingAside {
+  static constexpr int64_t kCells = INT64_MAX;
+  void step() {}
+};
+
+}  // namespace neuroada::cpu::NEUROADA_ISA

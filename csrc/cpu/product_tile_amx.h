@@ -1,0 +1,124 @@
+// A tile of the dense product, in the tile registers of AMX: 32 rows of W by 32 tokens of sums in four of
+// them, and two each for W and x. A tile register has 16 cells of 16 rows of W as they lie, or of 16 tokens
+// of x as staging.h leaves them for the gather of the bypass; a cell is a pair of bfloat16.
+#pragma once
+
+#include <algorithm>
+#include <type_traits>
+
+#include "product_job.h"
+
+namespace neuroada::cpu::NEUROADA_ISA {
+
+inline constexpr int kTileSums = 32, kTileVectors = 2;
+template <int vectors>
+inline constexpr int kTileRows = kTileSums;
+inline constexpr int64_t kTileCells = 16;
+
+// Tiles wait for memory: W is read once where they can take it from where it lies, no load that may take long goes
+// between theirs, and the rows of a tile stay in a cache while all tokens of a block go by.
+inline constexpr int64_t kLeastTokens = 256;
+inline constexpr bool kCopiesAside = false, kRowsFirst = true;
+// The block that the forward pass reads where it lies. Sums stay in registers for as many cells; of x these are what
+// the second cache holds, for as many rows.
+inline constexpr int64_t kBlockRows = 8 * kTileSums, kBlockCells = 1024;
+// A power of two apart, the rows of totals that a tile register takes would push each other out of the cache.
+inline constexpr int64_t kTotalGap = 16;
+
+// While one of these lives, all tile registers of this thread have 16 rows of 64 bytes. Others give them
+// other shapes, and expect to find them free.
+class TileRegisters {
+ public:
+  TileRegisters() {
+    struct {
+      uint8_t palette = 1, start_row = 0, reserved[14] = {};
+      uint16_t row_bytes[16] = {};
+      uint8_t rows[16] = {};
+    } shapes;
+    std::fill(shapes.row_bytes, shapes.row_bytes + 8, 64);
+    std::fill(shapes.rows, shapes.rows + 8, 16);
+    asm volatile("ldtilecfg %0" : : "m"(shapes));
+  }
+  ~TileRegisters() { asm volatile("tilerelease"); }
+  TileRegisters(const TileRegisters&) = delete;
+  TileRegisters& operator=(const TileRegisters&) = delete;
+};
+
+// Address sanitizers do not see what these instructions read and write: in their builds both ends of each of the
+// 16 rows are read beforehand.
+inline void show_to_sanitizer([[maybe_unused]] const void* rows, [[maybe_unused]] int64_t row_bytes) {
+#ifdef __SANITIZE_ADDRESS__
+  for (int row = 0; row < 16; ++row) {
+    const volatile char* bytes = static_cast<const char*>(rows) + row * row_bytes;
+    static_cast<void>(bytes[0] + bytes[63]);
+  }
+#endif
+}
+
+// The instructions, and not the intrinsics, which take a register's number as a macro's argument.
+template <int tile>
+inline void clear_tile() {
+  asm volatile("tilezero %%tmm%c0" : : "i"(tile));
+}
+
+template <int tile>
+inline void load_tile(const void* source, int64_t row_bytes) {
+  show_to_sanitizer(source, row_bytes);
+  asm volatile("tileloadd (%0,%1,1), %%tmm%c2" : : "r"(source), "r"(row_bytes), "i"(tile));
+}
+
+template <int tile>
+inline void store_tile(void* target, int64_t row_bytes) {
+  show_to_sanitizer(target, row_bytes);
+  asm volatile("tilestored %%tmm%c2, (%0,%1,1)" : : "r"(target), "r"(row_bytes), "i"(tile) : "memory");
+}
+
+// sum[row][token] += low and high products of 16 cells, as in PairCell: subnormal numbers count as zero.
+template <int sum, int rows, int tokens>
+inline void add_products() {
+  asm volatile("tdpbf16ps %%tmm%c2, %%tmm%c1, %%tmm%c0" : : "i"(sum), "i"(rows), "i"(tokens));
+}
+
+// Calls f(number of the register, where it lies in the total) for the sums of a tile.
+template <int vectors, class F>
+inline void each_sum_tile(F&& f) {
+  f(std::integral_constant<int, 0>{}, 0, 0);
+  f(std::integral_constant<int, 2>{}, 16, 0);
+  if constexpr (vectors == 2) {
+    f(std::integral_constant<int, 1>{}, 0, 16);
+    f(std::integral_constant<int, 3>{}, 16, 16);
+  }
+}
+
+// One cell after the other joins the total: as exact as the output's own rounding to bfloat16 lets one see.
+template <class Cell, int vectors, bool packed, class Aside>
+void multiply_tile(const TileJob<Cell>& job, Aside&) {
+  static_assert(!packed && std::is_same_v<Aside, NothingAside>, "rows of W with cells side by side, and nothing else");
+  constexpr int64_t x_step = vectors * 64;
+  const int64_t w_step = job.weight.row_step * static_cast<int64_t>(sizeof(typename Cell::Element));
+  const int64_t total_step = job.total_stride * static_cast<int64_t>(sizeof(float));
+  asm volatile("" : : : "memory");  // what tile registers read is written by now
+  each_sum_tile<vectors>([&](auto tile, int64_t row, int64_t token) {
+    if (job.first) return clear_tile<tile>();
+    load_tile<tile>(job.total + row * job.total_stride + token, total_step);
+  });
+  for (int64_t c = 0; c < job.cells; c += kTileCells) {
+    const auto* x = job.panel + c * vectors * kLanes<float>;
+    const auto* w = job.weight.at + c * job.weight.cell_step;
+    load_tile<4>(x, x_step);
+    load_tile<6>(w, w_step);
+    add_products<0, 6, 4>();
+    if constexpr (vectors == 2) {
+      load_tile<5>(x + kLanes<float>, x_step);
+      add_products<1, 6, 5>();
+    }
+    load_tile<7>(w + 16 * job.weight.row_step, w_step);
+    add_products<2, 7, 4>();
+    if constexpr (vectors == 2) add_products<3, 7, 5>();
+  }
+  each_sum_tile<vectors>([&](auto tile, int64_t row, int64_t token) {
+    store_tile<tile>(job.total + row * job.total_stride + token, total_step);
+  });
+}
+
+}  // namespace neuroada::cpu::NEUROADA_ISA

@@ -1,0 +1,75 @@
+// W for the product of the backward pass in tiles of AMX: a block of it as [column][neuron], neurons side by
+// side, as the forward pass has columns.
+#pragma once
+
+#include "product.h"
+
+namespace neuroada::cpu::NEUROADA_ISA {
+
+template <class T>
+struct BackwardWeight {
+  static_assert(std::is_same_v<T, BFloat16>);
+  using Source = BFloat16;
+  using Cell = PairCell;
+  using Element = BFloat16;
+  static constexpr bool kPacked = false;
+  // Of a block, so few that those of the columns of a tile stay in the first cache while all tokens go by.
+  static constexpr int64_t kCells = 128;
+  // A cache line more than a block's row, so that the rows of a tile lie in different sets of the cache.
+  static constexpr int64_t kStep = kCells * Cell::kDepth + 64 / sizeof(Element);
+  static constexpr int64_t kElementsARow = kStep;                                   // of a block
+  static constexpr int64_t kLine = 64 / sizeof(Source), kLineStep = kLine * kStep;  // one of each of 32 neurons
+
+  const BFloat16* weight;  // [d_out, d_in]
+  int64_t stride, d_out;
+
+  // Many: what a block has of a row of W lies side by side, and memory reads long runs faster.
+  static int64_t block_rows(bool) { return 512; }
+
+  WeightBlock<Element> in_place(const BlockPlace&) const { return {}; }
+  static WeightBlock<Element> copied(const BlockPlace&, const Element* scratch) {
+    return {scratch, kStep, Cell::kDepth};
+  }
+
+  // The copy of whole squares; what else there is of the block, and zeros up to whole tiles, is written now.
+  BlockCopy<BackwardWeight> copy(const BlockPlace& b, Element* scratch) const {
+    const int64_t neuron = b.cell * Cell::kDepth, there = std::min(b.cells * Cell::kDepth, d_out - neuron);
+    const int64_t lines = b.width / kLine, runs = there / kLine;
+    const BFloat16* source = weight + neuron * stride + b.row;
+    for (int64_t c = 0; c < round_up(b.width, kTileSums); ++c) {
+      Element* target = scratch + c * kStep;
+      int64_t n = c < lines * kLine ? runs * kLine : 0;
+      for (; c < b.width && n < there; ++n) target[n] = source[n * stride + c];
+      std::fill(target + n, target + b.cells * Cell::kDepth, Element{});
+    }
+    return {*this, {source, scratch, kLine * stride, kLine, runs, lines}};
+  }
+
+  // Not ahead: of 32 rows at once the requests only stand in each other's way.
+  void prefetch_line(const BFloat16*) const {}
+
+  // target[c][n] = line[n][c], for 32 of each. Pairs of neurons are interleaved within 16 bytes, which leaves
+  // four columns in one vector and four in the other, in turn.
+  inline __attribute__((always_inline)) void copy_line(const BFloat16* line, Element* target) const {
+    constexpr int lanes = kLanes<float>;
+    Vec<float> pairs[2][lanes];
+#pragma GCC unroll 16
+    for (int i = 0; i < lanes; ++i) {
+      const __m512i low = _mm512_loadu_si512(line + 2 * i * stride);
+      const __m512i high = _mm512_loadu_si512(line + (2 * i + 1) * stride);
+      pairs[0][i] = (Vec<float>)_mm512_unpacklo_epi16(low, high);
+      pairs[1][i] = (Vec<float>)_mm512_unpackhi_epi16(low, high);
+    }
+#pragma GCC unroll 2
+    for (int half = 0; half < 2; ++half) {
+      transpose<float>(pairs[half]);
+#pragma GCC unroll 16
+      for (int i = 0; i < lanes; ++i) {
+        const int column = i / 4 * 8 + half * 4 + i % 4;
+        std::memcpy(target + column * kStep, &pairs[half][i], sizeof(pairs[half][i]));
+      }
+    }
+  }
+};
+
+}  // namespace neuroada::cpu::NEUROADA_ISA
