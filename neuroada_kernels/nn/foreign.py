@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from neuroada_kernels._dtypes import FLOATING
 from neuroada_kernels._sharding import is_sharded, whole
 from neuroada_kernels.nn._bitsandbytes import bitsandbytes_weight
+from neuroada_kernels.nn._offloaded import OffloadedWeight, offloading_hook
 from neuroada_kernels.nn._torchao import TorchaoWeight
 from neuroada_kernels.nn._weight import BaseWeight, is_of
 
@@ -131,6 +132,8 @@ def _library(module: nn.Module) -> Callable[[nn.Module], BaseWeight] | None:
         return _conv1d
     if isinstance(module, nn.Linear) and is_of(module._parameters.get("weight"), "torchao"):
         return TorchaoWeight
+    if offloading_hook(module) is not None:
+        return OffloadedWeight
     return None
 
 
