@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from accelerate import cpu_offload, disk_offload
+from accelerate.hooks import attach_align_device_hook
 from peft import get_peft_model
 from small_llama import batch, give_values, llama, logits, loss_of, trainable
 from transformers import LlamaForCausalLM
@@ -55,12 +56,26 @@ def test_its_weights_are_not_written(offloaded):
     model = offloaded()
     nk.adapt(model, k=4, strategy="auto")
     give_values(model)
-    with pytest.raises(ValueError, match=r"offloaded linear, whose values .*neuroada merge"):
+    with pytest.raises(ValueError, match=r"linear with .* whose values .*neuroada merge"):
         nk.merge(model)
-    with pytest.raises(ValueError, match="offloaded linear, which cannot be quantised"):
+    with pytest.raises(ValueError, match="hooks, which cannot be quantised"):
         nk.merge_requantized(model)
     nk.unload(model)
     assert logits(model).equal(logits(llama()))
+
+
+def test_a_model_with_hooks_and_its_weights_in_place_is_merged_too(tmp_path):
+    """As one that is shared out over several devices."""
+    model, plain = llama(), llama()
+    attach_align_device_hook(model, execution_device="cpu")
+    for one in (model, plain):
+        nk.adapt(one, k=4)
+        give_values(one)
+        nk.save_adapter(one, tmp_path / type(one.model.layers[0].mlp.up_proj).__name__)
+        nk.merge(one)
+    assert logits(model).equal(logits(plain))
+    first, second = (path.read_bytes() for path in tmp_path.iterdir())
+    assert first == second
 
 
 def test_peft_adapts_and_merges_it(offloaded):

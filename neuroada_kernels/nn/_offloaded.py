@@ -1,4 +1,4 @@
-"""Weights of nn.Linear that accelerate keeps off the module until it runs, in memory or on disk."""
+"""Linears with accelerate's hooks, which may keep the weight elsewhere until the module runs."""
 
 from __future__ import annotations
 
@@ -39,14 +39,21 @@ class OffloadedWeight(BaseWeight):
 def offloading_hook(module: nn.Module) -> Any:
     """The hook of accelerate's that brings the weight of a linear, or None where it is here."""
     weight = module._parameters.get("weight")
-    if not isinstance(module, nn.Linear) or weight is None or not weight.is_meta:
+    if weight is None or not weight.is_meta:
         return None
+    return next((hook for hook in _hooks(module) if hook.offload), None)
+
+
+def is_dispatched(module: nn.Module) -> bool:
+    """Whether it is a linear to which accelerate brings x, and its weight where that is not."""
+    return type(module).forward is nn.Linear.forward and bool(_hooks(module))
+
+
+def _hooks(module: nn.Module) -> list[Any]:
+    """Those of accelerate that move tensors round the forward of a linear."""
     hook: Any = getattr(module, "_hf_hook", None)
-    return next(
-        (
-            one
-            for one in getattr(hook, "hooks", (hook,))
-            if is_of(one, "accelerate", "AlignDevicesHook") and getattr(one, "offload", False)
-        ),
-        None,
+    hooks = getattr(hook, "hooks", (hook,))
+    known = isinstance(module, nn.Linear) and all(
+        is_of(one, "accelerate", "AlignDevicesHook") for one in hooks
     )
+    return list(hooks) if known else []

@@ -48,7 +48,7 @@ class BaseWeight:
     @property
     def name(self) -> str:
         """What it is, for people."""
-        return self.kind or "offloaded linear"
+        return self.kind or "linear with accelerate's hooks"
 
     def rows(self, rows: slice) -> Tensor:
         """``W[rows]``, dequantised."""
