@@ -46,7 +46,7 @@ def offloading_hook(module: nn.Module) -> Any:
 
 def is_dispatched(module: nn.Module) -> bool:
     """Whether it is a linear to which accelerate brings x, and its weight where that is not."""
-    return type(module).forward is nn.Linear.forward and bool(_hooks(module))
+    return bool(_hooks(module)) and type(module).forward is nn.Linear.forward
 
 
 def _hooks(module: nn.Module) -> list[Any]:
