@@ -39,7 +39,9 @@ def main() -> None:
     model = pretrained().to(device)
     summary = nk.adapt(model, k=4)
     broadcast_adapter(model)
-    whole = replicate_trained(model) if args.deltas == "whole" else set()
+    whole = set()
+    if args.deltas == "whole":
+        whole = replicate_trained(model)
     policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
     for block in model.blocks:
         fully_shard(block, mp_policy=policy, ignored_params=whole)

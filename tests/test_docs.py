@@ -1,4 +1,4 @@
-"""The code in docs/ runs as it stands, block after block of a page."""
+"""The code in docs/ runs as it stands, block after block of a page; and so does the README's."""
 
 from __future__ import annotations
 
@@ -6,18 +6,34 @@ import re
 from pathlib import Path
 
 import pytest
+import torch
+from small_llama import curve, llama
 
-DOCS = Path(__file__).parents[1] / "docs"
+import neuroada_kernels as nk
+
+ROOT = Path(__file__).parents[1]
+DOCS = ROOT / "docs"
+BLOCK = re.compile(r"^```python\n(.*?)^```$", re.DOTALL | re.MULTILINE)
 PAGES = [page for page in sorted(DOCS.glob("*.md")) if "```python" in page.read_text()]
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 def test_the_code_of_a_page_runs(page, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    blocks = re.findall(r"^```python\n(.*?)^```$", page.read_text(), re.DOTALL | re.MULTILINE)
+    blocks = BLOCK.findall(page.read_text())
     assert blocks
     exec(compile("\n".join(blocks), str(page), "exec"), {"__name__": page.stem})
 
 
 def test_there_are_pages_with_code():
     assert {"adapters.md", "adapting.md", "peft.md"} <= {page.name for page in PAGES}
+
+
+def test_the_code_of_the_readme_runs():
+    """Each block on a model of its own; those that are lines of an example run in that."""
+    readme = re.sub(r"<!-- examples/\w+\.py -->\n```", "", (ROOT / "README.md").read_text())
+    blocks = BLOCK.findall(readme)
+    assert blocks
+    for block in blocks:
+        given = {"model": llama(), "train": lambda model: curve(model, 1)}
+        exec(compile(block, "README.md", "exec"), {"nk": nk, "torch": torch, **given})

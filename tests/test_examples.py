@@ -44,7 +44,11 @@ def test_peft_and_the_trainer_train_save_serve_and_merge(run, tmp_path):
 
 def test_the_readme_shows_lines_of_the_examples():
     shown = re.findall(r"^<!-- (examples/\w+\.py) -->\n```python\n(.*?)^```$", README, re.S | re.M)
-    assert {"examples/hf_causal_lm.py", "examples/peft_trainer.py"} <= {path for path, _ in shown}
+    assert [path for path, _ in shown] == [
+        "examples/torchrun_fsdp.py",
+        "examples/hf_causal_lm.py",
+        "examples/peft_trainer.py",
+    ]
     for path, block in shown:
         lines = iter([line.strip() for line in (ROOT / path).read_text().splitlines()])
         for line in filter(None, map(str.strip, block.splitlines())):

@@ -107,6 +107,28 @@ def test_autocast_shares_what_full_would_cast_three_times(copies):
     assert len(copies) == 3
 
 
+def test_deltas_that_are_there_in_their_own_forward_alone_are_enough():
+    """As ZeRO-3 has them; siblings are planned one after another once indices have moved."""
+    x, model = tokens(), block_of(save_activations="compact")
+    expected, columns = model(x), [layer.columns for layer in layers_of(model)]
+    model.float()
+    values = {layer: layer.delta.data for layer in layers_of(model)}
+
+    def gather(layer: nn.Module, _: object) -> None:
+        layer.delta.data = values[layer]
+
+    def release(layer: nn.Module, *_: object) -> None:
+        layer.delta.data = torch.empty(0)
+
+    for layer in values:
+        layer.register_forward_pre_hook(gather)
+        layer.register_forward_hook(release)
+        release(layer)
+    with torch.no_grad():
+        assert model(x).equal(expected)
+    assert_same_bits([layer.columns for layer in layers_of(model)], columns)
+
+
 def test_auto_looks_at_what_all_siblings_chose():
     """Each a quarter of x, or all of them more than half."""
     model = block_of(k=1)

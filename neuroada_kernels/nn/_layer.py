@@ -286,7 +286,8 @@ class BypassLayer(ActivationSaver):
     def _check_index(self, index: Tensor) -> None:
         check_index_form(index, self.in_features)
         delta = self._parameters.get("delta")
-        k = index.shape[1] if delta is None else local(delta).shape[1]
+        # ZeRO-3 leaves a delta without dimensions where no forward is: then nothing fits it.
+        k = index.shape[1] if delta is None else local(delta).shape[-1]
         if index.shape != (self.out_features, k):
             expected = f"[{self.out_features}, {'k' if delta is None else k}]"
             raise ValueError(f"index: shape {list(index.shape)}, expected {expected}")

@@ -15,8 +15,8 @@ class BaseWeight:
     ----------
     module : nn.Module
         Whose weight it is.
-    kind : str
-        What it is, in words that an adapter's file keeps.
+    kind : str or None
+        What it is, in words that an adapter's file keeps; None for the values of a plain linear.
     shape : tuple of int
         ``(d_out, d_in)``.
     dtype, device
@@ -26,11 +26,16 @@ class BaseWeight:
     """
 
     matrix: Tensor | None = None
+    #: Why nothing is merged where there is no ``matrix``, and what to do instead.
+    unmergeable = (
+        "into which nothing can be merged exactly, expected merge_requantized(), which says how "
+        "large the error is"
+    )
 
     def __init__(
         self,
         module: nn.Module,
-        kind: str,
+        kind: str | None,
         shape: tuple[int, int],
         dtype: torch.dtype,
         device: torch.device,
@@ -39,6 +44,11 @@ class BaseWeight:
             raise ValueError("base: its weight is on the meta device, expected values")
         self.module, self.kind, self.shape = module, kind, shape
         self.dtype, self.device = dtype, device
+
+    @property
+    def name(self) -> str:
+        """What it is, for people."""
+        return self.kind or "linear with accelerate's hooks"
 
     def rows(self, rows: slice) -> Tensor:
         """``W[rows]``, dequantised."""
@@ -60,7 +70,7 @@ class BaseWeight:
         ValueError
             If there is no way back from numbers to that form.
         """
-        raise ValueError(f"base: {self.kind}, which cannot be quantised again from here")
+        raise ValueError(f"base: {self.name}, which cannot be quantised again from here")
 
     def exchange(self, quantised: object) -> object:
         """Put what :meth:`quantise` gave into the module; what was there before."""

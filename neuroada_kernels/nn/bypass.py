@@ -52,9 +52,9 @@ class NeuroAdaBypass(NamedLayer, PlannedLayer):
     ----------
     base : nn.Module
         bitsandbytes' ``Linear4bit`` or ``Linear8bitLt``, an ``nn.Linear`` that torchao has
-        quantised, transformers' ``Conv1D``, or any module with ``in_features``, ``out_features``
-        and a forward from ``[..., in_features]`` to ``[..., out_features]``. Held as it is, and
-        frozen.
+        quantised or accelerate has offloaded, transformers' ``Conv1D``, or any module with
+        ``in_features``, ``out_features`` and a forward from ``[..., in_features]`` to
+        ``[..., out_features]``. Held as it is, and frozen.
     k : int
         Connections a neuron, from 1 to ``in_features``.
     selection, scores, generator, neuron_fraction
@@ -107,7 +107,7 @@ class NeuroAdaBypass(NamedLayer, PlannedLayer):
             raise TypeError(f"base: {type(base).__name__}, expected a layer without a bypass")
         weight = base_weight(base)
         self.out_features, self.in_features = weight.shape
-        self._kind = weight.kind
+        self._kind = weight.name
         if index is None:
             choice = Deferred(k, selection, scores, generator, neuron_fraction)
             index = choice.index_for(weight)
@@ -190,7 +190,7 @@ class NeuroAdaBypass(NamedLayer, PlannedLayer):
         self._check_index(self.index)
         weight = base_weight(self.base)
         if weight.matrix is not None:
-            raise ValueError(f"base: {weight.kind} has a plain weight, expected merge()")
+            raise ValueError(f"base: {weight.name} has a plain weight, expected merge()")
         dense = torch.cat([weight.rows(rows).float() for rows in row_blocks(weight.shape)])
         ops.merge_(dense, self.index, self.delta)
         delta = self.delta.clone()
@@ -214,10 +214,7 @@ class NeuroAdaBypass(NamedLayer, PlannedLayer):
         super().check_mergeable()
         weight = base_weight(self.base)
         if weight.matrix is None:
-            raise ValueError(
-                f"base: {weight.kind}, into which nothing can be merged exactly, expected "
-                "merge_requantized(), which says how large the error is"
-            )
+            raise ValueError(f"base: {weight.name}, {weight.unmergeable}")
 
     def base_entries(self, index: Tensor) -> Tensor:
         return base_weight(self.base).entries(index)

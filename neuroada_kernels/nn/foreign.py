@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from neuroada_kernels._dtypes import FLOATING
 from neuroada_kernels._sharding import is_sharded, whole
 from neuroada_kernels.nn._bitsandbytes import bitsandbytes_weight
+from neuroada_kernels.nn._offloaded import OffloadedWeight, is_dispatched, offloading_hook
 from neuroada_kernels.nn._torchao import TorchaoWeight
 from neuroada_kernels.nn._weight import BaseWeight, is_of
 
@@ -32,7 +33,7 @@ CONV1D = "transformers Conv1D"
 class _PlainWeight(BaseWeight):
     """Numbers, ``[d_out, d_in]`` or transposed."""
 
-    def __init__(self, module: nn.Module, kind: str, matrix: Tensor) -> None:
+    def __init__(self, module: nn.Module, kind: str | None, matrix: Tensor) -> None:
         d_out, d_in = matrix.shape
         super().__init__(module, kind, (d_out, d_in), matrix.dtype, matrix.device)
         self.matrix: Tensor = matrix
@@ -47,7 +48,7 @@ class _PlainWeight(BaseWeight):
 class _ShardedWeight(BaseWeight):
     """The same in parts, as FSDP2 leaves it: read whole, by all processes at once, not written."""
 
-    def __init__(self, module: nn.Module, kind: str, matrix: Tensor) -> None:
+    def __init__(self, module: nn.Module, kind: str | None, matrix: Tensor) -> None:
         d_out, d_in = matrix.shape
         super().__init__(module, kind, (d_out, d_in), matrix.dtype, matrix.device)
         self._parts = matrix
@@ -131,7 +132,15 @@ def _library(module: nn.Module) -> Callable[[nn.Module], BaseWeight] | None:
         return _conv1d
     if isinstance(module, nn.Linear) and is_of(module._parameters.get("weight"), "torchao"):
         return TorchaoWeight
+    if is_dispatched(module):
+        return _dispatched
     return None
+
+
+def _dispatched(module: nn.Module) -> BaseWeight:
+    if offloading_hook(module) is not None:
+        return OffloadedWeight(module)
+    return _of_numbers(module, None, module.get_parameter("weight"))
 
 
 def _conv1d(module: nn.Module) -> BaseWeight:
@@ -143,7 +152,7 @@ def _conv1d(module: nn.Module) -> BaseWeight:
         return _of_numbers(module, CONV1D, weight.t())
 
 
-def _of_numbers(module: nn.Module, kind: str, matrix: Tensor) -> BaseWeight:
+def _of_numbers(module: nn.Module, kind: str | None, matrix: Tensor) -> BaseWeight:
     return (_ShardedWeight if is_sharded(matrix) else _PlainWeight)(module, kind, matrix)
 
 

@@ -14,6 +14,7 @@ from transformers.pytorch_utils import Conv1D
 from neuroada_kernels import functional, ops
 from neuroada_kernels.integrations.peft._storage import DeltaDict, IndexDict
 from neuroada_kernels.integrations.peft.config import NeuroAdaPeftConfig
+from neuroada_kernels.nn._offloaded import OffloadedWeight, offloading_hook
 from neuroada_kernels.nn._siblings import Siblings
 from neuroada_kernels.nn.foreign import has_own_forward
 from neuroada_kernels.plan import order_slots
@@ -139,7 +140,8 @@ class NeuroAdaPeftLayer(BaseTunerLayer):
         """Raise where an entry of the merged weight would not be finite; nothing changes."""
         names = self.active_adapters if adapter_names is None else adapter_names
         names = [n for n in names if n in self.neuroada_delta and n not in self.merged_adapters]
-        weight, before = self._writable_weight(), len(self.merged_adapters)
+        offloaded, before = self._offloaded(), len(self.merged_adapters)
+        weight = offloaded.rows(slice(None)).clone() if offloaded else self._writable_weight()
         try:
             for name in names:
                 self._fold(weight, [name])
@@ -198,9 +200,18 @@ class NeuroAdaPeftLayer(BaseTunerLayer):
                 "connections are chosen by the base's weight"
             )
         base, backend = self.get_base_layer(), self.quantization_backend
+        if (offloaded := self._offloaded()) is not None:
+            return offloaded.rows(slice(None))
         return _float_weight(base) if backend is None else backend.get_base_weight(base)
 
+    def _offloaded(self) -> OffloadedWeight | None:
+        """The base's weight, where accelerate has it elsewhere; PEFT brings it for merging."""
+        base = self.get_base_layer()
+        return None if offloading_hook(base) is None else OffloadedWeight(base)
+
     def _base_device(self) -> torch.device:
+        if (offloaded := self._offloaded()) is not None:
+            return offloaded.device
         device, _ = self._get_base_layer_device_and_dtype(self.get_base_layer())
         if device is None:
             tensors = [*self.get_base_layer().parameters(), *self.get_base_layer().buffers()]

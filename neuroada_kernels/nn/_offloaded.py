@@ -1,0 +1,59 @@
+"""Linears with accelerate's hooks, which may keep the weight elsewhere until the module runs."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from neuroada_kernels.nn._weight import BaseWeight, is_of
+
+
+class OffloadedWeight(BaseWeight):
+    """The module has its weight on the meta device, and accelerate's hook knows the values.
+
+    They are read onto the device that the module computes on, and never written.
+    """
+
+    unmergeable = (
+        "whose values accelerate keeps elsewhere, expected the adapter's file to be merged into "
+        "the checkpoint (neuroada merge)"
+    )
+
+    def __init__(self, module: nn.Module) -> None:
+        hook = offloading_hook(module)
+        weight = module.get_parameter("weight")
+        d_out, d_in = weight.shape
+        device = torch.empty(0, device=hook.execution_device).device  # a number counts GPUs
+        super().__init__(module, None, (d_out, d_in), weight.dtype, device)
+        self._hook = hook
+        self._values: Tensor | None = None
+
+    def rows(self, rows: slice) -> Tensor:
+        if self._values is None:  # from a disk as a whole, so it is kept till all rows are read
+            self._values = self._hook.weights_map["weight"].detach()
+        return self._values[rows].to(self.device, self.dtype)
+
+
+def offloading_hook(module: nn.Module) -> Any:
+    """The hook of accelerate's that brings the weight of a linear, or None where it is here."""
+    weight = module._parameters.get("weight")
+    if weight is None or not weight.is_meta:
+        return None
+    return next((hook for hook in _hooks(module) if hook.offload), None)
+
+
+def is_dispatched(module: nn.Module) -> bool:
+    """Whether it is a linear to which accelerate brings x, and its weight where that is not."""
+    return bool(_hooks(module)) and type(module).forward is nn.Linear.forward
+
+
+def _hooks(module: nn.Module) -> list[Any]:
+    """Those of accelerate that move tensors round the forward of a linear."""
+    hook: Any = getattr(module, "_hf_hook", None)
+    hooks = getattr(hook, "hooks", (hook,))
+    known = isinstance(module, nn.Linear) and all(
+        is_of(one, "accelerate", "AlignDevicesHook") for one in hooks
+    )
+    return list(hooks) if known else []
