@@ -95,7 +95,7 @@ def test_checkpointing_keeps_the_input_alone_and_brings_the_rest_back():
         *((name, SETTING) for name in table(2) if name not in VARIANTS),
         ("neuroada", Setting(SIZES, 2, 24, "bfloat16", 2, checkpointing=True)),
         ("masked-dense", Setting(SIZES, 2, 24, "float32", 2, checkpointing=True)),
-        ("lora-r8", ENCODER),
+        *((name, ENCODER) for name in ("lora-r8", "ia3", "full")),
     ],
 )
 def test_the_model_says_what_a_step_takes(name, setting):
