@@ -91,6 +91,12 @@ def check_adapted(
     return errors
 
 
+def check_drop(method: str, found: float, expected: float, limit: float) -> None:
+    """The loss falls as the materialised scheme's does: bypasses that are not zero count too."""
+    error = abs(found - expected) / abs(expected)
+    refuse_beyond(method, {"the loss's drop": error}, limit)
+
+
 def check_what_trains(method: str, model: nn.Module, expected: int) -> int:
     """As many numbers as ``expected``, in parameters of the method's names; returns how many."""
     trained = training(model)

@@ -21,7 +21,6 @@ either ``skipped``, the reason, or:
 from __future__ import annotations
 
 import argparse
-import gc
 import sys
 from collections.abc import Callable
 from dataclasses import asdict, replace
@@ -31,6 +30,7 @@ from typing import Any
 import torch
 from rich.console import Console
 
+from neuroada_kernels.benchmarks.allocations import loaded_for_good
 from neuroada_kernels.benchmarks.llama import Sizes
 from neuroada_kernels.benchmarks.method_checks import WrongMethodError
 from neuroada_kernels.benchmarks.methods import LEFT_OUT, METHODS, package_version, why_not
@@ -96,11 +96,8 @@ class Suite:
         return [self.records.rows[key] for key in self.keys if key in self.records.rows]
 
     def run(self) -> None:
-        gc.freeze()  # looking for models that are gone, it need not look at all that is loaded
-        try:
+        with loaded_for_good():
             self._run_all()
-        finally:
-            gc.unfreeze()
 
     def _run_all(self) -> None:
         for mode, methods in self.asked.items():

@@ -16,8 +16,10 @@ from neuroada_kernels.benchmarks.allocations import allocated_peak, held_after
 from neuroada_kernels.benchmarks.llama import Sizes, build
 from neuroada_kernels.benchmarks.method_checks import (
     Facts,
+    allowed,
     check_adapted,
     check_compiled,
+    check_drop,
     check_step,
     fingerprints,
     take_facts,
@@ -118,16 +120,39 @@ class TrainingStep:
         self.embeddings.grad = self._inputs = None
         return found
 
+    def drop(self) -> float:
+        """By how much the loss falls where what trains goes down its gradient; it comes back.
+
+        It goes so far that the gradient promises a tenth of the loss.
+        """
+        trained = list(training(self.model).values())
+        before = [parameter.detach().clone() for parameter in trained]
+        with self.serving():
+            loss = self.forward()
+            loss.backward()
+            gradients = [p.grad for p in trained if p.grad is not None]
+            slope = sum(float(gradient.float().square().sum()) for gradient in gradients)
+            with torch.no_grad():
+                for parameter, gradient in zip(trained, gradients, strict=True):
+                    parameter.sub_(gradient, alpha=loss.item() / 10 / slope)
+                after = self.forward().item()
+                for parameter, value in zip(trained, before, strict=True):
+                    parameter.copy_(value)
+        self.model.zero_grad()
+        self.embeddings.grad = self._inputs = None
+        return loss.item() - after
+
 
 @dataclass(frozen=True)
 class References:
-    """What the frozen model computes, and the gradients of the materialised scheme's deltas.
+    """What the frozen model computes; of the materialised scheme, the gradients and the drop.
 
-    The latter are None where the memory does not hold that scheme.
+    The latter two are None where the memory does not hold that scheme.
     """
 
     frozen: Facts
     gradients: dict[str, Tensor] | None
+    drop: float | None
 
 
 @dataclass(frozen=True)
@@ -146,10 +171,10 @@ def references(world: World, mode: Mode) -> References:
     frozen = _build(world, mode, "frozen")[0].facts()
     free(world.device)
     try:
-        gradients = _build(world, mode, "materialised")[0].facts().chosen
+        step = _build(world, mode, "materialised")[0]
+        return References(frozen, step.facts().chosen, step.drop())
     except torch.OutOfMemoryError:
-        gradients = None
-    return References(frozen, gradients)
+        return References(frozen, None, None)
 
 
 def prepare(method: str, world: World, mode: Mode, known: References) -> Prepared:
@@ -165,6 +190,8 @@ def prepare(method: str, world: World, mode: Mode, known: References) -> Prepare
     def ready() -> TrainingStep:
         step, before, expected = _build(world, mode, method)
         checks.update(check_adapted(method, step.model, step.facts(), known, world.dtype, expected))
+        if METHODS[method].chosen and known.drop is not None:
+            check_drop(method, step.drop(), known.drop, allowed(world.dtype, world.sizes.layers))
         step.run()
         check_step(method, step.model, before)
         return step

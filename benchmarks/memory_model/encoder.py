@@ -106,9 +106,17 @@ class Encoder:
         del x
         dense, dense_bias, out, out_bias = self.head
         rows = setting.batch * d * setting.itemsize
-        pooled = tape.op("pool", [first], rows, setting.itemsize, gradients=[rows])
+        # A product whose input is a view of all tokens: where it saves that, it saves all.
+        hidden = tape.op(
+            "classifier",
+            (first, dense, dense_bias),
+            rows,
+            setting.itemsize,
+            gradients=(rows, dense.nbytes, dense_bias.nbytes),
+            saves=([first] if dense.node else []) + ([dense] if first.node else []),
+            views=True,
+        )
         del first
-        hidden = product(tape, pooled, dense, d, "classifier", dense_bias)
         hidden = tape.op(
             "tanh",
             [hidden],

@@ -81,8 +81,8 @@ def _peft(build: linears.Build, config: str, options: dict[str, Any]) -> Method:
         chosen = dict(options)
         chosen["target_modules"] = names
         if config == "IA3Config":
-            scaled = [name for name in names if name.rpartition(".")[2] in linears.IA3.scaled]
-            last = [name for name in scaled if name.rpartition(".")[2] in linears.IA3.before]
+            scaled = [name for name in names if name in linears.IA3.scaled]
+            last = [name for name in scaled if name in linears.IA3.before]
             chosen |= {"target_modules": scaled, "feedforward_modules": last}
         made = getattr(peft, config)(**chosen)
         adapted: nn.Module = peft.get_peft_model(model, made, autocast_adapter_dtype=False)

@@ -34,6 +34,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
+from neuroada_kernels.benchmarks.allocations import loaded_for_good
 from neuroada_kernels.benchmarks.llama import Sizes
 from neuroada_kernels.benchmarks.method_checks import WrongMethodError
 from neuroada_kernels.benchmarks.methods import LEFT_OUT, METHODS, package_version, why_not
@@ -102,7 +103,11 @@ def _run(records: Records, budget: Budget, methods: list[str], console: Console)
 def _row(peers: Callable[[], Peers], method: str) -> Row:
     about = {"method": method, "source": METHODS[method].source}
     reason = "nothing trains" if method == "frozen" else why_not(method)
-    return about | ({"skipped": reason} if reason is not None else peers().measure(method))
+    if reason is not None:
+        return about | {"skipped": reason}
+    found = peers()
+    with loaded_for_good():  # the Trainer collects garbage after each run
+        return about | found.measure(method)
 
 
 def _parser() -> argparse.ArgumentParser:

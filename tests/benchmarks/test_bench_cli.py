@@ -101,8 +101,11 @@ def test_a_png_is_written(tmp_path: Path) -> None:
     assert path.read_bytes().startswith(b"\x89PNG")
 
 
-def test_matplotlib_is_imported_only_when_a_chart_is_asked_for() -> None:
-    code = "import sys, neuroada_kernels.benchmarks.linear; sys.exit('matplotlib' in sys.modules)"
+def test_matplotlib_and_transformers_are_imported_only_when_asked_for() -> None:
+    code = (
+        "import sys, neuroada_kernels.benchmarks.linear, neuroada_kernels.benchmarks.model\n"
+        "sys.exit(not sys.modules.keys().isdisjoint({'matplotlib', 'transformers'}))"
+    )
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
 
 

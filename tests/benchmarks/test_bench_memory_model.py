@@ -10,6 +10,7 @@ from types import SimpleNamespace
 
 import pytest
 
+from neuroada_kernels.benchmarks.allocations import held_after
 from neuroada_kernels.benchmarks.memory_model import command
 from neuroada_kernels.benchmarks.memory_model.linears import Place, Siblings, chosen_columns
 from neuroada_kernels.benchmarks.memory_model.methods import method, table
@@ -95,7 +96,7 @@ def test_checkpointing_keeps_the_input_alone_and_brings_the_rest_back():
         *((name, SETTING) for name in table(2) if name not in VARIANTS),
         ("neuroada", Setting(SIZES, 2, 24, "bfloat16", 2, checkpointing=True)),
         ("masked-dense", Setting(SIZES, 2, 24, "float32", 2, checkpointing=True)),
-        ("lora-r8", ENCODER),
+        *((name, ENCODER) for name in ("lora-r8", "ia3", "full")),
     ],
 )
 def test_the_model_says_what_a_step_takes(name, setting):
@@ -110,6 +111,23 @@ def test_the_model_says_what_a_step_takes(name, setting):
         assert predicted[part] == measured[part], part
     for part in ("selection", "gradients", "kept", "step_peak", "peak"):
         assert predicted[part] == pytest.approx(measured[part], rel=command.TOLERANCE), part
+
+
+def test_nothing_is_held_at_rest_beside_what_is_counted():
+    """Measured parts are looked for by name; the allocator knows of all."""
+    pytest.importorskip("transformers")
+    from neuroada_kernels.benchmarks.memory_model.measure import Step
+
+    of = method("neuroada-resident", 2)
+
+    def between_steps() -> Step:
+        step = Step(SETTING, of)
+        step()
+        step.zero_grad()
+        return step
+
+    _, held = held_after(between_steps)
+    assert held == pytest.approx(predict(SETTING, of).at_rest, rel=0.005)
 
 
 def test_a_layer_is_the_difference_of_two_models():

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -22,6 +21,8 @@ from neuroada_kernels.benchmarks.methods import METHODS
 TINY = ["--hidden", "32", "--intermediate", "48", "--layers", "2", "--heads", "4"]
 TINY += ["--kv-heads", "2", "--vocabulary", "50", "--sequence", "16", "--batch", "2"]
 TINY += ["--k", "3", "--steps", "3", "--warmup", "1"]
+#: LoRA of another rank is the same code.
+COVERED = [name for name in METHODS if name not in ("peft-lora-r16", "peft-lora-r64")]
 #: Of a layer's linears, [d_out, d_in].
 SHAPES = [(32, 32), (16, 32), (16, 32), (32, 32), (48, 32), (48, 32), (32, 48)]
 
@@ -48,12 +49,12 @@ def run(path: Path, *options: str) -> dict[str, dict]:
 def rows(tmp_path_factory) -> dict[str, dict]:
     path = tmp_path_factory.mktemp("model") / "model.json"
     run(path, "--modes", "checkpointed", "--methods", "frozen", "neuroada")
-    return run(path, "--modes", "plain")
+    return run(path, "--modes", "plain", "--methods", *COVERED)
 
 
 def test_every_method_is_checked_timed_and_weighed(rows):
     checkpointed = ["checkpointed/frozen", "checkpointed/neuroada"]
-    assert list(rows) == [*checkpointed, *(f"plain/{method}" for method in METHODS)]
+    assert list(rows) == [*checkpointed, *(f"plain/{method}" for method in COVERED)]
     for row in rows.values():
         assert row["checkpointing"] == (row["mode"] == "checkpointed")
         assert len(row["samples_ms"]) == len(row["frozen_samples_ms"]) == 3
@@ -69,10 +70,11 @@ def test_every_method_is_checked_timed_and_weighed(rows):
 
 
 def test_what_trains_is_what_the_methods_say(rows):
-    trained = {name: rows[f"plain/{name}"]["trainable"] for name in METHODS}
+    trained = {name: rows[f"plain/{name}"]["trainable"] for name in COVERED}
     bypasses = 2 * sum(3 * d_out for d_out, _ in SHAPES)
     assert trained["frozen"] == 0
-    for name, method in METHODS.items():
+    for name in COVERED:
+        method = METHODS[name]
         if method.chosen and name != "masked-dense":
             assert trained[name] == bypasses
         known = rows[f"plain/{name}"]["checks"]["gradients"]
@@ -83,11 +85,11 @@ def test_what_trains_is_what_the_methods_say(rows):
 
 
 def test_memory_is_what_each_method_must_hold(rows):
-    held = {name: rows[f"plain/{name}"]["held_bytes"] for name in METHODS}
+    held = {name: rows[f"plain/{name}"]["held_bytes"] for name in COVERED}
     weights = 4 * 2 * sum(d_out * d_in for d_out, d_in in SHAPES)
     assert held["masked-dense"] - held["frozen"] > 2 * weights  # two moments of AdamW
     assert held["frozen"] < held["neuroada"] < held["frozen"] + weights
-    of_step = {name: rows[f"plain/{name}"]["step_bytes"] for name in METHODS}
+    of_step = {name: rows[f"plain/{name}"]["step_bytes"] for name in COVERED}
     # It copies every weight, and keeps the copies for the backward.
     assert of_step["materialised"] - of_step["neuroada"] > 0.9 * weights
     assert rows["checkpointed/frozen"]["step_bytes"] < of_step["frozen"]
@@ -107,7 +109,7 @@ def test_a_second_call_goes_on_where_the_first_stopped(tmp_path, monkeypatch):
 
 
 def without_inductor(module: nn.Module) -> None:
-    call = torch.compile(module._call_impl, backend="aot_eager")
+    call = torch.compile(module._call_impl, backend="eager")
     object.__setattr__(module, "_compiled_call_impl", call)
 
 
@@ -153,10 +155,18 @@ def _scales_a_gradient(built: nn.Module) -> None:
     delta.register_hook(lambda gradient: 1.01 * gradient)
 
 
+def _halves_a_bypass(built: nn.Module) -> None:
+    def halve(layer: nn.Module, inputs: tuple[torch.Tensor], y: torch.Tensor) -> torch.Tensor:
+        bypass = y - torch.nn.functional.linear(*inputs, layer.weight)
+        return y - (bypass / 2).detach()
+
+    built.get_submodule("model.layers.0.mlp.up_proj").register_forward_hook(halve)
+
+
 def _writes_into_the_base(built: nn.Module) -> None:
     norm = built.get_submodule("model.norm").weight
     hook = built.get_submodule("model.layers.0.mlp.up_proj").delta.register_hook
-    hook(lambda gradient: (norm.data.mul_(1.001), gradient)[1])
+    hook(lambda gradient: (norm.data.mul_(1.000001), gradient)[1])
 
 
 @pytest.mark.parametrize(
@@ -166,6 +176,7 @@ def _writes_into_the_base(built: nn.Module) -> None:
         (_leaves_one_out, "numbers train, expected"),
         (_starts_elsewhere, "a relative error of"),
         (_scales_a_gradient, "in gradients"),
+        (_halves_a_bypass, "in the loss's drop"),
         (_writes_into_the_base, "model.norm.weight has changed, and does not train"),
     ],
 )
@@ -216,8 +227,3 @@ def test_without_a_gpu_or_transformers_it_stops_at_once(monkeypatch, capsys):
     with pytest.raises(SystemExit):
         model.main([])
     assert "transformers is missing" in capsys.readouterr().err
-
-
-def test_transformers_are_imported_only_when_a_model_is_built():
-    code = "import sys, neuroada_kernels.benchmarks.model; sys.exit('transformers' in sys.modules)"
-    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

@@ -32,6 +32,9 @@ TINY = Budget(
     round_steps=4,
 )
 
+#: LoRA of another rank is the same code.
+COVERED = [name for name in METHODS if name not in ("peft-lora-r16", "peft-lora-r64")]
+
 pytestmark = pytest.mark.filterwarnings("default")  # other packages' are theirs
 
 
@@ -41,6 +44,7 @@ def rows(tmp_path_factory) -> dict[str, dict]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(command, "QUICK", TINY)
         arguments = ["peers-training", "--quick", "--threads", "1", "--json", str(path)]
+        arguments += ["--methods", *COVERED]
         assert suites.main(arguments) == 0
         # Everything is there: nothing is pretrained again.
         patch.setattr(command, "Peers", lambda *_: pytest.fail("measured twice"))
@@ -51,7 +55,7 @@ def rows(tmp_path_factory) -> dict[str, dict]:
 
 
 def test_every_method_trains_and_comes_back_from_the_disk(rows):
-    assert list(rows) == list(METHODS)
+    assert list(rows) == COVERED
     assert rows.pop("frozen")["skipped"] == "nothing trains"
     for method, row in rows.items():
         assert "skipped" not in row, row
