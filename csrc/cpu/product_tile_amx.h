@@ -73,7 +73,8 @@ inline void store_tile(void* target, int64_t row_bytes) {
   asm volatile("tilestored %%tmm%c2, (%0,%1,1)" : : "r"(target), "r"(row_bytes), "i"(tile) : "memory");
 }
 
-// sum[row][token] += low and high products of 16 cells, as in PairCell: subnormal numbers count as zero.
+// sum[row][token] += (sum of the 16 cells' low products) + (sum of their high ones), each rounded to float32 in
+// turn. As in PairCell, subnormal numbers count as zero.
 template <int sum, int rows, int tokens>
 inline void add_products() {
   asm volatile("tdpbf16ps %%tmm%c2, %%tmm%c1, %%tmm%c0" : : "i"(sum), "i"(rows), "i"(tokens));
@@ -90,7 +91,7 @@ inline void each_sum_tile(F&& f) {
   }
 }
 
-// One cell after the other joins the total: as exact as the output's own rounding to bfloat16 lets one see.
+// Sixteen cells after the other join the total: as exact as the output's own rounding to bfloat16 lets one see.
 template <class Cell, int vectors, bool packed, class Aside>
 void multiply_tile(const TileJob<Cell>& job, Aside&) {
   static_assert(!packed && std::is_same_v<Aside, NothingAside>, "rows of W with cells side by side, and nothing else");
