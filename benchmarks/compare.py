@@ -1,11 +1,11 @@
 """The command ``neuroada bench compare OLD.json NEW.json``: is the second file slower?
 
 Rows with samples are compared by their key: candidate, case and dtype of the linear suite, a method
-of the model suite. Every round's time is taken over the yardstick's in the same round first (the frozen
-linear or model; in Trainer full fine-tuning), so that a drift of the machine between the files
-cancels; the yardstick shows that drift by its own time, and is not judged. Rounds of two files
-belong to no pairs: a ratio is the median over all pairs of one round of each, its spread their
-quartiles.
+of the model suite. Every round's time is taken over the yardstick's in the same round first (the
+frozen linear or model; through Trainer, full fine-tuning), so that a drift of the machine between
+the files cancels; the yardstick shows that drift by its own time, and is not judged. Rounds of two
+files belong to no pairs: a ratio is the median over all pairs of one round of each, its spread
+their quartiles.
 """
 
 from __future__ import annotations
