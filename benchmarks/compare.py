@@ -1,10 +1,11 @@
 """The command ``neuroada bench compare OLD.json NEW.json``: is the second file slower?
 
 Rows with samples are compared by their key: candidate, case and dtype of the linear suite, a method
-of the model suite. Every round's time is taken over the frozen linear's (or model's) in the same
-round first, so that a drift of the machine between the files cancels; what is frozen shows that
-drift by its own time, and is not judged. Rounds of two files belong to no pairs: a ratio is the
-median over all pairs of one round of each, its spread their quartiles.
+of the model suite. Every round's time is taken over the yardstick's in the same round first (the
+frozen linear or model; through Trainer, full fine-tuning), so that a drift of the machine between
+the files cancels; the yardstick shows that drift by its own time, and is not judged. Rounds of two
+files belong to no pairs: a ratio is the median over all pairs of one round of each, its spread
+their quartiles.
 """
 
 from __future__ import annotations
@@ -27,6 +28,10 @@ from neuroada_kernels.benchmarks.timing import Quartiles, paired_ratio
 
 #: Facts of a session without which times are of another machine.
 MACHINE = ("device", "cpu", "gpu", "threads")
+#: Settings without which rows of one key are of other work.
+WORK = ("sizes", "sequence", "batch", "dtype", "k")
+#: What a suite's rows are taken over, where it is not the frozen model.
+_YARDSTICKS = {"peers-training": "full"}
 _FROZEN = "frozen"
 
 
@@ -39,7 +44,7 @@ class Change:
     """New over old; above 1 is slower."""
 
     key: str
-    old: float  # medians: over frozen, or else milliseconds
+    old: float  # medians: over the yardstick, or else milliseconds
     new: float
     ratio: Quartiles
     judged: bool = True
@@ -55,19 +60,20 @@ def compare(
     old, new : mapping
         Files of a suite whose rows have samples, as their JSON holds them.
     anyway : bool
-        Also those of two machines or suites.
+        Also those of two machines, suites or sizes.
 
     Raises
     ------
     CompareError
-        If they are of different suites or machines, or have no row in common.
+        If they are of different suites, machines or sizes, or have no row in common.
     """
     differing = _differing(old, new)
     if differing and not anyway:
         raise CompareError(f"{'; '.join(differing)}; --anyway compares all the same")
     before, after = _samples(old), _samples(new)
+    yardstick = _yardstick(old)
     changes = [
-        _change(key, before[key], after[key], judged=not _is_frozen(key))
+        _change(key, *_alike(before[key], after[key]), judged=_method(key) != yardstick)
         for key in before
         if key in after
     ]
@@ -99,28 +105,55 @@ def _differing(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
     facts = [("kind", old["kind"], new["kind"])]
     before, after = ((found["sessions"] or [{}])[0] for found in (old, new))
     facts += [(fact, before.get(fact), after.get(fact)) for fact in MACHINE]
+    one, other = (found.get("settings", {}) for found in (old, new))
+    facts += [(name, one.get(name), other.get(name)) for name in WORK]
     return [f"{fact}: {one} and {other}" for fact, one, other in facts if one != other]
 
 
-def _samples(document: Mapping[str, Any]) -> dict[str, list[float]]:
-    """By key, each round's milliseconds, over those of what is frozen where they are known."""
+@dataclass(frozen=True)
+class _Samples:
+    """Milliseconds of each round, and the yardstick's where they are known."""
+
+    own: Sequence[float]
+    yardstick: Sequence[float]
+
+    @property
+    def relative(self) -> list[float] | None:
+        if len(self.yardstick) != len(self.own):
+            return None
+        return [time / least for time, least in zip(self.own, self.yardstick, strict=True)]
+
+
+def _samples(document: Mapping[str, Any]) -> dict[str, _Samples]:
+    """By key; nobody's yardstick is taken over itself."""
+    name = _yardstick(document)
     rows = {row["key"]: row for row in document["results"]}
     times = {key: _milliseconds(row) for key, row in rows.items()}
     if document["kind"] == KIND:
-        frozen = {key: times.get(f"{key.rpartition(' ')[0]} {_FROZEN}", []) for key in times}
+        over = {key: times.get(f"{key.rpartition(' ')[0]} {name}", []) for key in times}
     else:
-        frozen = {key: row.get("frozen_samples_ms", []) for key, row in rows.items()}
-    return {key: _relative(key, own, frozen[key]) for key, own in times.items() if own}
+        # None where methods ran one after the other, as on a GPU.
+        over = {key: row.get(f"{name}_samples_ms") or [] for key, row in rows.items()}
+    return {
+        key: _Samples(own, [] if _method(key) == name else over[key])
+        for key, own in times.items()
+        if own
+    }
 
 
-def _relative(key: str, own: list[float], frozen: Sequence[float]) -> list[float]:
-    if _is_frozen(key) or len(frozen) != len(own):
-        return own
-    return [time / least for time, least in zip(own, frozen, strict=True)]
+def _alike(old: _Samples, new: _Samples) -> tuple[Sequence[float], Sequence[float]]:
+    """Both over the yardstick where that is known of both, or else both in milliseconds."""
+    if old.relative is not None and new.relative is not None:
+        return old.relative, new.relative
+    return old.own, new.own
 
 
-def _is_frozen(key: str) -> bool:
-    return re.split("[ /]", key)[-1] == _FROZEN
+def _yardstick(document: Mapping[str, Any]) -> str:
+    return _YARDSTICKS.get(document["kind"], _FROZEN)
+
+
+def _method(key: str) -> str:
+    return re.split("[ /]", key)[-1]
 
 
 def _milliseconds(row: Mapping[str, Any]) -> list[float]:
@@ -143,7 +176,7 @@ def main(argv: list[str] | None = None) -> int:
     add("old", type=Path, metavar="OLD.json")
     add("new", type=Path, metavar="NEW.json")
     add("--threshold", type=float, default=1.05, help="ratio beyond which it is slower; 1.05")
-    add("--anyway", action="store_true", help="also files of two machines or suites")
+    add("--anyway", action="store_true", help="also files of two machines, suites or sizes")
     options = parser.parse_args(argv)
     if options.threshold <= 0:
         parser.error(f"--threshold: {options.threshold}, expected a positive ratio")

@@ -18,18 +18,20 @@ set -uo pipefail
 ROOT=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 PYTHON=$(command -v "${PYTHON:-python3}") || { echo "gpu_run.sh: no Python" >&2; exit 1; }
 [[ $PYTHON == /* ]] || PYTHON=$PWD/$PYTHON
+PATH=$(dirname "$PYTHON"):$PATH # what pip installed beside it, as CMake and ninja
 LIMIT=${LIMIT:-540}
 BUILT=$ROOT/build/gpu
 WORK=$(mktemp -d)
 trap 'rm -rf "$WORK"' EXIT
 SITE=$WORK/site
 # By importance: what is not reached in time is what matters least.
-PHASES=(build environment cuda-tests tests linear-8192 model linear-1024 sweep-k sweep-tokens
-  model-checkpointed linear-16384 linear-peers memory memcheck racecheck cuda-memcheck)
+PHASES=(build environment cuda-tests tests linear-8192 model linear-1024 model-checkpointed linear-16384
+  cuda-memcheck memcheck sweep-k linear-peers sweep-tokens cuda-racecheck racecheck)
 # By name alone.
-MORE=(cuda-racecheck cuda-initcheck cuda-synccheck linear-one-kernel linear-one-pass linear-patched)
-# Percent of the time that a phase may take of what others need more.
-declare -A SHARE=([build]=35 [cuda-tests]=25 [tests]=20)
+MORE=(cuda-initcheck cuda-synccheck linear-one-kernel linear-one-pass linear-patched)
+# Percent of the time that a phase may take of what others need more: a kernel may hang.
+declare -A SHARE=([build]=30 [environment]=10 [cuda-tests]=20 [tests]=20 [linear-8192]=30 [model]=35
+  [cuda-memcheck]=20 [memcheck]=20)
 LEAST=10   # seconds without which no phase is worth its start
 RESERVE=3  # seconds for the end
 MAX_FILES=8 MAX_BYTES=16000000
@@ -37,6 +39,8 @@ MINUTES=''
 DRY_RUN=''
 declare -A OUTCOME=()
 FAILED=0
+NOTES=''
+HAS_CUDA='' # yes or no, once it was asked for
 
 stop() {
   echo "gpu_run.sh: $*" >&2
@@ -77,7 +81,7 @@ write_summary() {
   {
     echo "gpu_run.sh, $SECONDS s${MINUTES:+ of $((MINUTES * 60))}, on ${DRY_RUN:+the CPU, a dry run: not }$GPU"
     for name in "${WANTED[@]}"; do echo "$name: ${OUTCOME[$name]:-not reached}"; done
-    [[ -z ${NOTES:-} ]] || printf '%s\n' "$NOTES"
+    [[ -z $NOTES ]] || printf '%s' "$NOTES"
   } >"$OUT/.summary"
   mv "$OUT/.summary" "$OUT/summary.txt" # so that there is a whole one at any moment
 }
@@ -85,6 +89,7 @@ write_summary() {
 # Keeps OUTDIR within its bounds: of a log its beginning and its end, anything else compressed.
 bound() {
   local file bytes count
+  rm -f "$OUT"/.*.tmp # of a suite that was killed while it wrote
   for file in "$OUT"/*; do
     bytes=$(stat -c %s "$file")
     ((bytes > MAX_BYTES)) || continue
@@ -114,26 +119,28 @@ cut_off() {
 }
 
 # run COMMAND...: the phase's, within its limit, its output in the log; what fails stops no other.
+# What is stopped is interrupted first, so that pytest says what failed until then. Sets STATUS.
 run() {
-  local status limit from
+  local limit from
   limit=$(limit_of "$PHASE")
   START=$SECONDS
   OUTCOME[$PHASE]='started, and this is the last that was heard of it'
   write_summary
   echo "== $PHASE" | tee -a "$OUT/log.txt"
   from=$(stat -c %s "$OUT/log.txt")
-  timeout --kill-after=10 "$limit" "$@" >>"$OUT/log.txt" 2>&1 &
+  timeout --signal=INT --kill-after=5 "$limit" "$@" >>"$OUT/log.txt" 2>&1 &
   CHILD=$!
   wait "$CHILD"
-  status=$?
+  STATUS=$?
   CHILD=''
   tail -c +$((from + 1)) "$OUT/log.txt" | tail -n 5
-  case $status in
+  case $STATUS in
     0) outcome "$PHASE" "ok, $((SECONDS - START)) s" ;;
     124 | 137) outcome "$PHASE" "FAILED, stopped after $limit s; what it had is kept" ;;
-    *) outcome "$PHASE" "FAILED, status $status, see log.txt" ;;
+    10) outcome "$PHASE" "FAILED for some candidates, which its results name; the others are measured" ;;
+    *) outcome "$PHASE" "FAILED, status $STATUS, see log.txt" ;;
   esac
-  ((status == 0)) || FAILED=1
+  ((STATUS == 0)) || FAILED=1
   bound
 }
 
@@ -160,18 +167,32 @@ link_package() {
 
 link_built() {
   local file
-  for file in "$BUILT"/lib/neuroada_kernels/*.so; do
+  for file in "$BUILT"/cmake/*.so; do
     [[ -e $file ]] && ln -sf "$file" "$SITE/neuroada_kernels/"
   done
+  HAS_CUDA=''
 }
 
+# By somebody else. What was built here before is built anew, of which only changed files take time.
+is_built() {
+  [[ ! -e $BUILT/cmake && -e $SITE/neuroada_kernels/libneuroada.so ]] && "$PYTHON" -c '
+import sys, neuroada_kernels._extension as e
+sys.exit(bool(e.library_error or e.module_error))' 2>/dev/null
+}
+
+# By CMake alone: setup.py would ask for a newer setuptools than a machine with torch may have.
 build() {
-  local missing=() tool
-  [[ -e $SITE/neuroada_kernels/libneuroada.so ]] && { skip 'it is built already'; return; }
-  for tool in cmake ninja c++; do command -v $tool >/dev/null || missing+=("$tool"); done
-  for tool in pybind11 setuptools; do has $tool || missing+=("$tool"); done
+  local missing=() tool generator=() version
+  is_built && { skip 'it is built already'; return; }
+  for tool in cmake c++; do command -v $tool >/dev/null || missing+=("$tool"); done
+  has pybind11 || missing+=(pybind11)
   ((${#missing[@]})) && { skip "missing: ${missing[*]}; the backends cpu and cuda cannot run"; return; }
-  run env -C "$ROOT" NEUROADA_BUILD=auto "$PYTHON" setup.py -q build_ext --build-lib "$BUILT/lib" --build-temp "$BUILT/cmake"
+  command -v ninja >/dev/null && generator=(-G Ninja)
+  version=$(sed -n 's/^__version__ = "\(.*\)"$/\1/p' "$ROOT/neuroada_kernels/_version.py")
+  # shellcheck disable=SC2016
+  run env NVCC_APPEND_FLAGS='--threads 4' bash -c 'cmake "$@" && cmake --build "$2" --parallel "$(nproc)"' build \
+    -B "$BUILT/cmake" -S "$ROOT" "${generator[@]}" -DPython_EXECUTABLE="$PYTHON" -DNEUROADA_VERSION="$version" \
+    -DNEUROADA_CUDA=AUTO -DNEUROADA_TESTS=OFF
   link_built
 }
 
@@ -191,8 +212,28 @@ LIST
     echo "missing: the commit, which the JSON is to name; set NEUROADA_COMMIT"
 }
 
+# Asked for once: each answer is an import of torch.
 has_cuda() {
-  "$PYTHON" -c 'import sys, neuroada_kernels as n; sys.exit(n.available_backends().get("cuda", "") is not None)' 2>/dev/null
+  [[ -n $HAS_CUDA ]] || { "$PYTHON" -c '
+import sys, neuroada_kernels as n
+sys.exit(n.available_backends().get("cuda", "") is not None)' 2>/dev/null && HAS_CUDA=yes || HAS_CUDA=no; }
+  [[ $HAS_CUDA == yes ]]
+}
+
+# STATUSES that say nothing of it: what measures is to go on without the CUDA kernels where these
+# broke its process, or made it hang.
+left_cuda_out() {
+  [[ $STATUS =~ ^($1)$ ]] || ! has_cuda || (($(seconds_left) < LEAST)) && return 1
+  HAS_CUDA=no
+  NOTES+="$PHASE broke with the backend cuda (${OUTCOME[$PHASE]}); from there on that is left out"$'\n'
+}
+
+backend() {
+  has_cuda && echo cuda || echo triton
+}
+
+results() { # NAME: of its file; one has the same candidates throughout
+  has_cuda && echo "$OUT/$1.json" || echo "$OUT/$1-triton.json"
 }
 
 # --- phases -----------------------------------------------------------------------------------
@@ -201,21 +242,26 @@ environment() {
   nvidia-smi
   nvcc --version
   git -C "$ROOT" log -1 --oneline
-  "$PYTHON" -m neuroada_kernels.info
   "$PYTHON" -c '
 import json, pathlib, sys
+from neuroada_kernels import info
 from neuroada_kernels.benchmarks.report import environment
+info.main([])
 facts = json.dumps(environment(sys.argv[2]), indent=1)
 print(facts)
 pathlib.Path(sys.argv[1]).write_text(facts + "\n")' "$OUT/environment.json" "$DEVICE"
 }
 
-tests() { # BACKEND: every test that runs on a backend, and the Triton kernels' own
-  local files=(triton_kernels ops test_compile.py test_memory.py test_numerics.py test_threads.py) some=()
+tests() { # BACKEND: every test that runs on a backend, and the Triton kernels' own; what compiles comes last
+  local files=(ops test_memory.py test_numerics.py test_threads.py test_compile.py) some=()
   has pytest || { skip "pytest is missing"; return; }
+  [[ $1 == triton ]] && files=(triton_kernels "${files[@]}")
   has hypothesis && files+=(test_functional.py)
+  # Compiling kernels is most of it. A worker that a test kills, or hangs, is replaced.
+  has xdist && some+=(-n "$(($(nproc) < 8 ? $(nproc) : 8))")
+  has pytest_timeout && some+=(--timeout 60 --timeout-method thread)
   [[ -z $DRY_RUN ]] || { files=(ops/test_kept.py); some=(-k 'float32 and T17 and linear and not dispatched'); }
-  run env NEUROADA_REQUIRE="$1" "$PYTHON" -m pytest -q -ra -m on_backend "${some[@]}" \
+  run env NEUROADA_REQUIRE="$1" "$PYTHON" -m pytest -v --tb=short -ra -m on_backend "${some[@]}" \
     -c "$WORK/pytest.ini" --rootdir="$ROOT" -p no:cacheprovider "${files[@]/#/$ROOT/tests/}"
 }
 
@@ -228,46 +274,45 @@ sanitize() { # TOOL BACKEND
 }
 
 # FILE OPTIONS...: the linear suite, its rows added to FILE; in a dry run at tiny sizes instead.
+# The backend is for `resident`, which names none.
 bench_linear() {
   local file=$1
   shift
+  STATUS=0
   has rich || { skip "rich is missing"; return; }
   local where=(--device "$DEVICE" --dtypes bfloat16)
   [[ -z $DRY_RUN ]] || where=(--device cpu --dtypes float32 --rounds 2 --shapes 32x48)
-  run "$PYTHON" -m neuroada_kernels.cli bench linear --json "$OUT/$file" "$@" "${where[@]}"
+  run env NEUROADA_BACKEND="$(backend)" "$PYTHON" -m neuroada_kernels.cli bench linear --keep-going --json "$file" "$@" "${where[@]}"
 }
 
 linear() { # OPTIONS...: beside frozen, what the targets name
-  local candidates=(neuroada-triton materialised masked-dense full)
+  local candidates=(neuroada-triton resident materialised masked-dense full)
   has_cuda && candidates+=(neuroada-cuda)
   [[ -z $DRY_RUN ]] && has peft && candidates+=(peft-lora-r16)
-  bench_linear linear.json --candidates "${candidates[@]}" "$@"
+  bench_linear "$(results linear)" --candidates "${candidates[@]}" "$@"
+  left_cuda_out '0|2|10' && linear "$@"
 }
 
 sizes() { # OPTIONS...: what a dry run takes instead, the last of an option being the one that counts
   [[ -z $DRY_RUN ]] || echo "$@"
 }
 
-model() { # FILE OPTIONS...
-  local file=$1 methods=(frozen neuroada materialised masked-dense) backend=triton
-  shift
+model() { # MODE
+  local methods=(frozen neuroada neuroada-resident materialised)
   if ! has transformers || ! has rich; then
     skip "transformers or rich is missing"
     return
   fi
-  [[ -z $DRY_RUN ]] && has peft && methods+=(peft-lora-r16)
-  has_cuda && backend=cuda
+  if [[ -z $DRY_RUN ]]; then
+    has peft && methods+=(peft-lora-r16)
+    methods+=(masked-dense)
+  fi
+  has_cuda
   # shellcheck disable=SC2046 # words
-  run "$PYTHON" -m neuroada_kernels.benchmarks.model --device "$DEVICE" --backend "$backend" \
-    --methods "${methods[@]}" --json "$OUT/$file" "$@" $(sizes --hidden 32 --intermediate 64 --layers 1 \
+  run "$PYTHON" -m neuroada_kernels.benchmarks.model --device "$DEVICE" --backend "$(backend)" --modes "$1" \
+    --methods "${methods[@]}" --json "$(results model)" $(sizes --hidden 32 --intermediate 64 --layers 1 \
       --heads 2 --kv-heads 1 --vocabulary 64 --sequence 8 --k 2 --steps 2 --warmup 1 --dtype float32)
-}
-
-memory() {
-  local known='import sys, neuroada_kernels.benchmarks.suites as s; sys.exit("memory" not in s.SUITES)'
-  "$PYTHON" -c "$known" || { skip "there is no such suite"; return; }
-  [[ -z $DRY_RUN ]] || { skip "it measures on the CPU anyway, for minutes"; return; }
-  run "$PYTHON" -m neuroada_kernels.cli bench memory --quick --json "$OUT/memory.json"
+  left_cuda_out '0|2|124|137' && model "$@" # it may just take long
 }
 
 phase() {
@@ -282,31 +327,33 @@ phase() {
     cuda-*) sanitize "${1#cuda-}" cuda ;;
     memcheck | racecheck) sanitize "$1" triton ;;
     # shellcheck disable=SC2046
-    sweep-k) linear --sweep k $(sizes --tokens 4 --k 1 2 4) ;;
-    # shellcheck disable=SC2046
-    sweep-tokens) linear --sweep tokens $(sizes --tokens 1 2 4 --k 2) ;;
-    # shellcheck disable=SC2046
-    linear-peers) bench_linear linear-peers.json --peers --shapes llama-3-8b --tokens 8192 --k 8 $(sizes --tokens 4 --k 2) ;;
+    linear-peers) bench_linear "$OUT/linear-peers.json" --peers --shapes llama-3-8b --tokens 8192 --k 8 \
+      --candidates resident "neuroada-$(backend)" $(sizes --tokens 4 --k 2 --candidates peft-ia3) ;;
     # The kernels for sm_90a with the product in them, where two kernels would be taken.
     linear-one-kernel) in_form 1 ;;
     linear-one-pass) in_form 2 ;; # the SDDMM in dx's kernel too
     linear-patched) in_form 3 ;;  # W's tiles patched: the rounding of resident
-    linear-1024 | linear-16384)
-      [[ -z $DRY_RUN ]] || { skip "its sizes are those of linear-8192 in a dry run"; return; }
-      linear --cases "T${1#linear-}-"
-      ;;
     # shellcheck disable=SC2046
-    linear-8192) linear --cases T8192- $(sizes --tokens 8 --k 2 --cases T8-) ;;
-    model) model model.json --modes plain ;;
-    model-checkpointed) model model-checkpointed.json --modes checkpointed ;;
-    memory) memory ;;
+    linear-8192) linear --cases T8192- $(sizes --tokens 8 --k 1 2 4 --cases T8-) ;;
+    model) model plain ;;
+    *)
+      if [[ -n $DRY_RUN ]]; then
+        skip "a dry run has one phase of its kind"
+        return
+      fi
+      case $1 in
+        linear-1024 | linear-16384) linear --cases "T${1#linear-}-" ;;
+        sweep-*) linear --sweep "${1#sweep-}" ;;
+        model-checkpointed) model checkpointed ;;
+      esac
+      ;;
   esac
 }
 
 in_form() { # FORM
   local NEUROADA_CUDA_FUSED=$1
   export NEUROADA_CUDA_FUSED
-  bench_linear "$PHASE.json" --cases T8192- --candidates neuroada-cuda
+  bench_linear "$OUT/$PHASE.json" --cases T8192- --candidates neuroada-cuda
   unset NEUROADA_CUDA_FUSED
 }
 

@@ -18,6 +18,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict
 from functools import lru_cache, partial
 from importlib.util import find_spec
+from typing import Any
 
 import torch
 from rich.console import Console
@@ -62,6 +63,8 @@ from neuroada_kernels.testing import BENCH_CASES, GPU_BENCH_CASES, MODEL_SHAPES,
 _DTYPES = ("float32", "bfloat16", "float16", "float64")
 _ROUNDS = 15
 _WARMUP = 2
+#: Exit status where --keep-going left a candidate out that failed; nothing else ends so.
+FAILED = 10
 #: Where there is next to nothing to compute, so that a step's time is the host's.
 _HOST_CASE = Case(tokens=1, d_in=64, d_out=64, k=1)
 #: What changes the kernels that run, and so belongs to the settings.
@@ -76,17 +79,20 @@ def measure_case(
     *,
     device: str = "cpu",
     between: Callable[[], None] = lambda: None,
+    keep_going: bool = False,
 ) -> list[Measurement | Skipped]:
     """A measurement of each candidate, ``frozen`` among them, in their order.
+
+    ``keep_going``: one that is wrong, or cannot be built and run, is skipped as ``failed``.
 
     Raises
     ------
     WrongCandidateError
-        If a candidate is wrong; then nothing of the case is timed.
+        If a candidate is wrong, unless ``keep_going``; then nothing of the case is timed.
     """
     inputs = bench_inputs(case, getattr(torch, dtype), device)
     candidates = list(candidates)
-    runs, reasons = _prepare(candidates, inputs, device)
+    runs, skipped = _prepare(candidates, inputs, device, keep_going)
     chosen = automatic(inputs)
     on_gpu = device == "cuda"
     timings = (measure_on_gpu if on_gpu else measure)(runs, rounds, warmup=_WARMUP, between=between)
@@ -96,8 +102,8 @@ def measure_case(
         host = _host_us(tuple(runs), dtype, rounds)
 
     def result(name: str) -> Measurement | Skipped:
-        if name in reasons:
-            return Skipped(case, dtype, name, reasons[name])
+        if name in skipped:
+            return Skipped(case, dtype, name, **skipped[name])
         return Measurement(
             case=case,
             dtype=dtype,
@@ -115,24 +121,30 @@ def measure_case(
 
 
 def _prepare(
-    candidates: Iterable[Candidate], inputs: Inputs, device: str
-) -> tuple[dict[str, Run], dict[str, str]]:
-    """What can be timed, checked, and why the rest cannot."""
+    candidates: Iterable[Candidate], inputs: Inputs, device: str, keep_going: bool
+) -> tuple[dict[str, Run], dict[str, dict[str, Any]]]:
+    """What can be timed, checked, and the reasons why the rest cannot."""
     exact = Exact(inputs)
     runs: dict[str, Run] = {}
-    reasons: dict[str, str] = {}
+    skipped: dict[str, dict[str, Any]] = {}
     for candidate in candidates:
         try:
             run = prepare(candidate, inputs, exact)
         except BackendError as error:
-            reasons[candidate.name] = str(error)
+            skipped[candidate.name] = {"reason": str(error)}
             continue
-        reason = reason_not_captured(run) if device == "cuda" else None
-        if reason is None:
+        except Exception as error:
+            if not keep_going or candidate.name == "frozen":
+                raise
+            reason = f"{type(error).__name__}: {error}"
+            skipped[candidate.name] = {"reason": reason, "failed": True}
+            continue
+        unfit = reason_not_captured(run) if device == "cuda" else None
+        if unfit is None:
             runs[candidate.name] = run
         else:
-            reasons[candidate.name] = reason
-    return runs, reasons
+            skipped[candidate.name] = {"reason": unfit}
+    return runs, skipped
 
 
 @lru_cache
@@ -144,7 +156,10 @@ def _host_us(names: tuple[str, ...], dtype: str, rounds: int) -> Mapping[str, Qu
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Run the suite as the arguments say; 1 where ``--assert-bars`` finds a bar missed."""
+    """Run the suite as the arguments say; 1 where ``--assert-bars`` finds a bar missed.
+
+    :data:`FAILED` where ``--keep-going`` left a candidate out that is wrong or could not run.
+    """
     parser = _parser()
     options = parser.parse_args(argv)
     _complete(options, parser)
@@ -175,7 +190,8 @@ def main(argv: list[str] | None = None) -> int:
             from neuroada_kernels.benchmarks.html import write_html
 
             write_html({(options.json or options.html).name: records.as_dict()}, options.html)
-    return status(results.verdicts) if options.assert_bars else 0
+    missed = status(results.verdicts) if options.assert_bars else 0
+    return missed or FAILED * any(skip.failed for skip in results.skipped)
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -217,6 +233,11 @@ def _parser() -> argparse.ArgumentParser:
     add("--peers", action="store_true", help=f"also {', '.join(peers)}")
     add("--rounds", type=positive, metavar="N", help=f"default: {_ROUNDS}")
     add("--threads", type=positive, metavar="N", help="default: torch's")
+    add(
+        "--keep-going",
+        action="store_true",
+        help=f"leave out a candidate that is wrong or fails, and exit {FAILED}; default: stop",
+    )
     add_outputs(parser)
     add("--png", type=output_file, metavar="FILE", help="write a bar chart (needs matplotlib)")
     add("--memory", action="store_true", help="instead: what a block keeps for its backward")
@@ -301,7 +322,13 @@ def _rows(
     case: Case, dtype: str, options: argparse.Namespace, between: Callable[[], None]
 ) -> list[Row]:
     found = measure_case(
-        case, dtype, options.candidates, options.rounds, device=options.device, between=between
+        case,
+        dtype,
+        options.candidates,
+        options.rounds,
+        device=options.device,
+        between=between,
+        keep_going=options.keep_going,
     )
     return [each.as_dict() for each in found]
 

@@ -2,7 +2,8 @@
 
 A row of ``results`` is one of three: a measurement of a candidate at a case in a dtype
 (:meth:`neuroada_kernels.benchmarks.measurement.Measurement.as_dict`), one that was ``skipped`` and
-why, and ``host_cost``, the overhead of one forward call at T = 1.
+why (``failed``, where it should have run), and ``host_cost``, the overhead of one forward call at
+T = 1.
 """
 
 from __future__ import annotations
@@ -23,12 +24,13 @@ HOST_COST = "host-cost"
 
 @dataclass(frozen=True)
 class Skipped:
-    """A candidate that was not timed."""
+    """A candidate that was not timed; ``failed``: it is wrong, or broke, and should be repaired."""
 
     case: Case
     dtype: str
     candidate: str
     reason: str
+    failed: bool = False
 
     def as_dict(self) -> dict[str, Any]:
         """Plain data."""
@@ -37,13 +39,14 @@ class Skipped:
             "dtype": self.dtype,
             "candidate": self.candidate,
             "skipped": self.reason,
+            **({"failed": True} if self.failed else {}),
         }
 
     @classmethod
     def from_dict(cls, row: Mapping[str, Any]) -> Skipped:
         """What :meth:`as_dict` made plain."""
         case = {name: value for name, value in row["case"].items() if name != "name"}
-        return cls(Case(**case), row["dtype"], row["candidate"], row["skipped"])
+        return cls(Case(**case), row["dtype"], row["candidate"], row["skipped"], "failed" in row)
 
 
 @dataclass

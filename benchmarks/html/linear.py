@@ -86,7 +86,8 @@ def _swept(rows: Sequence[Row], axis: str) -> Iterator[Group]:
     groups: dict[str, list[Row]] = {}
     for row in rows:
         case = row["case"]
-        parts = [f"{case['d_in']} → {case['d_out']}", row["dtype"]]
+        bias = ", bias" * bool(case.get("bias"))
+        parts = [f"{case['d_in']} → {case['d_out']}{bias}", row["dtype"]]
         parts += [f"{'T' if n == 'tokens' else n} {case[n]}" for n in ("tokens", "k") if n != axis]
         groups.setdefault(", ".join(parts), []).append(row)
     for name, group in groups.items():

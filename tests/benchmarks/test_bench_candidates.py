@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -239,6 +241,25 @@ def test_nothing_is_timed_once_a_candidate_is_wrong(monkeypatch: pytest.MonkeyPa
     with pytest.raises(WrongCandidateError):
         linear.measure_case(CASE, "float32", [table()["frozen"], wrong], 1)
     assert not timed
+
+
+def test_a_run_that_keeps_going_times_the_others_and_says_that_one_failed(
+    monkeypatch, tmp_path: Path, capsys
+) -> None:
+    rows = {**table(), "full": altered("full", torch.zeros_like)}
+    monkeypatch.setattr(linear, "table", lambda: rows)
+    path = tmp_path / "a.json"
+    case = ["--shapes", "16x8", "--tokens", "4", "--k", "1", "--dtypes", "float32"]
+    names = ["--candidates", "full", "lora-r8"]
+    arguments = [*case, *names, "--rounds", "2", "--json", str(path)]
+    with pytest.raises(WrongCandidateError):
+        linear.main(arguments)
+    assert linear.main([*arguments, "--keep-going"]) == linear.FAILED
+    assert "not timed: full, T4-16to8-k1 float32: WrongCandidateError" in capsys.readouterr().out
+    _, measured, skipped = json.loads(path.read_text())["results"]
+    assert measured["ratio_to_frozen"]
+    assert skipped["failed"]
+    assert linear.main(arguments) == linear.FAILED  # from the file
 
 
 def test_a_backend_that_declines_is_reported_and_not_timed() -> None:

@@ -48,6 +48,27 @@ def test_the_spread_is_that_of_all_pairs_of_rounds() -> None:
     assert (change.old, change.new, change.ratio.median) == (1, 1, 1)
 
 
+def test_what_ran_alone_is_compared_by_its_own_time() -> None:
+    alone = model((4, 4))
+    alone["results"][0]["frozen_samples_ms"] = None
+    for old, new in ((alone, alone), (alone, model((4, 4), frozen=(2, 2)))):
+        (change,) = compare(old, new)
+        assert (change.old, change.new, change.ratio.median) == (4, 4, 1)
+
+
+def test_through_trainer_the_yardstick_is_full_fine_tuning() -> None:
+    def peers(speed):
+        rows = [
+            {"key": name, "samples_ms": [time * speed], "full_samples_ms": [2 * speed]}
+            for name, time in (("neuroada", 3), ("full", 2))
+        ]
+        return {"kind": "peers-training", "sessions": [SESSION], "results": rows}
+
+    found = {change.key: change for change in compare(peers(1), peers(5))}
+    assert (found["neuroada"].ratio.median, found["neuroada"].judged) == (1, True)
+    assert (found["full"].ratio.median, found["full"].judged) == (5, False)
+
+
 @pytest.mark.parametrize(
     ("threshold", "status"), [([], 1), (["--threshold", "1.2"], 0), (["--threshold", "1.05"], 1)]
 )
@@ -77,6 +98,7 @@ def test_the_worst_comes_first_and_rows_of_one_file_are_left_out() -> None:
         (linear((11.0, 12.0, 13.0), cpu="another"), "cpu: a processor and another"),
         (linear((11.0, 12.0, 13.0), threads=4), "threads: 2 and 4"),
         (model((1, 2)), "kind: linear and model"),
+        ({**OLD, "settings": {"sizes": {"layers": 2}}}, "sizes: None and {'layers': 2}"),
     ],
 )
 def test_other_machines_and_suites_are_refused(new, message) -> None:

@@ -25,8 +25,8 @@ def outcomes(out: Path) -> dict[str, str]:
     return dict(line.split(": ", 1) for line in lines)
 
 
-@pytest.mark.timeout(600)  # a dozen processes, each of which imports torch
-def test_a_dry_run_goes_through_every_phase_and_leaves_few_valid_files(tmp_path: Path) -> None:
+@pytest.mark.timeout(600)  # half a dozen processes, each of which imports torch
+def test_a_dry_run_has_a_phase_of_every_kind_and_leaves_few_valid_files(tmp_path: Path) -> None:
     out = tmp_path / "out"
     done = subprocess.run(
         [SCRIPT, out, "--dry-run", "--minutes", "15"],
@@ -38,23 +38,52 @@ def test_a_dry_run_goes_through_every_phase_and_leaves_few_valid_files(tmp_path:
     assert done.returncode == 0, log
     said = outcomes(out)
     assert {name for name, what in said.items() if what.startswith("ok, ")} >= {
-        *("environment", "tests", "linear-8192", "model", "sweep-k", "sweep-tokens"),
-        *("model-checkpointed", "linear-peers"),
+        *("environment", "tests", "linear-8192", "model", "linear-peers")
     }
     assert said["cuda-tests"] == "skipped, the backend cuda cannot run"
     assert "memcheck" in said
     assert " passed" in log
-    files = list(out.iterdir())
-    assert len(files) <= 8
-    assert all(file.stat().st_size < 16e6 for file in files)
-    found = json.loads((out / "linear.json").read_text())
-    names = {row["candidate"] for row in found["results"]}
-    assert names == {"frozen", "neuroada-triton", "materialised", "masked-dense", "full"}
-    assert {fit["over"] for fit in found["summary"]["fits"]} == {"k", "tokens"}
-    for file in files:
-        assert file.suffix in (".txt", ".json")
-        if file.suffix == ".json":
-            json.loads(file.read_text())
+    files = {file.name: file.read_text() for file in out.iterdir()}
+    assert files.keys() == {
+        *("log.txt", "summary.txt", "environment.json"),
+        *("linear-triton.json", "linear-peers.json", "model-triton.json"),
+    }
+    found = {name: json.loads(text) for name, text in files.items() if name.endswith(".json")}
+    ours = ["neuroada-triton", "resident", "materialised", "masked-dense", "full"]
+    linear = found["linear-triton.json"]
+    assert {row["candidate"] for row in linear["results"]} == {"frozen", *ours}
+    assert not any("skipped" in row for row in linear["results"])
+    assert linear["settings"]["switches"] == {"BACKEND": "triton"}
+    assert {fit["over"] for fit in linear["summary"]["fits"]} == {"k"}
+
+
+#: Stands for a python3 with a GPU: each of its calls a line of the file $CALLS.
+PYTHON = """#!/bin/bash
+echo "$@" >>"$CALLS"
+case "$*" in
+  *get_device_name*) echo 'NVIDIA H200' ;;
+  *"bench linear"*neuroada-cuda*) exit 139 ;;
+  *"bench linear"*) exit 10 ;;
+esac
+"""
+
+
+def test_cuda_kernels_that_break_a_process_are_left_out_and_the_rest_is_measured(tmp_path: Path):
+    python, calls = tmp_path / "python3", tmp_path / "calls"
+    python.write_text(PYTHON)
+    python.chmod(0o755)
+    environment = {**ENVIRONMENT, "PYTHON": str(python), "CALLS": str(calls)}
+    phases = ["linear-8192", "linear-1024", "model"]
+    done = subprocess.run([SCRIPT, tmp_path / "out", *phases], env=environment, capture_output=True)
+    assert done.returncode == 1
+    suites = [line for line in calls.read_text().splitlines() if " -m " in f" {line}"]
+    assert ["neuroada-cuda" in line for line in suites] == [True, False, False, False]
+    assert ["/linear.json" in line for line in suites] == [True, False, False, False]
+    assert "--cases T1024- " in suites[2]
+    assert "--backend triton" in suites[3]
+    said = (tmp_path / "out" / "summary.txt").read_text()
+    assert said.count("FAILED for some candidates, which its results name") == 2
+    assert "linear-8192 broke with the backend cuda (FAILED, status 139, see log.txt)" in said
 
 
 def test_without_time_every_phase_says_so(tmp_path: Path) -> None:

@@ -114,6 +114,17 @@ def test_a_sweep_shows_its_fits_bars_and_what_was_not_timed():
     assert "x, k1, float32: too old" in shown
 
 
+def test_layers_with_and_without_a_bias_are_in_panels_of_their_own():
+    rows = [
+        {**row, "case": {**row["case"], "bias": bias}}
+        for row in LINEAR["results"]
+        if "ratio_to_frozen" in row
+        for bias in (False, True)
+    ]
+    names = [name for name, _ in linear._swept(rows, "k")]
+    assert names == ["8 → 6, float32, T 4", "8 → 6, bias, float32, T 4"]
+
+
 def test_a_training_step_shows_time_memory_and_what_did_not_run():
     section = model.section(Source("model.json", "model", MODEL))
     shown = "".join(section.blocks)

@@ -10,7 +10,8 @@
 namespace neuroada::testing {
 namespace {
 
-// No dimension is a multiple of a vector's or a tile's, so that the ends of loops are counted as well.
+// The tokens are no multiple of a vector, and no dimension is one of a tile, so that the ends of loops over them are
+// counted as well; d_in and d_out are multiples of 8 floats.
 constexpr Case kCase{67, 200, 136, 8, IndexKind::distinct, true};
 
 template <class T>
