@@ -16,7 +16,7 @@ from gradients import (
     reference_bypass,
     reference_linear,
 )
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
@@ -167,8 +167,19 @@ def laid_out(values: Tensor, layout: str) -> Tensor:
     return values
 
 
+ONE_OF_EACH = Inputs(
+    x=torch.tensor([[0.6372]], dtype=torch.float16),
+    weight=torch.tensor([[0.1028]], dtype=torch.float16),
+    index=torch.tensor([[0]], dtype=torch.int32),
+    delta=torch.tensor([[0.0965]]),
+    bias=None,
+    grad_output=torch.tensor([[0.3379]], dtype=torch.float16),
+)
+
+
 @settings(max_examples=100, deadline=None, derandomize="CI" in os.environ)
 @given(linears())
+@example((ONE_OF_EACH, (), "contiguous"))  # two roundings in one direction
 def test_any_shape_and_layout_of_x_is_served(drawn):
     inputs, leading, layout = drawn
     x = laid_out(inputs.x.view(*leading, inputs.x.shape[1]), layout)
@@ -181,16 +192,24 @@ def test_any_shape_and_layout_of_x_is_served(drawn):
         [tensor.abs() for tensor in tensors],
         grad_output.abs(),
     )
+    # In 16 bits the bypass may be rounded before torch's product joins it, which y and x's
+    # gradient show: up to half a unit of it, and in a result of one element no average helps.
+    bypass_alone = replace(inputs, weight=torch.zeros_like(inputs.weight))
+    sizes = differentiate_in_float64(
+        reference_linear(bypass_alone), [tensor.abs() for tensor in tensors[:2]], grad_output.abs()
+    )
+    half = torch.finfo(x.dtype).eps / 2 if x.dtype.itemsize == 2 else 0.0
+    extra = [half * float(sizes[0].norm()), half * float(sizes[1].norm()), 0.0, 0.0]
     for name in CPU_BACKENDS:
         with nk.use_backend(name):
             leaves = [tensor.detach().requires_grad_() for tensor in tensors]
             y = linear(inputs)(*leaves)
             results = (y.detach(), *torch.autograd.grad(y, leaves, grad_output))
-        for result, truth, scale, allowed in zip(
-            results, expected, scales, allowed_errors(inputs), strict=False
+        for result, truth, scale, allowed, more in zip(
+            results, expected, scales, allowed_errors(inputs), extra, strict=False
         ):
             assert result.shape == truth.shape
-            assert (result - truth).norm() <= allowed * scale.norm()
+            assert (result - truth).norm() <= allowed * scale.norm() + more
 
 
 @pytest.mark.parametrize("leading", [(), (17,), (3, 5), (2, 3, 4)], ids=str)

@@ -164,9 +164,10 @@ def test_nothing_of_the_weights_size_is_allocated(bias, dtype, backend, device, 
     run = forward_and_backward(inputs, nk.make_plan(inputs.index, case.d_in))
     small = inputs.weight.nbytes // 8  # a block of the eager backend: 8 tokens of x, transposed
     ours, frozen = (allocations(warm(f), tmp_path) for f in (run, frozen_step(inputs)))
-    # With AMX, oneDNN lays W out anew for its tiles during a product, the frozen linear's too.
+    # With AMX, oneDNN lays W out anew for its tiles during a product, the frozen linear's too;
+    # our own product in tiles does not.
     large = [size for size in ours if size > small]
-    assert large == [size for size in frozen if size > small]
+    assert large in ([], [size for size in frozen if size > small])
     assert max(itertools.accumulate(ours)) <= 2 * small + max(large, default=0)
 
 
