@@ -6,11 +6,8 @@ Runs on the CPU in a few minutes. All text comes with CPython; nothing is downlo
 from __future__ import annotations
 
 import argparse
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
-import torch
 from rich.console import Console
 from rich.progress import (
     BarColumn,
@@ -21,6 +18,7 @@ from rich.progress import (
     TimeElapsedColumn,
 )
 
+from neuroada_kernels.benchmarks.options import positive, threads
 from neuroada_kernels.demo.data import Corpus, documentation, python_source
 from neuroada_kernels.demo.experiment import Experiment, Results, Settings
 from neuroada_kernels.demo.figure import write_figure
@@ -32,7 +30,7 @@ def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="neuroada demo", description=(__doc__ or "").strip())
     parser.add_argument("--output", type=Path, default=Path("demo-output"), metavar="DIR")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--threads", type=_positive, help="threads of PyTorch (its own choice)")
+    parser.add_argument("--threads", type=positive, help="threads of PyTorch (its own choice)")
     parser.add_argument("--quick", action="store_true", help="a tiny model, in some seconds")
     arguments = parser.parse_args(argv)
     console = Console()
@@ -44,7 +42,7 @@ def main(argv: list[str] | None = None) -> int:
         console.print(f"This Python came without its library's text: {error}", style="bold red")
         return 1
     arguments.output.mkdir(parents=True, exist_ok=True)
-    with _threads(arguments.threads):
+    with threads(arguments.threads):
         results = _run(settings, *texts, console)
         write_json(results, arguments.output / "demo.json")
     show(results, console)
@@ -82,20 +80,3 @@ def _write_figure(results: Results, path: Path, console: Console) -> None:
         write_figure(results, path)
     except ImportError:
         console.print("No figure: matplotlib is missing (pip install 'neuroada-kernels[bench]').")
-
-
-@contextmanager
-def _threads(count: int | None) -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(count or before)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
-
-
-def _positive(text: str) -> int:
-    count = int(text)
-    if count < 1:
-        raise argparse.ArgumentTypeError(f"{count}, expected at least 1")
-    return count
