@@ -6,20 +6,18 @@ import warnings
 from typing import Any
 
 import torch
-from peft.tuners.tuners_utils import BaseTunerLayer, _get_in_out_features, check_adapters_to_merge
+from peft.tuners.tuners_utils import BaseTunerLayer, check_adapters_to_merge
 from peft.utils import resolve_quantization_backend
 from torch import Tensor, nn
-from transformers.pytorch_utils import Conv1D
 
 from neuroada_kernels import functional, ops
+from neuroada_kernels.integrations.peft._bases import features_of, float_weight, is_plain
 from neuroada_kernels.integrations.peft._storage import DeltaDict, IndexDict
 from neuroada_kernels.integrations.peft.config import NeuroAdaPeftConfig
 from neuroada_kernels.nn._offloaded import OffloadedWeight, offloading_hook
 from neuroada_kernels.nn._siblings import Siblings
-from neuroada_kernels.nn.foreign import has_own_forward
 from neuroada_kernels.plan import order_slots
 from neuroada_kernels.selection import select
-from neuroada_kernels.targets import has_hooks
 
 
 class NeuroAdaPeftLayer(BaseTunerLayer):
@@ -183,7 +181,7 @@ class NeuroAdaPeftLayer(BaseTunerLayer):
                     f"base_layer: a {backend.backend_name} weight, which cannot be merged into"
                 )
             return backend.get_base_weight(self.get_base_layer()).clone()
-        return _float_weight(self.get_base_layer())
+        return float_weight(self.get_base_layer())
 
     def _write_back(self, weight: Tensor) -> None:
         if self.quantization_backend is not None:
@@ -202,7 +200,7 @@ class NeuroAdaPeftLayer(BaseTunerLayer):
         base, backend = self.get_base_layer(), self.quantization_backend
         if (offloaded := self._offloaded()) is not None:
             return offloaded.rows(slice(None))
-        return _float_weight(base) if backend is None else backend.get_base_weight(base)
+        return float_weight(base) if backend is None else backend.get_base_weight(base)
 
     def _offloaded(self) -> OffloadedWeight | None:
         """The base's weight, where accelerate has it elsewhere; PEFT brings it for merging."""
@@ -332,39 +330,6 @@ class NeuroAdaPeftLinear(nn.Module, NeuroAdaPeftLayer):
         return "neuroada." + super().__repr__()
 
 
-def is_plain(module: nn.Module) -> bool:
-    """Whether calling it is ``F.linear`` with its weight and bias, and no more than that."""
-    return (
-        isinstance(module, nn.Linear)
-        and not has_own_forward(module)  # as by accelerate's hooks, which load offloaded weights
-        and type(weight := module._parameters.get("weight")) is nn.Parameter
-        and weight.is_floating_point()
-        and not weight.requires_grad
-        and not has_hooks(module)
-    )
-
-
-def features_of(base: nn.Module) -> tuple[int, int]:
-    """``d_in`` and ``d_out`` of a module that maps ``[..., d_in]`` to ``[..., d_out]``.
-
-    Raises
-    ------
-    TypeError
-        If it is none.
-    """
-    found: tuple[Any, Any] = (None, None)
-    if not isinstance(base, nn.Embedding | nn.MultiheadAttention | nn.modules.conv._ConvNd):
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", UserWarning)  # "at your own risk": checked below
-            found = _get_in_out_features(base)
-    if not all(isinstance(size, int) for size in found):
-        raise TypeError(
-            f"Target module {type(base).__name__} is not supported: expected torch.nn.Linear, "
-            "Conv1D of transformers, or a module with in_features and out_features"
-        )
-    return found
-
-
 def check_choosable(
     name: str, base: nn.Module, config: NeuroAdaPeftConfig, **quantization: Any
 ) -> None:
@@ -383,17 +348,6 @@ def check_choosable(
             "cannot be read, expected 'random'; set_connections then puts in what was chosen by "
             "the weight before it was quantised"
         )
-
-
-def _float_weight(base: nn.Module) -> Tensor:
-    """W ``[d_out, d_in]`` of a base that is not quantised, as it lies in memory."""
-    weight = getattr(base, "weight", None)
-    if not isinstance(weight, Tensor) or not weight.is_floating_point() or weight.dim() != 2:
-        raise TypeError(f"base_layer: {type(base).__name__} has no floating weight [d_out, d_in]")
-    if weight.is_meta:
-        raise ValueError("base_layer: its weight is on the meta device, expected values")
-    weight = weight.detach()
-    return weight.t() if isinstance(base, Conv1D) else weight
 
 
 def _new_is_meta() -> bool:

@@ -20,6 +20,7 @@ from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import Tensor, nn
 
 from neuroada_kernels.config import ALL_LINEAR
+from neuroada_kernels.integrations.peft._bases import features_of
 from neuroada_kernels.integrations.peft._register import PREFIX
 from neuroada_kernels.integrations.peft._weighted import add_weighted
 from neuroada_kernels.integrations.peft.config import NeuroAdaPeftConfig
@@ -27,7 +28,6 @@ from neuroada_kernels.integrations.peft.layer import (
     NeuroAdaPeftLayer,
     NeuroAdaPeftLinear,
     check_choosable,
-    features_of,
 )
 from neuroada_kernels.nn._bitsandbytes import keep_packing
 from neuroada_kernels.nn._weight import is_of
