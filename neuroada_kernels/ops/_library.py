@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from neuroada_kernels import _registry
 
 LIBRARY = torch.library.Library("neuroada", "DEF")
 
+_Result = TypeVar("_Result")
 _PLAIN_TYPES = (Tensor, torch.nn.Parameter)
 _dispatch_modes: Callable[[], int] = torch._C._len_torch_dispatch_stack
 
@@ -21,6 +24,25 @@ def define(schema: str, implementation: Callable[..., Any], fake: Callable[..., 
     name = LIBRARY.define(schema)
     LIBRARY.impl(name, implementation, "CompositeExplicitAutograd")
     torch.library.register_fake(f"neuroada::{name}", fake, lib=LIBRARY)
+
+
+def reverse_mode_only(implementation: Callable[..., _Result]) -> Callable[..., _Result]:
+    """``implementation``, refused in forward mode: torch would leave the tangent out in silence.
+
+    It asks an op for its formula only where something requires grad, and under ``torch.func.jvp``
+    what arrives here has lost its tangent already. So any call is refused.
+    """
+
+    @functools.wraps(implementation)
+    def run(*args: Any, **options: Any) -> _Result:
+        if forward_ad._current_level >= 0:
+            raise NotImplementedError(
+                "neuroada: the ops have no forward mode; neuroada_kernels.functional computes the "
+                "formula in plain PyTorch there"
+            )
+        return implementation(*args, **options)
+
+    return run
 
 
 def is_plain_eager(x: Tensor) -> bool:
@@ -34,6 +56,7 @@ def is_plain_eager(x: Tensor) -> bool:
         and type(x) in _PLAIN_TYPES
         and _dispatch_modes() == 0
         and not x.is_meta
+        and forward_ad._current_level < 0
     )
 
 

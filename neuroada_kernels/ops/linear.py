@@ -24,6 +24,7 @@ from neuroada_kernels.ops._library import (
     delta_gradient,
     is_plain_eager,
     refuse_double_backward,
+    reverse_mode_only,
     saved_of,
     unflattened,
     x_or_shape,
@@ -136,13 +137,13 @@ def _fake_backward(
 define(
     "linear(Tensor x, Tensor weight, Tensor index, Tensor delta, Tensor? bias, "
     "Tensor? plan, Tensor? kept=None, Tensor? kept_index=None) -> Tensor",
-    _forward,
+    reverse_mode_only(_forward),
     _fake_forward,
 )
 define(
     "linear_backward(Tensor grad_output, Tensor? x, Tensor weight, Tensor index, Tensor delta, "
     "Tensor? plan, bool[2] output_mask, Tensor? kept_index=None) -> (Tensor, Tensor)",
-    _backward,
+    reverse_mode_only(_backward),
     _fake_backward,
 )
 

@@ -115,6 +115,34 @@ def test_a_tangent_comes_through_in_forward_mode(how, grad, backend, device):
             torch.testing.assert_close(tangent(how, function, (x, delta), along), expected)
 
 
+@pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated:DeprecationWarning")
+@pytest.mark.parametrize("how", ["jvp", "dual_level"])
+@pytest.mark.parametrize("grad", [True, False], ids=["grad", "no_grad"])
+def test_an_op_itself_refuses_a_tangent(how, grad, backend, device):
+    inputs = make_inputs(CASE, torch.float64, device=device)
+    at, along = (inputs.x, inputs.delta), (inputs.x, inputs.delta)
+    rest = {"index": inputs.index, "weight": inputs.weight}
+    for number in (0, 1):
+
+        def op(x: Tensor, delta: Tensor, number: int = number) -> Tensor:
+            return by_op(x, inputs.grad_output, delta, rest)[number]
+
+        with torch.set_grad_enabled(grad), pytest.raises(NotImplementedError, match="forward mode"):
+            tangent(how, op, at, along)
+
+
+@pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated:DeprecationWarning")
+def test_a_backward_refuses_a_tangent_that_its_forward_did_not_see(backend, device):
+    inputs = make_inputs(CASE, torch.float64, device=device)
+    x, delta = leaves(inputs.x, inputs.delta)
+    rest = {"index": inputs.index, "weight": inputs.weight}
+    for y in by_function(x, inputs.grad_output, delta, rest):
+        with forward_ad.dual_level():
+            grad = forward_ad.make_dual(inputs.grad_output, inputs.grad_output)
+            with pytest.raises(NotImplementedError, match="forward mode"):
+                torch.autograd.grad(y, (x, delta), grad)
+
+
 def tangent(how: str, function, at: tuple[Tensor, ...], along: tuple[Tensor, ...]) -> Tensor | None:
     if how == "jvp":
         return torch.func.jvp(function, at, along)[1]
