@@ -53,13 +53,17 @@ def _is_captured(weight: Tensor) -> bool:
 
 
 class _Seen:
-    """A tensor as it was when it was last looked at."""
+    """A tensor as it was when it was last looked at.
 
-    __slots__ = ("address", "tensor", "version")
+    Its memory is held, or else another that is put there through ``.data`` could come to lie at the
+    same address and look like this one.
+    """
+
+    __slots__ = ("address", "memory", "tensor", "version")
 
     def __init__(self, tensor: Tensor) -> None:
         self.tensor = weakref.ref(tensor)
-        self.address = tensor.data_ptr()
+        self.address, self.memory = tensor.data_ptr(), tensor.untyped_storage()
         self.version = None if tensor.is_inference() else tensor._version
 
     def is_still(self, tensor: Tensor) -> bool:
@@ -232,6 +236,7 @@ class ResidentLinear(BypassLinear):
         self._resume()
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
+        self._seen = None  # which would hold the memory that is left
         super()._apply(fn, recurse)
         if self.weight.is_meta:  # there is nothing left to restore
             self.base_values = None

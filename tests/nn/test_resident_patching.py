@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from torch import nn
+from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils.checkpoint import checkpoint
 
 from neuroada_kernels import NeuroAdaLinear, ops, reference
@@ -108,6 +109,24 @@ def test_however_delta_has_changed_and_wherever_the_forward_runs(layer, patches,
     with mode():
         layer(torch.randn(9, 24))
     assert len(patches) == 1
+    assert holds(layer)
+
+
+def test_data_that_is_replaced_twice_is_noticed(layer):
+    """Now and then it lies where the first one lay."""
+    x = torch.randn(9, 24)
+    for _ in range(100):
+        for _ in range(2):
+            layer.delta.data = layer.delta.data + 0.1
+        layer(x)
+        assert holds(layer)
+
+
+def test_a_layer_that_is_moved_holds_no_other_weight_than_its_own(layer):
+    memory = StorageWeakRef(layer.weight.untyped_storage())
+    layer.to(torch.float64)
+    assert memory.expired()
+    layer(torch.randn(9, 24, dtype=torch.float64))
     assert holds(layer)
 
 
