@@ -17,6 +17,7 @@ from neuroada_kernels.config import NeuroAdaConfig
 from neuroada_kernels.model import keep_config
 from neuroada_kernels.model_merge import unmerge
 from neuroada_kernels.nn._named import BASE, NamedLayer
+from neuroada_kernels.nn._offloaded import check_present
 from neuroada_kernels.nn.experts import StackedLinear
 from neuroada_kernels.targets import errors_name
 
@@ -294,7 +295,11 @@ def check_bias(model: nn.Module, *more: NeuroAdaConfig) -> None:
 
 
 def check_whole(model: nn.Module) -> None:
-    """Raise where several processes share out the model, whose adapters stay as they are then."""
+    """Raise where processes or accelerate have the model's parts: its adapters stay as they are."""
+    for name, layer in model.named_modules():
+        if isinstance(layer, NamedLayer):
+            with errors_name(name):
+                check_present(layer)
     if any(map(is_sharded, model.parameters())) or any(map(is_managed_by_fsdp, model.modules())):
         raise ValueError(
             "model: is sharded over processes, expected a whole one: its adapters stay as they are"

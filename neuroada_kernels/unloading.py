@@ -86,8 +86,9 @@ def unload(model: nn.Module, *, merge: bool = False) -> nn.Module:
         If the model is merged already, without ``merge=True``; if with it no adapter is active; or
         within :func:`neuroada_kernels.rows_of`.
     ValueError
-        If the model has no NeuroAda layer, is sharded over processes, or has a base that nothing
-        can be merged into. The model is unchanged then.
+        If the model has no NeuroAda layer, is sharded over processes, was offloaded by accelerate
+        after it was adapted, or has a base that nothing can be merged into. The model is unchanged
+        then.
     """
     model = unwrapped(model)
     layers = named_layers(model)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from accelerate import cpu_offload, disk_offload
-from accelerate.hooks import attach_align_device_hook
+from accelerate.hooks import attach_align_device_hook, remove_hook_from_submodules
 from peft import get_peft_model
 from small_llama import batch, give_values, llama, logits, loss_of, trainable
 from transformers import LlamaForCausalLM
@@ -76,6 +76,37 @@ def test_a_model_with_hooks_and_its_weights_in_place_is_merged_too(tmp_path):
     assert logits(model).equal(logits(plain))
     first, second = (path.read_bytes() for path in tmp_path.iterdir())
     assert first == second
+
+
+@pytest.fixture
+def offloaded_late() -> LlamaForCausalLM:
+    model = llama()
+    nk.adapt(model, k=4)
+    return cpu_offload(give_values(model), execution_device="cpu")
+
+
+def test_what_is_offloaded_once_it_is_adapted_does_not_train(offloaded_late):
+    expected = llama()
+    nk.adapt(expected, k=4)
+    give_values(expected)
+    assert logits(offloaded_late).equal(logits(expected))
+    with pytest.raises(RuntimeError, match="delta: accelerate makes another one for each forward"):
+        loss_of(offloaded_late, 0)
+    remove_hook_from_submodules(offloaded_late)
+    loss_of(offloaded_late, 0).backward()
+    assert all(delta.grad is not None for delta in trainable(offloaded_late).values())
+
+
+@pytest.mark.parametrize(
+    "change",
+    [nk.merge, nk.unload, lambda model: nk.add_adapter(model, "other")],
+    ids=["merge", "unload", "add"],
+)
+def test_nor_is_it_changed(offloaded_late, change):
+    before = logits(offloaded_late)
+    with pytest.raises(ValueError, match=r"layers.0.*weight: accelerate keeps it elsewhere"):
+        change(offloaded_late)
+    assert logits(offloaded_late).equal(before)
 
 
 def test_peft_adapts_and_merges_it(offloaded):

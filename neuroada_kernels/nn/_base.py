@@ -13,6 +13,7 @@ from neuroada_kernels._sharding import whole
 from neuroada_kernels.nn._activations import check_save_activations
 from neuroada_kernels.nn._deferred import Deferred
 from neuroada_kernels.nn._layer import BaseForm, BypassLayer
+from neuroada_kernels.nn._offloaded import check_trains
 from neuroada_kernels.nn._strategy import check_strategy, why_not_resident
 from neuroada_kernels.nn.foreign import is_library
 from neuroada_kernels.plan import check_index_form
@@ -200,6 +201,8 @@ class BypassLinear(BypassLayer):
             raise ValueError(f"x: shape {list(x.shape)}, expected [..., {self.in_features}]")
         if self._deferred is not None and not self.weight.is_meta:
             self.check_selected()
+        if "_hf_hook" in self.__dict__:
+            check_trains(self)
         if self._rows is not None:
             self._rows.check(x)
             return self._rows.map(self._forward_of, x)

@@ -13,6 +13,7 @@ from neuroada_kernels._dtypes import name_of
 from neuroada_kernels._sharding import is_managed_by_fsdp, is_sharded, local, split_as, whole
 from neuroada_kernels.nn._activations import ActivationSaver
 from neuroada_kernels.nn._deferred import Deferred
+from neuroada_kernels.nn._offloaded import check_present
 from neuroada_kernels.nn._rows import BatchRows
 from neuroada_kernels.nn._strategy import check_known, refusal
 from neuroada_kernels.plan import check_index, check_index_form, count_connections
@@ -181,6 +182,7 @@ class BypassLayer(ActivationSaver):
 
     def _check_whole(self) -> None:
         """Raise where the weight is in parts, be it that a forward has left it whole for now."""
+        check_present(self)
         if any(map(is_managed_by_fsdp, self.modules())) or any(map(is_sharded, self.parameters())):
             raise ValueError(
                 "weight: is sharded over processes, expected a whole one to merge into: save "

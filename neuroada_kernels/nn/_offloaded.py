@@ -1,4 +1,4 @@
-"""Linears with accelerate's hooks, which may keep the weight elsewhere until the module runs."""
+"""Modules with accelerate's hooks, which may keep tensors elsewhere until the module runs."""
 
 from __future__ import annotations
 
@@ -49,11 +49,40 @@ def is_dispatched(module: nn.Module) -> bool:
     return bool(_hooks(module)) and type(module).forward is nn.Linear.forward
 
 
+def check_present(layer: nn.Module) -> None:
+    """Raise where accelerate has a layer's own tensors elsewhere until it runs."""
+    if _is_offloaded(layer):
+        raise ValueError(
+            "weight: accelerate keeps it elsewhere, and delta too, expected a model that is "
+            "offloaded before it is adapted"
+        )
+
+
+def check_trains(layer: nn.Module) -> None:
+    """Raise in a forward for whose gradient accelerate leaves no ``delta``."""
+    delta = layer._parameters["delta"]
+    assert delta is not None
+    if delta.requires_grad and torch.is_grad_enabled() and _is_offloaded(layer):
+        raise RuntimeError(
+            "delta: accelerate makes another one for each forward, whose gradient nobody gets; "
+            "expected a model that is offloaded before it is adapted, or torch.no_grad()"
+        )
+
+
+def _is_offloaded(module: nn.Module) -> bool:
+    return any(getattr(hook, "offload", False) for hook in _all_hooks(module))
+
+
 def _hooks(module: nn.Module) -> list[Any]:
     """Those of accelerate that move tensors round the forward of a linear."""
-    hook: Any = getattr(module, "_hf_hook", None)
-    hooks = getattr(hook, "hooks", (hook,))
+    hooks = _all_hooks(module)
     known = isinstance(module, nn.Linear) and all(
         is_of(one, "accelerate", "AlignDevicesHook") for one in hooks
     )
-    return list(hooks) if known else []
+    return hooks if known else []
+
+
+def _all_hooks(module: nn.Module) -> list[Any]:
+    """Those that accelerate calls round a forward, its own and anybody's."""
+    hook: Any = getattr(module, "_hf_hook", None)
+    return [] if hook is None else list(getattr(hook, "hooks", (hook,)))

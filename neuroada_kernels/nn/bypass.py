@@ -16,6 +16,7 @@ from neuroada_kernels.nn._bitsandbytes import keep_packing
 from neuroada_kernels.nn._deferred import Deferred
 from neuroada_kernels.nn._layer import BaseForm, BypassLayer
 from neuroada_kernels.nn._named import NamedLayer
+from neuroada_kernels.nn._offloaded import check_trains
 from neuroada_kernels.nn._planned import PlannedLayer
 from neuroada_kernels.nn._weight import BaseWeight
 from neuroada_kernels.nn.foreign import base_weight
@@ -139,6 +140,8 @@ class NeuroAdaBypass(NamedLayer, PlannedLayer):
         """``y [..., out_features]`` of ``x [..., in_features]``; the base gets all arguments."""
         if not x.dim() or x.shape[-1] != self.in_features:
             raise ValueError(f"x: shape {list(x.shape)}, expected [..., {self.in_features}]")
+        if "_hf_hook" in self.__dict__:
+            check_trains(self)
         if self._rows is not None:
             self._rows.check(x)
         y: Tensor = self.base(x, *args, **options)

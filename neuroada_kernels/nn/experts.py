@@ -16,6 +16,7 @@ from neuroada_kernels._sharding import whole
 from neuroada_kernels.nn._deferred import Deferred
 from neuroada_kernels.nn._layer import BaseForm
 from neuroada_kernels.nn._named import NamedLayer
+from neuroada_kernels.nn._offloaded import check_trains
 from neuroada_kernels.nn._planned import PlannedLayer
 from neuroada_kernels.plan import check_index_form, make_plan
 
@@ -53,6 +54,8 @@ class StackedLinear(NamedLayer, PlannedLayer):
 
     def forward(self, x: Tensor, counts: Sequence[int]) -> Tensor:
         """``y [tokens, d_out]`` of ``x [tokens, d_in]``, the first ``counts[0]`` by expert 0."""
+        if "_hf_hook" in self.__dict__:
+            check_trains(self)
         plain = self._buffers["original"] is not None or self._idle
         if not plain and not torch.compiler.is_compiling():
             self._follow_index(self.index)
