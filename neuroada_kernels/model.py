@@ -23,6 +23,7 @@ from neuroada_kernels.nn._strategy import refusal
 from neuroada_kernels.nn.bypass import NeuroAdaBypass
 from neuroada_kernels.nn.experts import STACKS, NeuroAdaExperts, is_experts
 from neuroada_kernels.nn.linear import NeuroAdaLinear
+from neuroada_kernels.replacing import hand_on_attributes
 from neuroada_kernels.siblings import check_siblings, link_siblings
 from neuroada_kernels.strategies import shared_weights
 from neuroada_kernels.targets import errors_name, find_targets, is_foreign
@@ -206,9 +207,9 @@ def adapt(
     Raises
     ------
     TypeError, ValueError
-        If a target matches nothing or something that is no linear layer, if a matched module is
-        read by its parent in a way that would pass the bypass by, if a weight may not be
-        resident, or if an argument is not as expected. The model is unchanged then.
+        If a target matches nothing or something that is no linear layer, if a matched module has
+        hooks or is read by its parent in a way that would pass the bypass by, if a weight may not
+        be resident, or if an argument is not as expected. The model is unchanged then.
     """
     config = config_of(arguments, options, scores)
     check_data(config, data, loss)
@@ -311,8 +312,10 @@ def with_stacks(model: nn.Module, names: Iterable[str]) -> tuple[str, ...]:
 
 def replace(model: nn.Module, layers: Mapping[nn.Module, nn.Module]) -> None:
     """Put each layer where the module it stands for is, under every name that module has."""
+    for module, layer in layers.items():
+        hand_on_attributes(module, layer)
     for name, module in list(model.named_modules(remove_duplicate=False)):
-        if module in layers:
+        if name and module in layers:
             parent, _, child = name.rpartition(".")
             setattr(model.get_submodule(parent), child, layers[module])
 

@@ -15,10 +15,10 @@ from neuroada_kernels.nn._layer import BypassLayer
 from neuroada_kernels.nn.bypass import NeuroAdaBypass
 from neuroada_kernels.nn.experts import NeuroAdaExperts, is_experts, why_not_experts
 from neuroada_kernels.nn.foreign import has_own_forward, is_base, is_library
+from neuroada_kernels.replacing import check_hooks
 
 #: What stands where a module was.
 _OURS = (BypassLayer, NeuroAdaExperts)
-_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 
 
 def find_targets(
@@ -71,7 +71,7 @@ def check_target(
         reason = why_not_experts(module)
         if reason is not None:
             raise TypeError(f"{name}: {kind} {reason}")
-        _check_hooks(name, module)
+        check_hooks(name, module)
         return
     if isinstance(module, BypassLayer) or not (isinstance(module, nn.Linear) or is_base(module)):
         raise TypeError(
@@ -88,7 +88,7 @@ def check_target(
         return
     if parametrize.is_parametrized(module):
         raise ValueError(f"{name}: has parametrizations, expected a weight of its own")
-    _check_hooks(name, module)
+    check_hooks(name, module)
     if is_sharded(module._parameters.get("weight")):
         raise ValueError(
             f"{name}: its weight is sharded over processes, expected a whole one: adapt the model "
@@ -99,11 +99,6 @@ def check_target(
 def is_foreign(module: nn.Module) -> bool:
     """Whether it is to be wrapped, since what it computes is not for us to replace."""
     return is_library(module) or not isinstance(module, nn.Linear) or has_own_forward(module)
-
-
-def has_hooks(module: nn.Module) -> bool:
-    """Whether calling it runs more than its forward."""
-    return any(getattr(module, hooks) for hooks in _HOOKS)
 
 
 def layer_number(name: str) -> int | None:
@@ -190,11 +185,6 @@ def _check_apart(targets: Mapping[str, nn.Module]) -> None:
             outer = ".".join(parts[:n])
             if outer in targets:
                 raise ValueError(f"{name}: lies in {outer}, which is a target too")
-
-
-def _check_hooks(name: str, module: nn.Module) -> None:
-    if has_hooks(module):
-        raise ValueError(f"{name}: has hooks, which its replacement would lose")
 
 
 def check_parent(name: str, parent: nn.Module) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 from torch import nn
 
 from neuroada_kernels.model import parts_of, replace
@@ -19,6 +21,7 @@ from neuroada_kernels.nn._base import BypassLinear
 from neuroada_kernels.nn._named import NamedLayer
 from neuroada_kernels.nn.bypass import NeuroAdaBypass
 from neuroada_kernels.nn.experts import NeuroAdaExperts, StackedLinear
+from neuroada_kernels.replacing import check_hooks
 from neuroada_kernels.targets import errors_name
 
 
@@ -28,7 +31,8 @@ def delete_adapter(model: nn.Module, adapter_name: str) -> None:
     Raises
     ------
     TypeError, ValueError
-        If there is no such adapter, if it is active, or if the model is sharded over processes.
+        If there is no such adapter, if it is active, if a layer that would go has hooks, or if the
+        model is sharded over processes.
     RuntimeError
         If a layer is merged; within :func:`neuroada_kernels.disable_adapter` or
         :func:`neuroada_kernels.rows_of`. The model is unchanged then.
@@ -44,27 +48,26 @@ def delete_adapter(model: nn.Module, adapter_name: str) -> None:
         raise RuntimeError("model: is its base for now, leave disable_adapter first")
     if adapter_name in active:
         raise ValueError(f"adapter_name: {adapter_name!r} is active, activate another one first")
+    outer = _outer_layers(model)
+    alone = {name: layer for name, layer in outer.items() if _has_only(layer, adapter_name)}
+    _check_hooks(alone)
     for name, layer in layers.items():
         with errors_name(name):
             layer.step_aside(adapter_name)
-    bare: dict[nn.Module, nn.Module] = {}
-    for outer in _outer_layers(model):
-        parts = [part for part in parts_of(outer) if adapter_name in part.adapter_names]
-        if any(part.adapter_names == (adapter_name,) for part in parts):  # then all of experts
-            bare[outer] = _bare(outer)
-            continue
-        for part in parts:
-            part.remove(adapter_name)
-    replace(model, bare)
+    for layer in layers.values():
+        if adapter_name in layer.adapter_names and layer.adapter_names != (adapter_name,):
+            layer.remove(adapter_name)
+    replace(model, {layer: _bare(layer) for layer in alone.values()})
     configs_of(model).pop(adapter_name, None)
 
 
 def unload(model: nn.Module, *, merge: bool = False) -> nn.Module:
     """Put every module back that :func:`neuroada_kernels.adapt` replaced; all adapters are gone.
 
-    What was an ``nn.Linear`` is one again, with the very tensors that the layer had; what a layer
-    was put round, a quantised base or ``Conv1D``, stands in its own place. So ``save_pretrained``
-    writes an ordinary checkpoint. Parameters of the base require grad as they do now.
+    What was an ``nn.Linear`` is one again, with the very tensors that the layer had, and with
+    attributes that somebody has given it; what a layer was put round, a quantised base or
+    ``Conv1D``, stands in its own place. So ``save_pretrained`` writes an ordinary checkpoint.
+    Parameters of the base require grad as they do now.
 
     Parameters
     ----------
@@ -87,28 +90,50 @@ def unload(model: nn.Module, *, merge: bool = False) -> nn.Module:
         within :func:`neuroada_kernels.rows_of`.
     ValueError
         If the model has no NeuroAda layer, is sharded over processes, was offloaded by accelerate
-        after it was adapted, or has a base that nothing can be merged into. The model is unchanged
-        then.
+        after it was adapted, or has a base that nothing can be merged into; if a layer has hooks.
+        The model is unchanged then.
     """
     model = unwrapped(model)
     layers = named_layers(model)
     check_whole(model)
     check_outside_rows(layers)
+    outer = _outer_layers(model)
+    _check_hooks(outer)
     if merge:
         merge_layers(model)
     else:
         check_unmerged(layers, "unmerge first, or unload(merge=True) keeps what is merged")
-    bare: dict[nn.Module, nn.Module] = {layer: _bare(layer) for layer in _outer_layers(model)}
+    bare: dict[nn.Module, nn.Module] = {layer: _bare(layer) for layer in outer.values()}
     replace(model, bare)
     for name in ("neuroada_config", "neuroada_configs"):
         vars(model).pop(name, None)
     return bare.get(model, model)
 
 
-def _outer_layers(model: nn.Module) -> list[NamedLayer | NeuroAdaExperts]:
-    """What stands where a module was."""
-    ours = (m for m in model.modules() if isinstance(m, NamedLayer | NeuroAdaExperts))
-    return [module for module in ours if not isinstance(module, StackedLinear)]
+def _outer_layers(model: nn.Module) -> dict[str, NamedLayer | NeuroAdaExperts]:
+    """What stands where a module was, by the first of its names."""
+    return {
+        name: module
+        for name, module in model.named_modules()
+        if isinstance(module, NamedLayer | NeuroAdaExperts)
+        and not isinstance(module, StackedLinear)
+    }
+
+
+def _has_only(layer: NamedLayer | NeuroAdaExperts, adapter: str) -> bool:
+    return any(part.adapter_names == (adapter,) for part in parts_of(layer))  # then all of experts
+
+
+def _check_hooks(layers: Mapping[str, NamedLayer | NeuroAdaExperts]) -> None:
+    """Raise where somebody has put hooks on a layer, or its forward into others."""
+    for name, layer in layers.items():
+        for module in {layer, *parts_of(layer)}:
+            check_hooks(name, module)
+            if "forward" in vars(module):
+                raise ValueError(
+                    f"{name}: has a forward of its own, which its replacement would lose; remove "
+                    "accelerate's hooks, or whatever put it there, first"
+                )
 
 
 def _bare(layer: NamedLayer | NeuroAdaExperts) -> nn.Module:

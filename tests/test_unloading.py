@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 
 import pytest
-from adapted import Model, adapted, inputs, layers, trained
+from adapted import Model, Unchanged, adapted, inputs, layers, trained
 from torch import nn
 from two_adapters import FIRST, STRATEGIES, Transposed, alone, assert_same, both, step
 
@@ -61,6 +61,54 @@ def test_unloading_leaves_plain_modules_with_the_very_weights(strategy, merge):
     nk.adapt(model, **FIRST)
 
 
+HOOKS = {
+    "forward": lambda module: module.register_forward_hook(lambda *_: None),
+    "backward": lambda module: module.register_full_backward_hook(lambda *_: None),
+    "saving": lambda module: module.register_state_dict_pre_hook(lambda *_: None),
+    "loading": lambda module: module.register_load_state_dict_pre_hook(lambda *_: None),
+}
+
+
+@pytest.mark.parametrize("kind", HOOKS)
+def test_hooks_are_not_lost_in_silence(kind):
+    model = Model()
+    refused = pytest.raises(ValueError, match="head: has hooks, which its replacement would lose")
+    hook = HOOKS[kind](model.head)
+    with Unchanged(model), refused:
+        nk.adapt(model, target_modules=["head"])
+    hook.remove()
+    nk.adapt(model, target_modules=["head"])
+    nk.add_adapter(trained(model, 0), "other", target_modules=["up"])
+    hook = HOOKS[kind](model.head)
+    with Unchanged(model), refused:
+        nk.unload(model, merge=True)
+    nk.set_adapter(model, "other")
+    with Unchanged(model), refused:
+        nk.delete_adapter(model, "default")
+    hook.remove()
+    nk.delete_adapter(model, "default")
+    assert type(nk.unload(model).head) is nn.Linear
+
+
+def test_nor_is_a_forward_that_was_put_into_a_layer():
+    model = adapted()
+    model.blocks[0].down.forward = lambda x: x
+    with Unchanged(model), pytest.raises(ValueError, match=r"0\.down: has a forward of its own"):
+        nk.unload(model)
+
+
+def test_attributes_go_along_both_ways():
+    model = Model()
+    model.head.before = "set on the linear"
+    nk.adapt(model, target_modules=["head"])
+    assert model.head.before == "set on the linear"
+    model.head.after = "set on the layer"
+    nk.unload(model)
+    assert model.head.before == "set on the linear"
+    assert model.head.after == "set on the layer"
+    assert vars(model.head).keys() == {*vars(nn.Linear(1, 1)), "before", "after"}
+
+
 def test_unloading_gives_back_what_a_layer_is_round():
     base = Transposed()
     down, expected = base.down, copy.deepcopy(base)
@@ -70,3 +118,4 @@ def test_unloading_gives_back_what_a_layer_is_round():
     assert base(inputs()).equal(expected(inputs()))
     layer = nk.NeuroAdaLinear(4, 3)
     assert type(nk.unload(layer)) is nn.Linear
+    assert not list(layer.children())

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from neuroada_kernels.nn.foreign import has_own_forward
-from neuroada_kernels.targets import has_hooks
+from neuroada_kernels.replacing import has_hooks
 
 
 def is_plain(module: nn.Module) -> bool:

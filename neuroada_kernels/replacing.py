@@ -1,0 +1,48 @@
+"""What goes along where a layer takes the place of a module, or a module that of a layer."""
+
+from __future__ import annotations
+
+import inspect
+from typing import Any
+
+from torch import nn
+
+from neuroada_kernels.nn._base import BypassLinear
+
+_CALL_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+_STATE_HOOKS = (
+    "_state_dict_hooks",
+    "_state_dict_pre_hooks",
+    "_load_state_dict_pre_hooks",
+    "_load_state_dict_post_hooks",
+)
+
+
+def has_hooks(module: nn.Module) -> bool:
+    """Whether calling it runs more than its forward."""
+    return any(getattr(module, hooks) for hooks in _CALL_HOOKS)
+
+
+def check_hooks(name: str, module: nn.Module) -> None:
+    """Raise where somebody has put hooks on a module that is to be replaced.
+
+    They do not go along, since they may be meant for this very module: those of torch's weight
+    norm compute its weight, and one that looks at ``delta`` finds none in a plain linear.
+    """
+    if has_hooks(module) or any(getattr(module, hooks) for hooks in _STATE_HOOKS):
+        raise ValueError(f"{name}: has hooks, which its replacement would lose; remove them first")
+
+
+def hand_on_attributes(module: nn.Module, new: nn.Module) -> None:
+    """From a linear to a layer of ours in its stead, or back, give what somebody has set on it."""
+    if isinstance(module, BypassLinear) or isinstance(new, BypassLinear):
+        others = _unknown_attributes(module)
+        vars(new).update({n: value for n, value in others.items() if not hasattr(new, n)})
+
+
+def _unknown_attributes(module: nn.Module) -> dict[str, Any]:
+    """Those that its class neither has nor declares."""
+    known: set[str] = set()
+    for kind in type(module).__mro__:
+        known |= vars(kind).keys() | inspect.get_annotations(kind).keys()
+    return {name: value for name, value in vars(module).items() if name not in known}
