@@ -10,7 +10,7 @@ from typing import Any, overload
 import torch
 from torch import Tensor, nn
 
-from neuroada_kernels.arguments import check_data, check_scores, check_selection, config_of
+from neuroada_kernels.arguments import check_selection, config_of
 from neuroada_kernels.choices import each_choice
 from neuroada_kernels.combination import Weighted, weighted_sum
 from neuroada_kernels.config import ALL_LINEAR, NeuroAdaConfig
@@ -129,15 +129,12 @@ def add_adapter(
     model = unwrapped(model)
     existing = named_layers(model)
     check_new_name(adapter_names(model), adapter_name)
-    config = config_of(arguments, options, scores)
-    check_data(config, data, loss)
+    config = config_of(arguments, options, scores, data, loss)
     check_addable(model, existing)
     _check_config(config)
     check_bias(model, config)
     targets = find_targets(model, config, adapted=True)
-    check_selection(config, targets)
-    if scores is not None:
-        check_scores(scores, targets)
+    check_selection(config, targets, scores)
     modules = once(targets)
     added: dict[NamedLayer, tuple[Tensor, Tensor]] = {}
     new: dict[nn.Module, NamedLayer | NeuroAdaExperts] = {}

@@ -1,4 +1,4 @@
-"""The arguments of :func:`neuroada_kernels.adapt`, checked and in one form."""
+"""What :func:`neuroada_kernels.adapt` and ``add_adapter`` both take, checked and in one form."""
 
 from __future__ import annotations
 
@@ -13,9 +13,13 @@ from neuroada_kernels.nn.experts import NeuroAdaExperts, is_experts
 
 
 def config_of(
-    arguments: tuple[Any, ...], options: dict[str, Any], scores: Mapping[str, Tensor] | None
+    arguments: tuple[Any, ...],
+    options: dict[str, Any],
+    scores: Mapping[str, Tensor] | None,
+    data: Iterable[Any] | None,
+    loss: Loss | None,
 ) -> NeuroAdaConfig:
-    """The config that was given, or that of the single arguments."""
+    """The config that was given, or that of the single arguments, with what its selection needs."""
     config = options.get("config", arguments[0] if arguments else None)
     if isinstance(config, NeuroAdaConfig):
         if len(arguments) + len(options) > 1:
@@ -24,7 +28,7 @@ def config_of(
         names = ("k", "target_modules")
         if len(arguments) > len(names):
             raise TypeError(
-                f"adapt: {len(arguments)} arguments by place, expected k, target_modules"
+                f"config: {len(arguments)} arguments by place instead, expected k, target_modules"
             )
         given = dict(zip(names, arguments, strict=False))
         twice = sorted(given.keys() & options.keys())
@@ -36,22 +40,18 @@ def config_of(
         if scores is not None and given.get("selection", "magnitude") == "magnitude":
             given["selection"] = "scores"
         config = NeuroAdaConfig(**given)
-    if (scores is not None) != (config.selection == "scores"):
-        word = "missing" if scores is None else "given"
-        raise ValueError(f"scores: {word} with selection {config.selection!r}")
+    needs = (("scores", scores, "scores"), ("data", data, "gradient"), ("loss", loss, "gradient"))
+    for argument, value, selection in needs:
+        if (value is not None) != (config.selection == selection):
+            word = "missing" if value is None else "given"
+            raise ValueError(f"{argument}: {word} with selection {config.selection!r}")
     return config
 
 
-def check_data(config: NeuroAdaConfig, data: Iterable[Any] | None, loss: Loss | None) -> None:
-    needed = config.selection == "gradient"
-    for argument, value in (("data", data), ("loss", loss)):
-        if (value is not None) != needed:
-            word = "missing" if value is None else "given"
-            raise ValueError(f"{argument}: {word} with selection {config.selection!r}")
-
-
-def check_selection(config: NeuroAdaConfig, targets: Mapping[str, nn.Module]) -> None:
-    """Raise where connections are to be chosen in a way that a target does not know."""
+def check_selection(
+    config: NeuroAdaConfig, targets: Mapping[str, nn.Module], scores: Mapping[str, Tensor] | None
+) -> None:
+    """Raise where a target cannot choose by what is given, or has no scores of its own."""
     for name, module in targets.items():
         experts = is_experts(module) or isinstance(module, NeuroAdaExperts)
         if experts and config.selection in ("scores", "gradient"):
@@ -59,10 +59,8 @@ def check_selection(config: NeuroAdaConfig, targets: Mapping[str, nn.Module]) ->
                 f"{name}: stacked experts with selection {config.selection!r}, expected "
                 "'magnitude', 'smallest' or 'random'"
             )
-
-
-def check_scores(scores: Mapping[str, Tensor], targets: Mapping[str, nn.Module]) -> None:
-    """Raise unless every target has its own."""
+    if scores is None:
+        return
     missing = sorted(targets.keys() - scores.keys())
     unknown = sorted(scores.keys() - targets.keys())
     if missing or unknown:

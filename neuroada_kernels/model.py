@@ -10,7 +10,7 @@ from typing import Any, overload
 import torch
 from torch import Tensor, nn
 
-from neuroada_kernels.arguments import check_data, check_scores, check_selection, config_of
+from neuroada_kernels.arguments import check_selection, config_of
 from neuroada_kernels.choices import each_choice
 from neuroada_kernels.config import ALL_LINEAR, NeuroAdaConfig
 from neuroada_kernels.gradient import SCORE_BYTES, Loss
@@ -211,14 +211,11 @@ def adapt(
         hooks or is read by its parent in a way that would pass the bypass by, if a weight may not
         be resident, or if an argument is not as expected. The model is unchanged then.
     """
-    config = config_of(arguments, options, scores)
-    check_data(config, data, loss)
+    config = config_of(arguments, options, scores, data, loss)
     _check_unnamed(model)
     targets = find_targets(model, config)
-    check_selection(config, targets)
+    check_selection(config, targets, scores)
     check_siblings(targets, config.siblings)
-    if scores is not None:
-        check_scores(scores, targets)
     modules = once(targets)
     shared = {} if config.strategy == "bypass" else shared_weights(model, modules.values())
     layers: dict[nn.Module, NamedLayer | NeuroAdaExperts] = {}

@@ -50,6 +50,12 @@ REFUSED = {
     "no list": (lambda m: nk.rows_of(m, "second").__enter__(), "expected a sequence of names"),
     "k": (lambda m: nk.add_adapter(m, "third", 9), "blocks.0.up: k: 9"),
     "target": (lambda m: nk.add_adapter(m, "third", 1, ["left"]), "'left' matches nothing"),
+    "places": (lambda m: nk.add_adapter(m, "third", 1, ["up"], "all"), "config: 3 arguments by"),
+    "data": (lambda m: nk.add_adapter(m, "third", data=[0]), "data: given with selection 'magn"),
+    "scores": (
+        lambda m: nk.add_adapter(m, "third", scores={"up": torch.ones(12, 6)}),
+        "scores: missing for targets .* given for others",
+    ),
     "bias": (lambda m: nk.add_adapter(m, "third", bias="all"), "bias: 'all'"),
     "strategy": (lambda m: nk.add_adapter(m, "third", strategy="auto"), "strategy: 'auto'"),
     "siblings": (lambda m: nk.add_adapter(m, "third", siblings=[]), "siblings: are the layers'"),
