@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -10,6 +11,7 @@ from torch import Tensor, nn
 from neuroada_kernels._dtypes import name_of
 from neuroada_kernels.adapter_file import EntryHash, Fingerprint
 from neuroada_kernels.nn._layer import BypassLayer
+from neuroada_kernels.nn._weight import entries_of
 from neuroada_kernels.nn.foreign import base_weight
 from neuroada_kernels.targets import is_foreign
 
@@ -34,10 +36,7 @@ class Base:
             return cls(found.kind, found.shape, name_of(found.dtype), found.entries)
         weight = module.get_parameter("weight").detach()
         d_out, d_in = weight.shape
-
-        def entries(index: Tensor) -> Tensor:
-            return weight.gather(1, index.to(weight.device).clamp(min=0).long())
-
+        entries = functools.partial(entries_of, weight)
         return cls(None, (d_out, d_in), name_of(weight.dtype), entries)
 
     def fingerprint(self, index: Tensor, values: Tensor | None = None) -> Fingerprint:

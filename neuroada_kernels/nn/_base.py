@@ -15,6 +15,7 @@ from neuroada_kernels.nn._deferred import Deferred
 from neuroada_kernels.nn._layer import BaseForm, BypassLayer
 from neuroada_kernels.nn._offloaded import check_trains
 from neuroada_kernels.nn._strategy import check_strategy, why_not_resident
+from neuroada_kernels.nn._weight import entries_of
 from neuroada_kernels.nn.foreign import is_library
 from neuroada_kernels.plan import check_index_form
 from neuroada_kernels.selection import check_weight
@@ -228,8 +229,7 @@ class BypassLinear(BypassLayer):
         return self.weight
 
     def base_entries(self, index: Tensor) -> Tensor:
-        weight = whole(self.weight.detach())
-        return weight.gather(1, index.to(weight.device).clamp(min=0).long())
+        return entries_of(whole(self.weight.detach()), index)
 
     def base_form(self) -> BaseForm:
         return BaseForm(None, self.weight.dtype, self.weight.device)

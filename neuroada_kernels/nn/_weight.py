@@ -77,6 +77,11 @@ class BaseWeight:
         raise NotImplementedError
 
 
+def entries_of(matrix: Tensor, index: Tensor) -> Tensor:
+    """``W[j, index[j, s]]``, ``[d_out, k]``, of plain numbers; of an empty slot any."""
+    return matrix.gather(1, index.to(matrix.device).clamp(min=0).long())
+
+
 def is_of(value: object, library: str, name: str | None = None) -> bool:
     """Whether a type of ``value`` is of that library, and called ``name``."""
     return any(

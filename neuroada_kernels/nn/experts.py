@@ -18,6 +18,7 @@ from neuroada_kernels.nn._layer import BaseForm
 from neuroada_kernels.nn._named import NamedLayer
 from neuroada_kernels.nn._offloaded import check_trains
 from neuroada_kernels.nn._planned import PlannedLayer
+from neuroada_kernels.nn._weight import entries_of
 from neuroada_kernels.plan import check_index_form, make_plan
 
 #: The stacks of a module of experts, ``[experts, 2 d_ff, d]`` and ``[experts, d, d_ff]``.
@@ -87,7 +88,7 @@ class StackedLinear(NamedLayer, PlannedLayer):
 
     def base_entries(self, index: Tensor) -> Tensor:
         matrix = whole(self.weight.detach()).view(self.out_features, self.in_features)
-        return matrix.gather(1, index.to(matrix.device).clamp(min=0).long())
+        return entries_of(matrix, index)
 
     def base_form(self) -> BaseForm:
         return BaseForm(STACKED, self.weight.dtype, self.weight.device)

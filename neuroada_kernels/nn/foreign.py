@@ -17,7 +17,7 @@ from neuroada_kernels._sharding import is_sharded, whole
 from neuroada_kernels.nn._bitsandbytes import bitsandbytes_weight
 from neuroada_kernels.nn._offloaded import OffloadedWeight, is_dispatched, offloading_hook
 from neuroada_kernels.nn._torchao import TorchaoWeight
-from neuroada_kernels.nn._weight import BaseWeight, is_of
+from neuroada_kernels.nn._weight import BaseWeight, entries_of, is_of
 
 #: Libraries with bases of their own, and the extra that installs each.
 EXTRAS = {
@@ -42,7 +42,7 @@ class _PlainWeight(BaseWeight):
         return self.matrix[rows].detach()
 
     def entries(self, index: Tensor) -> Tensor:
-        return self.matrix.detach().gather(1, index.to(self.device).clamp(min=0).long())
+        return entries_of(self.matrix.detach(), index)
 
 
 class _ShardedWeight(BaseWeight):
@@ -57,8 +57,7 @@ class _ShardedWeight(BaseWeight):
         return whole(self._parts.detach())[rows]
 
     def entries(self, index: Tensor) -> Tensor:
-        matrix = whole(self._parts.detach())
-        return matrix.gather(1, index.to(matrix.device).clamp(min=0).long())
+        return entries_of(whole(self._parts.detach()), index)
 
 
 class _Weightless(BaseWeight):
