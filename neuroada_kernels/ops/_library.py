@@ -99,7 +99,7 @@ def delta_gradient(grad: Tensor, kept: Tensor, index: Tensor, delta: Tensor, d_i
     return run(grad, kept, index, delta, d_in)  # type: ignore[no-any-return]
 
 
-def x_or_shape(x: Tensor | None, grad: Tensor, d_in: int, need_delta: bool) -> Tensor:
+def _x_or_shape(x: Tensor | None, grad: Tensor, d_in: int, need_delta: bool) -> Tensor:
     """x as :func:`as_matrix`; where ddelta is not wanted, what has x's shape and no values.
 
     Raises
@@ -112,6 +112,51 @@ def x_or_shape(x: Tensor | None, grad: Tensor, d_in: int, need_delta: bool) -> T
     if x is None:
         raise ValueError("x: missing, expected it where the gradient of delta is wanted")
     return as_matrix(x)
+
+
+def run_backward(
+    op: str,
+    grad_output: Tensor,
+    x: Tensor | None,
+    weight: tuple[Tensor, ...],
+    index: Tensor,
+    delta: Tensor,
+    plan: Tensor | None,
+    output_mask: list[bool],
+    kept_index: Tensor | None,
+    d_in: int,
+) -> tuple[Tensor, Tensor]:
+    """dx and ddelta by the backward ``op``, which has a ``weight`` or none; empty if not wanted.
+
+    With a ``kept_index``, ``x`` has the columns that were kept.
+    """
+    grad = as_matrix(grad_output)
+    need_x, need_delta = output_mask
+    grad_x = grad_delta = None
+    if kept_index is not None and need_delta:
+        kept = _x_or_shape(x, grad, d_in, need_delta)
+        grad_delta = delta_gradient(grad, kept, kept_index, delta, d_in)
+        need_delta = False
+    if need_x or need_delta:
+        matrix = _x_or_shape(x, grad, d_in, need_delta)
+        args = (grad, matrix, *weight, index, delta, plan, [need_x, need_delta])
+        grad_x, from_whole = _registry.resolve(op, *args)(*args)
+        grad_delta = from_whole if need_delta else grad_delta
+    return (
+        grad.new_empty(0) if grad_x is None else grad_x.view(*grad_output.shape[:-1], d_in),
+        delta.new_empty(0) if grad_delta is None else grad_delta,
+    )
+
+
+def fake_backward(
+    grad_output: Tensor, delta: Tensor, output_mask: list[bool], d_in: int
+) -> tuple[Tensor, Tensor]:
+    """The fake of :func:`run_backward`."""
+    shape = [*grad_output.shape[:-1], d_in]
+    return (
+        grad_output.new_empty(shape if output_mask[0] else [0]),
+        delta.new_empty(delta.shape if output_mask[1] else [0]),
+    )
 
 
 def unflattened(y: Tensor, *shape: int) -> Tensor:

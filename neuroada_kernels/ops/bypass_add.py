@@ -19,13 +19,13 @@ from neuroada_kernels.ops._library import (
     LIBRARY,
     as_matrix,
     define,
-    delta_gradient,
+    fake_backward,
     is_plain_eager,
     refuse_double_backward,
     reverse_mode_only,
+    run_backward,
     saved_of,
     unflattened,
-    x_or_shape,
 )
 
 
@@ -77,23 +77,8 @@ def _backward(
     d_in: int | None = None,
 ) -> tuple[Tensor, Tensor]:
     """``d_in`` where x is not the whole one: it is None where ddelta is not wanted."""
-    grad = as_matrix(grad_output)
-    width = _width(x, d_in)
-    need_x, need_delta = output_mask
-    grad_x = grad_delta = None
-    if kept_index is not None and need_delta:
-        kept = x_or_shape(x, grad, width, need_delta)
-        grad_delta = delta_gradient(grad, kept, kept_index, delta, width)
-        need_delta = False
-    if need_x or need_delta:
-        matrix = x_or_shape(x, grad, width, need_delta)
-        args = (grad, matrix, index, delta, plan, [need_x, need_delta])
-        grad_x, from_whole = _registry.resolve("bypass_backward", *args)(*args)
-        grad_delta = from_whole if need_delta else grad_delta
-    return (
-        grad.new_empty(0) if grad_x is None else grad_x.view(*grad_output.shape[:-1], width),
-        delta.new_empty(0) if grad_delta is None else grad_delta,
-    )
+    rest = (index, delta, plan, output_mask, kept_index, _width(x, d_in))
+    return run_backward("bypass_backward", grad_output, x, (), *rest)
 
 
 def _width(x: Tensor | None, d_in: int | None) -> int:
@@ -126,11 +111,7 @@ def _fake_backward(
     kept_index: Tensor | None = None,
     d_in: int | None = None,
 ) -> tuple[Tensor, Tensor]:
-    shape = [*grad_output.shape[:-1], _width(x, d_in)]
-    return (
-        grad_output.new_empty(shape if output_mask[0] else [0]),
-        delta.new_empty(delta.shape if output_mask[1] else [0]),
-    )
+    return fake_backward(grad_output, delta, output_mask, _width(x, d_in))
 
 
 define(

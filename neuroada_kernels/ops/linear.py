@@ -21,13 +21,13 @@ from neuroada_kernels.ops._library import (
     LIBRARY,
     as_matrix,
     define,
-    delta_gradient,
+    fake_backward,
     is_plain_eager,
     refuse_double_backward,
     reverse_mode_only,
+    run_backward,
     saved_of,
     unflattened,
-    x_or_shape,
 )
 
 
@@ -84,24 +84,10 @@ def _backward(
     output_mask: list[bool],
     kept_index: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    grad, d_in = as_matrix(grad_output), weight.shape[1]
-    if weight.dtype != grad.dtype:
-        weight = weight.to(grad.dtype)
-    need_x, need_delta = output_mask
-    grad_x = grad_delta = None
-    if kept_index is not None and need_delta:
-        kept = x_or_shape(x, grad, d_in, need_delta)
-        grad_delta = delta_gradient(grad, kept, kept_index, delta, d_in)
-        need_delta = False
-    if need_x or need_delta:
-        matrix = x_or_shape(x, grad, d_in, need_delta)
-        args = (grad, matrix, weight, index, delta, plan, [need_x, need_delta])
-        grad_x, from_whole = _registry.resolve("linear_backward", *args)(*args)
-        grad_delta = from_whole if need_delta else grad_delta
-    return (
-        grad.new_empty(0) if grad_x is None else grad_x.view(*grad_output.shape[:-1], d_in),
-        delta.new_empty(0) if grad_delta is None else grad_delta,
-    )
+    if weight.dtype != grad_output.dtype:
+        weight = weight.to(grad_output.dtype)
+    rest = (index, delta, plan, output_mask, kept_index, weight.shape[1])
+    return run_backward("linear_backward", grad_output, x, (weight,), *rest)
 
 
 def _fake_forward(
@@ -127,11 +113,7 @@ def _fake_backward(
     output_mask: list[bool],
     kept_index: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    shape = [*grad_output.shape[:-1], weight.shape[1]]
-    return (
-        grad_output.new_empty(shape if output_mask[0] else [0]),
-        delta.new_empty(delta.shape if output_mask[1] else [0]),
-    )
+    return fake_backward(grad_output, delta, output_mask, weight.shape[1])
 
 
 define(
