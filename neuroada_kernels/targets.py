@@ -88,12 +88,12 @@ def check_target(
         return
     if parametrize.is_parametrized(module):
         raise ValueError(f"{name}: has parametrizations, expected a weight of its own")
-    check_hooks(name, module)
     if is_sharded(module._parameters.get("weight")):
         raise ValueError(
             f"{name}: its weight is sharded over processes, expected a whole one: adapt the model "
             "before fully_shard or parallelize_module, on the meta device where it is too large"
         )
+    check_hooks(name, module)
 
 
 def is_foreign(module: nn.Module) -> bool:
