@@ -21,6 +21,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.optim.optimizer import register_optimizer_step_post_hook
+from torch.utils._python_dispatch import _disable_current_modes
 
 from neuroada_kernels import functional, ops, reference
 from neuroada_kernels._sharding import is_managed_by_fsdp
@@ -268,6 +269,7 @@ class ResidentLinear(BypassLinear):
         _layers.add(self)
 
     def __del__(self) -> None:
-        """Leave W as it was found, for whoever shares it."""
+        """Leave W as it was found, for whoever shares it, also in the middle of a compilation."""
         if self.__dict__.get("_owner") == id(self) and not sys.is_finalizing():
-            self._leave_resident()
+            with _disable_current_modes():
+                self._leave_resident()

@@ -11,6 +11,7 @@ import pytest
 import torch
 from layer_facts import effective_weight
 from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 import neuroada_kernels as nk
 from neuroada_kernels import NeuroAdaLinear
@@ -86,6 +87,14 @@ def test_a_deleted_layer_restores_it(linear):
     layer.me = [layer]  # only the collector finds it
     del layer
     gc.collect()
+    assert bits(linear.weight).equal(before)
+
+
+def test_a_layer_that_is_collected_while_something_is_compiled_restores_it(linear):
+    before = bits(linear.weight)
+    layer = trained(linear)
+    with FakeTensorMode():
+        del layer
     assert bits(linear.weight).equal(before)
 
 
