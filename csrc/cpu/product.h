@@ -105,22 +105,31 @@ struct DenseTerm {
   }
 };
 
-// Calls f(first token, tokens, vectors) for the panels that the tokens of a block are staged in: as long
-// as a tile allows, but rather two of two vectors than one of three and one of one.
-template <class A, class F>
-void each_panel(int64_t tokens, F&& f) {
+// Calls f(first token, tokens, vectors) for runs of the tokens of a block: of up to `most` vectors, but rather two
+// of two vectors than one of three and one of one.
+template <class A, int most, class F>
+void each_run(int64_t tokens, F&& f) {
   constexpr int64_t lanes = kLanes<A>;
   for (int64_t t = 0; t < tokens;) {
     const int64_t left = ceil_div(tokens - t, lanes);
-    const int64_t vectors = std::min<int64_t>(left == kTileVectors + 1 ? (left + 1) / 2 : left, kTileVectors);
+    const int64_t vectors = std::min<int64_t>(left == most + 1 ? (left + 1) / 2 : left, most);
     const int64_t count = std::min(tokens - t, vectors * lanes);
     if (vectors == 1) f(t, count, std::integral_constant<int, 1>{});
     if (vectors == 2) f(t, count, std::integral_constant<int, 2>{});
-    if constexpr (kTileVectors == 3) {
+    if constexpr (most >= 3) {
       if (vectors == 3) f(t, count, std::integral_constant<int, 3>{});
+    }
+    if constexpr (most >= 4) {
+      if (vectors == 4) f(t, count, std::integral_constant<int, 4>{});
     }
     t += vectors * lanes;
   }
+}
+
+// The same for the runs that one tile multiplies.
+template <class A, class F>
+void each_panel(int64_t tokens, F&& f) {
+  each_run<A, kTileVectors>(tokens, f);
 }
 
 // Where a block of W begins, how much of it there is, and of how many rows a whole one is.
@@ -163,9 +172,11 @@ void multiply_block(const ProductScratch<Cell>& scratch, const BlockPlace& place
   using A = typename Cell::A;
   const int64_t stride = scratch.total_stride;
   const auto multiply = [&](int64_t t, int64_t r, auto vectors) {
-    const A* x = scratch.panel(t) + place.cell * vectors * kLanes<A>;
+    constexpr int64_t width = kPanelVectors<vectors> * kLanes<A>;
+    const A* x = scratch.panel(t) + place.cell * width;
     A* total = scratch.totals.get() + r * stride + t;
-    multiply_tile<Cell, vectors, packed>({x, block.from(r), place.cells, total, stride, place.cell == 0}, aside);
+    multiply_tile<Cell, vectors, packed>(
+        {x, scratch.cells * width, block.from(r), place.cells, total, stride, place.cell == 0}, aside);
   };
   if constexpr (kRowsFirst) {
     for (int64_t r = 0; r < place.width; r += kTileSums) {
@@ -228,16 +239,21 @@ void run_task(const Product<T>& p, const Weight& weight, const Rows& rows, const
   T* out = p.out + start * p.out_stride;
   const T* none = nullptr;
   each_panel<A>(tokens, [&](int64_t t, int64_t count, auto vectors) {
-    constexpr int64_t width = vectors * kLanes<A>;
-    A* panel = scratch.panel(t);
-    stage_transposed<Cell, width>(x + t * p.x_stride, p.x_stride, count, 0, p.columns, p.columns, panel);
-    std::fill(panel + ceil_div(p.columns, Cell::kDepth) * width, panel + scratch.cells * width, A{0});
+    constexpr int64_t width = kPanelVectors<vectors> * kLanes<A>;
+    for (int64_t i = 0; i < vectors * kLanes<A>; i += width) {
+      A* panel = scratch.panel(t + i);
+      stage_transposed<Cell, width>(x + (t + i) * p.x_stride, p.x_stride, std::min(count - i, width), 0, p.columns,
+                                    p.columns, panel);
+      std::fill(panel + ceil_div(p.columns, Cell::kDepth) * width, panel + scratch.cells * width, A{0});
+    }
   });
   const auto gather = [&](const BlockPlace& place) {
-    each_panel<A>(tokens, [&](int64_t t, int64_t count, auto vectors) {
+    each_run<A, kGatherVectors>(tokens, [&](int64_t t, int64_t count, auto vectors) {
+      constexpr int width = kPanelVectors<vectors> * kLanes<A>;
+      const StagedBlock<Cell, vectors * kLanes<A>, width> staged{scratch.panel(t), scratch.cells * width};
       const DenseTerm<T> dense{{p.bias}, scratch.totals.get() + t, scratch.total_stride, place.row};
-      gather_rows<T, Cell, vectors * kLanes<A>>(rows, scratch.panel(t), place.row, place.row + place.width, count, none,
-                                                0, dense, out + t * p.out_stride, p.out_stride);
+      gather_rows<T>(rows, staged, place.row, place.row + place.width, count, none, 0, dense, out + t * p.out_stride,
+                     p.out_stride);
     });
   };
   [[maybe_unused]] const TileRegisters registers;

@@ -19,7 +19,8 @@ struct WeightBlock {
 template <class Cell>
 struct TileJob {
   using A = typename Cell::A;
-  const A* panel;  // [cells][tokens of the panel]
+  const A* panel;      // [cells][tokens of the panel]
+  int64_t panel_step;  // from it to the next panel, where one is shorter than the tile
   WeightBlock<typename Cell::Element> weight;
   int64_t cells;
   A* total;

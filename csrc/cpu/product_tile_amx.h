@@ -14,6 +14,11 @@ inline constexpr int kTileSums = 32, kTileVectors = 2;
 template <int vectors>
 inline constexpr int kTileRows = kTileSums;
 inline constexpr int64_t kTileCells = 16;
+// A panel is what one tile register takes, so that each of them reads 1 KB in one piece; a gather, which shares the
+// index and delta of an entry among its tokens, takes twice as many as a tile.
+template <int vectors>
+inline constexpr int kPanelVectors = 1;
+inline constexpr int kGatherVectors = 4;
 
 // Tiles wait for memory: W is read once where they can take it from where it lies, no load that may take long goes
 // between theirs, and the rows of a tile stay in a cache while all tokens of a block go by.
@@ -95,7 +100,7 @@ inline void each_sum_tile(F&& f) {
 template <class Cell, int vectors, bool packed, class Aside>
 void multiply_tile(const TileJob<Cell>& job, Aside&) {
   static_assert(!packed && std::is_same_v<Aside, NothingAside>, "rows of W with cells side by side, and nothing else");
-  constexpr int64_t x_step = vectors * 64;
+  constexpr int64_t x_step = 64;
   const int64_t w_step = job.weight.row_step * static_cast<int64_t>(sizeof(typename Cell::Element));
   const int64_t total_step = job.total_stride * static_cast<int64_t>(sizeof(float));
   asm volatile("" : : : "memory");  // what tile registers read is written by now
@@ -104,13 +109,13 @@ void multiply_tile(const TileJob<Cell>& job, Aside&) {
     load_tile<tile>(job.total + row * job.total_stride + token, total_step);
   });
   for (int64_t c = 0; c < job.cells; c += kTileCells) {
-    const auto* x = job.panel + c * vectors * kLanes<float>;
+    const auto* x = job.panel + c * kLanes<float>;
     const auto* w = job.weight.at + c * job.weight.cell_step;
     load_tile<4>(x, x_step);
     load_tile<6>(w, w_step);
     add_products<0, 6, 4>();
     if constexpr (vectors == 2) {
-      load_tile<5>(x + kLanes<float>, x_step);
+      load_tile<5>(x + job.panel_step, x_step);
       add_products<1, 6, 5>();
     }
     load_tile<7>(w + 16 * job.weight.row_step, w_step);
