@@ -202,6 +202,7 @@ void multiply_in_turn(const ProductScratch<Cell>& scratch, const Weight& weight,
       weight.copy(place, scratch.weight.get()).finish();
       block = Weight::copied(place, scratch.weight.get());
     }
+    block.stays &= tokens > kTileVectors * kLanes<typename Cell::A>;
     multiply_block<Cell, Weight::kPacked>(scratch, place, block, tokens, nothing);
     if (place.cell + place.cells >= scratch.cells) after_row_block(place);
   }

@@ -11,8 +11,9 @@ template <class Element>
 struct WeightBlock {
   const Element* at = nullptr;
   int64_t row_step = 0, cell_step = 0;
+  bool stays = false;  // whether the rows of a tile are to stay in the first cache while all tokens of a block go by
 
-  WeightBlock from(int64_t row) const { return {at + row * row_step, row_step, cell_step}; }
+  WeightBlock from(int64_t row) const { return {at + row * row_step, row_step, cell_step, stays}; }
 };
 
 // What a tile reads and adds to: total[r][i] = or += sum over `cells` of panel[c][i] W(r, c).

@@ -28,7 +28,7 @@ struct BackwardWeight {
 
   WeightBlock<Element> in_place(const BlockPlace&) const { return {}; }
   static WeightBlock<Element> copied(const BlockPlace&, const Element* scratch) {
-    return {scratch, kStep, Cell::kDepth};
+    return {scratch, kStep, Cell::kDepth, true};
   }
 
   // The copy of whole squares; what else there is of the block, and zeros up to whole tiles, is written now.
