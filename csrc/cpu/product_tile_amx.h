@@ -22,8 +22,9 @@ inline constexpr int kPanelVectors = 1;
 inline constexpr int kGatherVectors = 4;
 
 // Tiles wait for memory: W is read once where they can take it from where it lies, no load that may take long goes
-// between theirs, and the rows of a tile stay in a cache while all tokens of a block go by.
-inline constexpr int64_t kLeastTokens = 256;
+// between theirs, and the rows of a tile stay in a cache while all tokens of a block go by. Threads share the rows of
+// a block rather than each have one of fewer tokens.
+inline constexpr int64_t kLeastTokens = 512;
 inline constexpr bool kCopiesAside = false, kRowsFirst = true;
 // The block that the forward pass reads where it lies. Sums stay in registers for as many cells; of x these are what
 // the second cache holds, for as many rows.
