@@ -22,8 +22,8 @@ void gather_columns(const BypassBwdInput& a, const PlanView& plan, const Rows& r
       const int64_t t = b * block, tokens = std::min<int64_t>(block, a.tokens - t);
       const T* grad = static_cast<const T*>(a.grad) + t * a.grad_stride;
       stage_transposed<WideCell<T>, block>(grad, a.grad_stride, tokens, 0, a.d_out, a.d_out, staged.get());
-      gather_rows<T, WideCell<T>, block>(rows, staged.get(), first, last, tokens, none, 0, BiasTerm<T>{none},
-                                         static_cast<T*>(a.out) + t * a.out_stride, a.out_stride);
+      gather_rows<T>(rows, StagedBlock<WideCell<T>, block>{staged.get()}, first, last, tokens, none, 0,
+                     BiasTerm<T>{none}, static_cast<T*>(a.out) + t * a.out_stride, a.out_stride);
     }
   });
 }

@@ -23,8 +23,8 @@ void run(const BypassFwd& a, const Executor& all) {
       const T* x = static_cast<const T*>(a.x) + t * a.x_stride;
       const T* base = a.base == nullptr ? nullptr : static_cast<const T*>(a.base) + t * a.base_stride;
       stage_transposed<WideCell<T>, block>(x, a.x_stride, tokens, 0, a.d_in, a.d_in, staged.get());
-      gather_rows<T, WideCell<T>, block>(rows, staged.get(), first, last, tokens, base, a.base_stride, bias,
-                                         static_cast<T*>(a.out) + t * a.out_stride, a.out_stride);
+      gather_rows<T>(rows, StagedBlock<WideCell<T>, block>{staged.get()}, first, last, tokens, base, a.base_stride,
+                     bias, static_cast<T*>(a.out) + t * a.out_stride, a.out_stride);
     }
   });
 }

@@ -24,7 +24,8 @@ struct ForwardWeight {
   const T* weight;  // [d_out, d_in]
   int64_t stride, d_in;
 
-  static int64_t block_rows(bool few) { return few ? 2 * kBlockRows : kBlockRows; }
+  static int64_t most_tokens(int64_t) { return kMostTokens; }
+  static int64_t block_rows(int64_t tokens) { return is_few(tokens) ? 2 * kBlockRows : kBlockRows; }
 
   // Without a copy, if it can be: no tile may read past the last row, nor a pair past its end.
   WeightBlock<Element> in_place(const BlockPlace& b) const {

@@ -20,7 +20,8 @@ struct BackwardWeight {
   const T* weight;  // [d_out, d_in]
   int64_t stride, d_out;
 
-  static int64_t block_rows(bool few) { return few ? 2 * kBlockRows : kBlockRows; }
+  static int64_t most_tokens(int64_t) { return kMostTokens; }
+  static int64_t block_rows(int64_t tokens) { return is_few(tokens) ? 2 * kBlockRows : kBlockRows; }
 
   WeightBlock<Element> in_place(const BlockPlace&) const { return {}; }
   static WeightBlock<Element> copied(const BlockPlace& b, const Element* scratch) {

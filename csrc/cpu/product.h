@@ -17,12 +17,13 @@
 namespace neuroada::cpu::NEUROADA_ISA {
 
 // Tokens of a block: at least kLeastTokens where threads share few tokens, since each block reads all of W,
-// and at most so many, or as take this much staged.
+// and at most so many, unless a Weight wants more, or as take this much staged.
 inline constexpr int64_t kMostTokens = 256, kStagedBytes = 2 << 20;
 
 // Of so few tokens a block is short of memory, not of multipliers: no copy goes on beside the product, and
 // blocks of W may be wider, which memory reads faster.
 inline constexpr int64_t kFewTokens = 32;
+inline bool is_few(int64_t tokens) { return tokens <= kFewTokens; }
 
 inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 inline int64_t round_up(int64_t value, int64_t step) { return ceil_div(value, step) * step; }
@@ -42,10 +43,11 @@ struct Product {
 struct ProductTasks {
   int64_t block_tokens, blocks, ranges, rows;
 
-  ProductTasks(int64_t tokens, int64_t rows, int64_t staged_bytes_a_token, int64_t lanes, int64_t threads)
+  ProductTasks(int64_t tokens, int64_t rows, int64_t most_tokens, int64_t staged_bytes_a_token, int64_t lanes,
+               int64_t threads)
       : rows(rows) {
     const int64_t fit = kStagedBytes / std::max<int64_t>(staged_bytes_a_token, 1) / lanes * lanes;
-    const int64_t most = std::max(lanes, std::min(kMostTokens, fit));
+    const int64_t most = std::max(lanes, std::min(most_tokens, fit));
     const int64_t wanted =
         std::max({ceil_div(tokens, most), std::min(threads, ceil_div(tokens, kLeastTokens)), int64_t{1}});
     block_tokens = std::max(round_up(ceil_div(tokens, wanted), lanes), lanes);
@@ -56,7 +58,7 @@ struct ProductTasks {
   }
 
   int64_t count() const { return blocks * ranges; }
-  bool few() const { return block_tokens <= kFewTokens; }
+  bool few() const { return is_few(block_tokens); }
   // Neighbouring tasks have the same rows, so that a thread finds them in its cache.
   int64_t block(int64_t task) const { return task % blocks; }
   int64_t first_row(int64_t task) const { return boundary(task / blocks); }
@@ -105,22 +107,31 @@ struct DenseTerm {
   }
 };
 
-// Calls f(first token, tokens, vectors) for the panels that the tokens of a block are staged in: as long
-// as a tile allows, but rather two of two vectors than one of three and one of one.
-template <class A, class F>
-void each_panel(int64_t tokens, F&& f) {
+// Calls f(first token, tokens, vectors) for runs of the tokens of a block: of up to `most` vectors, but rather two
+// of two vectors than one of three and one of one.
+template <class A, int most, class F>
+void each_run(int64_t tokens, F&& f) {
   constexpr int64_t lanes = kLanes<A>;
   for (int64_t t = 0; t < tokens;) {
     const int64_t left = ceil_div(tokens - t, lanes);
-    const int64_t vectors = std::min<int64_t>(left == kTileVectors + 1 ? (left + 1) / 2 : left, kTileVectors);
+    const int64_t vectors = std::min<int64_t>(left == most + 1 ? (left + 1) / 2 : left, most);
     const int64_t count = std::min(tokens - t, vectors * lanes);
     if (vectors == 1) f(t, count, std::integral_constant<int, 1>{});
     if (vectors == 2) f(t, count, std::integral_constant<int, 2>{});
-    if constexpr (kTileVectors == 3) {
+    if constexpr (most >= 3) {
       if (vectors == 3) f(t, count, std::integral_constant<int, 3>{});
+    }
+    if constexpr (most >= 4) {
+      if (vectors == 4) f(t, count, std::integral_constant<int, 4>{});
     }
     t += vectors * lanes;
   }
+}
+
+// The same for the runs that one tile multiplies.
+template <class A, class F>
+void each_panel(int64_t tokens, F&& f) {
+  each_run<A, kTileVectors>(tokens, f);
 }
 
 // Where a block of W begins, how much of it there is, and of how many rows a whole one is.
@@ -163,9 +174,11 @@ void multiply_block(const ProductScratch<Cell>& scratch, const BlockPlace& place
   using A = typename Cell::A;
   const int64_t stride = scratch.total_stride;
   const auto multiply = [&](int64_t t, int64_t r, auto vectors) {
-    const A* x = scratch.panel(t) + place.cell * vectors * kLanes<A>;
+    constexpr int64_t width = kPanelVectors<vectors> * kLanes<A>;
+    const A* x = scratch.panel(t) + place.cell * width;
     A* total = scratch.totals.get() + r * stride + t;
-    multiply_tile<Cell, vectors, packed>({x, block.from(r), place.cells, total, stride, place.cell == 0}, aside);
+    multiply_tile<Cell, vectors, packed>(
+        {x, scratch.cells * width, block.from(r), place.cells, total, stride, place.cell == 0}, aside);
   };
   if constexpr (kRowsFirst) {
     for (int64_t r = 0; r < place.width; r += kTileSums) {
@@ -191,6 +204,7 @@ void multiply_in_turn(const ProductScratch<Cell>& scratch, const Weight& weight,
       weight.copy(place, scratch.weight.get()).finish();
       block = Weight::copied(place, scratch.weight.get());
     }
+    block.stays &= tokens > kTileVectors * kLanes<typename Cell::A>;
     multiply_block<Cell, Weight::kPacked>(scratch, place, block, tokens, nothing);
     if (place.cell + place.cells >= scratch.cells) after_row_block(place);
   }
@@ -201,7 +215,7 @@ template <class Cell, class Weight, class F>
 void multiply_with_copies(const ProductScratch<Cell>& scratch, const Weight& weight, const BlockOrder& order,
                           int64_t tokens, F&& after_row_block) {
   const auto target = [&](int64_t number) {
-    return scratch.weight.get() + number % 2 * (Weight::block_rows(false) * Weight::kElementsARow);
+    return scratch.weight.get() + number % 2 * (order.rows * Weight::kElementsARow);
   };
   const auto copy_of = [&](int64_t number) {
     return number < order.count() ? weight.copy(order.at(number), target(number)) : BlockCopy<Weight>();
@@ -228,20 +242,25 @@ void run_task(const Product<T>& p, const Weight& weight, const Rows& rows, const
   T* out = p.out + start * p.out_stride;
   const T* none = nullptr;
   each_panel<A>(tokens, [&](int64_t t, int64_t count, auto vectors) {
-    constexpr int64_t width = vectors * kLanes<A>;
-    A* panel = scratch.panel(t);
-    stage_transposed<Cell, width>(x + t * p.x_stride, p.x_stride, count, 0, p.columns, p.columns, panel);
-    std::fill(panel + ceil_div(p.columns, Cell::kDepth) * width, panel + scratch.cells * width, A{0});
+    constexpr int64_t width = kPanelVectors<vectors> * kLanes<A>;
+    for (int64_t i = 0; i < vectors * kLanes<A>; i += width) {
+      A* panel = scratch.panel(t + i);
+      stage_transposed<Cell, width>(x + (t + i) * p.x_stride, p.x_stride, std::min(count - i, width), 0, p.columns,
+                                    p.columns, panel);
+      std::fill(panel + ceil_div(p.columns, Cell::kDepth) * width, panel + scratch.cells * width, A{0});
+    }
   });
   const auto gather = [&](const BlockPlace& place) {
-    each_panel<A>(tokens, [&](int64_t t, int64_t count, auto vectors) {
+    each_run<A, kGatherVectors>(tokens, [&](int64_t t, int64_t count, auto vectors) {
+      constexpr int width = kPanelVectors<vectors> * kLanes<A>;
+      const StagedBlock<Cell, vectors * kLanes<A>, width> staged{scratch.panel(t), scratch.cells * width};
       const DenseTerm<T> dense{{p.bias}, scratch.totals.get() + t, scratch.total_stride, place.row};
-      gather_rows<T, Cell, vectors * kLanes<A>>(rows, scratch.panel(t), place.row, place.row + place.width, count, none,
-                                                0, dense, out + t * p.out_stride, p.out_stride);
+      gather_rows<T>(rows, staged, place.row, place.row + place.width, count, none, 0, dense, out + t * p.out_stride,
+                     p.out_stride);
     });
   };
   [[maybe_unused]] const TileRegisters registers;
-  const int64_t block_rows = Weight::block_rows(tasks.few());
+  const int64_t block_rows = Weight::block_rows(tasks.block_tokens);
   const BlockOrder order(tasks.first_row(task), tasks.last_row(task), scratch.cells, block_rows, Weight::kCells);
   if constexpr (kCopiesAside) {
     if (!tasks.few()) return multiply_with_copies(scratch, weight, order, tokens, gather);
@@ -266,10 +285,11 @@ void multiply_and_gather(const Product<T>& p, const Weight& weight, const Rows& 
   constexpr int64_t kProductsABypass = 8;  // multiply-adds of the product in the time of one of a gather
   const Executor executor = all.limited(p.tokens * (p.columns + p.rows * (1 + p.columns / kProductsABypass)));
   const int64_t bytes = ceil_div(p.columns, Cell::kDepth) * static_cast<int64_t>(sizeof(A));
-  const ProductTasks tasks(p.tokens, p.rows, bytes, kLanes<A>, executor.threads);
+  const ProductTasks tasks(p.tokens, p.rows, Weight::most_tokens(bytes), bytes, kLanes<A>, executor.threads);
   const int64_t parts = std::min(tasks.count(), executor.threads);
   executor.parallel(parts, [&](int64_t part) {
-    const int64_t rows = Weight::block_rows(tasks.few()), copied = kCopiesAside && !tasks.few() ? 2 * rows : rows;
+    const int64_t rows = Weight::block_rows(tasks.block_tokens),
+                  copied = kCopiesAside && !tasks.few() ? 2 * rows : rows;
     const ProductScratch<Cell> scratch(p.columns, tasks, rows, copied * Weight::kElementsARow);
     for (int64_t task = tasks.count() * part / parts; task < tasks.count() * (part + 1) / parts; ++task) {
       run_task(p, weight, entries, tasks, task, scratch);

@@ -11,15 +11,17 @@ template <class Element>
 struct WeightBlock {
   const Element* at = nullptr;
   int64_t row_step = 0, cell_step = 0;
+  bool stays = false;  // whether the rows of a tile are to stay in the first cache while all tokens of a block go by
 
-  WeightBlock from(int64_t row) const { return {at + row * row_step, row_step, cell_step}; }
+  WeightBlock from(int64_t row) const { return {at + row * row_step, row_step, cell_step, stays}; }
 };
 
 // What a tile reads and adds to: total[r][i] = or += sum over `cells` of panel[c][i] W(r, c).
 template <class Cell>
 struct TileJob {
   using A = typename Cell::A;
-  const A* panel;  // [cells][tokens of the panel]
+  const A* panel;      // [cells][tokens of the panel]
+  int64_t panel_step;  // from it to the next panel, where one is shorter than the tile
   WeightBlock<typename Cell::Element> weight;
   int64_t cells;
   A* total;

@@ -16,6 +16,11 @@ inline constexpr int kTileSums = kVectorBytes == 64 ? 24 : 12, kTileVectors = kV
 template <int vectors>
 inline constexpr int kTileRows = kTileSums / (vectors == 1 ? 2 : vectors);
 
+// Vectors of tokens that lie side by side in each cell of what a tile reads, and that a gather takes at most.
+template <int vectors>
+inline constexpr int kPanelVectors = vectors;
+inline constexpr int kGatherVectors = kTileVectors;
+
 // Rows and cells of W that are multiplied by all tokens of a block before the next are: as many as the
 // second cache holds twice beside the staged tokens.
 inline constexpr int64_t kBlockRows = 4 * kTileSums, kBlockCells = 512, kLeastTokens = 96;

@@ -15,9 +15,16 @@ template <int vectors>
 inline constexpr int kTileRows = kTileSums;
 inline constexpr int64_t kTileCells = 16;
 
+// A panel is what one tile register takes, so that each of them reads 1 KB in one piece; a gather, which shares the
+// index and delta of an entry among its tokens, takes twice as many as a tile.
+template <int vectors>
+inline constexpr int kPanelVectors = 1;
+inline constexpr int kGatherVectors = 4;
+
 // Tiles wait for memory: W is read once where they can take it from where it lies, no load that may take long goes
-// between theirs, and the rows of a tile stay in a cache while all tokens of a block go by.
-inline constexpr int64_t kLeastTokens = 256;
+// between theirs, and the rows of a tile stay in a cache while all tokens of a block go by. Threads share the rows of
+// a block rather than each have one of fewer tokens.
+inline constexpr int64_t kLeastTokens = 512;
 inline constexpr bool kCopiesAside = false, kRowsFirst = true;
 // The block that the forward pass reads where it lies. Sums stay in registers for as many cells; of x these are what
 // the second cache holds, for as many rows.
@@ -61,10 +68,15 @@ inline void clear_tile() {
   asm volatile("tilezero %%tmm%c0" : : "i"(tile));
 }
 
-template <int tile>
+// What passes is not to stay in the first cache.
+template <int tile, bool passes>
 inline void load_tile(const void* source, int64_t row_bytes) {
   show_to_sanitizer(source, row_bytes);
-  asm volatile("tileloadd (%0,%1,1), %%tmm%c2" : : "r"(source), "r"(row_bytes), "i"(tile));
+  if constexpr (passes) {
+    asm volatile("tileloaddt1 (%0,%1,1), %%tmm%c2" : : "r"(source), "r"(row_bytes), "i"(tile));
+  } else {
+    asm volatile("tileloadd (%0,%1,1), %%tmm%c2" : : "r"(source), "r"(row_bytes), "i"(tile));
+  }
 }
 
 template <int tile>
@@ -91,35 +103,47 @@ inline void each_sum_tile(F&& f) {
   }
 }
 
-// Sixteen cells after the other join the total: as exact as the output's own rounding to bfloat16 lets one see.
-template <class Cell, int vectors, bool packed, class Aside>
-void multiply_tile(const TileJob<Cell>& job, Aside&) {
-  static_assert(!packed && std::is_same_v<Aside, NothingAside>, "rows of W with cells side by side, and nothing else");
-  constexpr int64_t x_step = vectors * 64;
-  const int64_t w_step = job.weight.row_step * static_cast<int64_t>(sizeof(typename Cell::Element));
-  const int64_t total_step = job.total_stride * static_cast<int64_t>(sizeof(float));
+// Sixteen cells after the other join the total: as exact as the output's own rounding to bfloat16 lets one see. What is
+// read once goes past the first cache: x and the totals, to leave W there, or W, where it does not fit anyway.
+template <int vectors, bool stays>
+void multiply_registers(const TileJob<PairCell>& job) {
+  constexpr int64_t x_step = 64, float_bytes = sizeof(float);
+  // The first store of a tile register after 32 of these steps was measured to take as long as ten of them, after 16
+  // as long as one. So there is one every 8, of which nobody reads what it stores.
+  constexpr int64_t cells_a_store = 8 * kTileCells;
+  alignas(64) float unread[16 * 16];
+  const int64_t w_step = job.weight.row_step * static_cast<int64_t>(sizeof(BFloat16));
+  const int64_t total_step = job.total_stride * float_bytes;
   asm volatile("" : : : "memory");  // what tile registers read is written by now
   each_sum_tile<vectors>([&](auto tile, int64_t row, int64_t token) {
     if (job.first) return clear_tile<tile>();
-    load_tile<tile>(job.total + row * job.total_stride + token, total_step);
+    load_tile<tile, stays>(job.total + row * job.total_stride + token, total_step);
   });
   for (int64_t c = 0; c < job.cells; c += kTileCells) {
-    const auto* x = job.panel + c * vectors * kLanes<float>;
-    const auto* w = job.weight.at + c * job.weight.cell_step;
-    load_tile<4>(x, x_step);
-    load_tile<6>(w, w_step);
+    const float* x = job.panel + c * kLanes<float>;
+    const BFloat16* w = job.weight.at + c * job.weight.cell_step;
+    load_tile<4, stays>(x, x_step);
+    load_tile<6, !stays>(w, w_step);
     add_products<0, 6, 4>();
     if constexpr (vectors == 2) {
-      load_tile<5>(x + kLanes<float>, x_step);
+      load_tile<5, stays>(x + job.panel_step, x_step);
       add_products<1, 6, 5>();
     }
-    load_tile<7>(w + 16 * job.weight.row_step, w_step);
+    load_tile<7, !stays>(w + 16 * job.weight.row_step, w_step);
     add_products<2, 7, 4>();
     if constexpr (vectors == 2) add_products<3, 7, 5>();
+    if (!stays && c % cells_a_store == cells_a_store - kTileCells) store_tile<6>(unread, x_step);
   }
   each_sum_tile<vectors>([&](auto tile, int64_t row, int64_t token) {
     store_tile<tile>(job.total + row * job.total_stride + token, total_step);
   });
+}
+
+template <class Cell, int vectors, bool packed, class Aside>
+void multiply_tile(const TileJob<Cell>& job, Aside&) {
+  static_assert(!packed && std::is_same_v<Aside, NothingAside>, "rows of W with cells side by side, and nothing else");
+  if (job.weight.stays) return multiply_registers<vectors, true>(job);
+  multiply_registers<vectors, false>(job);
 }
 
 }  // namespace neuroada::cpu::NEUROADA_ISA

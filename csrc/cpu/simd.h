@@ -99,6 +99,18 @@ inline void store(BFloat16* target, Vec<float> value) {
   std::memcpy(target, &narrow, sizeof(narrow));
 }
 
+#if defined(__AVX512F__)
+// Lane i is low[i] and high[i] rounded to bfloat16 as store() does, high[i] in its upper half.
+inline Vec<float> narrow_pairs(Vec<float> low, Vec<float> high) {
+  const auto rounded = [](Vec<float> value) {  // in the upper half
+    const VecU32 bits = (VecU32)value;
+    const VecU32 is_nan = (VecU32)(value != value);
+    return ((bits + 0x7fffu + ((bits >> 16) & 1u)) & ~is_nan) | ((bits | 0x400000u) & is_nan);
+  };
+  return (Vec<float>)((rounded(low) >> 16) | (rounded(high) & 0xffff0000u));
+}
+#endif
+
 inline void store(Half* target, Vec<float> value) {
 #if defined(__AVX512F__)
   _mm256_storeu_si256(reinterpret_cast<__m256i*>(target), _mm512_cvtps_ph((__m512)value, _MM_FROUND_TO_NEAREST_INT));

@@ -142,6 +142,26 @@ inline void write_line(const Vec<accumulate_t<T>>* line, int width, const T* ont
   }
 }
 
+#if defined(__AVX512F__)
+// target[i][j] = tile[j][i], for the `width` rows of the tile and `tokens` of its lanes: rounded before they are
+// transposed, two to a lane.
+inline void write_pairs(const Vec<float>* tile, int width, int64_t tokens, BFloat16* target, int64_t stride) {
+  constexpr int lanes = kLanes<float>;
+  Vec<float> lines[lanes];
+#pragma GCC unroll 16
+  for (int i = 0; i < lanes; ++i) lines[i] = narrow_pairs(tile[2 * i], tile[2 * i + 1]);
+  transpose<float>(lines);
+  if (width == 2 * lanes && tokens >= lanes) {
+#pragma GCC unroll 16
+    for (int i = 0; i < lanes; ++i) std::memcpy(target + i * stride, &lines[i], sizeof(lines[i]));
+    return;
+  }
+  for (int64_t i = 0; i < std::min<int64_t>(lanes, tokens); ++i) {
+    std::memcpy(target + i * stride, &lines[i], width * sizeof(BFloat16));
+  }
+}
+#endif
+
 // bias[row] for every token, or zero.
 template <class T>
 struct BiasTerm {
@@ -150,13 +170,26 @@ struct BiasTerm {
   Vec<A> operator()(int64_t row, int) const { return broadcast(bias != nullptr ? widen(bias[row]) : A{0}); }
 };
 
+// A block of staged tokens, in panels of `panel` each: as [cell][panel], one `step` after the other.
+template <class Cell, int block, int panel = block>
+struct StagedBlock {
+  using A = typename Cell::A;
+  static constexpr int kVectors = block / kLanes<A>;
+  const A* at;
+  int64_t step = 0;
+  Vec<A> column(int32_t column, int v) const {
+    constexpr int side_by_side = panel / kLanes<A>;
+    return Cell::template column<panel>(at + v / side_by_side * step, column, v % side_by_side);
+  }
+};
+
 // out[t, r] = base[t, r] + term(r, t) + sum over the entries (c, v) of row r of v staged[c][t], for the
 // rows [first, last) and the first `tokens` of the block. Entries are added in their order.
-template <class T, class Cell, int block, class Rows, class Term>
-void gather_rows(const Rows& rows, const accumulate_t<T>* staged, int64_t first, int64_t last, int64_t tokens,
-                 const T* base, int64_t base_stride, const Term& term, T* out, int64_t out_stride) {
+template <class T, class Rows, class Staged, class Term>
+void gather_rows(const Rows& rows, const Staged staged, int64_t first, int64_t last, int64_t tokens, const T* base,
+                 int64_t base_stride, const Term& term, T* out, int64_t out_stride) {
   using A = accumulate_t<T>;
-  constexpr int lanes = kLanes<A>, vectors = block / lanes, line = kOutVectors<T>;
+  constexpr int lanes = kLanes<A>, vectors = Staged::kVectors, line = kOutVectors<T>;
   Vec<A> tile[vectors][line * lanes];  // [block][a cache line of out]
   for (int64_t r = first; r < last; r += line * lanes) {
     const int width = static_cast<int>(std::min<int64_t>(line * lanes, last - r));
@@ -169,12 +202,20 @@ void gather_rows(const Rows& rows, const accumulate_t<T>* staged, int64_t first,
         if (column < 0) continue;
         const Vec<A> value = broadcast(rows.value(e));
 #pragma GCC unroll 8
-        for (int v = 0; v < vectors; ++v) sum[v] += value * Cell::template column<block>(staged, column, v);
+        for (int v = 0; v < vectors; ++v) sum[v] += value * staged.column(column, v);
       }
       // The large term comes last: summed onto it, each product would be rounded at its scale.
       for (int v = 0; v < vectors; ++v) tile[v][i] = sum[v] + term(r + i, v);
     }
     for (int v = 0; v < vectors && v * lanes < tokens; ++v) {
+#if defined(__AVX512F__)
+      if constexpr (std::is_same_v<T, BFloat16>) {
+        if (base == nullptr) {
+          write_pairs(tile[v], width, tokens - v * lanes, out + v * lanes * out_stride + r, out_stride);
+          continue;
+        }
+      }
+#endif
       for (int g = 0; g < line; ++g) transpose<A>(tile[v] + g * lanes);
       for (int i = 0; i < lanes && v * lanes + i < tokens; ++i) {
         const int64_t t = v * lanes + i;

@@ -23,12 +23,17 @@ struct BackwardWeight {
   const BFloat16* weight;  // [d_out, d_in]
   int64_t stride, d_out;
 
-  // Many: what a block has of a row of W lies side by side, and memory reads long runs faster.
-  static int64_t block_rows(bool) { return 512; }
+  // Each block of tokens transposes all of W: twice as many where they take no more than those of a wide W.
+  static int64_t most_tokens(int64_t staged_bytes_a_token) {
+    return 2 * kMostTokens * staged_bytes_a_token <= kStagedBytes / 2 ? 2 * kMostTokens : kMostTokens;
+  }
+  // Many: what a block has of a row of W lies side by side, and memory reads long runs faster. As many as have
+  // their totals in the second cache.
+  static int64_t block_rows(int64_t tokens) { return tokens > kMostTokens ? 256 : 512; }
 
   WeightBlock<Element> in_place(const BlockPlace&) const { return {}; }
   static WeightBlock<Element> copied(const BlockPlace&, const Element* scratch) {
-    return {scratch, kStep, Cell::kDepth};
+    return {scratch, kStep, Cell::kDepth, true};
   }
 
   // The copy of whole squares; what else there is of the block, and zeros up to whole tiles, is written now.
