@@ -14,18 +14,15 @@ struct ForwardWeight {
   using Cell = typename ProductCell<T>::type;
   using Element = typename Cell::Element;
   static constexpr bool kPacked = false;
-  static constexpr int64_t kCells = kBlockCells;  // of a block
-
   // A cache line more than a block's row, so that the rows of a tile lie in different sets of the cache.
   static constexpr int64_t kStep = kBlockCells * Cell::kDepth + 64 / sizeof(Element);
-  static constexpr int64_t kElementsARow = kStep;  // of a block
   static constexpr int64_t kLine = 64 / sizeof(T), kLineStep = kLine;
 
   const T* weight;  // [d_out, d_in]
   int64_t stride, d_in;
 
   static int64_t most_tokens(int64_t) { return kMostTokens; }
-  static int64_t block_rows(int64_t tokens) { return is_few(tokens) ? 2 * kBlockRows : kBlockRows; }
+  static BlockSize block(int64_t tokens) { return {is_few(tokens) ? 2 * kBlockRows : kBlockRows, kBlockCells, kStep}; }
 
   // Without a copy, if it can be: no tile may read past the last row, nor a pair past its end.
   WeightBlock<Element> in_place(const BlockPlace& b) const {

@@ -13,17 +13,32 @@ struct BackwardWeight {
   using Cell = typename ProductCell<T>::type;
   using Element = typename Cell::Element;
   static constexpr bool kPacked = true;
-  static constexpr int64_t kCells = kBlockCells;                        // of a block
-  static constexpr int64_t kElementsARow = kBlockCells * Cell::kDepth;  // of a block
   static constexpr int64_t kLine = 64 / sizeof(T), kLineStep = kLine * Cell::kDepth;
 
   const T* weight;  // [d_out, d_in]
   int64_t stride, d_out;
 
   static int64_t most_tokens(int64_t) { return kMostTokens; }
-  static int64_t block_rows(int64_t tokens) { return is_few(tokens) ? 2 * kBlockRows : kBlockRows; }
+  // Every row of W is a page of its own, which takes as long to find as half a kilobyte to read: where few tokens have
+  // small totals, long runs of few rows. And so many rows that a total is the sum of no more blocks than round as
+  // torch's product does.
+  BlockSize block(int64_t tokens) const {
+    constexpr int64_t kRun = 2048, kRows = 24, kSums = 170;
+    const int64_t few = std::max(kRows, ceil_div(ceil_div(d_out, Cell::kDepth), kSums));
+    if (is_few(tokens)) return {round_up(kRun, kTileSums), few, few * Cell::kDepth};
+    return {kBlockRows, kBlockCells, kBlockCells * Cell::kDepth};
+  }
 
-  WeightBlock<Element> in_place(const BlockPlace&) const { return {}; }
+  // Without a copy, if it can be. Past a row's end a tile reads the beginning of the next, for columns that nobody
+  // asks for, but nothing past the end of the last.
+  WeightBlock<Element> in_place(const BlockPlace& b) const {
+    if constexpr (std::is_same_v<T, Element> && Cell::kDepth == 1) {
+      const int64_t past_end = round_up(b.width, kTileSums) - b.width;
+      const bool whole = b.cell + b.cells <= d_out && past_end <= (d_out - b.cell - b.cells) * stride;
+      if (whole) return {weight + b.cell * stride + b.row, Cell::kDepth, stride};
+    }
+    return {};
+  }
   static WeightBlock<Element> copied(const BlockPlace& b, const Element* scratch) {
     return {scratch, Cell::kDepth, step(b)};
   }

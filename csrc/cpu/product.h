@@ -75,21 +75,29 @@ struct ProductTasks {
   }
 };
 
+// How many rows and cells of W a block has, and what a row of it takes where it is copied to.
+struct BlockSize {
+  int64_t rows, cells, elements_a_row;
+  int64_t elements() const { return rows * elements_a_row; }
+};
+
 // Where a thread's block of tokens, the totals of a block of rows, and one or two blocks of W lie.
 template <class Cell>
 struct ProductScratch {
   using A = typename Cell::A;
   using Element = typename Cell::Element;
   int64_t cells, total_stride;
+  BlockSize block;
   Scratch<A> staged, totals;
   Scratch<Element> weight;
 
-  ProductScratch(int64_t columns, const ProductTasks& tasks, int64_t block_rows, int64_t weight_elements)
+  ProductScratch(int64_t columns, const ProductTasks& tasks, const BlockSize& block, int64_t blocks)
       : cells(round_up(ceil_div(columns, Cell::kDepth), kTileCells)),
         total_stride(tasks.block_tokens + kTotalGap),
+        block(block),
         staged(make_scratch<A>(cells * tasks.block_tokens)),
-        totals(make_scratch<A>(block_rows * total_stride)),
-        weight(make_scratch<Element>(weight_elements)) {}
+        totals(make_scratch<A>(block.rows * total_stride)),
+        weight(make_scratch<Element>(blocks * block.elements())) {}
 
   // The panel whose first token is the block's `token`.
   A* panel(int64_t token) const { return staged.get() + token * cells; }
@@ -143,12 +151,12 @@ struct BlockPlace {
 struct BlockOrder {
   int64_t first, last, cells, rows, block_cells, across;
 
-  BlockOrder(int64_t first, int64_t last, int64_t cells, int64_t rows, int64_t block_cells)
+  BlockOrder(int64_t first, int64_t last, int64_t cells, const BlockSize& block)
       : first(first),
         last(last),
         cells(cells),
-        rows(rows),
-        block_cells(block_cells),
+        rows(block.rows),
+        block_cells(block.cells),
         across(std::max<int64_t>(ceil_div(cells, block_cells), 1)) {}
 
   int64_t count() const { return ceil_div(last - first, rows) * across; }
@@ -214,9 +222,7 @@ void multiply_in_turn(const ProductScratch<Cell>& scratch, const Weight& weight,
 template <class Cell, class Weight, class F>
 void multiply_with_copies(const ProductScratch<Cell>& scratch, const Weight& weight, const BlockOrder& order,
                           int64_t tokens, F&& after_row_block) {
-  const auto target = [&](int64_t number) {
-    return scratch.weight.get() + number % 2 * (order.rows * Weight::kElementsARow);
-  };
+  const auto target = [&](int64_t number) { return scratch.weight.get() + number % 2 * scratch.block.elements(); };
   const auto copy_of = [&](int64_t number) {
     return number < order.count() ? weight.copy(order.at(number), target(number)) : BlockCopy<Weight>();
   };
@@ -260,8 +266,7 @@ void run_task(const Product<T>& p, const Weight& weight, const Rows& rows, const
     });
   };
   [[maybe_unused]] const TileRegisters registers;
-  const int64_t block_rows = Weight::block_rows(tasks.block_tokens);
-  const BlockOrder order(tasks.first_row(task), tasks.last_row(task), scratch.cells, block_rows, Weight::kCells);
+  const BlockOrder order(tasks.first_row(task), tasks.last_row(task), scratch.cells, scratch.block);
   if constexpr (kCopiesAside) {
     if (!tasks.few()) return multiply_with_copies(scratch, weight, order, tokens, gather);
   }
@@ -288,9 +293,8 @@ void multiply_and_gather(const Product<T>& p, const Weight& weight, const Rows& 
   const ProductTasks tasks(p.tokens, p.rows, Weight::most_tokens(bytes), bytes, kLanes<A>, executor.threads);
   const int64_t parts = std::min(tasks.count(), executor.threads);
   executor.parallel(parts, [&](int64_t part) {
-    const int64_t rows = Weight::block_rows(tasks.block_tokens),
-                  copied = kCopiesAside && !tasks.few() ? 2 * rows : rows;
-    const ProductScratch<Cell> scratch(p.columns, tasks, rows, copied * Weight::kElementsARow);
+    const int64_t blocks = kCopiesAside && !tasks.few() ? 2 : 1;
+    const ProductScratch<Cell> scratch(p.columns, tasks, weight.block(tasks.block_tokens), blocks);
     for (int64_t task = tasks.count() * part / parts; task < tasks.count() * (part + 1) / parts; ++task) {
       run_task(p, weight, entries, tasks, task, scratch);
     }

@@ -57,6 +57,8 @@ inline void sum_cells(const TileJob<Cell>& job, int64_t begin, int64_t end, type
   // registers do.
   const Element* rows[pointers];
   for (int i = 0; i < pointers; ++i) rows[i] = job.weight.at + 3 * i * row_step;
+  // The rows of tiles to come, where W is read as it lies, a row to a cell: more streams than the processor follows.
+  constexpr int64_t ahead = packed && Aside::kCells == INT64_MAX ? 128 / sizeof(Element) : 0;
   Vec<A> sum[tile_rows][vectors];
   const auto each_sum = [](auto&& f) __attribute__((always_inline)) {
     unroll<tile_rows>([&](auto r) __attribute__((always_inline)) {
@@ -67,6 +69,7 @@ inline void sum_cells(const TileJob<Cell>& job, int64_t begin, int64_t end, type
   for (int64_t c = begin; c < end;) {
     aside.step();
     for (const int64_t pause = Aside::kCells == INT64_MAX ? end : std::min(c + Aside::kCells, end); c < pause; ++c) {
+      if constexpr (ahead != 0) __builtin_prefetch(rows[0] + c * cell_step + ahead);
       Vec<A> x[vectors], value;
       unroll<vectors>([&](auto v)
                           __attribute__((always_inline)) { x[v] = load(job.panel + (c * vectors + v) * lanes); });

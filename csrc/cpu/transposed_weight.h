@@ -17,7 +17,6 @@ struct BackwardWeight {
   static constexpr int64_t kCells = 128;
   // A cache line more than a block's row, so that the rows of a tile lie in different sets of the cache.
   static constexpr int64_t kStep = kCells * Cell::kDepth + 64 / sizeof(Element);
-  static constexpr int64_t kElementsARow = kStep;                                   // of a block
   static constexpr int64_t kLine = 64 / sizeof(Source), kLineStep = kLine * kStep;  // one of each of 32 neurons
 
   const BFloat16* weight;  // [d_out, d_in]
@@ -29,7 +28,7 @@ struct BackwardWeight {
   }
   // Many: what a block has of a row of W lies side by side, and memory reads long runs faster. As many as have
   // their totals in the second cache.
-  static int64_t block_rows(int64_t tokens) { return tokens > kMostTokens ? 256 : 512; }
+  static BlockSize block(int64_t tokens) { return {tokens > kMostTokens ? 256 : 512, kCells, kStep}; }
 
   WeightBlock<Element> in_place(const BlockPlace&) const { return {}; }
   static WeightBlock<Element> copied(const BlockPlace&, const Element* scratch) {
