@@ -50,18 +50,35 @@ int64_t lines_of(int64_t columns) { return (columns + kLine - 1) / kLine; }
 // What stands for (line, vector v, slot s) in an array of vectors.
 int64_t place(int64_t line, int64_t v, int64_t s, int64_t k) { return (line * kVectors + v) * k + s; }
 
+// The entries of index, or of out, in one slot of the eight neurons of a vector, those that are there.
+struct Entries {
+  int64_t first;
+  __m256i offsets;
+  __mmask8 there;
+
+  Entries(const Sddmm& a, int64_t line, int64_t v) : first((line * kLine + column_of(v * kCells)) * a.k) {
+    const __m256i neurons = _mm256_setr_epi32(0, 1, 8, 9, 16, 17, 24, 25);  // column_of(), from the first on
+    const int64_t left = a.d_out - line * kLine - column_of(v * kCells);
+    there = _mm256_cmplt_epi32_mask(neurons, _mm256_set1_epi32(static_cast<int32_t>(std::min(left, kLine))));
+    offsets = _mm256_mullo_epi32(neurons, _mm256_set1_epi32(static_cast<int32_t>(a.k)));
+  }
+
+  __m256i columns(const Sddmm& a, int64_t s) const {
+    return _mm256_mmask_i32gather_epi32(_mm256_set1_epi32(-1), there, offsets, a.index + first + s, sizeof(*a.index));
+  }
+  void set(const Sddmm& a, int64_t s, __m256 values) const {
+    float* out = static_cast<float*>(a.out) + first + s;
+    _mm256_mask_i32scatter_ps(out, there, offsets, values, sizeof(*out));
+  }
+};
+
 // Where the neurons of a line find their columns: [vector][slot][neuron of the vector].
 void find_cells(const Sddmm& a, int64_t line, int32_t* cells) {
-  const __m256i neurons = _mm256_setr_epi32(0, 1, 8, 9, 16, 17, 24, 25);  // of the first vector
-  const __m256i rows = _mm256_mullo_epi32(neurons, _mm256_set1_epi32(static_cast<int32_t>(a.k)));
   for (int64_t v = 0; v < kVectors; ++v) {
-    const int64_t neuron = line * kLine + column_of(v * kCells);
-    const int32_t left = static_cast<int32_t>(std::min(a.d_out - neuron, kLine));
-    const __m256i there = _mm256_cmpgt_epi32(_mm256_set1_epi32(left), neurons);
+    const Entries entries(a, line, v);
     for (int64_t s = 0; s < a.k; ++s) {
-      const int32_t* columns = a.index + neuron * a.k + s;
-      const __m256i found = cells_of(_mm256_mask_i32gather_epi32(_mm256_setzero_si256(), columns, rows, there, 4));
-      _mm256_store_si256(reinterpret_cast<__m256i*>(cells + place(0, v, s, a.k) * kCells), found);
+      int32_t* found = cells + place(0, v, s, a.k) * kCells;
+      _mm256_store_si256(reinterpret_cast<__m256i*>(found), cells_of(entries.columns(a, s)));
     }
   }
 }
@@ -111,14 +128,15 @@ void sum_chunk(const Sddmm& a, const TokenChunks& chunks, int64_t chunk, int64_t
 
 // Adds the chunks' sums of a line's neurons, `stride` apart from chunk to chunk.
 void add_chunks(const Sddmm& a, const TokenChunks& chunks, const float* partial, int64_t stride, int64_t line) {
-  float* out = static_cast<float*>(a.out);
-  for (int64_t cell = 0; cell < kLine; ++cell) {
-    const int64_t neuron = line * kLine + column_of(cell);
-    for (int64_t s = 0; neuron < a.d_out && s < a.k; ++s) {
-      const float* sums = partial + place(line, cell / kCells, s, a.k) * kCells + cell % kCells;
-      float total = 0;
-      for (int64_t chunk = 0; chunk < chunks.count; ++chunk) total += sums[chunk * stride];
-      out[neuron * a.k + s] = a.index[neuron * a.k + s] < 0 ? 0 : total;
+  for (int64_t v = 0; v < kVectors; ++v) {
+    const Entries entries(a, line, v);
+    for (int64_t s = 0; s < a.k; ++s) {
+      __m256 total = _mm256_setzero_ps();
+      for (int64_t chunk = 0; chunk < chunks.count; ++chunk) {
+        total = _mm256_add_ps(total, _mm256_load_ps(partial + chunk * stride + place(line, v, s, a.k) * kCells));
+      }
+      const __mmask8 connected = _mm256_cmpge_epi32_mask(entries.columns(a, s), _mm256_setzero_si256());
+      entries.set(a, s, _mm256_maskz_mov_ps(connected, total));
     }
   }
 }
