@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from neuroada_kernels import _extension
+from neuroada_kernels._dtypes import FLOATING
 
 SPLITS = 64
 
@@ -215,6 +216,25 @@ def renumber(index: Tensor, columns: Tensor) -> Tensor:
     """
     place = torch.searchsorted(columns, index.clamp(min=0), out_int32=True)
     return torch.where(index >= 0, place, index)
+
+
+def columns_of(x: Tensor, columns: Tensor, dtype: torch.dtype) -> Tensor:
+    """``x[..., columns]`` in ``dtype``, of which nothing is differentiated; ``columns`` int32.
+
+    By the C++ kernel where it serves, since torch's on a CPU copies value by value.
+    """
+    x = x.detach()
+    if (
+        torch.compiler.is_compiling()
+        or _extension.library_error is not None
+        or type(x) is not Tensor
+        or not x.is_cpu
+        or x.dtype not in FLOATING
+        or not x.is_contiguous()
+    ):
+        return x.index_select(x.dim() - 1, columns).to(dtype)
+    kept: Tensor = torch.ops.neuroada_C.columns.default(x.view(-1, x.shape[-1]), columns)
+    return kept.view(*x.shape[:-1], columns.shape[0]).to(dtype)
 
 
 class PlanParts(NamedTuple):

@@ -34,7 +34,7 @@ BELOW = {
     "_registry": set(),
     "reference": set(),
     "selection": {"_extension"},
-    "plan": {"_extension"},
+    "plan": {"_dtypes", "_extension"},
     "triton_kernels": set(),
     "backends": {"_registry", "_extension", "plan", "reference", "triton_kernels"},
     "ops": {"_registry"},

@@ -13,7 +13,8 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from neuroada_kernels import _extension, check_index, make_plan, order_slots
-from neuroada_kernels.plan import SPLITS
+from neuroada_kernels._dtypes import FLOATING
+from neuroada_kernels.plan import SPLITS, columns_of
 
 needs_extension = pytest.mark.skipif(
     _extension.module is None, reason=f"no C++ planner: {_extension.module_error}"
@@ -226,3 +227,30 @@ def test_what_waits_for_a_gpu_is_refused_in_words_while_a_graph_is_captured(func
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
     with FakeTensorMode(), pytest.raises(RuntimeError, match="while a CUDA graph is captured"):
         function(torch.zeros(4, 2, dtype=torch.int32, device="cuda"), 6)
+
+
+@pytest.mark.parametrize("dtype", FLOATING, ids=str)
+@pytest.mark.parametrize("layout", ["plain", "leading", "strided", "empty"])
+def test_columns_are_copied_as_they_are(layout, dtype):
+    x = torch.randn(6, 4, 9).to(dtype).requires_grad_()
+    x = {"plain": x[0], "leading": x, "strided": x.transpose(0, 2), "empty": x[:0]}[layout]
+    columns = int32([0, 2, 3])[0]
+    copied = columns_of(x, columns, dtype)
+    assert not copied.requires_grad
+    assert copied.equal(x[..., columns])
+
+
+@pytest.mark.skipif(_extension.library_error is not None, reason="no compiled ops")
+@pytest.mark.parametrize(
+    ("columns", "message"),
+    {
+        "beyond": (int32([0, 9])[0], "columns: 9 is out of range for an x with 9 columns"),
+        "no column": (int32([-1])[0], "columns: -1 is out of range"),
+        "int64": (torch.tensor([0]), "columns: dtype is not the expected int32"),
+        "matrix": (int32([0]), "columns: shape \\[1, 1\\], expected one dimension"),
+        "strided": (int32([0, 1, 2])[0, ::2], "columns: not contiguous"),
+    }.values(),
+)
+def test_columns_that_x_lacks_are_refused(columns, message):
+    with pytest.raises(RuntimeError, match=message):
+        columns_of(torch.zeros(4, 9), columns, torch.float32)

@@ -45,10 +45,18 @@ void linear_fwd_in_tiles(const LinearFwd& args, const Executor& executor) {
 void linear_bwd_input_in_tiles(const LinearBwdInput& args, const Executor& executor) {
   (args.bypass.dtype == DType::bf16 ? amx_bf16::linear_bwd_input : avx512_bf16::linear_bwd_input)(args, executor);
 }
+// Where staging blocks of all columns would cost more than gathering as often: the ratio is as measured on a processor
+// with tiles, and others gather more slowly. By the shape alone, that of a whole x.
+void sddmm_with_gathers(const Sddmm& args, const Executor& executor) {
+  const int64_t columns = std::max(args.d_in, args.whole_d_in) + args.d_out;
+  const bool few = args.dtype == DType::bf16 && 4 * args.k * args.d_out <= 7 * columns;
+  (few ? amx_bf16::sddmm : avx512_bf16::sddmm)(args, executor);
+}
 
 constexpr Kernels kernels_with_tiles() {
   Kernels kernels = NEUROADA_KERNELS(avx512_bf16);
   kernels.isa = "amx_bf16";
+  kernels.sddmm = &sddmm_with_gathers;
   kernels.linear_fwd = &linear_fwd_in_tiles;
   kernels.linear_bwd_input = &linear_bwd_input_in_tiles;
   return kernels;

@@ -7,6 +7,7 @@
 #include <algorithm>
 #include <optional>
 
+#include "columns.h"
 #include "kernels.h"
 #include "neuroada/check.h"
 #include "neuroada/planner.h"
@@ -243,6 +244,29 @@ Tensor largest_op(const Tensor& scores, int64_t k, int64_t by) {
   return index;
 }
 
+Tensor columns_op(const Tensor& x, const Tensor& columns) {
+  check_matrix("x", x, -1, -1);
+  const DType dtype = dtype_of("x", x);
+  STD_TORCH_CHECK(columns.dim() == 1 && columns.is_cpu(), "columns: shape ", shape_of(columns),
+                  ", expected one dimension on the CPU");
+  check_dtype("columns", columns, ScalarType::Int, "int32");
+  check_contiguous("columns", columns);
+  check_storage("columns", columns);
+  const int32_t* chosen = static_cast<const int32_t*>(columns.const_data_ptr());
+  const int64_t tokens = x.size(0), d_in = x.size(1), count = columns.size(0);
+  for (int64_t i = 0; i < count; ++i) {
+    STD_TORCH_CHECK(chosen[i] >= 0 && chosen[i] < d_in, "columns: ", chosen[i], " is out of range for an x with ", d_in,
+                    " columns");
+  }
+  Tensor out = torch::stable::new_empty(x, {tokens, count});
+  with_dtype(dtype, [&](auto element) {
+    using T = decltype(element);
+    copy_columns(static_cast<const T*>(x.const_data_ptr()), x.stride(0), tokens, chosen, count,
+                 static_cast<T*>(out.mutable_data_ptr()), torch_executor());
+  });
+  return out;
+}
+
 }  // namespace
 
 STABLE_TORCH_LIBRARY_IMPL(neuroada_C, CPU, m) {
@@ -256,6 +280,7 @@ STABLE_TORCH_LIBRARY_IMPL(neuroada_C, CPU, m) {
   m.impl("patch", TORCH_BOX(&patch_op));
   m.impl("restore", TORCH_BOX(&restore_op));
   m.impl("largest", TORCH_BOX(&largest_op));
+  m.impl("columns", TORCH_BOX(&columns_op));
 }
 
 }  // namespace neuroada::cpu

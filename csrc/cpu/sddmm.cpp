@@ -1,33 +1,30 @@
 // out[j, s] = sum_t grad[t, j] x[t, index[j, s]]
 //
-// Tokens are cut into chunks whose number follows from the shape alone; each chunk's sums are taken
-// in one order, and the chunks' sums are added in theirs: the same bits for any number of threads.
+// Blocks of tokens are transposed, so that a bypass is a dot product of two runs; sddmm_few.cpp has another way for
+// few bypasses a neuron.
 #include "entry.h"
+#include "sddmm_chunks.h"
 #include "staging.h"
 
 namespace neuroada::cpu::NEUROADA_ISA {
 namespace {
 
-constexpr int64_t kChunkTokens = 128;
-constexpr int64_t kMostChunks = 16;  // 64 bytes of partial sums a bypass, in float32
-
 // Neurons are taken in groups of one vector. partial[chunk][group][s] is the vector of a slot's sums.
 template <class A>
 struct Partial {
-  int64_t tokens_a_chunk, chunks, groups, k;
+  int64_t groups, k;
   Scratch<A> sums;
 
-  Partial(int64_t tokens, int64_t d_out, int64_t k, int64_t block_tokens)
-      : groups((d_out + kLanes<A> - 1) / kLanes<A>), k(k) {
-    const int64_t wanted = std::max<int64_t>(1, std::min(kMostChunks, (tokens + kChunkTokens - 1) / kChunkTokens));
-    tokens_a_chunk =
-        std::max<int64_t>(1, ((tokens + wanted - 1) / wanted + block_tokens - 1) / block_tokens) * block_tokens;
-    chunks = (tokens + tokens_a_chunk - 1) / tokens_a_chunk;
-    sums = make_scratch<A>(chunks * groups * k * kLanes<A>);
-  }
+  Partial(int64_t chunks, int64_t d_out, int64_t k)
+      : groups((d_out + kLanes<A> - 1) / kLanes<A>), k(k), sums(make_scratch<A>(chunks * groups * k * kLanes<A>)) {}
 
   A* at(int64_t chunk, int64_t group) const { return sums.get() + (chunk * groups + group) * k * kLanes<A>; }
 };
+
+// Groups whose grad is staged at once: in pairs two cache lines of each row, half of a first cache of 32 KB. A block
+// of wide tokens has fewer rows, and nothing to gain.
+template <class Tokens>
+constexpr int kStagedGroups = Tokens::kTokens == 1 ? 1 : 4;
 
 #ifdef __AVX512BF16__
 
@@ -38,10 +35,12 @@ void stage_tokens(PairedTokens, const BFloat16* source, int64_t stride, int64_t 
                   int64_t columns, float* staged) {
   constexpr int lanes = kLanes<float>;
   constexpr int64_t line = 2 * lanes, ahead = 4 * line;
-  int64_t c = first;
-  for (; c + line <= last; c += line) {
-    if (c + ahead < columns) prefetch_rows<0>(source, stride, tokens, c + ahead);
-    for (int64_t t = 0; t < 2 * block; t += line) {
+  const int64_t whole = first + (last - first) / line * line;
+  // A few rows along all columns, and then the next: a processor reads so many ahead by itself, and not a block's.
+  for (int64_t t = 0; t < 2 * block; t += line) {
+    for (int64_t c = first; c < whole; c += line) {
+      const int64_t rows = std::min(line, tokens - t);
+      if (c + ahead < columns) prefetch_rows<0>(source + t * stride, stride, rows, c + ahead);
       alignas(64) float half[2][lanes * lanes];  // [column pair][token]
       for (int64_t h = 0; h < 2; ++h) {
         const int64_t row = t + h * lanes;
@@ -55,8 +54,8 @@ void stage_tokens(PairedTokens, const BFloat16* source, int64_t stride, int64_t 
       }
     }
   }
-  const auto bits = [&](int64_t t) { return t < tokens ? uint32_t{source[t * stride + c].bits} : 0; };
-  for (; c < last; ++c) {
+  for (int64_t c = whole; c < last; ++c) {
+    const auto bits = [&](int64_t t) { return t < tokens ? uint32_t{source[t * stride + c].bits} : 0; };
     for (int64_t i = 0; i < block; ++i) {
       const int64_t t = i / lanes * line + i % lanes;
       staged[(c - first) * block + i] = float_from_bits(bits(t) | bits(t + lanes) << 16);
@@ -97,14 +96,15 @@ inline void add_block(const A* grad, const A* staged, const int32_t* index, int 
 
 // The sums of one chunk for the groups [first, last).
 template <class T, int block>
-void sum_chunk(const Sddmm& a, const Partial<accumulate_t<T>>& partial, int64_t chunk, int64_t first, int64_t last) {
+void sum_chunk(const Sddmm& a, const TokenChunks& chunks, const Partial<accumulate_t<T>>& partial, int64_t chunk,
+               int64_t first, int64_t last) {
   using A = accumulate_t<T>;
   using Tokens = typename ProductCell<T>::tokens;
-  constexpr int lanes = kLanes<A>, together = Tokens::kTokens;  // groups that are staged at once
+  constexpr int lanes = kLanes<A>, together = kStagedGroups<Tokens>;
   std::fill(partial.at(chunk, first), partial.at(chunk, last), A{0});
   const Scratch<A> staged = make_scratch<A>(a.d_in * block);
-  const int64_t end = std::min(a.tokens, (chunk + 1) * partial.tokens_a_chunk);
-  for (int64_t t = chunk * partial.tokens_a_chunk; t < end; t += block * Tokens::kTokens) {
+  const int64_t end = chunks.end(chunk);
+  for (int64_t t = chunks.begin(chunk); t < end; t += block * Tokens::kTokens) {
     const int64_t tokens = std::min<int64_t>(block * Tokens::kTokens, end - t);
     const T* x = static_cast<const T*>(a.x) + t * a.x_stride;
     const T* grad = static_cast<const T*>(a.grad) + t * a.grad_stride;
@@ -123,34 +123,27 @@ void sum_chunk(const Sddmm& a, const Partial<accumulate_t<T>>& partial, int64_t 
 }
 
 template <class A>
-void add_chunks(const Partial<A>& partial, int64_t group, int64_t d_out, A* out) {
+void add_chunks(const Partial<A>& partial, int64_t chunks, int64_t group, int64_t d_out, A* out) {
   constexpr int lanes = kLanes<A>;
   const int width = static_cast<int>(std::min<int64_t>(lanes, d_out - group * lanes));
   for (int64_t s = 0; s < partial.k; ++s) {
     Vec<A> sum = zero<A>();
-    for (int64_t chunk = 0; chunk < partial.chunks; ++chunk) sum += load(partial.at(chunk, group) + s * lanes);
+    for (int64_t chunk = 0; chunk < chunks; ++chunk) sum += load(partial.at(chunk, group) + s * lanes);
     for (int i = 0; i < width; ++i) out[(group * lanes + i) * partial.k + s] = sum[i];
   }
 }
 
 template <class T, int block>
-void run(const Sddmm& a, const Executor& all) {
+void run(const Sddmm& a, const Executor& executor) {
   using A = accumulate_t<T>;
-  const Executor executor = all.limited(a.tokens * (a.d_in + a.d_out * (a.k + 1)));
-  const Partial<A> partial(a.tokens, a.d_out, a.k, block * ProductCell<T>::tokens::kTokens);
-  const int64_t chunks = partial.chunks, groups = partial.groups, threads = executor.threads;
-  const int64_t ranges = chunks == 0 ? 1 : std::max<int64_t>(1, std::min((threads + chunks - 1) / chunks, groups));
-  executor.parallel(chunks * ranges, [&](int64_t task) {
-    const int64_t range = task % ranges;
-    sum_chunk<T, block>(a, partial, task / ranges, groups * range / ranges, groups * (range + 1) / ranges);
+  const TokenChunks chunks(a.tokens, block * ProductCell<T>::tokens::kTokens);
+  const Partial<A> partial(chunks.count, a.d_out, a.k);
+  const int64_t groups = partial.groups;
+  each_chunk(chunks, groups, executor.limited(work_of(a)), [&](int64_t chunk, int64_t first, int64_t last) {
+    sum_chunk<T, block>(a, chunks, partial, chunk, first, last);
   });
-  const Executor adding = all.limited(chunks * groups * a.k * kLanes<A>);
-  const int64_t parts = std::min(adding.threads, groups);
-  adding.parallel(parts, [&](int64_t part) {
-    for (int64_t group = groups * part / parts; group < groups * (part + 1) / parts; ++group) {
-      add_chunks(partial, group, a.d_out, static_cast<A*>(a.out));
-    }
-  });
+  each_group(groups, chunks.count * groups * a.k * kLanes<A>, executor,
+             [&](int64_t group) { add_chunks(partial, chunks.count, group, a.d_out, static_cast<A*>(a.out)); });
 }
 
 // Calls f with a block's length in lanes. Long ones take the sum over lanes, which costs as much as

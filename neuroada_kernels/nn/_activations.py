@@ -15,8 +15,8 @@ from torch import Tensor, nn
 
 from neuroada_kernels import functional
 from neuroada_kernels.config import SAVE_ACTIVATIONS
-from neuroada_kernels.nn._siblings import Siblings, columns_of
-from neuroada_kernels.plan import renumber
+from neuroada_kernels.nn._siblings import Siblings
+from neuroada_kernels.plan import columns_of, renumber
 
 #: Autograd's nodes whose result has the storage of their input.
 _VIEWS = {

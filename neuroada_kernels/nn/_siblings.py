@@ -14,7 +14,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from neuroada_kernels.plan import chosen_columns
+from neuroada_kernels.plan import chosen_columns, columns_of
 
 
 class Reader(Protocol):
@@ -32,11 +32,6 @@ class Reader(Protocol):
     def _is_planned(self) -> bool: ...
 
     def _keep_columns(self, columns: Tensor | None) -> None: ...
-
-
-def columns_of(x: Tensor, columns: Tensor, dtype: torch.dtype) -> Tensor:
-    """``x[..., columns]``, of which nothing is differentiated."""
-    return x.detach().index_select(x.dim() - 1, columns).to(dtype)
 
 
 class Siblings:

@@ -26,6 +26,8 @@ void define_ops(Library& m) {
   m.def("linear_patched_bwd_input(Tensor grad, Tensor weight, Tensor index, Tensor delta) -> Tensor");
   // On the CPU alone; by: 0 value, 1 magnitude, 2 smallest magnitude.
   m.def("largest(Tensor scores, int k, int by) -> Tensor");
+  // On the CPU alone: x[:, columns].
+  m.def("columns(Tensor x, Tensor columns) -> Tensor");
   m.def("gather(Tensor weight, Tensor index) -> Tensor");
   m.def("patch(Tensor(a!) weight, Tensor index, Tensor delta, Tensor original) -> ()");
   m.def("restore(Tensor(a!) weight, Tensor index, Tensor original) -> ()");

@@ -1,0 +1,54 @@
+// How the tokens of an SDDMM are cut: into chunks whose number follows from the shape alone. Each chunk's
+// sums are taken in one order, and the chunks' sums are added in theirs: the same bits for any number of threads.
+#pragma once
+
+#include <algorithm>
+#include <cstdint>
+
+#include "kernels.h"
+
+namespace neuroada::cpu::NEUROADA_ISA {
+
+inline constexpr int64_t kChunkTokens = 128;
+inline constexpr int64_t kMostChunks = 16;  // 64 bytes of partial sums a bypass, in float32
+
+struct TokenChunks {
+  int64_t tokens, length, count;
+
+  // The length of a chunk is a multiple of a block's.
+  TokenChunks(int64_t tokens, int64_t block) : tokens(tokens) {
+    const int64_t wanted = std::max<int64_t>(1, std::min(kMostChunks, (tokens + kChunkTokens - 1) / kChunkTokens));
+    length = std::max<int64_t>(1, ((tokens + wanted - 1) / wanted + block - 1) / block) * block;
+    count = (tokens + length - 1) / length;
+  }
+
+  int64_t begin(int64_t chunk) const { return chunk * length; }
+  int64_t end(int64_t chunk) const { return std::min(tokens, (chunk + 1) * length); }
+};
+
+// Calls f(chunk, first, last) for the groups of neurons [first, last) of each chunk: all of them, or ranges where
+// the chunks are fewer than the threads.
+template <class F>
+void each_chunk(const TokenChunks& chunks, int64_t groups, const Executor& executor, F&& f) {
+  const int64_t count = chunks.count, threads = executor.threads;
+  const int64_t ranges = count == 0 ? 1 : std::max<int64_t>(1, std::min((threads + count - 1) / count, groups));
+  executor.parallel(count * ranges, [&](int64_t task) {
+    const int64_t range = task % ranges;
+    f(task / ranges, groups * range / ranges, groups * (range + 1) / ranges);
+  });
+}
+
+// Calls f(group) for all groups, once they have `sums` partial sums altogether.
+template <class F>
+void each_group(int64_t groups, int64_t sums, const Executor& all, F&& f) {
+  const Executor executor = all.limited(sums);
+  const int64_t parts = std::min(executor.threads, groups);
+  executor.parallel(parts, [&](int64_t part) {
+    for (int64_t group = groups * part / parts; group < groups * (part + 1) / parts; ++group) f(group);
+  });
+}
+
+// Multiply-adds of an SDDMM and what it stages, as Executor counts work.
+inline int64_t work_of(const Sddmm& a) { return a.tokens * (a.d_in + a.d_out * (a.k + 1)); }
+
+}  // namespace neuroada::cpu::NEUROADA_ISA
