@@ -6,6 +6,7 @@
 #include <cstring>
 #include <vector>
 
+#include "guarded.h"
 #include "neuroada/dtype.h"
 
 namespace neuroada::testing {
@@ -28,8 +29,8 @@ class Random {
   uint64_t state_;
 };
 
-// The allocation ends with the last element of the last row, so that AddressSanitizer sees whatever
-// lies past it, and all of it starts as NaN (0xff in each byte), the gaps between the rows and the
+// The allocation ends with the last element of the last row, so that whatever is read past it shows
+// (see guarded.h), and all of it starts as NaN (0xff in each byte), the gaps between the rows and the
 // `lead` elements before the first one included.
 template <class T>
 class Matrix {
@@ -74,7 +75,7 @@ class Matrix {
   size_t bytes() const { return values_.size() * sizeof(T); }
 
   int64_t rows_, columns_, stride_, lead_;
-  std::vector<T> values_;
+  std::vector<T, GuardedAllocator<T>> values_;
 };
 
 }  // namespace neuroada::testing
