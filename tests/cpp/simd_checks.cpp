@@ -54,6 +54,26 @@ void store_is_narrow() {
   }
 }
 
+// As store() rounds the one and the other.
+void narrow_pairs_is_store_of_both() {
+#if defined(__AVX512F__)
+  constexpr int lanes = kLanes<float>;
+  const std::vector<float> values = values_to_round<BFloat16>();
+  for (size_t i = 0; i + 2 * lanes <= values.size(); i += lanes) {
+    const Vec<float> low = load(values.data() + i), high = load(values.data() + i + lanes);
+    BFloat16 stored[2][lanes], pairs[2 * lanes];
+    store(stored[0], low);
+    store(stored[1], high);
+    const Vec<float> narrowed = narrow_pairs(low, high);
+    std::memcpy(pairs, &narrowed, sizeof(pairs));
+    for (int j = 0; j < 2 * lanes; ++j) {
+      CHECK(pairs[j].bits == stored[j % 2][j / 2].bits,
+            "narrow_pairs of float with bits " + std::to_string(float_bits(values[i + j % 2 * lanes + j / 2])));
+    }
+  }
+#endif
+}
+
 template <class A>
 void load_store_and_broadcast_keep_bits() {
   constexpr int lanes = kLanes<A>;
@@ -105,6 +125,7 @@ void check_simd() {
   load_is_widen<Half>();
   store_is_narrow<BFloat16>();
   store_is_narrow<Half>();
+  narrow_pairs_is_store_of_both();
   load_store_and_broadcast_keep_bits<float>();
   load_store_and_broadcast_keep_bits<double>();
   transpose_swaps_rows_and_lanes<float>();
