@@ -18,6 +18,7 @@ from gradients import (
 from torch import Tensor
 
 import neuroada_kernels as nk
+from neuroada_kernels.plan import columns_of
 from neuroada_kernels.testing import CASES, Case, Inputs, make_inputs, rms_error, tolerance
 
 # Few tokens are cut by rows, many by blocks and chunks; column 0 chosen by all is the hardest to
@@ -104,6 +105,16 @@ def test_merging_does_not_depend_on_the_threads(case, dtype):
     for weight, original in outcomes[1:]:
         assert weight.equal(outcomes[0][0])
         assert original.equal(outcomes[0][1])
+
+
+@cpu_backend
+@pytest.mark.usefixtures("restore_threads")
+def test_threads_copy_all_columns(dtype):
+    x = torch.randn(513, 300).to(dtype)  # as much as three threads are worth
+    columns = torch.arange(1, 300, 2, dtype=torch.int32)
+    for threads in (1, *THREADS):
+        torch.set_num_threads(threads)
+        assert columns_of(x, columns, dtype).equal(x[:, 1::2])
 
 
 @pytest.fixture

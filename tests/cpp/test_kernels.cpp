@@ -64,6 +64,8 @@ void formulas_hold_for_many_tokens() {
 void formulas_hold_for_wide_weights() {
   check_case({45, 2100, 13, 20, IndexKind::ragged, true, Base::out, 1}, 6);
   check_case({45, 67, 2100, 2, IndexKind::ragged, true, Base::separate, 1}, 7);
+  check_case({17, 2100, 50, 2, IndexKind::ragged, true, Base::separate, 1}, 11);
+  check_case({5, 31, 4200, 1, IndexKind::ragged, false, Base::none}, 12);
 }
 
 // Several blocks of tokens, of rows and of cells at once, each with a remainder.
