@@ -19,9 +19,9 @@ struct BackwardWeight {
   int64_t stride, d_out;
 
   static int64_t most_tokens(int64_t) { return kMostTokens; }
-  // Every row of W is a page of its own, which takes as long to find as half a kilobyte to read: where few tokens have
-  // small totals, long runs of few rows. And so many rows that a total is the sum of no more blocks than round as
-  // torch's product does.
+  // Every row of W is a page of its own, which takes as long to find as half a kilobyte to read: for few tokens, whose
+  // totals are small, a block is long runs of few rows. No total is the sum of more than kSums blocks, so that it
+  // rounds no worse than torch's product.
   BlockSize block(int64_t tokens) const {
     constexpr int64_t kRun = 2048, kRows = 24, kSums = 170;
     const int64_t few = std::max(kRows, ceil_div(ceil_div(d_out, Cell::kDepth), kSums));

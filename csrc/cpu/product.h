@@ -115,8 +115,8 @@ struct DenseTerm {
   }
 };
 
-// Calls f(first token, tokens, vectors) for runs of the tokens of a block: of up to `most` vectors, but rather two
-// of two vectors than one of three and one of one.
+// Calls f(first token, tokens, vectors) for runs of the tokens of a block: of up to `most` vectors, but no run of one
+// after one of `most`, rather two of about half as many.
 template <class A, int most, class F>
 void each_run(int64_t tokens, F&& f) {
   constexpr int64_t lanes = kLanes<A>;

@@ -18,7 +18,8 @@ constexpr int64_t kVectors = kLine / kCells;
 // Interleaving works within 16 bytes: cell 8 v + 2 b + i of a line is its column 8 b + 2 v + i.
 constexpr int64_t column_of(int64_t cell) { return cell % kCells / 2 * 8 + cell / kCells * 2 + cell % 2; }
 
-// The cells of eight columns, each counted from the beginning of its row. No column counts as the first one.
+// The cells of eight columns, each counted from the beginning of its row. No column counts as the first one, whose sum
+// add_chunks() then leaves out.
 inline __m256i cells_of(__m256i columns) {
   const auto bits = [&](int mask) { return _mm256_and_si256(columns, _mm256_set1_epi32(mask)); };
   columns = _mm256_max_epi32(columns, _mm256_setzero_si256());
