@@ -17,6 +17,8 @@ LIBRARY = torch.library.Library("neuroada", "DEF")
 _Result = TypeVar("_Result")
 _PLAIN_TYPES = (Tensor, torch.nn.Parameter)
 _dispatch_modes: Callable[[], int] = torch._C._len_torch_dispatch_stack
+_transforms: Callable[[], bool] = torch._C._are_functorch_transforms_active
+_is_wrapped: Callable[[Tensor], bool] = torch._C._functorch.is_functorch_wrapped_tensor
 
 
 def define(schema: str, implementation: Callable[..., Any], fake: Callable[..., Any]) -> None:
@@ -58,6 +60,22 @@ def is_plain_eager(x: Tensor) -> bool:
         and not x.is_meta
         and forward_ad._current_level < 0
     )
+
+
+def applier(function: type[torch.autograd.Function]) -> Callable[..., Any]:
+    """``function.apply`` for a plain first argument, without a search for functorch's wrappers.
+
+    Torch looks at every argument, in Python, for one that has outlived its transform: a tenth of
+    what a call costs the host. Where functorch is at work, or made the first argument, torch does.
+    """
+    plain = super(torch.autograd.Function, function).apply  # type: ignore[misc]
+
+    def apply(x: Tensor, *inputs: Any) -> Any:
+        if _transforms() or _is_wrapped(x):
+            return function.apply(x, *inputs)
+        return plain(x, *inputs)
+
+    return apply
 
 
 def as_matrix(x: Tensor) -> Tensor:

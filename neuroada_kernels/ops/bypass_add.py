@@ -17,6 +17,7 @@ from torch import Tensor
 from neuroada_kernels import _registry
 from neuroada_kernels.ops._library import (
     LIBRARY,
+    applier,
     as_matrix,
     define,
     fake_backward,
@@ -46,7 +47,7 @@ def bypass_add(
     if is_plain_eager(x) and is_plain_eager(y):
         if not torch.is_grad_enabled():
             return _forward(y, x, index, delta, plan)
-        return _BypassAdd.apply(y, x, index, delta, plan, kept, kept_index)  # type: ignore[no-any-return,no-untyped-call]
+        return _apply(y, x, index, delta, plan, kept, kept_index)  # type: ignore[no-any-return]
     op = torch.ops.neuroada.bypass_add.default
     return op(y, x, index, delta, plan, kept, kept_index)  # type: ignore[no-any-return]
 
@@ -167,6 +168,8 @@ class _BypassAdd(torch.autograd.Function):
 
     backward = staticmethod(_differentiate)
 
+
+_apply = applier(_BypassAdd)
 
 torch.library.register_autograd(
     "neuroada::bypass_add", _differentiate, setup_context=_save, lib=LIBRARY

@@ -19,6 +19,7 @@ from torch import Tensor
 from neuroada_kernels import _registry
 from neuroada_kernels.ops._library import (
     LIBRARY,
+    applier,
     as_matrix,
     define,
     fake_backward,
@@ -51,7 +52,7 @@ def linear(
     if is_plain_eager(x):
         if not torch.is_grad_enabled():
             return _forward(x, weight, index, delta, bias, plan)
-        return _Linear.apply(x, weight, index, delta, bias, plan, kept, kept_index)  # type: ignore[no-any-return,no-untyped-call]
+        return _apply(x, weight, index, delta, bias, plan, kept, kept_index)  # type: ignore[no-any-return]
     op = torch.ops.neuroada.linear.default
     return op(x, weight, index, delta, bias, plan, kept, kept_index)  # type: ignore[no-any-return]
 
@@ -178,6 +179,8 @@ class _Linear(torch.autograd.Function):
 
     backward = staticmethod(_differentiate)
 
+
+_apply = applier(_Linear)
 
 torch.library.register_autograd(
     "neuroada::linear", _differentiate, setup_context=_save, lib=LIBRARY

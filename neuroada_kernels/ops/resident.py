@@ -16,7 +16,13 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from neuroada_kernels import _registry
-from neuroada_kernels.ops._library import as_matrix, delta_gradient, is_plain_eager, saved_of
+from neuroada_kernels.ops._library import (
+    applier,
+    as_matrix,
+    delta_gradient,
+    is_plain_eager,
+    saved_of,
+)
 
 
 def resident_linear(
@@ -37,7 +43,7 @@ def resident_linear(
         return _TracedLinear.apply(x, weight, index, delta, bias, kept, kept_index)  # type: ignore[no-any-return,no-untyped-call]
     y = F.linear(x, weight, bias)
     if torch.is_grad_enabled() and delta.requires_grad:
-        y = _DeltaGradient.apply(y, x, index, delta, kept, kept_index)  # type: ignore[no-untyped-call]
+        y = _apply(y, x, index, delta, kept, kept_index)
     return y
 
 
@@ -90,6 +96,9 @@ class _DeltaGradient(torch.autograd.Function):
         need_y, _, _, need_delta = ctx.needs_input_grad[:4]
         grad_delta = _grad_delta(ctx, grad_output) if need_delta else None
         return grad_output if need_y else None, None, None, grad_delta, None, None
+
+
+_apply = applier(_DeltaGradient)
 
 
 class _TracedLinear(torch.autograd.Function):

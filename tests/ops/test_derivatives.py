@@ -178,3 +178,19 @@ def test_a_gradient_for_each_token(backend, device):
     _, _, summed = differentiate(linear(inputs), [inputs.x, inputs.delta], inputs.grad_output)
     assert each.shape == (CASE.tokens, *inputs.delta.shape)
     torch.testing.assert_close(each.sum(0), summed)
+
+
+def test_an_x_that_has_outlived_its_transform_is_taken_as_it_is(backend, device):
+    inputs = make_inputs(CASE, torch.float64, device=device)
+    outlived: list[Tensor] = []
+
+    def keep(x: Tensor) -> Tensor:
+        outlived.append(x)
+        return x.sum()
+
+    torch.func.grad(keep)(inputs.x)
+    for function in (
+        lambda x: neuroada_linear(x, inputs.weight, inputs.index, inputs.delta),
+        lambda x: neuroada_bypass(x @ inputs.weight.t(), x, inputs.index, inputs.delta),
+    ):
+        torch.testing.assert_close(function(outlived[0]), function(inputs.x))
