@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import html
 import json
 import re
 
@@ -44,7 +45,8 @@ def test_every_figure_and_table_names_its_file_kind_commit_and_command(whole, do
     assert len(blocks) > 15
     sources = [Source(name, kind_of(document), document) for name, document in documents.items()]
     for block in blocks:
-        (caption,) = re.findall("<figcaption>.*?</figcaption>", block, re.DOTALL)
+        (escaped,) = re.findall("<figcaption>.*?</figcaption>", block, re.DOTALL)
+        caption = html.unescape(escaped)
         assert any(
             all(fact in caption for fact in (s.name, f"kind {s.kind}", s.commit, s.command))
             for s in sources
