@@ -117,6 +117,7 @@ footer { margin-top: 3rem; padding-top: 1rem; border-top: 1px solid var(--line);
   .scroll { overflow: visible; border: 0; }
   table { font-size: 8pt; }
   table.wide { font-size: 6.5pt; }
+  table.wide th { overflow-wrap: anywhere; }
   th, td { white-space: normal; padding: .12rem .3rem; }
   th:first-child, td:first-child { position: static; min-width: 0; }
   a { color: inherit; }
