@@ -21,12 +21,14 @@ struct BackwardWeight {
   static int64_t most_tokens(int64_t) { return kMostTokens; }
   // Every row of W is a page of its own, which takes as long to find as half a kilobyte to read: for few tokens, whose
   // totals are small, a block is long runs of few rows. No total is the sum of more than kSums blocks, so that it
-  // rounds no worse than torch's product.
+  // rounds no worse than torch's product; where that takes more rows, runs are shorter, for a copy of a block to take
+  // no more than two blocks of many tokens.
   BlockSize block(int64_t tokens) const {
+    if (!is_few(tokens)) return {kBlockRows, kBlockCells, kBlockCells * Cell::kDepth};
     constexpr int64_t kRun = 2048, kRows = 24, kSums = 170;
-    const int64_t few = std::max(kRows, ceil_div(ceil_div(d_out, Cell::kDepth), kSums));
-    if (is_few(tokens)) return {round_up(kRun, kTileSums), few, few * Cell::kDepth};
-    return {kBlockRows, kBlockCells, kBlockCells * Cell::kDepth};
+    const int64_t cells = std::max(kRows, ceil_div(ceil_div(d_out, Cell::kDepth), kSums));
+    const int64_t run = std::clamp<int64_t>(2 * kBlockRows * kBlockCells / cells, kTileSums, kRun);
+    return {run / kTileSums * kTileSums, cells, cells * Cell::kDepth};
   }
 
   // Without a copy, if it can be. Past a row's end a tile reads the beginning of the next, for columns that nobody
