@@ -245,7 +245,7 @@ environment() {
   "$PYTHON" -c '
 import json, pathlib, sys
 from neuroada_kernels import info
-from neuroada_kernels.benchmarks.report import environment
+from neuroada_kernels.benchmarks.environment import environment
 info.main([])
 facts = json.dumps(environment(sys.argv[2]), indent=1)
 print(facts)

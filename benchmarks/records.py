@@ -2,8 +2,8 @@
 
 Every suite's file has the same frame, which ``neuroada report`` reads: ``kind`` (the suite),
 ``command`` (what repeats it), ``settings``, ``sessions`` (where and with what it ran, see
-:func:`neuroada_kernels.benchmarks.report.environment`) and ``results``, rows of plain data; and
-where a suite computes something of the rows, ``summary``.
+:mod:`neuroada_kernels.benchmarks.environment`) and ``results``, rows of plain data; and where a
+suite computes something of the rows, ``summary``.
 """
 
 from __future__ import annotations
@@ -15,11 +15,11 @@ from pathlib import Path
 from typing import Any
 
 from neuroada_kernels._files import replacing
-from neuroada_kernels.benchmarks.report import environment
+from neuroada_kernels.benchmarks.environment import environment
 
 Row = dict[str, Any]
 #: Facts that rows of one file share: others would not be comparable.
-SAME = ("package", "commit", "torch", "cpu", "gpu", "threads")
+SAME = ("package", "commit", "torch", "cpu", "gpu", "threads", "environment")
 
 
 class RecordsError(ValueError):

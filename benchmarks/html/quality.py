@@ -18,7 +18,7 @@ from neuroada_kernels.benchmarks.html.plots import (
     rows_height,
     styles,
 )
-from neuroada_kernels.benchmarks.html.source import Source
+from neuroada_kernels.benchmarks.html.source import Source, with_variables
 from neuroada_kernels.benchmarks.html.tables import Table
 
 Group = Mapping[str, Any]
@@ -183,7 +183,8 @@ def described(document: Mapping[str, Any]) -> str:
         f"steps of pretraining and {text['steps']} of adapting with {text['batch']} windows of "
         f"{model['context']} bytes. Digits: an MLP of width {digits['width']}, "
         f"{digits['steps']} steps on {digits['images']} images. {len(document['runs'])} "
-        f"runs, {session['cpu']}, torch {session['torch']}, commit {commit}."
+        f"runs, {session['cpu']}{with_variables(session)}, torch {session['torch']}, "
+        f"commit {commit}."
     )
 
 

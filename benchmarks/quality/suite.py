@@ -13,11 +13,11 @@ from typing import Any, Literal
 import torch
 
 from neuroada_kernels._files import replacing
+from neuroada_kernels.benchmarks.environment import environment
 from neuroada_kernels.benchmarks.quality.methods import Given, adapt, why_not
 from neuroada_kernels.benchmarks.quality.settings import Settings
 from neuroada_kernels.benchmarks.quality.tasks import Task, World, make_tasks
 from neuroada_kernels.benchmarks.quality.variants import Variant, groups, unique
-from neuroada_kernels.benchmarks.report import environment
 from neuroada_kernels.demo.training import train
 
 #: Learning rates are searched with a seed that no result is of.

@@ -15,7 +15,7 @@ import torch
 
 import neuroada_kernels as nk
 from neuroada_kernels import cli
-from neuroada_kernels.benchmarks import linear, linear_results, report, suites
+from neuroada_kernels.benchmarks import environment, linear, linear_results, report, suites
 from neuroada_kernels.benchmarks.bars import Bar, Verdict
 from neuroada_kernels.benchmarks.candidates import table
 from neuroada_kernels.benchmarks.linear_results import Results, Skipped
@@ -47,7 +47,6 @@ def test_json_holds_what_it_takes_to_judge_and_repeat_a_run(tmp_path: Path, caps
         "rounds": 3,
         "device": "cpu",
         "candidates": list(ALWAYS),
-        "switches": {},
     }
     assert found["summary"] == {"fits": [], "bars": []}
     (session,) = found["sessions"]
@@ -255,45 +254,8 @@ def test_arguments_that_would_measure_nothing_are_refused(arguments, message, ca
     assert message in capsys.readouterr().err
 
 
-def test_the_commit_is_that_of_the_checkout_which_tracks_the_package(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setenv("NEUROADA_COMMIT", "abc")
-    assert report._commit(tmp_path) == ("abc", None)
-    monkeypatch.delenv("NEUROADA_COMMIT")
-    assert report._commit(tmp_path) == (None, None)
-
-    def git(*arguments: str) -> str:
-        identity = ["-c", "user.name=a", "-c", "user.email=a@b"]
-        command = ["git", "-C", str(tmp_path), *identity, *arguments]
-        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
-
-    git("init", "--quiet")
-    (tmp_path / "other.py").touch()
-    git("add", "other.py")
-    git("commit", "--quiet", "--message", "other")
-    (tmp_path / "__init__.py").touch()
-    assert report._commit(tmp_path) == (None, None)
-    git("add", "__init__.py")
-    git("commit", "--quiet", "--message", "package")
-    assert report._commit(tmp_path) == (git("rev-parse", "HEAD"), False)
-    (tmp_path / "other.py").write_text("changed")
-    assert report._commit(tmp_path) == (git("rev-parse", "HEAD"), True)
-
-
-def test_the_processor_and_the_openmp_runtimes_are_unknown_where_proc_is_missing(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    def missing(self: Path) -> str:
-        raise FileNotFoundError(self)
-
-    monkeypatch.setattr(Path, "read_text", missing)
-    assert report._openmp_runtimes() == []
-    assert report._cpu_model()
-
-
 def test_more_than_one_openmp_runtime_is_pointed_out(monkeypatch, capsys) -> None:
-    monkeypatch.setattr(report, "_openmp_runtimes", lambda: ["libgomp.so.1", "libiomp5.so"])
+    monkeypatch.setattr(environment, "_openmp_runtimes", lambda: ["libgomp.so.1", "libiomp5.so"])
     linear.main(["--quick", "--candidates", "lora-r8", "--rounds", "1"])
     assert "More than one OpenMP runtime" in capsys.readouterr().out
 

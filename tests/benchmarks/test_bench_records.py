@@ -58,9 +58,16 @@ def test_other_settings_are_refused(here, tmp_path):
         _open(tmp_path / "some.json", k=2)
 
 
-def test_rows_of_another_machine_are_refused(here, tmp_path):
+@pytest.mark.parametrize(
+    ("changed", "message"),
+    [
+        ({"cpu": "d"}, "has rows of cpu c, expected d"),
+        ({"environment": {"A": "b"}}, "has rows of environment None, expected {'A': 'b'}"),
+    ],
+)
+def test_rows_of_another_machine_are_refused(changed, message, here, tmp_path):
     _open(tmp_path / "some.json").once("a", dict)
-    here["cpu"] = "d"
+    here |= changed
     records = _open(tmp_path / "some.json")
-    with pytest.raises(RecordsError, match="has rows of cpu c, expected d"):
+    with pytest.raises(RecordsError, match=message):
         records.once("b", dict)
