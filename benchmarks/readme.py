@@ -108,7 +108,7 @@ def adapting_table(source: Source) -> str:
 def quality_tables(source: Source) -> str:
     """A table for every question on every task."""
     parts = [quality.described(source.document)]
-    for group in source.document["summary"]:
+    for group in quality.groups_of(source.document):
         content = quality.table(group)
         parts += [f"### {content.title}", content.markdown(), content.note]
     return "\n\n".join(parts)

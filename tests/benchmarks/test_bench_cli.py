@@ -6,7 +6,6 @@ import json
 import subprocess
 import sys
 import types
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
@@ -27,13 +26,12 @@ ALWAYS = {name: row for name, row in table().items() if not row.peer}
 TINY = tuple(Case(tokens=16, d_in=64, d_out=d_out, k=k) for d_out in (64, 48) for k in (1, 8))
 
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+
 @pytest.fixture(autouse=True)
-def tiny_cases_on_one_thread(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+def tiny_cases(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(linear, "BENCH_CASES", TINY)
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 def test_json_holds_what_it_takes_to_judge_and_repeat_a_run(tmp_path: Path, capsys) -> None:
@@ -212,7 +210,7 @@ def test_a_file_is_gone_on_with_and_shows_how_time_grows(tmp_path: Path, monkeyp
     assert "time = a + b k, k from 1 to 4; 64 to 64, T = 16" in capsys.readouterr().out
     with pytest.raises(SystemExit):
         linear.main([*fixed, "--peers", "--json", str(path)])
-    assert f"--json: {path}: holds linear with" in capsys.readouterr().err
+    assert f"--json: {path}: has rows of candidates " in capsys.readouterr().err
     assert json.loads(path.read_text()) == found
 
 

@@ -54,8 +54,10 @@ def test_a_foreign_file_is_refused(content, here, tmp_path):
 
 def test_other_settings_are_refused(here, tmp_path):
     _open(tmp_path / "some.json", k=1).once("a", dict)
-    with pytest.raises(RecordsError, match=r"expected \{'k': 2\}"):
+    with pytest.raises(RecordsError, match="has rows of k 1, expected 2"):
         _open(tmp_path / "some.json", k=2)
+    with pytest.raises(RecordsError, match="has rows of kind some, expected other"):
+        Records.open("other", "neuroada bench other", {"k": 1}, tmp_path / "some.json")
 
 
 @pytest.mark.parametrize(
