@@ -20,8 +20,8 @@ import torch
 from torch import nn
 
 import neuroada_kernels as nk
+from neuroada_kernels.benchmarks.environment import environment
 from neuroada_kernels.benchmarks.llama import LINEARS, Sizes
-from neuroada_kernels.benchmarks.report import environment
 from neuroada_kernels.nn._base import BypassLinear
 
 

@@ -24,7 +24,7 @@ from torch import Tensor, nn
 
 import neuroada_kernels as nk
 from neuroada_kernels.benchmarks.baselines import LoRALinear
-from neuroada_kernels.benchmarks.report import environment
+from neuroada_kernels.benchmarks.environment import environment
 from neuroada_kernels.testing import Inputs
 
 MIB = 1 << 20
@@ -179,12 +179,13 @@ def run(device: str, dtypes: list[str], console: Console) -> dict[str, Any]:
     for dtype, methods in kept.items():
         console.print(_table(dtype, sizes, methods))
     return {
-        **environment(device),
         "kind": "block-memory",
         "command": "neuroada bench memory --block",
+        "sessions": [environment(device)],
         "sizes": asdict(sizes),
         "results": [
             {
+                "key": f"{dtype} {method}",
                 "dtype": dtype,
                 "method": method,
                 "kept_bytes": count,

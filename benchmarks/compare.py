@@ -23,11 +23,12 @@ from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
 
+from neuroada_kernels.benchmarks.html.source import Source
 from neuroada_kernels.benchmarks.linear_results import KIND, framed
 from neuroada_kernels.benchmarks.timing import Quartiles, paired_ratio
 
-#: Facts of a session without which times are of another machine.
-MACHINE = ("device", "cpu", "gpu", "threads")
+#: Facts of a session without which times are of another machine, or of one held to less.
+MACHINE = ("device", "cpu", "gpu", "threads", "environment")
 #: Settings without which rows of one key are of other work.
 WORK = ("sizes", "sequence", "batch", "dtype", "k")
 #: What a suite's rows are taken over, where it is not the frozen model.
@@ -181,11 +182,15 @@ def main(argv: list[str] | None = None) -> int:
     if options.threshold <= 0:
         parser.error(f"--threshold: {options.threshold}, expected a positive ratio")
     try:
-        changes = compare(read(options.old), read(options.new), anyway=options.anyway)
+        old, new = read(options.old), read(options.new)
+        changes = compare(old, new, anyway=options.anyway)
     except CompareError as error:
         parser.error(str(error))
-    slower = [c for c in changes if c.judged and c.ratio.median > options.threshold]
     console = Console()
+    for name, document in (("old", old), ("new", new)):
+        source = Source(name, document["kind"], document)
+        console.print(f"{name}: {source.machine}, commit {source.commit}", markup=False)
+    slower = [c for c in changes if c.judged and c.ratio.median > options.threshold]
     console.print(_table(changes, options.threshold))
     console.print(
         f"{len(changes)} rows compared, slower by more than {options.threshold:g}: {len(slower)}"

@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict
@@ -67,8 +66,6 @@ _WARMUP = 2
 FAILED = 10
 #: Where there is next to nothing to compute, so that a step's time is the host's.
 _HOST_CASE = Case(tokens=1, d_in=64, d_out=64, k=1)
-#: What changes the kernels that run, and so belongs to the settings.
-_SWITCHES = ("BACKEND", "CPU_ISA", "CPU_FUSED", "CUDA_FUSED", "TRITON_FUSED", "AUTOTUNE")
 
 
 def measure_case(
@@ -287,12 +284,10 @@ def _candidates(names: Sequence[str] | None, peers: bool) -> list[Candidate]:
 
 def _settings(options: argparse.Namespace) -> dict[str, object]:
     """What the rows of one file share."""
-    switches = {name: os.environ.get(f"NEUROADA_{name}") for name in _SWITCHES}
     return {
         "rounds": options.rounds,
         "device": options.device,
         "candidates": [candidate.name for candidate in options.candidates],
-        "switches": {name: value for name, value in switches.items() if value is not None},
     }
 
 

@@ -9,6 +9,7 @@ from typing import Any
 from rich.box import SIMPLE_HEAD
 from rich.table import Table
 
+from neuroada_kernels.benchmarks.html.source import machine_of
 from neuroada_kernels.benchmarks.records import Records, Row
 
 _HEADINGS = (
@@ -70,8 +71,10 @@ def described(records: Records, rows: Sequence[Row]) -> Iterator[str]:
 
 def where(session: dict[str, Any]) -> str:
     """A session in a line."""
-    on = session.get("gpu") or f"{session['threads']} threads of {session['cpu']}"
-    return f"{session['date']}, commit {session['commit']}, torch {session['torch']}, {on}"
+    return (
+        f"{session['date']}, commit {session['commit']}, torch {session['torch']}, "
+        f"{machine_of(session)}"
+    )
 
 
 def page(records: Records, path: Path) -> None:

@@ -2,24 +2,24 @@
 
 Every suite's file has the same frame, which ``neuroada report`` reads: ``kind`` (the suite),
 ``command`` (what repeats it), ``settings``, ``sessions`` (where and with what it ran, see
-:func:`neuroada_kernels.benchmarks.report.environment`) and ``results``, rows of plain data; and
-where a suite computes something of the rows, ``summary``.
+:mod:`neuroada_kernels.benchmarks.environment`) and ``results``, rows of plain data; and where a
+suite computes something of the rows, ``summary``.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from neuroada_kernels._files import replacing
-from neuroada_kernels.benchmarks.report import environment
+from neuroada_kernels.benchmarks.environment import environment
 
 Row = dict[str, Any]
-#: Facts that rows of one file share: others would not be comparable.
-SAME = ("package", "commit", "torch", "cpu", "gpu", "threads")
+#: Facts that rows of one file share unless a suite says otherwise: others are not comparable.
+SAME = ("package", "commit", "torch", "cpu", "gpu", "threads", "environment")
 
 
 class RecordsError(ValueError):
@@ -38,6 +38,7 @@ class Records:
     rows: dict[str, Row] = field(default_factory=dict)
     sessions: list[dict[str, Any]] = field(default_factory=list)
     summary: dict[str, Any] = field(default_factory=dict)
+    same: Sequence[str] = SAME
     _here: bool = False  # whether this process has a session of its own
 
     @classmethod
@@ -48,8 +49,22 @@ class Records:
         settings: dict[str, Any],
         path: Path | None = None,
         device: str = "cpu",
+        *,
+        same: Sequence[str] = SAME,
+        framed: Callable[[Any], Mapping[str, Any]] = dict,
     ) -> Records:
         """What ``path`` holds already, or nothing where there is no such file.
+
+        Parameters
+        ----------
+        kind, command, settings, device
+            Of the rows to come; those that ``path`` holds must have the kind and the settings.
+        path : Path, optional
+            The file, which need not be there yet.
+        same
+            The facts of :mod:`~neuroada_kernels.benchmarks.environment` that all rows share.
+        framed
+            Gives a file from before the frame as it would be today.
 
         Raises
         ------
@@ -57,19 +72,18 @@ class Records:
             If it holds something else, or rows of other settings.
         """
         settings = json.loads(json.dumps(settings))  # as a file gives them back
-        records = cls(kind, command, settings, device, path)
+        records = cls(kind, command, settings, device, path, same=same)
         if path is None or not path.exists():
             return records
         try:
-            found = json.loads(path.read_text())
-            before = (found["kind"], found["settings"])
+            found = framed(json.loads(path.read_text()))
+            before = {"kind": found["kind"], **found["settings"]}
             records.sessions = list(found["sessions"])
             records.rows = {row["key"]: row for row in found["results"]}
             commands = found["command"].split(" && ")
-        except (KeyError, TypeError, ValueError) as error:
+        except (AttributeError, KeyError, TypeError, ValueError) as error:
             raise RecordsError(f"{path}: holds no results of {kind} ({error!r})") from error
-        if before != (kind, settings):
-            raise RecordsError(f"{path}: holds {before[0]} with {before[1]}, expected {settings}")
+        records._expect({"kind": kind, **settings}, before)
         # Rows of an earlier call stay, and so does what repeats it.
         records.command = " && ".join(dict.fromkeys([*commands, command]))
         return records
@@ -96,14 +110,17 @@ class Records:
             return
         here = environment(self.device)
         for session in self.sessions:
-            for fact in SAME:
-                if session.get(fact) != here.get(fact):
-                    raise RecordsError(
-                        f"{self.path}: has rows of {fact} {session.get(fact)}, "
-                        f"expected {here.get(fact)}"
-                    )
+            self._expect(*({fact: of.get(fact) for fact in self.same} for of in (here, session)))
         self.sessions.append(here)
         self._here = True
+
+    def _expect(self, expected: Mapping[str, Any], found: Mapping[str, Any]) -> None:
+        for name in {**expected, **found}:
+            if expected.get(name) != found.get(name):
+                raise RecordsError(
+                    f"{self.path}: has rows of {name} {found.get(name)}, "
+                    f"expected {expected.get(name)}"
+                )
 
     def write(self) -> None:
         """Write everything to ``path``, if there is one."""

@@ -1,26 +1,19 @@
-"""Results on the screen and as a chart, and the environment: all that it takes to repeat them."""
+"""Results of the linear suite on the screen and as a chart, and what they are of."""
 
 from __future__ import annotations
 
-import os
-import platform
-import re
-import subprocess
 from collections.abc import Sequence
-from datetime import datetime, timezone
-from importlib import metadata
 from itertools import groupby
 from pathlib import Path
-from typing import Any
 
-import torch
 from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
 
-from neuroada_kernels._version import __version__
 from neuroada_kernels.benchmarks.bars import Verdict
+from neuroada_kernels.benchmarks.environment import environment
 from neuroada_kernels.benchmarks.fits import Fit
+from neuroada_kernels.benchmarks.html.source import with_variables
 from neuroada_kernels.benchmarks.linear_results import Results
 from neuroada_kernels.benchmarks.measurement import Measurement
 from neuroada_kernels.benchmarks.timing import HostCost, Quartiles
@@ -37,54 +30,6 @@ _HEADINGS = (
     "peak\nMiB",
     "kept\nMiB",
 )
-_OPENMP = re.compile(r"/(lib(?:gomp|iomp5|omp)[^/]*\.so[^/]*)$")
-
-
-def environment(device: str = "cpu") -> dict[str, Any]:
-    """What ran, and on what; ``commit`` is NEUROADA_COMMIT or None outside of a checkout."""
-    commit, changed = _commit(Path(__file__).resolve().parent)
-    return {
-        "package": __version__,
-        "commit": commit,
-        "uncommitted_changes": changed,
-        "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        "device": device,
-        "cpu": _cpu_model(),
-        "cpu_capability": torch.backends.cpu.get_cpu_capability(),
-        "threads": torch.get_num_threads(),
-        "openmp": _openmp_runtimes(),
-        **(_gpu() if device == "cuda" else {}),
-    }
-
-
-def _gpu() -> dict[str, Any]:
-    """The GPU, its driver, and the versions of what compiled for it."""
-    return {
-        "gpu": torch.cuda.get_device_name(),
-        "capability": torch.cuda.get_device_capability(),
-        "driver": _driver(),
-        "cuda": torch.version.cuda,
-        "triton": _version("triton"),
-        "peft": _version("peft"),
-    }
-
-
-def _driver() -> str | None:
-    command = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
-    try:
-        said = subprocess.run(command, capture_output=True, text=True, check=True).stdout
-    except (OSError, subprocess.CalledProcessError):
-        return None
-    return said.splitlines()[0].strip()
-
-
-def _version(package: str) -> str | None:
-    try:
-        return metadata.version(package)
-    except metadata.PackageNotFoundError:
-        return None
 
 
 def print_environment(console: Console, device: str = "cpu") -> None:
@@ -92,9 +37,10 @@ def print_environment(console: Console, device: str = "cpu") -> None:
     gpu = f"{facts['gpu']} (driver {facts['driver']}), " if device == "cuda" else ""
     console.print(
         f"neuroada_kernels {facts['package']}, torch {facts['torch']}, {gpu}{facts['cpu']} "
-        f"({facts['cpu_capability']}), {facts['threads']} threads, "
+        f"({facts['cpu_capability']}){with_variables(facts)}, {facts['threads']} threads, "
         f"OpenMP: {', '.join(facts['openmp']) or 'none found'}",
         highlight=False,
+        markup=False,
     )
     if len(facts["openmp"]) > 1:
         console.print("[red]More than one OpenMP runtime: their threads compete.[/red]")
@@ -131,8 +77,9 @@ def write_png(measurements: Sequence[Measurement], path: Path, device: str = "cp
     size = (3 + 0.12 * len(cases) * len(names), 3.5 * len(dtypes))
     figure = Figure(figsize=(max(6.0, size[0]), size[1]), layout="constrained")
     width = 0.8 / max(1, len(names))
-    on_cpu = device == "cpu"
-    where = f"{torch.get_num_threads()} threads, {_cpu_model()}" if on_cpu else _gpu()["gpu"]
+    facts = environment(device)
+    where = facts.get("gpu") or f"{facts['threads']} threads, {facts['cpu']}"
+    where += with_variables(facts)
     for axes, dtype in zip(figure.subplots(len(dtypes), squeeze=False)[:, 0], dtypes, strict=True):
         for position, name in enumerate(names):
             rows = [m for m in measurements if (m.dtype, m.candidate) == (dtype, name)]
@@ -211,37 +158,3 @@ def _print_verdict(verdict: Verdict, console: Console) -> None:
 
 def _spread(values: Quartiles, digits: int) -> str:
     return f"{values.median:.{digits}f} [{values.lower:.{digits}f}, {values.upper:.{digits}f}]"
-
-
-def _commit(folder: Path) -> tuple[str | None, bool | None]:
-    """The commit of the checkout that tracks this package, and whether files differ from it."""
-
-    def git(*arguments: str) -> str:
-        command = ["git", "-C", str(folder), *arguments]
-        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
-
-    try:
-        # An environment inside of somebody else's checkout is ignored there, not tracked.
-        git("ls-files", "--error-unmatch", "__init__.py")
-        return git("rev-parse", "HEAD"), bool(git("status", "--porcelain"))
-    except (OSError, subprocess.CalledProcessError):
-        # A checkout may have come without its .git to where the GPU is.
-        return os.environ.get("NEUROADA_COMMIT"), None
-
-
-def _cpu_model() -> str:
-    try:
-        text = Path("/proc/cpuinfo").read_text()
-    except OSError:
-        text = ""
-    found = re.search(r"^model name\s*:\s*(.+)$", text, re.MULTILINE)
-    return found[1] if found else platform.processor() or platform.machine()
-
-
-def _openmp_runtimes() -> list[str]:
-    """File names of the OpenMP runtimes in this process; there should be one, torch's."""
-    try:
-        lines = Path("/proc/self/maps").read_text().splitlines()
-    except OSError:
-        return []
-    return sorted({found[1] for line in lines if (found := _OPENMP.search(line))})

@@ -57,6 +57,19 @@ def trained(model: nn.Module, seed: int) -> nn.Module:
     return model
 
 
+def regression(model: nn.Module, x: Tensor, target: Tensor, steps: int, lr: float) -> list[float]:
+    """The losses of training what trains, by AdamW, towards ``target``."""
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=lr)
+    losses = []
+    for _ in range(steps):
+        optimizer.zero_grad()
+        loss = (model(x) - target).square().mean()
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    return losses
+
+
 def inputs(dtype: torch.dtype = torch.float32) -> Tensor:
     return torch.randn(5, 6, generator=torch.Generator().manual_seed(7)).to(dtype)
 

@@ -76,6 +76,17 @@ def layers_of(model: nn.Module) -> list[nk.NeuroAdaLinear]:
     return [m for m in model.modules() if isinstance(m, nk.NeuroAdaLinear)]
 
 
+def qkv_of(model: Block) -> list[nk.NeuroAdaLinear]:
+    """Three siblings."""
+    attention = model.self_attn
+    return [attention.q_proj, attention.k_proj, attention.v_proj]
+
+
+def choose(layer: nk.NeuroAdaLinear, first: int, count: int) -> None:
+    """Have the layer choose ``count`` columns from ``first`` on, one a neuron."""
+    layer.index = (first + torch.arange(layer.out_features)[:, None] % count).int()
+
+
 def tokens(dtype: torch.dtype = torch.float32, seed: int = 0) -> Tensor:
     return torch.randn(2, TOKENS, WIDTH, generator=torch.Generator().manual_seed(seed)).to(dtype)
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import foreign
 import pytest
 import torch
+from adapted import regression
 from foreign import D_IN
 from torch import nn
 from torch.nn.utils import parametrize
@@ -40,15 +41,7 @@ def train(model, steps=30):
     generator = torch.Generator().manual_seed(1)
     x = torch.randn(32, D_IN, generator=generator)
     target = model(x).detach() + torch.randn(32, D_IN, generator=generator)
-    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=0.01)
-    losses = []
-    for _ in range(steps):
-        optimizer.zero_grad()
-        loss = (model(x) - target).square().mean()
-        loss.backward()
-        optimizer.step()
-        losses.append(loss.item())
-    return losses
+    return regression(model, x, target, steps, lr=0.01)
 
 
 def layers_of(model):

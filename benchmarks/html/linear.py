@@ -1,4 +1,4 @@
-"""Time of the linear layers: against k, against T, under the roofline, and in full."""
+"""Time of the linear layers: against k, against T, under the roofline, and in full tables."""
 
 from __future__ import annotations
 
@@ -9,11 +9,20 @@ from typing import Any
 from neuroada_kernels.benchmarks.html import blocks
 from neuroada_kernels.benchmarks.html.blocks import Section
 from neuroada_kernels.benchmarks.html.figures import HEIGHT, Painter, draw
+from neuroada_kernels.benchmarks.html.linear_tables import (
+    Row,
+    everything,
+    fits_of,
+    growth,
+    host_sentence,
+    judged,
+    measurements,
+    ranges,
+    ratios,
+)
 from neuroada_kernels.benchmarks.html.plots import Series, Style, legend, lines, roofline, styles
 from neuroada_kernels.benchmarks.html.source import Source
-from neuroada_kernels.benchmarks.html.tables import Strong, Table
 
-Row = Mapping[str, Any]
 Group = tuple[str, list[Row]]
 _SWEEPS = (("k", "k", "connections a neuron, k"), ("tokens", "T", "tokens, T"))
 
@@ -28,11 +37,11 @@ def section(source: Source) -> Section:
         f"Linear layers on {source.chip}",
         "Forward and backward of one linear layer by method, every one checked for what it "
         "computes before it is timed, and all interleaved round by round. Ratios are taken within "
-        f"a round. {_host_sentence(source.document)}",
+        f"a round. {host_sentence(source.document)}",
     )
     for axis, short, xlabel in _SWEEPS:
         groups = list(_swept(plotted, axis))
-        fits = [fit for fit in _fits(source.document) if fit["over"] == axis]
+        fits = [fit for fit in fits_of(source.document) if fit["over"] == axis]
         if groups:
             found.blocks.append(_ratios_against(source, groups, looks, axis, short, xlabel))
         if fits:
@@ -40,7 +49,7 @@ def section(source: Source) -> Section:
     found.blocks.append(_rates(source, plotted, looks))
     found.blocks.insert(0, blocks.table(source, ranges(source)))
     found.blocks.append(blocks.folded(source, "Ratio to frozen, every case", [ratios(source)]))
-    if _fits(source.document):
+    if fits_of(source.document):
         found.blocks.append(blocks.folded(source, "How time grows", [growth(source.document)]))
     if judged(source.document).rows:
         found.blocks.append(blocks.folded(source, "Bars", [judged(source.document)]))
@@ -53,15 +62,6 @@ def section(source: Source) -> Section:
 FALLBACKS = ("reference", "neuroada-eager")
 
 
-def measurements(document: Mapping[str, Any]) -> list[Row]:
-    """Rows of what was timed, with the rate in GFLOP/s whatever the file's age."""
-    return [
-        {"gflop_per_s": 1e3 * row["tflop_per_s"], **row} if "tflop_per_s" in row else row
-        for row in document["results"]
-        if "ratio_to_frozen" in row
-    ]
-
-
 def _skipped(document: Mapping[str, Any]) -> list[dict[str, str]]:
     found = [row for row in document["results"] if "skipped" in row]
     new = [
@@ -70,15 +70,6 @@ def _skipped(document: Mapping[str, Any]) -> list[dict[str, str]]:
         for r in found
     ]
     return [*new, *document.get("skipped", ())]
-
-
-def _host_cost(document: Mapping[str, Any]) -> Mapping[str, Any] | None:
-    found = [row["host_cost"] for row in document["results"] if "host_cost" in row]
-    return found[0] if found else document.get("host_cost")
-
-
-def _fits(document: Mapping[str, Any]) -> list[Row]:
-    return list(document.get("summary", {}).get("fits", ()))
 
 
 def _swept(rows: Sequence[Row], axis: str) -> Iterator[Group]:
@@ -224,140 +215,3 @@ def _rates(source: Source, rows: list[Row], looks: Mapping[str, Style]) -> str:
     marks = legend(seen, joined=False)
     found: str = blocks.figure(source, "Roofline", panels, legend=marks, note=note)
     return found
-
-
-def ratios(source: Source) -> Table:
-    """A row a case and dtype, a column a method; what serves where none is named in bold."""
-    rows = measurements(source.document)
-    names = [n for n in dict.fromkeys(row["candidate"] for row in rows) if n != "frozen"]
-    ours = {row["candidate"] for row in rows if row["automatic"]}
-
-    def marked(text: str, name: str) -> str:
-        return Strong(text) if name in ours and text else text
-
-    medians = {
-        (row["case"]["name"], row["dtype"], row["candidate"]): row["ratio_to_frozen"]["median"]
-        for row in rows
-    }
-    cases = {(row["dtype"], row["case"]["name"]): row["case"] for row in rows}
-    content = []
-    for (dtype, case_name), case in cases.items():
-        cells = [str(case["tokens"]), f"{case['d_in']} × {case['d_out']}", dtype, str(case["k"])]
-        for name in names:
-            found = medians.get((case_name, dtype, name))
-            cells.append(marked("" if found is None else f"{found:.2f}", name))
-        content.append(cells)
-    headings = ["T", "d_in × d_out", "dtype", "k", *(marked(name, name) for name in names)]
-    return Table("Ratio to frozen", headings, content, words=4)
-
-
-def ranges(source: Source) -> Table:
-    """The least and the largest ratio of each method, by T and dtype, over shapes and k."""
-    rows = [row for row in measurements(source.document) if row["candidate"] != "frozen"]
-    cases: dict[int, set[str]] = {}
-    for row in rows:
-        cases.setdefault(row["case"]["tokens"], set()).add(row["case"]["name"])
-    # A T of few cases is a point of a sweep, which has its own figure.
-    columns = [
-        (tokens, dtype)
-        for tokens in sorted(tokens for tokens, names in cases.items() if len(names) >= 3)
-        for dtype in dict.fromkeys(row["dtype"] for row in rows)
-    ]
-    ours = {row["candidate"] for row in rows if row["automatic"]}
-    content = []
-    for name in dict.fromkeys(row["candidate"] for row in rows):
-        cells: list[str] = [Strong(name) if name in ours else name]
-        for tokens, dtype in columns:
-            medians = [
-                row["ratio_to_frozen"]["median"]
-                for row in rows
-                if (row["candidate"], row["case"]["tokens"], row["dtype"]) == (name, tokens, dtype)
-            ]
-            cells.append(f"{min(medians):.2f} to {max(medians):.2f}" if medians else "")
-        content.append(cells)
-    headings = ["", *(f"T {tokens}, {dtype}" for tokens, dtype in columns)]
-    note = "Least and largest median over shapes and k."
-    return Table("Ratio to frozen, in short", headings, content, note=note)
-
-
-def measured(source: Source) -> str:
-    """How the ratios were taken, and what a call costs the host, in sentences."""
-    document, here = source.document, source.sessions[-1]
-    rounds = document.get("settings", document)["rounds"]
-    text = (
-        f"Forward and backward as a ratio to the frozen linear (`F.linear` and dx alone), medians "
-        f"of {rounds} interleaved rounds, ratio taken round by round; "
-        f"{source.machine}, torch {here['torch']}, "
-        f"commit {source.commit}. `{source.command}` repeats it."
-    )
-    return f"{text} {_host_sentence(document)}".strip()
-
-
-def _host_sentence(document: Mapping[str, Any]) -> str:
-    host = _host_cost(document)
-    if host is None:
-        return ""
-    return (
-        f"One call at T = 1 costs {host['over_frozen_us']['median']:.0f} µs of host time "
-        f"more than the frozen linear's {host['frozen_us']['median']:.0f} µs."
-    )
-
-
-def growth(document: Mapping[str, Any]) -> Table:
-    """The fitted lines."""
-    rows = [
-        [
-            fit["candidate"],
-            f"{fit['d_in']} → {fit['d_out']}{', bias' * bool(fit['bias'])}",
-            fit["dtype"],
-            f"{'k' if fit['over'] == 'k' else 'T'} from {fit['values'][0]} to {fit['values'][-1]}",
-            f"{'T' if fit['over'] == 'k' else 'k'} = {fit['at']}",
-            f"{fit['a_us'] / 1e3:.4g}",
-            f"{round(fit['b_us'], 3) + 0.0:.3g}",
-            f"{fit['residual']:.1%}",
-        ]
-        for fit in _fits(document)
-    ]
-    headings = ("method", "layer", "dtype", "over", "at", "a, ms", "b, µs", "residual")
-    note = (
-        "Time of forward and backward, a + b k or a + b T. The residual is the root mean square "
-        "of the relative errors: where it is large, a line is not what happens."
-    )
-    return Table("Fitted lines", headings, rows, words=5, note=note)
-
-
-def judged(document: Mapping[str, Any]) -> Table:
-    """The bars that a run was held against, the missed ones first."""
-    bars = document.get("summary", document).get("bars", ())
-    found = [bar for bar in bars if bar["value"] is not None]
-    found.sort(key=lambda bar: bar["outcome"] == "met")
-    rows = [[bar["meaning"], bar["outcome"], f"{bar['value']:.3f}"] for bar in found]
-    return Table("Bars", ("bar", "", "measured"), rows, words=2)
-
-
-def everything(document: Mapping[str, Any]) -> Table:
-    """Every measurement: times, rates and memory."""
-    rows = [
-        [
-            row["candidate"],
-            row["case"]["name"],
-            row["dtype"],
-            *(
-                f"{row[part]['median'] / 1e3:.4g}"
-                for part in ("forward_us", "backward_us", "total_us")
-            ),
-            f"{row['ratio_to_frozen']['median']:.3f}",
-            f"{row['ratio_to_frozen']['lower']:.2f}–{row['ratio_to_frozen']['upper']:.2f}",
-            f"{row['gflop_per_s']:.0f}",
-            f"{row['gb_per_s']:.1f}",
-            f"{row['host_us']['median']:.0f}" if row.get("host_us") else "",
-            f"{row['peak_bytes'] / 2**20:.1f}",
-            f"{row['kept_bytes'] / 2**20:.1f}",
-        ]
-        for row in measurements(document)
-    ]
-    headings = (
-        "method", "case", "dtype", "forward, ms", "backward, ms", "both, ms", "of frozen",
-        "quartiles", "GFLOP/s", "GB/s", "host, µs", "peak, MiB", "kept, MiB",
-    )  # fmt: skip
-    return Table(f"All {len(rows)} measurements", headings, rows, words=3)

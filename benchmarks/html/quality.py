@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from neuroada_kernels.benchmarks.html import blocks
@@ -18,7 +18,7 @@ from neuroada_kernels.benchmarks.html.plots import (
     rows_height,
     styles,
 )
-from neuroada_kernels.benchmarks.html.source import Source
+from neuroada_kernels.benchmarks.html.source import Source, with_variables
 from neuroada_kernels.benchmarks.html.tables import Table
 
 Group = Mapping[str, Any]
@@ -29,23 +29,52 @@ HEADINGS = ("", "trainable", "rate", "held-out loss", "minus NeuroAda's", "")
 
 def section(source: Source) -> Section:
     """A figure and a table for every question on every task."""
-    found = Section("Quality at equal budgets", described(source.document))
-    if not source.document["summary"]:
+    document = framed(source.document)
+    found = Section("Quality at equal budgets", described(document))
+    if "summary" not in document:
         found.blocks.append("<p>The suite was stopped before its end; its command goes on.</p>")
-    for question, groups in _by_question(source.document).items():
+    for question, groups in _by_question(groups_of(document)).items():
         if groups[0]["name"] == "k":
             found.blocks += [_budgets(source, group) for group in groups]
         else:
             found.blocks.append(_differences(source, question, groups))
         tables = [table(group) for group in groups]
         found.blocks.append(blocks.folded(source, f"Tables: {question}", tables))
-    found.blocks += blocks.skipped(source.document["skipped"])
+    found.blocks += blocks.skipped(document.get("summary", {}).get("skipped", {}))
     return found
 
 
-def _by_question(document: Mapping[str, Any]) -> dict[str, list[Group]]:
+def framed(document: Mapping[str, Any]) -> dict[str, Any]:
+    """The document in the frame of all suites, as it is where it has that already.
+
+    Before, ``results`` were ``runs`` without keys, and what is left out stood beside ``summary``.
+    """
+    if document.get("kind") == "quality":
+        return dict(document)
+    groups, skipped = document["summary"], document["skipped"]
+    return {
+        "kind": "quality",
+        "command": "neuroada bench quality",
+        "settings": document["settings"],
+        "sessions": document["sessions"],
+        "results": [{"key": run_key(run), **run} for run in document["runs"]],
+        **({"summary": {"groups": groups, "skipped": skipped}} if groups else {}),
+    }
+
+
+def run_key(run: Mapping[str, Any]) -> str:
+    """The key of a training's row."""
+    return "/".join(str(run[name]) for name in ("task", "variant", "part", "rate", "seed"))
+
+
+def groups_of(document: Mapping[str, Any]) -> list[Group]:
+    """The answers to the questions, in the order of tasks; none before the suite's end."""
+    return list(framed(document).get("summary", {}).get("groups", ()))
+
+
+def _by_question(groups: Sequence[Group]) -> dict[str, list[Group]]:
     found: dict[str, list[Group]] = {}
-    for group in document["summary"]:
+    for group in groups:
         found.setdefault(group["question"], []).append(group)
     return found
 
@@ -172,6 +201,7 @@ def baseline(group: Group) -> Mapping[str, Any]:
 
 def described(document: Mapping[str, Any]) -> str:
     """Of what size the runs were and where they ran, in a sentence."""
+    document = framed(document)
     settings, session = document["settings"], document["sessions"][-1]
     text, digits = settings["text"], settings["digits"]
     model = text["model"]
@@ -182,8 +212,9 @@ def described(document: Mapping[str, Any]) -> str:
         f"Text: {model['layers']} layers of width {model['d_model']}, {text['pretrain_steps']} "
         f"steps of pretraining and {text['steps']} of adapting with {text['batch']} windows of "
         f"{model['context']} bytes. Digits: an MLP of width {digits['width']}, "
-        f"{digits['steps']} steps on {digits['images']} images. {len(document['runs'])} "
-        f"runs, {session['cpu']}, torch {session['torch']}, commit {commit}."
+        f"{digits['steps']} steps on {digits['images']} images. {len(document['results'])} "
+        f"runs, {session['cpu']}{with_variables(session)}, torch {session['torch']}, "
+        f"commit {commit}."
     )
 
 

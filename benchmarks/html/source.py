@@ -42,23 +42,15 @@ class Source:
 
     @property
     def machine(self) -> str:
-        """What computed: the GPU, or threads of a processor."""
-        here = self.sessions[-1]
-        if here.get("gpu"):
-            return str(here["gpu"])
-        threads = here["threads"]
-        return f"{threads} thread{'s' * (threads > 1)} of an {self.processor}"
-
-    @property
-    def processor(self) -> str:
-        here = self.sessions[-1]
-        return f"{here['cpu']} ({here['cpu_capability']})"
+        """What computed: the GPU, or threads of a processor, and what was set of its kernels."""
+        return machine_of(self.sessions[-1])
 
     @property
     def chip(self) -> str:
         """The name of what computed, without marks: for titles."""
         here = self.sessions[-1]
-        return str(here.get("gpu") or here["cpu"]).replace("(R)", "").replace("(TM)", "")
+        name = str(here.get("gpu") or here["cpu"]).replace("(R)", "").replace("(TM)", "")
+        return name + with_variables(here)
 
     @property
     def origin(self) -> str:
@@ -78,6 +70,21 @@ class Source:
             "Repeat": self.command,
         }
         return facts
+
+
+def machine_of(session: Mapping[str, Any]) -> str:
+    """Where a session ran, for a sentence."""
+    if session.get("gpu"):
+        return str(session["gpu"]) + with_variables(session)
+    threads = session["threads"]
+    processor = f"{session['cpu']} ({session['cpu_capability']})"
+    return f"{threads} thread{'s' * (threads > 1)} of an {processor}{with_variables(session)}"
+
+
+def with_variables(session: Mapping[str, Any]) -> str:
+    """`` with NAME=value`` of what was set and changes which kernels run, to follow the machine."""
+    variables = session.get("environment") or {}
+    return " with " * bool(variables) + " ".join(f"{n}={v}" for n, v in variables.items())
 
 
 #: Fact of a session to its name in a sentence.

@@ -13,12 +13,18 @@ from importlib.util import find_spec
 
 from rich.box import SIMPLE_HEAD
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
-from neuroada_kernels.benchmarks.options import add_outputs, positive, threads
+from neuroada_kernels.benchmarks.options import (
+    add_outputs,
+    command_line,
+    positive,
+    progress_bar,
+    threads,
+)
 from neuroada_kernels.benchmarks.quality.settings import Settings
-from neuroada_kernels.benchmarks.quality.suite import ResumeError, Store, Suite
+from neuroada_kernels.benchmarks.quality.suite import Suite, open_records
+from neuroada_kernels.benchmarks.records import RecordsError
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -31,26 +37,26 @@ def main(argv: list[str] | None = None) -> int:
     settings = Settings.quick() if options.quick else Settings.full()
     settings = replace(settings, seeds=options.seeds or settings.seeds)
     try:
-        store = Store.open(settings, options.json)
-        suite = Suite(settings, store, options.tasks or ())
+        records = open_records(settings, options.json, command_line("quality", argv))
+        suite = Suite(settings, records, options.tasks or ())
     except ValueError as error:
         parser.error(str(error))
     console = Console()
-    if store.runs:
-        console.print(f"{len(store.runs)} runs are done already.")
+    if records.rows:
+        console.print(f"{len(records.rows)} runs are done already.")
     try:
         with threads(options.threads):
             _run(suite, console)
-    except ResumeError as error:
+    except RecordsError as error:
         parser.error(str(error))
-    store.summary = as_json(summarise(suite))
-    store.write()
+    records.summary = {"groups": as_json(summarise(suite)), "skipped": suite.skipped}
+    records.write()
     _show(suite, console)
     if options.html is not None:
         from neuroada_kernels.benchmarks.html import write_html
 
         name = options.json.name if options.json is not None else "quality.json"
-        write_html({name: store.as_dict()}, options.html)
+        write_html({name: records.as_dict()}, options.html)
     return 0
 
 
@@ -74,21 +80,21 @@ def _require(options: argparse.Namespace, parser: argparse.ArgumentParser) -> No
 
 
 def _run(suite: Suite, console: Console) -> None:
-    columns = (
-        TextColumn("{task.description}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TimeElapsedColumn(),
-    )
-    with Progress(*columns, console=console, transient=True) as progress:
+    with progress_bar(console) as progress:
         bar = progress.add_task("pretraining", total=suite.total)
-        suite.run(lambda done, total, name: progress.update(bar, completed=done, description=name))
+        progress.refresh()
+        suite.run(
+            lambda done, total, name: progress.update(
+                bar, completed=done, description=name, refresh=True
+            )
+        )
 
 
 def _show(suite: Suite, console: Console) -> None:
     from neuroada_kernels.benchmarks.html.quality import described, table
 
-    for group in suite.store.summary:
+    document = suite.records.as_dict()
+    for group in document["summary"]["groups"]:
         content = table(group)
         shown = Table(
             title=f"{content.title} ({group['unit']})",
@@ -101,9 +107,9 @@ def _show(suite: Suite, console: Console) -> None:
         for row in content.rows:
             shown.add_row(*row)
         console.print(shown)
-    for name, reason in suite.store.skipped.items():
+    for name, reason in suite.skipped.items():
         console.print(f"not run: {name}: {reason}", markup=False)
-    console.print(described(suite.store.as_dict()), highlight=False)
+    console.print(described(document), highlight=False)
 
 
 if __name__ == "__main__":

@@ -3,132 +3,73 @@
 from __future__ import annotations
 
 import copy
-import json
 import time
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 
-from neuroada_kernels._files import replacing
+from neuroada_kernels.benchmarks.html.quality import framed, run_key
 from neuroada_kernels.benchmarks.quality.methods import Given, adapt, why_not
 from neuroada_kernels.benchmarks.quality.settings import Settings
 from neuroada_kernels.benchmarks.quality.tasks import Task, World, make_tasks
 from neuroada_kernels.benchmarks.quality.variants import Variant, groups, unique
-from neuroada_kernels.benchmarks.report import environment
+from neuroada_kernels.benchmarks.records import Records, Row
 from neuroada_kernels.demo.training import train
 
 #: Learning rates are searched with a seed that no result is of.
 SEARCH_SEED = 1000
 #: Batches over which gradients are gathered, where a variant selects by them.
 GRADIENT_BATCHES = 4
+#: Facts that the runs of a file share: elsewhere the same pretraining may end elsewhere.
+SAME = ("package", "torch", "cpu", "environment")
 
 Part = Literal["search", "test"]
 
 
 @dataclass(frozen=True)
-class Run:
-    """One training; the loss is on validation data in a search, and on test data after it."""
+class Key:
+    """What tells a training from all others; as text, the key of its row."""
 
     task: str
     variant: str
     part: Part
     rate: float | None
     seed: int
+
+    def __str__(self) -> str:
+        key: str = run_key(asdict(self))
+        return key
+
+
+@dataclass(frozen=True)
+class Run(Key):
+    """One training; the loss is on validation data in a search, and on test data after it."""
+
     trainable: int
     loss: float | None
     accuracy: float | None
     seconds: float
 
-    @property
-    def key(self) -> Key:
-        return Key(self.task, self.variant, self.part, self.rate, self.seed)
-
-
-@dataclass(frozen=True)
-class Key:
-    """What tells a run from all others."""
-
-    task: str
-    variant: str
-    part: Part
-    rate: float | None
-    seed: int
-
-
-class ResumeError(ValueError):
-    """A results file cannot be gone on with."""
-
-
-@dataclass
-class Store:
-    """Finished runs; written to ``path`` after each, as a whole, so that it is always valid."""
-
-    settings: dict[str, Any]
-    path: Path | None = None
-    runs: dict[Key, Run] = field(default_factory=dict)
-    skipped: dict[str, str] = field(default_factory=dict)  # variant to reason
-    sessions: list[dict[str, Any]] = field(default_factory=list)  # where the suite ran
-    summary: list[dict[str, Any]] = field(default_factory=list)  # when all is done
-
     @classmethod
-    def open(cls, settings: Settings, path: Path | None) -> Store:
-        """What ``path`` holds already, or nothing.
+    def of(cls, row: Row) -> Run:
+        return cls(**{name: value for name, value in row.items() if name != "key"})
 
-        Raises
-        ------
-        ResumeError
-            If it holds something else, or runs of other settings.
-        """
-        store = cls(settings.as_dict(), path)
-        if path is not None and path.exists():
-            try:
-                found = json.loads(path.read_text())
-                same = found["settings"] == store.settings
-                store.runs = {run.key: run for run in (Run(**row) for row in found["runs"])}
-                store.sessions = found["sessions"]
-            except (KeyError, TypeError, ValueError) as error:
-                raise ResumeError(f"{path}: holds no runs of this suite ({error!r})") from error
-            if not same:
-                raise ResumeError(f"{path}: holds runs of other settings, expected the same ones")
-        return store
 
-    def open_session(self) -> None:
-        """Note where it runs: to be called before the first new run.
+def open_records(
+    settings: Settings, path: Path | None = None, command: str = "neuroada bench quality"
+) -> Records:
+    """The runs that ``path`` holds already, or none.
 
-        Raises
-        ------
-        ResumeError
-            If earlier runs come from where the same pretraining may end elsewhere.
-        """
-        here = environment()
-        for fact in ("package", "torch", "cpu"):
-            before = {session[fact] for session in self.sessions} - {here[fact]}
-            if before:
-                raise ResumeError(
-                    f"{self.path}: has runs of {fact} {before.pop()}, expected {here[fact]}"
-                )
-        self.sessions.append(here)
-
-    def add(self, run: Run) -> None:
-        self.runs[run.key] = run
-        self.write()
-
-    def write(self) -> None:
-        if self.path is not None:
-            with replacing(self.path) as new:
-                new.write_text(json.dumps(self.as_dict(), indent=1) + "\n")
-
-    def as_dict(self) -> dict[str, Any]:
-        return {
-            "sessions": self.sessions,
-            "settings": self.settings,
-            "skipped": self.skipped,
-            "summary": self.summary,
-            "runs": [asdict(run) for run in self.runs.values()],
-        }
+    Raises
+    ------
+    RecordsError
+        If it holds something else, or runs of other settings.
+    """
+    given = settings.as_dict()
+    return Records.open("quality", command, given, path, same=SAME, framed=framed)
 
 
 def pick(searched: Iterable[Run]) -> float | None:
@@ -146,10 +87,11 @@ Watch = Callable[[int, int, str], None]
 
 
 class Suite:
-    """Runs what ``store`` lacks, task after task."""
+    """Runs what ``records`` lack, task after task."""
 
-    def __init__(self, settings: Settings, store: Store, tasks: Sequence[str] = ()) -> None:
-        self.settings, self.store = settings, store
+    def __init__(self, settings: Settings, records: Records, tasks: Sequence[str] = ()) -> None:
+        self.settings, self.records = settings, records
+        self.skipped: dict[str, str] = {}  # variant to reason
         every = make_tasks(settings)
         unknown = sorted(set(tasks) - every.keys())
         if unknown:
@@ -157,6 +99,11 @@ class Suite:
         self.tasks = [every[name] for name in tasks or every]
         self._worlds: dict[tuple[str, int], World] = {}
         self._done = 0
+
+    @property
+    def runs(self) -> list[Run]:
+        """What is done."""
+        return [Run.of(row) for row in self.records.rows.values()]
 
     def variants(self, task: Task) -> list[Variant]:
         """What is run of a task: without what this installation cannot run."""
@@ -179,8 +126,7 @@ class Suite:
                 if reason is None:
                     self._compare(task, variant, watch)
                 else:
-                    self.store.skipped[variant.name] = reason
-        self.store.write()
+                    self.skipped[variant.name] = reason
 
     def _compare(self, task: Task, variant: Variant, watch: Watch) -> None:
         rate = None if variant.method == "frozen" else self._search(task, variant, watch)
@@ -196,11 +142,7 @@ class Suite:
 
     def _once(self, task: Task, variant: Variant, key: Key, watch: Watch) -> Run:
         """The run of that key: the stored one, or a new one."""
-        if key not in self.store.runs:
-            if not self._worlds:  # the first run that is new
-                self.store.open_session()
-            self.store.add(self._train(task, variant, key))
-        run = self.store.runs[key]
+        run = Run.of(self.records.once(str(key), lambda: asdict(self._train(task, variant, key))))
         self._done += 1
         watch(self._done, self.total, f"{task.name}: {variant.name}")
         return run

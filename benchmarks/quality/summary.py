@@ -102,7 +102,7 @@ def summarise(suite: Suite) -> list[Group]:
 def _results(suite: Suite, task: str) -> dict[str, list[Run]]:
     """Runs on test data, by variant, in the order of seeds."""
     found: dict[str, list[Run]] = {}
-    for run in sorted(suite.store.runs.values(), key=lambda run: run.seed):
+    for run in sorted(suite.runs, key=lambda run: run.seed):
         if run.task == task and run.part == "test" and run.seed != SEARCH_SEED:
             found.setdefault(run.variant, []).append(run)
     return found

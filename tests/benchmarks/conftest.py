@@ -1,13 +1,23 @@
-"""The page of all committed results, drawn once."""
+"""What tests of several suites need: one thread, and the page of all committed results."""
 
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
+from neuroada_kernels.benchmarks.options import threads
+
 RESULTS = Path(__file__).parents[2] / "benchmarks/results/cpu"
+
+
+@pytest.fixture
+def one_thread() -> Iterator[None]:
+    """For work so small that a second thread costs time alone."""
+    with threads(1):
+        yield
 
 
 @pytest.fixture(scope="session")

@@ -6,7 +6,6 @@ import json
 import subprocess
 import sys
 import types
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
@@ -15,7 +14,7 @@ import torch
 
 import neuroada_kernels as nk
 from neuroada_kernels import cli
-from neuroada_kernels.benchmarks import linear, linear_results, report, suites
+from neuroada_kernels.benchmarks import environment, linear, linear_results, report, suites
 from neuroada_kernels.benchmarks.bars import Bar, Verdict
 from neuroada_kernels.benchmarks.candidates import table
 from neuroada_kernels.benchmarks.linear_results import Results, Skipped
@@ -27,13 +26,12 @@ ALWAYS = {name: row for name, row in table().items() if not row.peer}
 TINY = tuple(Case(tokens=16, d_in=64, d_out=d_out, k=k) for d_out in (64, 48) for k in (1, 8))
 
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+
 @pytest.fixture(autouse=True)
-def tiny_cases_on_one_thread(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+def tiny_cases(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(linear, "BENCH_CASES", TINY)
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 def test_json_holds_what_it_takes_to_judge_and_repeat_a_run(tmp_path: Path, capsys) -> None:
@@ -47,7 +45,6 @@ def test_json_holds_what_it_takes_to_judge_and_repeat_a_run(tmp_path: Path, caps
         "rounds": 3,
         "device": "cpu",
         "candidates": list(ALWAYS),
-        "switches": {},
     }
     assert found["summary"] == {"fits": [], "bars": []}
     (session,) = found["sessions"]
@@ -213,7 +210,7 @@ def test_a_file_is_gone_on_with_and_shows_how_time_grows(tmp_path: Path, monkeyp
     assert "time = a + b k, k from 1 to 4; 64 to 64, T = 16" in capsys.readouterr().out
     with pytest.raises(SystemExit):
         linear.main([*fixed, "--peers", "--json", str(path)])
-    assert f"--json: {path}: holds linear with" in capsys.readouterr().err
+    assert f"--json: {path}: has rows of candidates " in capsys.readouterr().err
     assert json.loads(path.read_text()) == found
 
 
@@ -255,45 +252,8 @@ def test_arguments_that_would_measure_nothing_are_refused(arguments, message, ca
     assert message in capsys.readouterr().err
 
 
-def test_the_commit_is_that_of_the_checkout_which_tracks_the_package(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setenv("NEUROADA_COMMIT", "abc")
-    assert report._commit(tmp_path) == ("abc", None)
-    monkeypatch.delenv("NEUROADA_COMMIT")
-    assert report._commit(tmp_path) == (None, None)
-
-    def git(*arguments: str) -> str:
-        identity = ["-c", "user.name=a", "-c", "user.email=a@b"]
-        command = ["git", "-C", str(tmp_path), *identity, *arguments]
-        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
-
-    git("init", "--quiet")
-    (tmp_path / "other.py").touch()
-    git("add", "other.py")
-    git("commit", "--quiet", "--message", "other")
-    (tmp_path / "__init__.py").touch()
-    assert report._commit(tmp_path) == (None, None)
-    git("add", "__init__.py")
-    git("commit", "--quiet", "--message", "package")
-    assert report._commit(tmp_path) == (git("rev-parse", "HEAD"), False)
-    (tmp_path / "other.py").write_text("changed")
-    assert report._commit(tmp_path) == (git("rev-parse", "HEAD"), True)
-
-
-def test_the_processor_and_the_openmp_runtimes_are_unknown_where_proc_is_missing(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    def missing(self: Path) -> str:
-        raise FileNotFoundError(self)
-
-    monkeypatch.setattr(Path, "read_text", missing)
-    assert report._openmp_runtimes() == []
-    assert report._cpu_model()
-
-
 def test_more_than_one_openmp_runtime_is_pointed_out(monkeypatch, capsys) -> None:
-    monkeypatch.setattr(report, "_openmp_runtimes", lambda: ["libgomp.so.1", "libiomp5.so"])
+    monkeypatch.setattr(environment, "_openmp_runtimes", lambda: ["libgomp.so.1", "libiomp5.so"])
     linear.main(["--quick", "--candidates", "lora-r8", "--rounds", "1"])
     assert "More than one OpenMP runtime" in capsys.readouterr().out
 

@@ -10,7 +10,10 @@ import pytest
 from neuroada_kernels.benchmarks import compare as module
 from neuroada_kernels.benchmarks.compare import CompareError, compare
 
-SESSION = {"device": "cpu", "cpu": "a processor", "threads": 2, "commit": "a"}
+SESSION = {"device": "cpu", "cpu": "a processor", "cpu_capability": "AVX2", "threads": 2}
+SESSION |= {"commit": "0123456789"}
+#: What a machine was held to.
+LESS = {"ONEDNN_MAX_CPU_ISA": "AVX2"}
 
 
 def row(name: str, milliseconds) -> dict:
@@ -83,6 +86,17 @@ def test_the_exit_status_says_whether_it_is_slower(threshold, status, tmp_path, 
     assert ("slower by more than 1.05: 1" in shown) == bool(status)
 
 
+def test_both_machines_are_named_with_what_they_were_held_to(tmp_path, capsys) -> None:
+    old, new = tmp_path / "old.json", tmp_path / "new.json"
+    old.write_text(json.dumps(OLD))
+    new.write_text(json.dumps(linear((11.0, 12.0, 13.0), environment=LESS)))
+    assert module.main([str(old), str(new), "--anyway"]) == 0
+    shown = " ".join(capsys.readouterr().out.split())
+    plain = "2 threads of an a processor (AVX2)"
+    assert f"old: {plain}, commit 0123456" in shown
+    assert f"new: {plain} with ONEDNN_MAX_CPU_ISA=AVX2, commit 0123456" in shown
+
+
 def test_the_worst_comes_first_and_rows_of_one_file_are_left_out() -> None:
     old, new = copy.deepcopy(OLD), copy.deepcopy(OLD)
     old["results"] += [row("lora-r8", (20, 20, 20)), row("reference", (1, 1, 1))]
@@ -97,6 +111,7 @@ def test_the_worst_comes_first_and_rows_of_one_file_are_left_out() -> None:
     [
         (linear((11.0, 12.0, 13.0), cpu="another"), "cpu: a processor and another"),
         (linear((11.0, 12.0, 13.0), threads=4), "threads: 2 and 4"),
+        (linear((11.0, 12.0, 13.0), environment=LESS), f"environment: None and {LESS}"),
         (model((1, 2)), "kind: linear and model"),
         ({**OLD, "settings": {"sizes": {"layers": 2}}}, "sizes: None and {'layers': 2}"),
     ],

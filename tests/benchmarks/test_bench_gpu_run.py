@@ -53,7 +53,8 @@ def test_a_dry_run_has_a_phase_of_every_kind_and_leaves_few_valid_files(tmp_path
     linear = found["linear-triton.json"]
     assert {row["candidate"] for row in linear["results"]} == {"frozen", *ours}
     assert not any("skipped" in row for row in linear["results"])
-    assert linear["settings"]["switches"] == {"BACKEND": "triton"}
+    set_for_it = {"NEUROADA_BACKEND": "triton", "TRITON_INTERPRET": "1"}
+    assert linear["sessions"][0]["environment"] == set_for_it
     assert {fit["over"] for fit in linear["summary"]["fits"]} == {"k"}
 
 

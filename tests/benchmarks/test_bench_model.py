@@ -26,15 +26,10 @@ COVERED = [name for name in METHODS if name not in ("peft-lora-r16", "peft-lora-
 #: Of a layer's linears, [d_out, d_in].
 SHAPES = [(32, 32), (16, 32), (16, 32), (32, 32), (48, 32), (48, 32), (32, 48)]
 
-pytestmark = pytest.mark.filterwarnings("default")  # other packages' are theirs
-
-
-@pytest.fixture(autouse=True)
-def _one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+pytestmark = [
+    pytest.mark.usefixtures("one_thread"),
+    pytest.mark.filterwarnings("default"),  # other packages' are theirs
+]
 
 
 def run(path: Path, *options: str) -> dict[str, dict]:

@@ -4,81 +4,54 @@ from __future__ import annotations
 
 import copy
 import json
-import math
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
 import torch
 from torch import nn
 
-from neuroada_kernels.benchmarks import suites
-from neuroada_kernels.demo.transformer import Config, Transformer
+from neuroada_kernels.demo.transformer import Transformer
 
 pytest.importorskip("scipy")
 pytest.importorskip("sklearn")
 pytest.importorskip("peft")
 
+from quality_runs import DIGITS, QUICK, TINY, run_of
+
+from neuroada_kernels.benchmarks.environment import environment
 from neuroada_kernels.benchmarks.html import quality as shown
 from neuroada_kernels.benchmarks.html import write_html
 from neuroada_kernels.benchmarks.html.source import Source
+from neuroada_kernels.benchmarks.options import threads
 from neuroada_kernels.benchmarks.quality import command, tasks
 from neuroada_kernels.benchmarks.quality.methods import BUDGET_TOLERANCE, Given, adapt, linears
 from neuroada_kernels.benchmarks.quality.settings import Settings
-from neuroada_kernels.benchmarks.quality.suite import SEARCH_SEED, Key, Run, Store, Suite, pick
-from neuroada_kernels.benchmarks.quality.summary import Group, Interval, Row, as_json, summarise
+from neuroada_kernels.benchmarks.quality.suite import SEARCH_SEED, Key, Suite, open_records, pick
+from neuroada_kernels.benchmarks.quality.summary import as_json, summarise
 from neuroada_kernels.benchmarks.quality.variants import OURS, Variant, groups, unique
 
-ROOT = Path(__file__).parents[2]
-QUICK = Settings.quick()
-TINY = replace(
-    QUICK,
-    text=replace(
-        QUICK.text,
-        model=Config(d_model=16, layers=1, heads=2, d_hidden=32, context=16),
-        batch=2,
-        windows=4,
-        pretrain_steps=5,
-        steps=3,
-    ),
-    digits=replace(QUICK.digits, shifts=("rotated",), width=16, pretrain_steps=10, steps=5),
-    rates=(1e-3, 1e-2),
-    seeds=2,
-    k=2,
-    every_k=(1, 2),
-    budgets=(),
-    fractions=(0.5,),
-)
-DIGITS = "digits, rotated"
-
-
-@pytest.fixture(autouse=True)
-def _one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.fixture(scope="module")
 def finished() -> Suite:
-    suite = Suite(TINY, Store.open(TINY, None))
-    suite.run(lambda done, total, name: None)
+    suite = Suite(TINY, open_records(TINY))
+    with threads(1):
+        suite.run(lambda done, total, name: None)
     return suite
 
 
-def results(suite: Suite) -> dict[Key, tuple]:
-    return {key: (run.trainable, run.loss, run.accuracy) for key, run in suite.store.runs.items()}
+def results(suite: Suite, task: str = DIGITS) -> dict[str, tuple]:
+    runs = [run for run in suite.runs if run.task == task]
+    return {str(run): (run.trainable, run.loss, run.accuracy) for run in runs}
 
 
 def test_every_variant_is_searched_once_and_has_a_result_for_each_seed(finished):
-    assert len(finished.store.runs) == finished.total
+    assert len(finished.runs) == finished.total
     for task in finished.tasks:
         for variant in unique(groups(task.name, TINY)):
             runs = [
-                run
-                for run in finished.store.runs.values()
-                if (run.task, run.variant) == (task.name, variant.name)
+                run for run in finished.runs if (run.task, run.variant) == (task.name, variant.name)
             ]
             searched = [run for run in runs if run.part == "search"]
             tested = [run for run in runs if run.part == "test"]
@@ -92,7 +65,7 @@ def test_every_variant_is_searched_once_and_has_a_result_for_each_seed(finished)
 def test_masked_tuning_of_the_same_connections_learns_what_neuroada_learns(finished):
     for task in finished.tasks:
         ours, masked = (
-            [r.loss for r in finished.store.runs.values() if (r.task, r.variant) == (task.name, v)]
+            [r.loss for r in finished.runs if (r.task, r.variant) == (task.name, v)]
             for v in (OURS, "masked, the same connections")
         )
         assert len(ours) == 4
@@ -103,7 +76,7 @@ def test_masked_tuning_of_the_same_connections_learns_what_neuroada_learns(finis
 def test_training_moves_every_method_from_where_frozen_stays(finished):
     losses = {
         run.variant: run.loss
-        for run in finished.store.runs.values()
+        for run in finished.runs
         if (run.task, run.part, run.seed) == (DIGITS, "test", 0)
     }
     frozen = losses.pop("frozen")
@@ -155,17 +128,16 @@ def test_the_rest_of_a_masked_weight_does_not_train():
     assert set(gradient.flatten().nonzero().flatten().tolist()) == set(largest.tolist())
 
 
-def _run(part: str, rate: float | None, loss: float | None, **more) -> Run:
-    fields = {"task": "text", "variant": OURS, "seed": 0, "trainable": 1, "accuracy": None}
-    return Run(**(fields | {"seconds": 0.0} | more), part=part, rate=rate, loss=loss)
-
-
 def test_the_rate_is_that_of_the_lowest_loss_in_the_search():
-    searched = [_run("search", 1e-3, 2.0), _run("search", 1e-2, 1.5), _run("search", 1e-1, None)]
+    searched = [
+        run_of("search", 1e-3, 2.0),
+        run_of("search", 1e-2, 1.5),
+        run_of("search", 1e-1, None),
+    ]
     assert pick(searched) == 1e-2
-    assert pick([*searched, _run("test", 1e-3, 0.1)]) == 1e-2
-    assert pick([_run("search", 1e-2, 1.0), _run("search", 1e-3, 1.0)]) == 1e-3
-    assert pick([_run("search", 1e-2, None)]) is None
+    assert pick([*searched, run_of("test", 1e-3, 0.1)]) == 1e-2
+    assert pick([run_of("search", 1e-2, 1.0), run_of("search", 1e-3, 1.0)]) == 1e-3
+    assert pick([run_of("search", 1e-2, None)]) is None
 
 
 class Watched(tasks.DigitsTask):
@@ -179,7 +151,7 @@ class Watched(tasks.DigitsTask):
 def test_a_search_sees_validation_data_alone_and_a_result_test_data_alone():
     task = Watched(TINY.digits, "rotated")
     task.scored = []
-    suite = Suite(TINY, Store.open(TINY, None), [DIGITS])
+    suite = Suite(TINY, open_records(TINY), [DIGITS])
     variant = Variant(OURS, "neuroada", 2)
     for part in ("search", "test"):
         suite._train(task, variant, Key(DIGITS, OURS, part, 1e-2, 0))
@@ -222,54 +194,64 @@ def test_a_stopped_suite_goes_on_where_it_was(finished, tmp_path):
         if done == 9:
             raise Stopped
 
-    suite = Suite(TINY, Store.open(TINY, path), [DIGITS])
+    suite = Suite(TINY, open_records(TINY, path), [DIGITS])
     with pytest.raises(Stopped):
         suite.run(stop)
-    stopped = json.loads(path.read_text())
-    assert len(stopped["runs"]) == 9
+    stopped = json.loads(path.read_text())["results"]
+    assert len(stopped) == 9
 
-    resumed = Suite(TINY, Store.open(TINY, path), [DIGITS])
+    resumed = Suite(TINY, open_records(TINY, path), [DIGITS])
     new = []
     train = resumed._train
-    resumed._train = lambda *arguments: new.append(arguments[2]) or train(*arguments)
+    resumed._train = lambda *arguments: new.append(str(arguments[2])) or train(*arguments)
     resumed.run(lambda done, total, name: None)
     assert len(new) == resumed.total - 9
-    assert not set(new) & {Run(**row).key for row in stopped["runs"]}
-    assert json.loads(path.read_text())["runs"][:9] == stopped["runs"]
-    assert len(resumed.store.sessions) == 2
-    whole = {key: value for key, value in results(finished).items() if key.task == DIGITS}
-    assert results(resumed) == whole
+    assert not set(new) & {row["key"] for row in stopped}
+    assert json.loads(path.read_text())["results"][:9] == stopped
+    assert len(resumed.records.sessions) == 2
+    assert results(resumed) == results(finished)
 
-    again = Suite(TINY, Store.open(TINY, path), [DIGITS])
+    again = Suite(TINY, open_records(TINY, path), [DIGITS])
     again._train = lambda *arguments: pytest.fail("ran again")
     again.run(lambda done, total, name: None)
 
 
+def test_a_file_from_before_the_frame_goes_on_too(finished, tmp_path):
+    path, now = tmp_path / "quality.json", finished.records.as_dict()
+    runs = [{name: row[name] for name in row if name != "key"} for row in now["results"]]
+    before = {name: now[name] for name in ("sessions", "settings")}
+    path.write_text(json.dumps({**before, "skipped": {}, "summary": [], "runs": runs}))
+    records = open_records(TINY, path)
+    assert records.as_dict() == now
+    suite = Suite(TINY, records)
+    suite._train = lambda *arguments: pytest.fail("ran again")
+    suite.run(lambda done, total, name: None)
+
+
 def test_runs_of_other_settings_and_other_files_are_refused_and_kept(tmp_path):
     path = tmp_path / "quality.json"
-    Store.open(TINY, path).write()
+    open_records(TINY, path).write()
     before = path.read_text()
-    with pytest.raises(ValueError, match="runs of other settings"):
-        Store.open(replace(TINY, seeds=3), path)
+    with pytest.raises(ValueError, match="has rows of seeds 2, expected 3"):
+        open_records(replace(TINY, seeds=3), path)
     assert path.read_text() == before
     for text in ("", "{}", "[]"):
         path.write_text(text)
-        with pytest.raises(ValueError, match="holds no runs of this suite"):
-            Store.open(TINY, path)
+        with pytest.raises(ValueError, match="holds no results of quality"):
+            open_records(TINY, path)
 
 
 def test_runs_of_another_torch_are_not_mixed_with_new_ones(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(command.Settings, "quick", classmethod(lambda cls: TINY))
     path = tmp_path / "quality.json"
-    store = Store.open(TINY, path)
-    store.open_session()
-    store.sessions[0]["torch"] = "1.0"
-    store.write()
+    records = open_records(TINY, path)
+    records.sessions.append({**environment(), "torch": "1.0"})
+    records.write()
     before = path.read_text()
     with pytest.raises(SystemExit):
         command.main(["--quick", "--tasks", DIGITS, "--json", str(path)])
     shown = " ".join(capsys.readouterr().err.split())
-    assert f"has runs of torch 1.0, expected {torch.__version__}" in shown
+    assert f"has rows of torch 1.0, expected {torch.__version__}" in shown
     assert path.read_text() == before
 
 
@@ -278,126 +260,28 @@ def test_settings_survive_json(settings):
     assert Settings.from_dict(json.loads(json.dumps(settings.as_dict()))) == settings
 
 
-def test_the_interval_is_students():
-    # t = 2.776445 at 4 degrees of freedom, s = sqrt(2.5), n = 5.
-    found = Interval.of([1.0, 2.0, 3.0, 4.0, 5.0])
-    half = 2.776445 * math.sqrt(2.5 / 5)
-    assert (found.mean, found.half) == (3.0, pytest.approx(half, rel=1e-6))
-    assert found.lower == pytest.approx(3 - half)
-    assert Interval.of([2.0, 2.0, 2.0]) == Interval(2.0, 2.0, 2.0)
-    assert math.isnan(Interval.of([2.0]).half)
-
-
-def test_differences_are_paired_by_seed():
-    store = Store.open(TINY, None)
-    for seed, ours, theirs in ((0, 1.0, 1.5), (1, 2.0, 2.6), (2, 3.0, 3.4)):
-        store.runs |= {
-            run.key: run
-            for run in (
-                _run("test", 1e-2, ours, seed=seed),
-                _run("test", 1e-3, theirs, seed=seed, variant="LoRA"),
-            )
-        }
-    rows = {row.variant: row for row in summarise(Suite(TINY, store, ["text"]))[0].rows}
-    difference = rows["LoRA"].difference
-    assert difference.mean == pytest.approx(0.5)
-    # t = 4.302653 at 2 degrees of freedom, s = 0.1: far less than the seeds differ.
-    assert difference.half == pytest.approx(4.302653 * 0.1 / math.sqrt(3), rel=1e-6)
-    assert rows["LoRA"].verdict == "worse"
-    assert rows["LoRA"].at_edge
-    assert rows[OURS].difference is None
-    store.runs[Key("text", "LoRA", "test", 1e-3, 1)] = _run("test", 1e-3, None, variant="LoRA")
-    rows = {row.variant: row for row in summarise(Suite(TINY, store, ["text"]))[0].rows}
-    assert rows["LoRA"].loss is None
-    plain = {
-        row["variant"]: row
-        for row in as_json([Group("", "", "methods", [*rows.values()])])[0]["rows"]
-    }
-    assert shown.cells(plain["LoRA"], plain[OURS])[3] == "diverged"
-
-
-@pytest.mark.parametrize(
-    ("difference", "verdict"),
-    [((-0.2, -0.3, -0.1), "better"), ((-0.2, -0.5, 0.1), "even"), ((1e-5, 9e-6, 2e-5), "even")],
-)
-def test_the_verdict_is_that_of_the_interval(difference, verdict):
-    row = Row("a", 1, 1e-2, False, Interval(1, 1, 1), Interval(*difference), None, 1, "lora")
-    assert row.verdict == verdict
-
-
 def test_the_page_shows_every_variant(finished, tmp_path):
     path, again = tmp_path / "a.html", tmp_path / "b.html"
-    document = {**finished.store.as_dict(), "summary": as_json(summarise(finished))}
+    answers = as_json(summarise(finished))
+    document = {**finished.records.as_dict(), "summary": {"groups": answers, "skipped": {}}}
     for page in (path, again):
         write_html({"quality.json": document}, page)
     page = path.read_text()
     assert page == again.read_text()
-    for group in document["summary"]:
+    for group in answers:
         for row in group["rows"]:
             assert f">{row['variant']}</td>" in page
-
-
-def test_the_command_writes_what_it_shows(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(command.Settings, "quick", classmethod(lambda cls: TINY))
-    data, page = tmp_path / "quality.json", tmp_path / "quality.html"
-    arguments = ["quality", "--quick", "--seeds", "1", "--tasks", DIGITS]
-    assert suites.main([*arguments, "--json", str(data), "--html", str(page)]) == 0
-    found = json.loads(data.read_text())
-    assert found["settings"]["seeds"] == 1
-    assert {group["task"] for group in found["summary"]} == {DIGITS}
-    assert found["sessions"][0]["torch"] == torch.__version__
-    shown = capsys.readouterr().out
-    assert all(name in shown for name in (OURS, "LoRA", "SHiRA", "frozen"))
-    assert page.read_text().startswith("<!doctype html>")
-    assert suites.main([*arguments, "--json", str(data)]) == 0
-    assert f"{len(found['runs'])} runs are done already" in capsys.readouterr().out
-
-
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
-        (["quality", "--tasks", "nothing"], "tasks: ['nothing'], expected of ['text', "),
-        (["quality", "--seeds", "0"], "0, expected at least 1"),
-        (["--cases", "nothing"], "--cases: none has such a name"),
-        (["linear", "--cases", "nothing"], "--cases: none has such a name"),
-    ],
-)
-def test_bench_runs_the_suite_that_is_named_and_linear_by_default(arguments, message, capsys):
-    with pytest.raises(SystemExit) as exit_:
-        suites.main(arguments)
-    assert exit_.value.code == 2
-    assert message in capsys.readouterr().err
-
-
-def test_a_missing_package_is_named_before_anything_is_run(monkeypatch, capsys):
-    monkeypatch.setattr(command, "find_spec", lambda name: None)
-    with pytest.raises(SystemExit):
-        command.main(["--quick"])
-    assert "scipy is missing, pip install 'neuroada-kernels[bench]'" in capsys.readouterr().err
 
 
 def test_methods_that_need_peft_are_skipped_with_the_reason_where_it_is_missing(monkeypatch):
     from neuroada_kernels.benchmarks.quality import methods
 
     monkeypatch.setattr(methods, "find_spec", lambda name: None)
-    suite = Suite(replace(TINY, seeds=1, rates=(1e-2,)), Store.open(TINY, None), [DIGITS])
+    suite = Suite(replace(TINY, seeds=1, rates=(1e-2,)), open_records(TINY), [DIGITS])
     suite.run(lambda done, total, name: None)
-    assert suite.store.skipped.keys() == {"LoRA", "SHiRA"}
-    assert len(suite.store.runs) == suite.total
-    (left_out,) = shown.section(Source("quality.json", "quality", suite.store.as_dict())).blocks[
-        -1:
-    ]
+    assert suite.skipped.keys() == {"LoRA", "SHiRA"}
+    assert len(suite.runs) == suite.total
+    suite.records.summary = {"groups": [], "skipped": suite.skipped}
+    document = suite.records.as_dict()
+    *_, left_out = shown.section(Source("quality.json", "quality", document)).blocks
     assert left_out.count("peft is missing") == 2
-
-
-def test_the_committed_summary_is_that_of_the_committed_runs():
-    path = ROOT / "benchmarks/results/cpu/quality.json"
-
-    def rounded(text: str) -> dict:
-        return json.loads(text, parse_float=lambda number: round(float(number), 6))
-
-    found = rounded(path.read_text())
-    settings = Settings.from_dict(json.loads(path.read_text())["settings"])
-    suite = Suite(settings, Store.open(settings, path))
-    assert len(found["runs"]) == suite.total
-    assert found["summary"] == rounded(json.dumps(as_json(summarise(suite))))

@@ -13,7 +13,7 @@ import pytest
 pytest.importorskip("matplotlib")
 
 from neuroada_kernels.benchmarks import readme
-from neuroada_kernels.benchmarks.html import block_memory, linear
+from neuroada_kernels.benchmarks.html import block_memory, linear_tables
 from neuroada_kernels.benchmarks.html.source import Source
 
 ROOT = Path(__file__).parents[2]
@@ -114,7 +114,7 @@ def test_changed_results_change_the_pages_and_figures(tmp_path, capsys):
     capsys.readouterr()
     path = tmp_path / readme.RESULTS / "linear.json"
     document = json.loads(path.read_text())
-    for row in linear.measurements(document):
+    for row in linear_tables.measurements(document):
         for quartile in row["ratio_to_frozen"]:
             row["ratio_to_frozen"][quartile] *= 2
     path.write_text(json.dumps(document))

@@ -54,13 +54,22 @@ def test_a_foreign_file_is_refused(content, here, tmp_path):
 
 def test_other_settings_are_refused(here, tmp_path):
     _open(tmp_path / "some.json", k=1).once("a", dict)
-    with pytest.raises(RecordsError, match=r"expected \{'k': 2\}"):
+    with pytest.raises(RecordsError, match="has rows of k 1, expected 2"):
         _open(tmp_path / "some.json", k=2)
+    with pytest.raises(RecordsError, match="has rows of kind some, expected other"):
+        Records.open("other", "neuroada bench other", {"k": 1}, tmp_path / "some.json")
 
 
-def test_rows_of_another_machine_are_refused(here, tmp_path):
+@pytest.mark.parametrize(
+    ("changed", "message"),
+    [
+        ({"cpu": "d"}, "has rows of cpu c, expected d"),
+        ({"environment": {"A": "b"}}, "has rows of environment None, expected {'A': 'b'}"),
+    ],
+)
+def test_rows_of_another_machine_are_refused(changed, message, here, tmp_path):
     _open(tmp_path / "some.json").once("a", dict)
-    here["cpu"] = "d"
+    here |= changed
     records = _open(tmp_path / "some.json")
-    with pytest.raises(RecordsError, match="has rows of cpu c, expected d"):
+    with pytest.raises(RecordsError, match=message):
         records.once("b", dict)

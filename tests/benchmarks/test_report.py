@@ -16,6 +16,7 @@ from neuroada_kernels.benchmarks.html import (
     ReportError,
     figures,
     linear,
+    linear_tables,
     memory,
     model,
     page,
@@ -114,6 +115,26 @@ def test_a_sweep_shows_its_fits_bars_and_what_was_not_timed():
     assert ">3.1%</td>" in shown
     assert "at most 1 of frozen</td>" in shown
     assert "x, k1, float32: too old" in shown
+
+
+def test_lines_in_short_are_a_row_a_method_and_a_column_a_sweep():
+    (over_k,) = LINEAR["summary"]["fits"]
+    fits = [
+        over_k,
+        {**over_k, "candidate": "full", "b_us": -0.5},
+        {**over_k, "over": "tokens", "at": 2, "values": [4, 8, 16], "bias": True},
+        {**over_k, "candidate": "not asked for"},
+    ]
+    table = linear_tables.growth_in_short({"summary": {"fits": fits}}, ["full", "frozen"])
+    assert table.headings == (
+        "",
+        "8 → 6, float32, T 4, k 1 to 4",
+        "8 → 6, bias, float32, k 2, T 4 to 16",
+    )
+    assert table.rows == [
+        ["frozen", "7 ms + 2 µs × k (3%)", "7 ms + 2 µs × T (3%)"],
+        ["full", "7 ms − 0.5 µs × k (3%)", ""],
+    ]
 
 
 def test_layers_with_and_without_a_bias_are_in_panels_of_their_own():

@@ -25,6 +25,20 @@ void each_cuda_dtype(F&& f) {
   f(Half{});
 }
 
+// The tokens [first, last) of a problem.
+template <class T>
+Problem<T> tokens_of(const Problem<T>& p, int64_t first, int64_t last) {
+  Problem<T> part = p;
+  part.shape.tokens = last - first;
+  part.x = Matrix<T>(last - first, p.shape.d_in);
+  part.grad = Matrix<T>(last - first, p.shape.d_out);
+  for (int64_t t = first; t < last; ++t) {
+    for (int64_t c = 0; c < p.shape.d_in; ++c) part.x(t - first, c) = p.x(t, c);
+    for (int64_t j = 0; j < p.shape.d_out; ++j) part.grad(t - first, j) = p.grad(t, j);
+  }
+  return part;
+}
+
 template <class T>
 cuda::Merge merge_problem(const Problem<T>& p, cuda::MergeMode mode, Matrix<T>& weight, Matrix<T>& original) {
   const Case& c = p.shape;

@@ -43,20 +43,6 @@ void chunks_of_tokens_join() { check_both<BFloat16, Small>({130, 72, 40, 3, Inde
 
 void the_tile_of_the_gpu_holds() { check_both<Half, HopperBwdTile>({150, 328, 248, 3, IndexKind::ragged}); }
 
-// The tokens [first, last) of a problem.
-template <class T>
-Problem<T> tokens_of(const Problem<T>& p, int64_t first, int64_t last) {
-  Problem<T> part = p;
-  part.shape.tokens = last - first;
-  part.x = Matrix<T>(last - first, p.shape.d_in);
-  part.grad = Matrix<T>(last - first, p.shape.d_out);
-  for (int64_t t = first; t < last; ++t) {
-    for (int64_t c = 0; c < p.shape.d_in; ++c) part.x(t - first, c) = p.x(t, c);
-    for (int64_t j = 0; j < p.shape.d_out; ++j) part.grad(t - first, j) = p.grad(t, j);
-  }
-  return part;
-}
-
 constexpr Case kReal{130, 136, 72, 5, IndexKind::ragged, false, Base::none, 0, Values::real};
 
 // ddelta is the sums of the tiles of tokens, added in their order from the first: real values would round

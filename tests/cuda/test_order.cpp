@@ -23,20 +23,6 @@ void runs_repeat_to_the_bit(const Case& c, const Device& device) {
   CHECK(run(problem, device).same_bits(first), std::string(dtype_name<T>()) + ", " + c.name());
 }
 
-// The tokens [first, last) of a problem.
-template <class T>
-Problem<T> tokens_of(const Problem<T>& p, int64_t first, int64_t last) {
-  Problem<T> part = p;
-  part.shape.tokens = last - first;
-  part.x = Matrix<T>(last - first, p.shape.d_in);
-  part.grad = Matrix<T>(last - first, p.shape.d_out);
-  for (int64_t t = first; t < last; ++t) {
-    for (int64_t c = 0; c < p.shape.d_in; ++c) part.x(t - first, c) = p.x(t, c);
-    for (int64_t j = 0; j < p.shape.d_out; ++j) part.grad(t - first, j) = p.grad(t, j);
-  }
-  return part;
-}
-
 // out = ((part 0 + part 1) + part 2) + part 3 to the bit, where a part is what SDDMM makes of its
 // tokens alone: three blocks of two groups.
 template <class T>

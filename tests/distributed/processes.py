@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+import pytest
 import small_transformer
 import torch
 import torch.distributed as dist
@@ -155,3 +156,19 @@ def assert_same_adapter(model: nn.Module, expected: nn.Module, allowed: float = 
         torch.testing.assert_close(
             connections(layer), connections(others[name]), rtol=allowed, atol=1e-12
         )
+
+
+def assert_saved_and_loaded(model: nn.Module, folder: Path, other: nn.Module) -> None:
+    """One file of the parts of ``model``, which loads into one process and into parts alike."""
+    path = folder / "adapter.safetensors"
+    nk.save_adapter(model, path)
+    whole = adapted(bias="all", selection="random")
+    nk.load_adapter(whole, path)
+    assert_same_adapter(model, whole, 0)
+    nk.load_adapter(other, path)
+    assert_same_adapter(other, whole, 0)
+    rows = own_rows(0)
+    torch.testing.assert_close(loss_of(other, rows), loss_of(model, rows), rtol=0, atol=0)
+    folder_error = ValueError if dist.get_rank() == 0 else RuntimeError
+    with pytest.raises(folder_error, match="folder"):
+        nk.save_adapter(model, folder)

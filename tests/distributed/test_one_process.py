@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import pytest
 import torch
+from fully_sharded import fsdp, fsdp_replicated, sharded
 from processes import adapted, assert_same_curve, layers, process_group, train
 from small_transformer import Transformer
-from test_processes import fsdp, fsdp_replicated, parallel, sharded, tensor_parallel
+from tensor_parallel import parallel, tensor_parallel
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor, distribute_tensor

@@ -8,6 +8,7 @@ import pickle
 import pytest
 import torch
 import torch.nn.functional as F
+from adapted import regression
 from torch import nn
 
 import neuroada_kernels as nk
@@ -196,16 +197,7 @@ def test_an_index_that_is_set_is_planned_for_each_expert():
 
 def train(model, steps=5):
     x = torch.randn(40, D, generator=torch.Generator().manual_seed(1))
-    target = model(x).detach() + 1
-    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=0.02)
-    losses = []
-    for _ in range(steps):
-        optimizer.zero_grad()
-        loss = (model(x) - target).square().mean()
-        loss.backward()
-        optimizer.step()
-        losses.append(loss.item())
-    return losses
+    return regression(model, x, model(x).detach() + 1, steps, lr=0.02)
 
 
 @pytest.mark.parametrize("into", ["the base", "an adapted model"])

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import pytest
 import torch
-from gradients import differentiate, linear, reference_bypass, reference_linear
+from gradients import Function, differentiate, linear, reference_bypass, reference_linear
 from torch import Tensor
 from torch.autograd import forward_ad
 
 import neuroada_kernels as nk
 from neuroada_kernels.functional import neuroada_bypass, neuroada_linear
-from neuroada_kernels.testing import Case, make_inputs
+from neuroada_kernels.testing import Case, Inputs, make_inputs
 
 CASE = Case(tokens=6, d_in=7, d_out=5, k=3, bias=True, index="ragged")
 
@@ -81,18 +81,25 @@ def test_a_weight_that_learns_to_require_grad_is_refused_in_the_backward(backend
         y.sum().backward()
 
 
+def with_formulas(inputs: Inputs) -> list[tuple[Function, Function]]:
+    """Both functions of x and delta, each beside its formula."""
+    y = inputs.grad_output
+    return [
+        (linear(inputs), reference_linear(inputs)),
+        (
+            lambda x, delta: neuroada_bypass(y, x, inputs.index, delta),
+            lambda x, delta: reference_bypass(inputs)(y, x, delta),
+        ),
+    ]
+
+
 # torch's own forward-mode rules are scripted, and say so on their first use.
 @pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated:DeprecationWarning")
 @pytest.mark.parametrize("transform", ["grad", "jacrev", "jacfwd", "vmap", "hessian"])
 def test_func_transforms_follow_the_formula(transform, backend, device):
     inputs = make_inputs(CASE, torch.float64, device=device)
-    x, delta, y = inputs.x, inputs.delta, inputs.grad_output
-    ours = (linear(inputs), lambda x, delta: neuroada_bypass(y, x, inputs.index, delta))
-    formulas = (
-        reference_linear(inputs),
-        lambda x, delta: reference_bypass(inputs)(y, x, delta),
-    )
-    for function, formula in zip(ours, formulas, strict=True):
+    x, delta = inputs.x, inputs.delta
+    for function, formula in with_formulas(inputs):
         results, expected = (transformed(transform, f)(x, delta) for f in (function, formula))
         torch.testing.assert_close(results, expected)
 
@@ -102,14 +109,9 @@ def test_func_transforms_follow_the_formula(transform, backend, device):
 @pytest.mark.parametrize("grad", [True, False], ids=["grad", "no_grad"])
 def test_a_tangent_comes_through_in_forward_mode(how, grad, backend, device):
     inputs = make_inputs(CASE, torch.float64, device=device)
-    x, delta, y = inputs.x, inputs.delta, inputs.grad_output
-    ours = (linear(inputs), lambda x, delta: neuroada_bypass(y, x, inputs.index, delta))
-    formulas = (
-        reference_linear(inputs),
-        lambda x, delta: reference_bypass(inputs)(y, x, delta),
-    )
+    x, delta = inputs.x, inputs.delta
     along = (torch.randn_like(x), torch.randn_like(delta))
-    for function, formula in zip(ours, formulas, strict=True):
+    for function, formula in with_formulas(inputs):
         _, expected = torch.func.jvp(formula, (x, delta), along)
         with torch.set_grad_enabled(grad):
             torch.testing.assert_close(tangent(how, function, (x, delta), along), expected)

@@ -1,0 +1,126 @@
+"""What ran, and on what: the facts without which a result can be neither judged nor repeated."""
+
+from __future__ import annotations
+
+import os
+import platform
+import re
+import subprocess
+from datetime import datetime, timezone
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from neuroada_kernels._version import __version__
+
+#: Variables that change which kernels run, or how these round: the package's own, and those of
+#: PyTorch, oneDNN, MKL and CUDA, by which the products of everything else are made.
+VARIABLES = (
+    "NEUROADA_BACKEND",
+    "NEUROADA_CPU_ISA",
+    "NEUROADA_CPU_FUSED",
+    "NEUROADA_CUDA_FUSED",
+    "NEUROADA_TRITON_FUSED",
+    "NEUROADA_AUTOTUNE",
+    "NEUROADA_DISABLE_EXTENSION",
+    "TRITON_INTERPRET",
+    "ATEN_CPU_CAPABILITY",
+    "ONEDNN_MAX_CPU_ISA",
+    "ONEDNN_DEFAULT_FPMATH_MODE",
+    "DNNL_MAX_CPU_ISA",
+    "DNNL_DEFAULT_FPMATH_MODE",
+    "MKL_ENABLE_INSTRUCTIONS",
+    "MKL_CBWR",
+    "NVIDIA_TF32_OVERRIDE",
+    "TORCH_ALLOW_TF32_CUBLAS_OVERRIDE",
+)
+_OPENMP = re.compile(r"/(lib(?:gomp|iomp5|omp)[^/]*\.so[^/]*)$")
+
+
+def environment(device: str = "cpu") -> dict[str, Any]:
+    """What ran, and on what.
+
+    ``commit`` is NEUROADA_COMMIT or None outside of a checkout. ``environment`` is there only
+    where one of :data:`VARIABLES` is set, and says which and to what.
+    """
+    commit, changed = _commit(Path(__file__).resolve().parent)
+    variables = {name: os.environ[name] for name in VARIABLES if name in os.environ}
+    return {
+        "package": __version__,
+        "commit": commit,
+        "uncommitted_changes": changed,
+        "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "device": device,
+        "cpu": _cpu_model(),
+        "cpu_capability": torch.backends.cpu.get_cpu_capability(),
+        "threads": torch.get_num_threads(),
+        "openmp": _openmp_runtimes(),
+        **({"environment": variables} if variables else {}),
+        **(_gpu() if device == "cuda" else {}),
+    }
+
+
+def _gpu() -> dict[str, Any]:
+    """The GPU, its driver, and the versions of what compiled for it."""
+    return {
+        "gpu": torch.cuda.get_device_name(),
+        "capability": torch.cuda.get_device_capability(),
+        "driver": _driver(),
+        "cuda": torch.version.cuda,
+        "triton": _version("triton"),
+        "peft": _version("peft"),
+    }
+
+
+def _driver() -> str | None:
+    command = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
+    try:
+        said = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    except (OSError, subprocess.CalledProcessError):
+        return None
+    return said.splitlines()[0].strip()
+
+
+def _version(package: str) -> str | None:
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return None
+
+
+def _commit(folder: Path) -> tuple[str | None, bool | None]:
+    """The commit of the checkout that tracks this package, and whether files differ from it."""
+
+    def git(*arguments: str) -> str:
+        command = ["git", "-C", str(folder), *arguments]
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+
+    try:
+        # An environment inside of somebody else's checkout is ignored there, not tracked.
+        git("ls-files", "--error-unmatch", "__init__.py")
+        return git("rev-parse", "HEAD"), bool(git("status", "--porcelain"))
+    except (OSError, subprocess.CalledProcessError):
+        # A checkout may have come without its .git to where the GPU is.
+        return os.environ.get("NEUROADA_COMMIT"), None
+
+
+def _cpu_model() -> str:
+    try:
+        text = Path("/proc/cpuinfo").read_text()
+    except OSError:
+        text = ""
+    found = re.search(r"^model name\s*:\s*(.+)$", text, re.MULTILINE)
+    return found[1] if found else platform.processor() or platform.machine()
+
+
+def _openmp_runtimes() -> list[str]:
+    """File names of the OpenMP runtimes in this process; there should be one, torch's."""
+    try:
+        lines = Path("/proc/self/maps").read_text().splitlines()
+    except OSError:
+        return []
+    return sorted({found[1] for line in lines if (found := _OPENMP.search(line))})

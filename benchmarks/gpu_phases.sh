@@ -1,0 +1,169 @@
+# shellcheck shell=bash
+# What the phases of gpu_run.sh are, by importance, and what each runs: sourced by it, whose `run`
+# and `skip` end a phase with the words for its summary.
+
+# By importance: what is not reached in time is what matters least.
+PHASES=(build environment cuda-tests tests linear-8192 model linear-1024 model-checkpointed linear-16384
+  cuda-memcheck memcheck sweep-k linear-peers sweep-tokens cuda-racecheck racecheck)
+# By name alone.
+MORE=(cuda-initcheck cuda-synccheck linear-one-kernel linear-one-pass linear-patched)
+# Percent of the time that a phase may take of what others need more: a kernel may hang.
+declare -A SHARE=([build]=30 [environment]=10 [cuda-tests]=20 [tests]=20 [linear-8192]=30 [model]=35
+  [cuda-memcheck]=20 [memcheck]=20)
+
+is_phase() {
+  [[ " ${PHASES[*]} ${MORE[*]} " == *" $1 "* ]]
+}
+
+needs_cuda() {
+  [[ $1 == cuda-* || $1 == linear-one-* || $1 == linear-patched ]]
+}
+
+# --- what can run here ------------------------------------------------------------------------
+
+HAS_CUDA='' # yes or no, once it was asked for
+
+# Asked for once: each answer is an import of torch.
+has_cuda() {
+  [[ -n $HAS_CUDA ]] || { "$PYTHON" -c '
+import sys, neuroada_kernels as n
+sys.exit(n.available_backends().get("cuda", "") is not None)' 2>/dev/null && HAS_CUDA=yes || HAS_CUDA=no; }
+  [[ $HAS_CUDA == yes ]]
+}
+
+# STATUSES that say nothing of it: what measures is to go on without the CUDA kernels where these
+# broke its process, or made it hang.
+left_cuda_out() {
+  [[ $STATUS =~ ^($1)$ ]] || ! has_cuda || (($(seconds_left) < LEAST)) && return 1
+  HAS_CUDA=no
+  NOTES+="$PHASE broke with the backend cuda (${OUTCOME[$PHASE]}); from there on that is left out"$'\n'
+}
+
+backend() {
+  has_cuda && echo cuda || echo triton
+}
+
+results() { # NAME: of its file; one has the same candidates throughout
+  has_cuda && echo "$OUT/$1.json" || echo "$OUT/$1-triton.json"
+}
+
+# --- what runs --------------------------------------------------------------------------------
+
+environment() {
+  nvidia-smi
+  nvcc --version
+  git -C "$ROOT" log -1 --oneline
+  "$PYTHON" -c '
+import json, pathlib, sys
+from neuroada_kernels import info
+from neuroada_kernels.benchmarks.environment import environment
+info.main([])
+facts = json.dumps(environment(sys.argv[2]), indent=1)
+print(facts)
+pathlib.Path(sys.argv[1]).write_text(facts + "\n")' "$OUT/environment.json" "$DEVICE"
+}
+
+tests() { # BACKEND: every test that runs on a backend, and the Triton kernels' own; what compiles comes last
+  local files=(ops test_memory.py test_numerics.py test_threads.py test_compile.py) some=()
+  has pytest || { skip "pytest is missing"; return; }
+  [[ $1 == triton ]] && files=(triton_kernels "${files[@]}")
+  has hypothesis && files+=(test_functional.py)
+  # Compiling kernels is most of it. A worker that a test kills, or hangs, is replaced.
+  has xdist && some+=(-n "$(($(nproc) < 8 ? $(nproc) : 8))")
+  has pytest_timeout && some+=(--timeout 60 --timeout-method thread)
+  [[ -z $DRY_RUN ]] || { files=(ops/test_kept.py); some=(-k 'float32 and T17 and linear and not dispatched'); }
+  run env NEUROADA_REQUIRE="$1" "$PYTHON" -m pytest -v --tb=short -ra -m on_backend "${some[@]}" \
+    -c "$WORK/pytest.ini" --rootdir="$ROOT" -p no:cacheprovider "${files[@]/#/$ROOT/tests/}"
+}
+
+sanitize() { # TOOL BACKEND
+  command -v compute-sanitizer >/dev/null || { skip "compute-sanitizer is not found"; return; }
+  [[ -z $DRY_RUN ]] || { skip "there is nothing to sanitize on the CPU"; return; }
+  # Each tensor an allocation of its own, so that its bounds are seen.
+  run env PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --tool "$1" --error-exitcode 9 \
+    "$PYTHON" "$ROOT/tests/triton_kernels/smoke_gpu.py" "$2"
+}
+
+# FILE OPTIONS...: the linear suite, its rows added to FILE; in a dry run at tiny sizes instead.
+# The backend is for `resident`, which names none.
+bench_linear() {
+  local file=$1
+  shift
+  STATUS=0
+  has rich || { skip "rich is missing"; return; }
+  local where=(--device "$DEVICE" --dtypes bfloat16)
+  [[ -z $DRY_RUN ]] || where=(--device cpu --dtypes float32 --rounds 2 --shapes 32x48)
+  run env NEUROADA_BACKEND="$(backend)" "$PYTHON" -m neuroada_kernels.cli bench linear --keep-going --json "$file" "$@" "${where[@]}"
+}
+
+linear() { # OPTIONS...: beside frozen, what the targets name
+  local candidates=(neuroada-triton resident materialised masked-dense full)
+  has_cuda && candidates+=(neuroada-cuda)
+  [[ -z $DRY_RUN ]] && has peft && candidates+=(peft-lora-r16)
+  bench_linear "$(results linear)" --candidates "${candidates[@]}" "$@"
+  left_cuda_out '0|2|10' && linear "$@"
+}
+
+sizes() { # OPTIONS...: what a dry run takes instead, the last of an option being the one that counts
+  [[ -z $DRY_RUN ]] || echo "$@"
+}
+
+model() { # MODE
+  local methods=(frozen neuroada neuroada-resident materialised)
+  if ! has transformers || ! has rich; then
+    skip "transformers or rich is missing"
+    return
+  fi
+  if [[ -z $DRY_RUN ]]; then
+    has peft && methods+=(peft-lora-r16)
+    methods+=(masked-dense)
+  fi
+  has_cuda
+  # shellcheck disable=SC2046 # words
+  run "$PYTHON" -m neuroada_kernels.benchmarks.model --device "$DEVICE" --backend "$(backend)" --modes "$1" \
+    --methods "${methods[@]}" --json "$(results model)" $(sizes --hidden 32 --intermediate 64 --layers 1 \
+      --heads 2 --kv-heads 1 --vocabulary 64 --sequence 8 --k 2 --steps 2 --warmup 1 --dtype float32)
+  left_cuda_out '0|2|124|137' && model "$@" # it may just take long
+}
+
+phase() {
+  case $1 in
+    build) build ;;
+    environment)
+      export -f environment
+      run bash -c environment
+      ;;
+    tests) tests triton ;;
+    cuda-tests) tests cuda ;;
+    cuda-*) sanitize "${1#cuda-}" cuda ;;
+    memcheck | racecheck) sanitize "$1" triton ;;
+    # shellcheck disable=SC2046
+    linear-peers) bench_linear "$OUT/linear-peers.json" --peers --shapes llama-3-8b --tokens 8192 --k 8 \
+      --candidates resident "neuroada-$(backend)" $(sizes --tokens 4 --k 2 --candidates peft-ia3) ;;
+    # The kernels for sm_90a with the product in them, where two kernels would be taken.
+    linear-one-kernel) in_form 1 ;;
+    linear-one-pass) in_form 2 ;; # the SDDMM in dx's kernel too
+    linear-patched) in_form 3 ;;  # W's tiles patched: the rounding of resident
+    # shellcheck disable=SC2046
+    linear-8192) linear --cases T8192- $(sizes --tokens 8 --k 1 2 4 --cases T8-) ;;
+    model) model plain ;;
+    *)
+      if [[ -n $DRY_RUN ]]; then
+        skip "a dry run has one phase of its kind"
+        return
+      fi
+      case $1 in
+        linear-1024 | linear-16384) linear --cases "T${1#linear-}-" ;;
+        sweep-*) linear --sweep "${1#sweep-}" ;;
+        model-checkpointed) model checkpointed ;;
+      esac
+      ;;
+  esac
+}
+
+in_form() { # FORM
+  local NEUROADA_CUDA_FUSED=$1
+  export NEUROADA_CUDA_FUSED
+  bench_linear "$OUT/$PHASE.json" --cases T8192- --candidates neuroada-cuda
+  unset NEUROADA_CUDA_FUSED
+}
