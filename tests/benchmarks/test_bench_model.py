@@ -17,6 +17,7 @@ pytest.importorskip("peft")
 
 from neuroada_kernels.benchmarks import methods, model, suites
 from neuroada_kernels.benchmarks.methods import METHODS
+from neuroada_kernels.benchmarks.options import threads
 
 TINY = ["--hidden", "32", "--intermediate", "48", "--layers", "2", "--heads", "4"]
 TINY += ["--kv-heads", "2", "--vocabulary", "50", "--sequence", "16", "--batch", "2"]
@@ -43,8 +44,9 @@ def run(path: Path, *options: str) -> dict[str, dict]:
 @pytest.fixture(scope="module")
 def rows(tmp_path_factory) -> dict[str, dict]:
     path = tmp_path_factory.mktemp("model") / "model.json"
-    run(path, "--modes", "checkpointed", "--methods", "frozen", "neuroada")
-    return run(path, "--modes", "plain", "--methods", *COVERED)
+    with threads(1):
+        run(path, "--modes", "checkpointed", "--methods", "frozen", "neuroada")
+        return run(path, "--modes", "plain", "--methods", *COVERED)
 
 
 def test_every_method_is_checked_timed_and_weighed(rows):
