@@ -106,7 +106,8 @@ class Materialised(Linear):
     """``F.linear(x, W.scatter_add(1, index, delta))``, k a neuron.
 
     delta ``N k e``, index ``8 N k``. Saves x and ``W + delta``, ``N K e``, of which the backward
-    makes a dense gradient, ``N K e``, to take ``N k e`` out of it.
+    makes a dense gradient, ``N K e``, to take ``N k e`` out of it. In 16 bits torch's
+    ``scatter_add`` for a CPU sums in float32, in a copy of W for that moment: ``4 N K``.
     """
 
     def __init__(self, tape: Tape, place: Place, itemsize: int, k: int) -> None:
@@ -122,6 +123,7 @@ class Materialised(Linear):
             self.itemsize,
             gradients=(PASSED, self.delta.nbytes),
             saves=[self.index],
+            scratch=self.numel * FLOAT32 if self.itemsize < FLOAT32 else 0,
         )
         return self._product(x, merged)
 

@@ -31,6 +31,7 @@ QUICK = [
     (LAYERS, 3, 100, "float32", 4, True, "neuroada"),
     (LAYERS, 3, 100, "bfloat16", 4, True, "neuroada-compact"),
     (LAYERS, 3, 100, "float32", 4, False, "materialised"),
+    (LAYERS, 1, 128, "bfloat16", 4, True, "materialised"),
     (LAYERS, 3, 100, "float32", 4, False, "masked-dense"),
     (WIDE, 1, 32, "float32", 20, True, "masked-dense"),
     (LAYERS, 3, 100, "float32", 1, False, "lora-r16"),
