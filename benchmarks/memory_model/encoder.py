@@ -97,11 +97,12 @@ class Encoder:
 
     def __call__(self, x: Value | None) -> Value:
         tape, setting, d = self.tape, self.setting, self.setting.sizes.hidden
-        x = self.norm(self.embed() if x is None else x)
+        embedded = x = self.norm(self.embed() if x is None else x)
         for number, layer in enumerate(self.layers):
             tape.layer = f"layer {number}, "
             x = layer_of(tape, setting, layer, x)
         tape.layer = ""
+        del embedded  # until here a variable of transformers' forward, whether saved or not
         first = tape.op("first token", [x], x.storage, x.itemsize, gradients=[x.nbytes])
         del x
         dense, dense_bias, out, out_bias = self.head
