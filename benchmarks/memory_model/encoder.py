@@ -59,10 +59,14 @@ class EncoderLayer:
         q, k, v = self.query(x), self.key(x), self.value(x)
         attended = attention(self.tape, q, k, v, x.numel // self.width * self.heads)
         del q, k, v
-        x = self.norms[0](plus(self.tape, self.output(attended), x))
+        x = self._added_and_normed(self.norms[0], self.output(attended), x)
         del attended
         hidden = activation(self.tape, "gelu", self.up(x))
-        return self.norms[1](plus(self.tape, self.down(hidden), x))
+        return self._added_and_normed(self.norms[1], self.down(hidden), x)
+
+    def _added_and_normed(self, norm: LayerNorm, made: Value, x: Value) -> Value:
+        """``norm(made + x)``, both of which are held until it returns."""
+        return norm(plus(self.tape, made, x))
 
 
 class Encoder:
@@ -84,20 +88,20 @@ class Encoder:
         self.before = self.embeddings
         self.after = [*(p for norm in norms for p in norm.parameters), *self.head]
 
-    def embed(self) -> Value:
-        """Three rows a token, whose gradients are dense ones."""
+    def embed(self, words: Value | None) -> Value:
+        """Three rows a token, whose gradients are dense ones; ``words`` where they are given."""
         tape, setting = self.tape, self.setting
         nbytes = setting.tokens * setting.sizes.hidden * setting.itemsize
-        words, positions, types = (
+        looked_up, positions, types = (
             tape.op("embedding", [rows], nbytes, rows.itemsize, gradients=[rows.nbytes])
             for rows in self.embeddings
         )
-        words = with_gradient(tape, setting, words)
+        words = with_gradient(tape, setting, looked_up) if words is None else words
         return plus(tape, plus(tape, words, types), positions)
 
     def __call__(self, x: Value | None) -> Value:
         tape, setting, d = self.tape, self.setting, self.setting.sizes.hidden
-        embedded = x = self.norm(self.embed() if x is None else x)
+        embedded = x = self.norm(self.embed(x))
         for number, layer in enumerate(self.layers):
             tape.layer = f"layer {number}, "
             x = layer_of(tape, setting, layer, x)

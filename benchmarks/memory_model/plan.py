@@ -43,6 +43,7 @@ QUICK = [
     (HEAD, 2, 64, "bfloat16", 8, True, "lora-r64"),
     (ENCODER, 2, 64, "float32", 4, False, "neuroada"),
     (ENCODER, 2, 64, "bfloat16", 4, True, "lora-r8"),
+    (ENCODER, 1, 64, "bfloat16", 4, True, "frozen"),
 ]
 FULL = [
     *QUICK,
@@ -58,6 +59,9 @@ FULL = [
     (HEAD, 2, 64, "float32", 1, True, "shira-r16"),
     (ENCODER, 2, 64, "float32", 1, False, "masked-dense"),
     (ENCODER, 2, 64, "float32", 1, True, "full"),
+    (ENCODER, 1, 64, "float32", 4, False, "frozen"),
+    (LAYERS, 1, 64, "bfloat16", 4, True, "dora-r16"),
+    (LAYERS, 1, 1024, "float32", 4, True, "shira-r16"),
     ("RoBERTa-large", 1, 128, "float32", 20, False, "neuroada"),
     ("RoBERTa-large", 1, 128, "float32", 20, True, "neuroada"),
     ("RoBERTa-large", 1, 128, "float32", 20, False, "lora-r16"),
@@ -98,7 +102,8 @@ def model_work() -> Iterator[Work]:
 
 def _key(part: str, name: str, setting: Setting, of: str) -> str:
     checkpointing = "checkpointed" if setting.checkpointing else "plain"
-    return f"{part}, {name}, {setting.dtype}, k {setting.k}, {checkpointing}, {of}"
+    way = f"{setting.tokens} tokens, {setting.dtype}, k {setting.k}, {checkpointing}"
+    return f"{part}, {name}, {way}, {of}"
 
 
 @dataclass(frozen=True)

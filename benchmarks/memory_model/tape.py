@@ -166,8 +166,8 @@ class Tape:
     ) -> Value:
         """One op: ``output`` new bytes, or the storage of which it is a view.
 
-        ``saves`` is kept, beside the output where ``saves_output``; ``saves_after``: a Python
-        function's, which are saved when its forward has returned.
+        ``saves`` is kept, beside the output where ``saves_output``; ``saves_after``: when the
+        forward has returned, as a Python function's, and where it makes what it saves.
         """
         again = self._frame is not None and self._frame.runs_again
         self.ledger.instant = f"{'forward again' if again else 'forward'}, {self.layer}{name}"

@@ -110,7 +110,7 @@ def test_checkpointing_keeps_the_input_alone_and_brings_the_rest_back():
             for name in ("neuroada", "materialised")
         ),
         ("masked-dense", Setting(SIZES, 2, 24, "float32", 2, checkpointing=True)),
-        *((name, ENCODER) for name in ("lora-r8", "ia3", "full")),
+        *((name, ENCODER) for name in ("frozen", "lora-r8", "ia3", "full")),
     ],
 )
 def test_the_model_says_what_a_step_takes(name, setting):
