@@ -6,6 +6,7 @@ T tokens, d the width, m the MLP's, e bytes an element.
 from __future__ import annotations
 
 from neuroada_kernels.benchmarks.memory_model.linears import (
+    INT64,
     Build,
     Linear,
     Place,
@@ -89,15 +90,22 @@ class Encoder:
         self.after = [*(p for norm in norms for p in norm.parameters), *self.head]
 
     def embed(self, words: Value | None) -> Value:
-        """Three rows a token, whose gradients are dense ones; ``words`` where they are given."""
+        """Three rows a token; ``words`` where they are given."""
         tape, setting = self.tape, self.setting
+        of_words, of_positions, of_types = self.embeddings
+        if words is None:
+            words = with_gradient(tape, setting, self._rows(of_words, given=True))
+        return plus(tape, plus(tape, words, self._rows(of_types)), self._rows(of_positions))
+
+    def _rows(self, table: Value, given: bool = False) -> Value:
+        """A row a token, whose gradient is dense. Saves the rows' numbers, 8 T, unless given."""
+        tape, setting = self.tape, self.setting
+        numbers = tape.constant(0 if given else setting.tokens, INT64)
         nbytes = setting.tokens * setting.sizes.hidden * setting.itemsize
-        looked_up, positions, types = (
-            tape.op("embedding", [rows], nbytes, rows.itemsize, gradients=[rows.nbytes])
-            for rows in self.embeddings
+        gradients = [table.nbytes]
+        return tape.op(
+            "embedding", [table], nbytes, table.itemsize, gradients=gradients, saves=[numbers]
         )
-        words = with_gradient(tape, setting, looked_up) if words is None else words
-        return plus(tape, plus(tape, words, types), positions)
 
     def __call__(self, x: Value | None) -> Value:
         tape, setting, d = self.tape, self.setting, self.setting.sizes.hidden

@@ -189,7 +189,8 @@ class Dora(Lora):
     """PEFT's: LoRA and a magnitude m a neuron, ``s = m / ||W + scaling B A||``.
 
     Beside LoRA's: m, ``N e``; saves ``W x`` and ``B(A(x))``, ``2 T N e``. Each forward computes
-    ``B A`` from an identity, ``K K e``, and the norm of ``W + scaling B A``: ``3 N K e``.
+    ``B A`` from an identity, ``K K e``, and the norm of ``W + scaling B A``: ``3 N K e``. Where
+    there is a bias, ``W x`` is saved without it, ``T N e`` more until the forward ends.
     """
 
     def __init__(self, tape: Tape, place: Place, itemsize: int, rank: int) -> None:
@@ -213,11 +214,16 @@ class Dora(Lora):
         )
         branch = self._branch(x)
         less_one = tape.op("scale - 1", [scale], norm.nbytes, self.itemsize, gradients=[PASSED])
-        of_base = times(tape, less_one, result)
+        of_base = times(tape, less_one, self._without_bias(result))
         of_branch = self._scaled(times(tape, scale, branch))
         extra = plus(tape, of_base, of_branch)
         del of_base, of_branch, branch, lora_weight
         return plus(tape, result, extra)
+
+    def _without_bias(self, result: Value) -> Value:
+        if self.bias is None:
+            return result
+        return self.tape.op("- bias", [result], result.nbytes, self.itemsize, gradients=[PASSED])
 
     def _norm(self, lora_weight: Value) -> Value:
         scaled = self.tape.constant(self.numel, self.itemsize)

@@ -61,6 +61,7 @@ FULL = [
     (ENCODER, 2, 64, "float32", 1, True, "full"),
     (ENCODER, 1, 64, "float32", 4, False, "frozen"),
     (LAYERS, 1, 64, "bfloat16", 4, True, "dora-r16"),
+    (ENCODER, 2, 256, "float32", 4, True, "dora-r16"),
     (LAYERS, 1, 1024, "float32", 4, True, "shira-r16"),
     ("RoBERTa-large", 1, 128, "float32", 20, False, "neuroada"),
     ("RoBERTa-large", 1, 128, "float32", 20, True, "neuroada"),
