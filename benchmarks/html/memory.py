@@ -217,7 +217,7 @@ def validation(document: Mapping[str, Any]) -> Table:
         for row in _validated(document)
     ]
     headings = (
-        "model, dtype, k, mode, method", "at rest", "kept", "step, measured", "step, computed",
-        "error of step", "of all", "of kept",
+        "model, tokens, dtype, k, mode, method", "at rest", "kept", "step, measured",
+        "step, computed", "error of step", "of all", "of kept",
     )  # fmt: skip
     return Table("Measured and computed, MiB", headings, rows)

@@ -13,11 +13,12 @@ def validation_table(results: dict[str, Any]) -> str:
     """Measured and predicted, a row a measurement."""
     rows = [row for row in results["results"] if "measured" in row]
     lines = _table(
-        ("model", "dtype", "k", "checkpointing", "method"),
+        ("model", "tokens", "dtype", "k", "checkpointing", "method"),
         ("at rest, MiB", "step measured", "predicted", "error", "error of peak", "at"),
         (
             [
                 row["model"],
+                str(row["setting"]["batch"] * row["setting"]["sequence"]),
                 row["setting"]["dtype"],
                 str(row["setting"]["k"]),
                 "yes" if row["setting"]["checkpointing"] else "no",

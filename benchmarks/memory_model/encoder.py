@@ -6,6 +6,7 @@ T tokens, d the width, m the MLP's, e bytes an element.
 from __future__ import annotations
 
 from neuroada_kernels.benchmarks.memory_model.linears import (
+    INT64,
     Build,
     Linear,
     Place,
@@ -59,10 +60,14 @@ class EncoderLayer:
         q, k, v = self.query(x), self.key(x), self.value(x)
         attended = attention(self.tape, q, k, v, x.numel // self.width * self.heads)
         del q, k, v
-        x = self.norms[0](plus(self.tape, self.output(attended), x))
+        x = self._added_and_normed(self.norms[0], self.output(attended), x)
         del attended
         hidden = activation(self.tape, "gelu", self.up(x))
-        return self.norms[1](plus(self.tape, self.down(hidden), x))
+        return self._added_and_normed(self.norms[1], self.down(hidden), x)
+
+    def _added_and_normed(self, norm: LayerNorm, made: Value, x: Value) -> Value:
+        """``norm(made + x)``, both of which are held until it returns."""
+        return norm(plus(self.tape, made, x))
 
 
 class Encoder:
@@ -84,24 +89,32 @@ class Encoder:
         self.before = self.embeddings
         self.after = [*(p for norm in norms for p in norm.parameters), *self.head]
 
-    def embed(self) -> Value:
-        """Three rows a token, whose gradients are dense ones."""
+    def embed(self, words: Value | None) -> Value:
+        """Three rows a token; ``words`` where they are given."""
         tape, setting = self.tape, self.setting
+        of_words, of_positions, of_types = self.embeddings
+        if words is None:
+            words = with_gradient(tape, setting, self._rows(of_words, given=True))
+        return plus(tape, plus(tape, words, self._rows(of_types)), self._rows(of_positions))
+
+    def _rows(self, table: Value, given: bool = False) -> Value:
+        """A row a token, whose gradient is dense. Saves the rows' numbers, 8 T, unless given."""
+        tape, setting = self.tape, self.setting
+        numbers = tape.constant(0 if given else setting.tokens, INT64)
         nbytes = setting.tokens * setting.sizes.hidden * setting.itemsize
-        words, positions, types = (
-            tape.op("embedding", [rows], nbytes, rows.itemsize, gradients=[rows.nbytes])
-            for rows in self.embeddings
+        gradients = [table.nbytes]
+        return tape.op(
+            "embedding", [table], nbytes, table.itemsize, gradients=gradients, saves=[numbers]
         )
-        words = with_gradient(tape, setting, words)
-        return plus(tape, plus(tape, words, types), positions)
 
     def __call__(self, x: Value | None) -> Value:
         tape, setting, d = self.tape, self.setting, self.setting.sizes.hidden
-        x = self.norm(self.embed() if x is None else x)
+        embedded = x = self.norm(self.embed(x))
         for number, layer in enumerate(self.layers):
             tape.layer = f"layer {number}, "
             x = layer_of(tape, setting, layer, x)
         tape.layer = ""
+        del embedded  # until here a variable of transformers' forward, whether saved or not
         first = tape.op("first token", [x], x.storage, x.itemsize, gradients=[x.nbytes])
         del x
         dense, dense_bias, out, out_bias = self.head

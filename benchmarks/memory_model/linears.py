@@ -106,7 +106,8 @@ class Materialised(Linear):
     """``F.linear(x, W.scatter_add(1, index, delta))``, k a neuron.
 
     delta ``N k e``, index ``8 N k``. Saves x and ``W + delta``, ``N K e``, of which the backward
-    makes a dense gradient, ``N K e``, to take ``N k e`` out of it.
+    makes a dense gradient, ``N K e``, to take ``N k e`` out of it. In 16 bits torch's
+    ``scatter_add`` for a CPU sums in float32, in a copy of W for that moment: ``4 N K``.
     """
 
     def __init__(self, tape: Tape, place: Place, itemsize: int, k: int) -> None:
@@ -122,6 +123,7 @@ class Materialised(Linear):
             self.itemsize,
             gradients=(PASSED, self.delta.nbytes),
             saves=[self.index],
+            scratch=self.numel * FLOAT32 if self.itemsize < FLOAT32 else 0,
         )
         return self._product(x, merged)
 
@@ -187,7 +189,8 @@ class Dora(Lora):
     """PEFT's: LoRA and a magnitude m a neuron, ``s = m / ||W + scaling B A||``.
 
     Beside LoRA's: m, ``N e``; saves ``W x`` and ``B(A(x))``, ``2 T N e``. Each forward computes
-    ``B A`` from an identity, ``K K e``, and the norm of ``W + scaling B A``: ``3 N K e``.
+    ``B A`` from an identity, ``K K e``, and the norm of ``W + scaling B A``: ``3 N K e``. Where
+    there is a bias, ``W x`` is saved without it, ``T N e`` more until the forward ends.
     """
 
     def __init__(self, tape: Tape, place: Place, itemsize: int, rank: int) -> None:
@@ -211,11 +214,16 @@ class Dora(Lora):
         )
         branch = self._branch(x)
         less_one = tape.op("scale - 1", [scale], norm.nbytes, self.itemsize, gradients=[PASSED])
-        of_base = times(tape, less_one, result)
+        of_base = times(tape, less_one, self._without_bias(result))
         of_branch = self._scaled(times(tape, scale, branch))
         extra = plus(tape, of_base, of_branch)
         del of_base, of_branch, branch, lora_weight
         return plus(tape, result, extra)
+
+    def _without_bias(self, result: Value) -> Value:
+        if self.bias is None:
+            return result
+        return self.tape.op("- bias", [result], result.nbytes, self.itemsize, gradients=[PASSED])
 
     def _norm(self, lora_weight: Value) -> Value:
         scaled = self.tape.constant(self.numel, self.itemsize)

@@ -124,11 +124,12 @@ class Llama:
         tape, setting = self.tape, self.setting
         sizes, e = setting.sizes, setting.itemsize
         angles = tape.constant(2 * setting.sequence * sizes.hidden // sizes.heads, e)
-        x = self.embed() if x is None else x
+        embedded = x = self.embed() if x is None else x
         for number, layer in enumerate(self.layers):
             tape.layer = f"layer {number}, "
             x = layer_of(tape, setting, partial(layer, angles=angles), x)
         tape.layer = ""
         x = self.norm(x)
+        del embedded  # until here a variable of transformers' forward, whether saved or not
         logits = product(tape, x, self.head, sizes.hidden, "head")
         return cross_entropy(tape, logits, sizes.vocabulary)

@@ -69,6 +69,7 @@ class LayerNorm:
             x.itemsize,
             gradients=[x.nbytes, *(value.nbytes for value in self.parameters)],
             saves=(x, statistics),
+            saves_after=True,  # the statistics are results of the op
         )
 
 

@@ -31,6 +31,7 @@ QUICK = [
     (LAYERS, 3, 100, "float32", 4, True, "neuroada"),
     (LAYERS, 3, 100, "bfloat16", 4, True, "neuroada-compact"),
     (LAYERS, 3, 100, "float32", 4, False, "materialised"),
+    (LAYERS, 1, 128, "bfloat16", 4, True, "materialised"),
     (LAYERS, 3, 100, "float32", 4, False, "masked-dense"),
     (WIDE, 1, 32, "float32", 20, True, "masked-dense"),
     (LAYERS, 3, 100, "float32", 1, False, "lora-r16"),
@@ -42,6 +43,7 @@ QUICK = [
     (HEAD, 2, 64, "bfloat16", 8, True, "lora-r64"),
     (ENCODER, 2, 64, "float32", 4, False, "neuroada"),
     (ENCODER, 2, 64, "bfloat16", 4, True, "lora-r8"),
+    (ENCODER, 1, 64, "bfloat16", 4, True, "frozen"),
 ]
 FULL = [
     *QUICK,
@@ -57,6 +59,10 @@ FULL = [
     (HEAD, 2, 64, "float32", 1, True, "shira-r16"),
     (ENCODER, 2, 64, "float32", 1, False, "masked-dense"),
     (ENCODER, 2, 64, "float32", 1, True, "full"),
+    (ENCODER, 1, 64, "float32", 4, False, "frozen"),
+    (LAYERS, 1, 64, "bfloat16", 4, True, "dora-r16"),
+    (ENCODER, 2, 256, "float32", 4, True, "dora-r16"),
+    (LAYERS, 1, 1024, "float32", 4, True, "shira-r16"),
     ("RoBERTa-large", 1, 128, "float32", 20, False, "neuroada"),
     ("RoBERTa-large", 1, 128, "float32", 20, True, "neuroada"),
     ("RoBERTa-large", 1, 128, "float32", 20, False, "lora-r16"),
@@ -97,7 +103,8 @@ def model_work() -> Iterator[Work]:
 
 def _key(part: str, name: str, setting: Setting, of: str) -> str:
     checkpointing = "checkpointed" if setting.checkpointing else "plain"
-    return f"{part}, {name}, {setting.dtype}, k {setting.k}, {checkpointing}, {of}"
+    way = f"{setting.tokens} tokens, {setting.dtype}, k {setting.k}, {checkpointing}"
+    return f"{part}, {name}, {way}, {of}"
 
 
 @dataclass(frozen=True)

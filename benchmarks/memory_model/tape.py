@@ -25,7 +25,8 @@ from dataclasses import dataclass, field
 AT_REST, KEPT, GRADIENT, SCRATCH = KINDS = ("at rest", "kept", "gradient", "scratch")
 #: Of an input's gradient: it is the very gradient that came, as for a sum or a view.
 PASSED = -1
-#: Bytes of the random generator's state, which each checkpoint keeps; on the CPU.
+#: Bytes of the random generator's state, on the CPU: each checkpoint keeps that of its forward, and
+#: the present one is put aside while it is run again.
 RANDOM_STATE = 5056
 
 
@@ -165,8 +166,8 @@ class Tape:
     ) -> Value:
         """One op: ``output`` new bytes, or the storage of which it is a view.
 
-        ``saves`` is kept, beside the output where ``saves_output``; ``saves_after``: a Python
-        function's, which are saved when its forward has returned.
+        ``saves`` is kept, beside the output where ``saves_output``; ``saves_after``: when the
+        forward has returned, as a Python function's, and where it makes what it saves.
         """
         again = self._frame is not None and self._frame.runs_again
         self.ledger.instant = f"{'forward again' if again else 'forward'}, {self.layer}{name}"
@@ -225,10 +226,12 @@ class Tape:
 
     def _recompute(self, frame: Frame) -> None:
         self._frame, frame.runs_again = frame, True
+        aside = self.hold(RANDOM_STATE)
         try:
             frame.again()
         except _StopRecomputing as stop:
             stop.__traceback__ = None  # whose frames hold the forward's variables
+        del aside
         self._frame = None  # the checkpoint's input stays until the last of its nodes has run
 
     def backward(self, loss: Value) -> None:

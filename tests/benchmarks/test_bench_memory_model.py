@@ -60,6 +60,17 @@ def test_a_linear_holds_and_keeps_what_its_formula_says(name):
     assert y.nbytes == Y
 
 
+@pytest.mark.parametrize(("itemsize", "float32_copy"), [(2, 4 * N * K), (4, 0)])
+def test_the_materialised_scheme_adds_16_bits_up_in_a_float32_copy_of_w(itemsize, float32_copy):
+    tape = Tape()
+    layer = method("materialised", k).build(tape, Place("k_proj", N, K, Siblings(N)), itemsize)
+    x = tape.constant(T * K, itemsize)
+    at_rest = tape.ledger.now
+    tape.ledger.restart()
+    y = layer(x)
+    assert tape.ledger.peak == at_rest + N * K * itemsize + max(float32_copy, y.nbytes)
+
+
 def test_the_peak_of_two_products_is_in_the_backward_of_the_second():
     """Of x, ``w x`` and ``u (w x)``: w and u train, so each product keeps what it multiplies."""
     tape = Tape()
@@ -94,9 +105,12 @@ def test_checkpointing_keeps_the_input_alone_and_brings_the_rest_back():
     ("name", "setting"),
     [
         *((name, SETTING) for name in table(2) if name not in VARIANTS),
-        ("neuroada", Setting(SIZES, 2, 24, "bfloat16", 2, checkpointing=True)),
+        *(
+            (name, Setting(SIZES, 2, 24, "bfloat16", 2, checkpointing=True))
+            for name in ("neuroada", "materialised")
+        ),
         ("masked-dense", Setting(SIZES, 2, 24, "float32", 2, checkpointing=True)),
-        *((name, ENCODER) for name in ("lora-r8", "ia3", "full")),
+        *((name, ENCODER) for name in ("frozen", "lora-r8", "ia3", "full")),
     ],
 )
 def test_the_model_says_what_a_step_takes(name, setting):
