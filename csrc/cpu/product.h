@@ -17,8 +17,8 @@
 namespace neuroada::cpu::NEUROADA_ISA {
 
 // Tokens of a block: at least kLeastTokens where threads share few tokens, since each block reads all of W,
-// and at most so many, unless a Weight wants more, or as take this much staged.
-inline constexpr int64_t kMostTokens = 256, kStagedBytes = 2 << 20;
+// and at most so many, unless a Weight wants more, or as take kStagedBytes staged.
+inline constexpr int64_t kMostTokens = 256;
 
 // Of so few tokens a block is short of memory, not of multipliers: no copy goes on beside the product, and
 // blocks of W may be wider, which memory reads faster.

@@ -23,7 +23,7 @@ inline constexpr int kGatherVectors = kTileVectors;
 
 // Rows and cells of W that are multiplied by all tokens of a block before the next are: as many as the
 // second cache holds twice beside the staged tokens.
-inline constexpr int64_t kBlockRows = 4 * kTileSums, kBlockCells = 512, kLeastTokens = 96;
+inline constexpr int64_t kBlockRows = 4 * kTileSums, kBlockCells = 512, kLeastTokens = 96, kStagedBytes = 2 << 20;
 // Beside the product, the multipliers being what limits it, the next block is copied; and a panel of x stays in
 // the cache while the rows of a block go by.
 inline constexpr bool kCopiesAside = true, kRowsFirst = false;

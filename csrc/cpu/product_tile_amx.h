@@ -25,6 +25,8 @@ inline constexpr int kGatherVectors = 4;
 // between theirs, and the rows of a tile stay in a cache while all tokens of a block go by. Threads share the rows of
 // a block rather than each have one of fewer tokens.
 inline constexpr int64_t kLeastTokens = 512;
+// More than the second cache holds: tiles reading x from farther away cost less than another pass over W does.
+inline constexpr int64_t kStagedBytes = 8 << 20;
 inline constexpr bool kCopiesAside = false, kRowsFirst = true;
 // The block that the forward pass reads where it lies. Sums stay in registers for as many cells; of x these are what
 // the second cache holds, for as many rows.

@@ -22,9 +22,9 @@ struct BackwardWeight {
   const BFloat16* weight;  // [d_out, d_in]
   int64_t stride, d_out;
 
-  // Each block of tokens transposes all of W: twice as many where they take no more than those of a wide W.
+  // Each block of tokens transposes all of W: twice as many where half of a cache holds them.
   static int64_t most_tokens(int64_t staged_bytes_a_token) {
-    return 2 * kMostTokens * staged_bytes_a_token <= kStagedBytes / 2 ? 2 * kMostTokens : kMostTokens;
+    return 2 * kMostTokens * staged_bytes_a_token <= 1 << 20 ? 2 * kMostTokens : kMostTokens;
   }
   // Many: what a block has of a row of W lies side by side, and memory reads long runs faster. As many as have
   // their totals in the second cache.

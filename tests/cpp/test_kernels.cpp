@@ -66,6 +66,8 @@ void formulas_hold_for_wide_weights() {
   check_case({45, 67, 2100, 2, IndexKind::ragged, true, Base::separate, 1}, 7);
   check_case({17, 2100, 50, 2, IndexKind::ragged, true, Base::separate, 1}, 11);
   check_case({5, 31, 4200, 1, IndexKind::ragged, false, Base::none}, 12);
+  check_case({130, 35000, 5, 1, IndexKind::ragged, true, Base::none}, 13);
+  check_case({130, 5, 35000, 1, IndexKind::ragged, true, Base::none}, 14);
 }
 
 // Several blocks of tokens, of rows and of cells at once, each with a remainder.
