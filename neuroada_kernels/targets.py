@@ -148,8 +148,7 @@ def _targeted(
         found = {id(m) for name, m in named.items() if name and matches(name, target)}
         if not found:
             ends = sorted({name.rpartition(".")[2] for name in linears})
-            shown = target if isinstance(target, str) else target[0]
-            raise ValueError(f"target_modules: {shown!r} matches nothing, expected of {ends}")
+            raise ValueError(f"target_modules: {_unmatched(target, named)}, expected of {ends}")
         chosen |= found
     return chosen
 
@@ -159,10 +158,19 @@ def _excluded(named: Mapping[str, nn.Module], excluded: str | Sequence[str]) -> 
     for pattern in [excluded] if isinstance(excluded, str) else [(name,) for name in excluded]:
         matched = {id(module) for name, module in named.items() if name and matches(name, pattern)}
         if not matched:
-            shown = pattern if isinstance(pattern, str) else pattern[0]
-            raise ValueError(f"exclude_modules: {shown!r} matches nothing")
+            raise ValueError(f"exclude_modules: {_unmatched(pattern, named)}")
         found |= matched
     return found
+
+
+def _unmatched(pattern: str | tuple[str], names: Iterable[str]) -> str:
+    """That ``pattern`` matches none of ``names``, and why, where its text is a name's last part."""
+    if isinstance(pattern, str) and any(matches(name, (pattern,)) for name in names):
+        return (
+            f"{pattern!r} matches nothing, as a regular expression for whole names; the list "
+            f"[{pattern!r}] matches last parts"
+        )
+    return f"{pattern if isinstance(pattern, str) else pattern[0]!r} matches nothing"
 
 
 def _in_layers(
@@ -192,7 +200,7 @@ def check_parent(name: str, parent: nn.Module) -> None:
     if isinstance(parent, nn.MultiheadAttention | nn.TransformerEncoderLayer):
         raise ValueError(
             f"{name}: its parent {type(parent).__name__} reads the weight without calling the "
-            "module, expected a parent that calls it"
+            "module, expected a parent that calls it; exclude_modules leaves it out"
         )
 
 

@@ -94,11 +94,12 @@ def test_a_head_stays_out_under_every_name():
 @pytest.mark.parametrize(
     ("options", "error", "message"),
     [
-        ({"target_modules": "q_proj"}, ValueError, "'q_proj' matches nothing, expected of"),
+        ({"target_modules": "q_proj"}, ValueError, r"list \['q_proj'\] matches last parts, "),
         ({"target_modules": ["mlp", "k_proj"]}, ValueError, "'k_proj' matches nothing"),
         ({"target_modules": ".*attn.*"}, TypeError, "attn: Attention, expected torch.nn.Linear"),
         ({"exclude_modules": ["mpl"]}, ValueError, "exclude_modules: 'mpl' matches nothing"),
-        ({"exclude_modules": "mlp"}, ValueError, "exclude_modules: 'mlp' matches nothing"),
+        ({"exclude_modules": "mlp"}, ValueError, r"exclude_modules: 'mlp' .* list \['mlp'\]"),
+        ({"exclude_modules": "m.*p"}, ValueError, r"exclude_modules: 'm\.\*p' matches nothing$"),
         ({"exclude_modules": ".*"}, ValueError, "nothing is left of them"),
         ({"layers": [0, 5]}, ValueError, r"layers: no module of target_modules is in \[5\]"),
         ({"k_pattern": {"k_proj": 2}}, ValueError, "k_pattern: 'k_proj' matches no module that"),
