@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from neuroada_kernels.nn._layer import BypassLayer
-from neuroada_kernels.plan import Planned, make_plan
+from neuroada_kernels.plan import Planned, is_wrapped, make_plan
 
 
 class PlannedLayer(BypassLayer):
@@ -41,8 +41,11 @@ class PlannedLayer(BypassLayer):
         return make_plan(index, self.in_features)
 
     def _replan(self) -> None:
-        """Check and plan an index that was replaced, written in place, copied or moved."""
-        if not self.index.is_meta:
+        """Check and plan an index that was replaced, written in place, copied or moved.
+
+        Not one that a transform has wrapped, as ``vmap`` over several layers does.
+        """
+        if not self.index.is_meta and not is_wrapped(self.index):
             self._leave_resident()
             self._check_index(self.index)
             self._make_plan()
