@@ -187,3 +187,11 @@ def test_progress_is_shown_for_large_models_on_a_terminal(monkeypatch):
     assert not _progress.worth_showing(10**9 - 1)
     monkeypatch.setattr(_progress.sys, "stderr", type("File", (), {"isatty": lambda _: False})())
     assert not _progress.worth_showing(10**9)
+
+
+@pytest.mark.parametrize("targets", ["all-linear", ["q_proj"]])
+def test_who_adapts_a_model_twice_is_told_of_add_adapter(targets):
+    model = Decoder()
+    nk.adapt(model)
+    with pytest.raises((TypeError, ValueError), match="; add_adapter gives an adapted model anoth"):
+        nk.adapt(model, target_modules=targets)

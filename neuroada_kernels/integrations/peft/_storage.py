@@ -130,7 +130,7 @@ class IndexDict(BufferDict):
         return self._known[adapter].save_activations
 
     def plan(self, adapter: str) -> Tensor | None:
-        """The plan of an adapter's index; None where that has no values, or nobody can read them."""
+        """The plan of an adapter's index; None where that has no values to be read."""
         if not torch.compiler.is_compiling():
             if is_wrapped(self[adapter]):
                 return None
