@@ -55,8 +55,9 @@ def each_gradient(
     TypeError
         If the loss is no tensor.
     ValueError
-        If the loss is no scalar, does not depend on a weight, or has no batch; or if ``data`` can
-        be gone through only once and has to be more often.
+        If the loss is no scalar, does not depend on a weight, or has no batch; if what a module
+        reads is written in place before its gradient is known; or if ``data`` can be gone through
+        only once and has to be more often.
     """
     groups = _groups(linears, score_bytes)
     if len(groups) > 1 and iter(data) is data:
@@ -66,19 +67,20 @@ def each_gradient(
         )
     with progress_bar("gradients", len(groups), show_progress) as advance:
         for group in groups:
-            sums = {name: _Sum(linear) for name, linear in group.items()}
+            sums = {name: _Sum(name, linear) for name, linear in group.items()}
             with _frozen(model), _hooked(group, sums):
                 for batch in data:
                     _checked(loss(model, batch)).backward()
             advance(1)
             for name in list(sums):
-                yield name, sums.pop(name).magnitude(name)
+                yield name, sums.pop(name).magnitude()
 
 
 class _Sum:
     """``sum dy^T x`` of one linear, or what computes like one, over all its calls."""
 
-    def __init__(self, linear: nn.Module) -> None:
+    def __init__(self, name: str, linear: nn.Module) -> None:
+        self.name = name
         weight = base_weight(linear)
         dtype = torch.float64 if weight.dtype == torch.float64 else torch.float32
         self.total = torch.zeros(weight.shape, dtype=dtype, device=weight.device)
@@ -92,7 +94,17 @@ class _Sum:
         x = (args[0] if args else next(iter(kwargs.values()))).detach()
         if not output.requires_grad:  # nor does anything before it: the graph starts here
             output = output.detach().requires_grad_()
-        output.register_hook(lambda grad: self.add(grad, x))
+        version = None if x.is_inference() else x._version
+
+        def add(grad: Tensor) -> None:
+            if version is not None and x._version != version:
+                raise ValueError(
+                    f"loss: what {self.name} reads is written in place before its gradient is "
+                    "known, expected it to stay"
+                )
+            self.add(grad, x)
+
+        output.register_hook(add)
         # A hook is lost where the tensor is a view, as a linear's output is, and written in place.
         return output.clone()
 
@@ -103,9 +115,9 @@ class _Sum:
         self.total.addmm_(rows.t(), x.reshape(-1, d_in).to(self.total.dtype))
         self.reached = True
 
-    def magnitude(self, name: str) -> Tensor:
+    def magnitude(self) -> Tensor:
         if not self.reached:
-            raise ValueError(f"loss: does not depend on {name}, expected a gradient there")
+            raise ValueError(f"loss: does not depend on {self.name}, expected a gradient there")
         return self.total.abs_()
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import warnings
+from collections.abc import Sequence
 from contextlib import ExitStack
 
 from torch import nn
@@ -14,6 +16,9 @@ from neuroada_kernels.nn.foreign import base_weight
 def merge(model: nn.Module) -> None:
     """Merge every NeuroAda layer of ``model`` into its weight; see ``NeuroAdaLinear.merge``.
 
+    Where another module reads that weight, as with tied embeddings, what it computes changes too:
+    a warning says so.
+
     Raises
     ------
     RuntimeError, ValueError
@@ -24,6 +29,7 @@ def merge(model: nn.Module) -> None:
     layers = [(name, layer) for name, layer in _active(model) if not layer.merged]
     for name, layer in layers:
         _check(name, layer)
+    _warn_of_readers(model, layers)
     with ExitStack() as undo:
         for _, layer in layers:
             undo.callback(layer.unmerge)
@@ -67,6 +73,7 @@ def merge_requantized(model: nn.Module) -> dict[str, Requantization]:
     exact = [(n, layer) for n, layer in _active(model) if n not in quantised and not layer.merged]
     for name, layer in exact:
         _check(name, layer)
+    _warn_of_readers(model, exact)
     reports = {}
     with ExitStack() as undo:
         for name, layer in quantised.items():
@@ -87,6 +94,24 @@ def _check(name: str, layer: BypassLayer) -> None:
         layer.check_mergeable()
     except (RuntimeError, TypeError, ValueError) as error:
         raise type(error)(f"{name}: {error}") from error
+
+
+def _warn_of_readers(model: nn.Module, layers: Sequence[tuple[str, BypassLayer]]) -> None:
+    """Say where merging ``layers`` changes what other modules of ``model`` compute."""
+    readers: dict[int, list[tuple[nn.Module, str]]] = {}
+    for prefix, module in model.named_modules():
+        for name, parameter in module._parameters.items():
+            place = f"{prefix}.{name}" if prefix else name
+            readers.setdefault(id(parameter), []).append((module, place))
+    for name, layer in layers:
+        own, weight = set(layer.modules()), getattr(layer, "weight", None)
+        shared = [] if weight is None else readers.get(id(weight), [])
+        places = [place for module, place in shared if module not in own]
+        if places:
+            warnings.warn(
+                f"{name}: its weight is {', '.join(places)} too, which changes by merging",
+                stacklevel=3,
+            )
 
 
 def _active(model: nn.Module) -> list[tuple[str, BypassLayer]]:

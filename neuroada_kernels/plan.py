@@ -156,10 +156,21 @@ class Planned:
 
     def is_still(self, index: Tensor) -> bool:
         """Whether ``index`` is that one, and was not written since."""
-        return not index.is_meta and _identity_of(index) == self._identity
+        identity = self._identity
+        # Another one may be wrapped, with no memory to ask for.
+        same = identity is not None and identity[0] == id(index)
+        return same and not index.is_meta and _identity_of(index) == identity
 
     def __reduce__(self) -> tuple[type[Planned], tuple[()]]:
         return Planned, ()
+
+
+def is_wrapped(index: Tensor) -> bool:
+    """Whether it is a ``torch.func`` transform's, whose values nobody can read.
+
+    The formula in plain PyTorch, which runs there, needs no plan.
+    """
+    return torch._C._functorch.is_functorch_wrapped_tensor(index)
 
 
 def _identity_of(index: Tensor) -> tuple[int, int, int]:

@@ -46,7 +46,9 @@ def find_targets(
             check_target(name, module, named, by_name=config.target_modules != ALL_LINEAR)
     _check_apart(targets)
     if not targets:
-        raise ValueError("target_modules: nothing is left of them, expected at least one module")
+        raise ValueError(
+            f"target_modules: nothing is left of them, expected at least one module{_hint(named)}"
+        )
     check_k_pattern(config, targets)
     return targets
 
@@ -73,7 +75,9 @@ def check_target(
             raise TypeError(f"{name}: {kind} {reason}")
         check_hooks(name, module)
         return
-    if isinstance(module, BypassLayer) or not (isinstance(module, nn.Linear) or is_base(module)):
+    if isinstance(module, BypassLayer):
+        raise TypeError(f"{name}: {kind}, expected a module without a bypass{_hint(named)}")
+    if not (isinstance(module, nn.Linear) or is_base(module)):
         raise TypeError(
             f"{name}: {kind}, expected torch.nn.Linear, or a module with in_features and "
             "out_features"
@@ -141,15 +145,16 @@ def _targeted(
     if targets == ALL_LINEAR:
         head = output_head(model)
         if not linears:
-            raise ValueError("target_modules: the model has no torch.nn.Linear inside")
+            raise ValueError(
+                f"target_modules: the model has no torch.nn.Linear inside{_hint(named)}"
+            )
         return {id(module) for module in linears.values() if module is not head}
     chosen = set()
     for target in [targets] if isinstance(targets, str) else [(target,) for target in targets]:
         found = {id(m) for name, m in named.items() if name and matches(name, target)}
         if not found:
             ends = sorted({name.rpartition(".")[2] for name in linears})
-            shown = target if isinstance(target, str) else target[0]
-            raise ValueError(f"target_modules: {shown!r} matches nothing, expected of {ends}")
+            raise ValueError(f"target_modules: {_unmatched(target, named)}, expected of {ends}")
         chosen |= found
     return chosen
 
@@ -159,10 +164,25 @@ def _excluded(named: Mapping[str, nn.Module], excluded: str | Sequence[str]) -> 
     for pattern in [excluded] if isinstance(excluded, str) else [(name,) for name in excluded]:
         matched = {id(module) for name, module in named.items() if name and matches(name, pattern)}
         if not matched:
-            shown = pattern if isinstance(pattern, str) else pattern[0]
-            raise ValueError(f"exclude_modules: {shown!r} matches nothing")
+            raise ValueError(f"exclude_modules: {_unmatched(pattern, named)}")
         found |= matched
     return found
+
+
+def _hint(named: Mapping[str, nn.Module]) -> str:
+    """What somebody may look for who adapts a model for the second time."""
+    adapted = any(isinstance(module, _OURS) for module in named.values())
+    return "; add_adapter gives an adapted model another adapter" if adapted else ""
+
+
+def _unmatched(pattern: str | tuple[str], names: Iterable[str]) -> str:
+    """That ``pattern`` matches none of ``names``, and why, where its text is a name's last part."""
+    if isinstance(pattern, str) and any(matches(name, (pattern,)) for name in names):
+        return (
+            f"{pattern!r} matches nothing, as a regular expression for whole names; the list "
+            f"[{pattern!r}] matches last parts"
+        )
+    return f"{pattern if isinstance(pattern, str) else pattern[0]!r} matches nothing"
 
 
 def _in_layers(
@@ -192,7 +212,7 @@ def check_parent(name: str, parent: nn.Module) -> None:
     if isinstance(parent, nn.MultiheadAttention | nn.TransformerEncoderLayer):
         raise ValueError(
             f"{name}: its parent {type(parent).__name__} reads the weight without calling the "
-            "module, expected a parent that calls it"
+            "module, expected a parent that calls it; exclude_modules leaves it out"
         )
 
 

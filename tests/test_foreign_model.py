@@ -104,7 +104,7 @@ def test_adapting_again_sees_no_base_inside_a_layer():
     model = Mixed(("plain", "conv1d", "torchao-int8"))
     nk.adapt(model, 2, ["conv1d", "torchao-int8"])
     assert nk.adapt(model, 2).modules == ("layers.plain",)
-    with pytest.raises(TypeError, match=r"NeuroAdaBypass, expected torch\.nn\.Linear"):
+    with pytest.raises(TypeError, match="NeuroAdaBypass, expected a module without a bypass"):
         nk.adapt(model, 2, ["conv1d"])
     with pytest.raises(ValueError, match="'base' matches nothing"):
         nk.adapt(model, 2, ["base"])

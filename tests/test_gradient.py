@@ -166,6 +166,14 @@ def part_of_the_model(model: nn.Module, batch: Batch) -> Tensor:
     return model.blocks[0](batch[0]).square().mean()
 
 
+def spoilt_input(model: nn.Module, batch: Batch) -> Tensor:
+    """As a residual that is added in place is."""
+    x = batch[0].clone()
+    y = model(x)
+    x.add_(1)
+    return F.mse_loss(y, batch[1])
+
+
 def fails_at_last(model: nn.Module, batch: Batch) -> Tensor:
     fails_at_last.calls += 1
     if fails_at_last.calls > 4:
@@ -189,6 +197,11 @@ WRONG = {
         {"loss": lambda model, batch: batch[0].sum()},
         ValueError,
         "loss: does not depend on the modules that are adapted",
+    ),
+    "an input that is written": (
+        {"loss": spoilt_input},
+        ValueError,
+        "loss: what blocks.0.up reads is written in place",
     ),
     "an iterator": (
         {"data": iter(batches()), "score_bytes": 1},

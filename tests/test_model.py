@@ -11,6 +11,7 @@ from neuroada_kernels import (
     ReferenceNeuroAdaLinear,
     adapt,
     merge,
+    merge_requantized,
     select,
     unmerge,
 )
@@ -372,12 +373,29 @@ def test_two_layers_over_one_weight_unmerge_bit_for_bit():
     disturb(model)
     weight = first.weight.detach().clone()
     for _ in range(3):
-        merge(model)
+        with pytest.warns(UserWarning, match="^[01]: its weight is [01].weight too"):
+            merge(model)
         assert not torch.equal(model[0].weight, weight)
         unmerge(model)
         assert torch.equal(model[0].weight, weight)
     unmerge(model)
     assert torch.equal(model[0].weight, weight)
+
+
+@pytest.mark.parametrize("merging", [merge, merge_requantized])
+def test_merging_into_a_tied_weight_warns(model, merging):
+    adapt(model, 1)
+    with pytest.warns(UserWarning, match="^head: its weight is embed.weight too") as warnings:
+        merging(model)
+    assert len(warnings) == 1
+
+
+def test_merging_a_layer_that_stands_in_two_places_does_not_warn():
+    shared = nn.Linear(6, 6)
+    model = nn.Sequential(shared, nn.ReLU(), shared)
+    adapt(model, 2)
+    merge(model)  # a warning would be an error
+    assert model[0].merged
 
 
 def test_merge_of_a_model_without_layers_does_nothing(model):

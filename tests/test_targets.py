@@ -94,11 +94,12 @@ def test_a_head_stays_out_under_every_name():
 @pytest.mark.parametrize(
     ("options", "error", "message"),
     [
-        ({"target_modules": "q_proj"}, ValueError, "'q_proj' matches nothing, expected of"),
+        ({"target_modules": "q_proj"}, ValueError, r"list \['q_proj'\] matches last parts, "),
         ({"target_modules": ["mlp", "k_proj"]}, ValueError, "'k_proj' matches nothing"),
         ({"target_modules": ".*attn.*"}, TypeError, "attn: Attention, expected torch.nn.Linear"),
         ({"exclude_modules": ["mpl"]}, ValueError, "exclude_modules: 'mpl' matches nothing"),
-        ({"exclude_modules": "mlp"}, ValueError, "exclude_modules: 'mlp' matches nothing"),
+        ({"exclude_modules": "mlp"}, ValueError, r"exclude_modules: 'mlp' .* list \['mlp'\]"),
+        ({"exclude_modules": "m.*p"}, ValueError, r"exclude_modules: 'm\.\*p' matches nothing$"),
         ({"exclude_modules": ".*"}, ValueError, "nothing is left of them"),
         ({"layers": [0, 5]}, ValueError, r"layers: no module of target_modules is in \[5\]"),
         ({"k_pattern": {"k_proj": 2}}, ValueError, "k_pattern: 'k_proj' matches no module that"),
@@ -186,3 +187,11 @@ def test_progress_is_shown_for_large_models_on_a_terminal(monkeypatch):
     assert not _progress.worth_showing(10**9 - 1)
     monkeypatch.setattr(_progress.sys, "stderr", type("File", (), {"isatty": lambda _: False})())
     assert not _progress.worth_showing(10**9)
+
+
+@pytest.mark.parametrize("targets", ["all-linear", ["q_proj"]])
+def test_who_adapts_a_model_twice_is_told_of_add_adapter(targets):
+    model = Decoder()
+    nk.adapt(model)
+    with pytest.raises((TypeError, ValueError), match="; add_adapter gives an adapted model anoth"):
+        nk.adapt(model, target_modules=targets)

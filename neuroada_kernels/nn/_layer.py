@@ -305,7 +305,7 @@ class BypassLayer(ActivationSaver):
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
         """Move everything, but cast neither ``delta``, whose dtype is chosen, nor an index."""
-        keeper = nn.Module()
+        keeper, order = nn.Module(), list(self._buffers)
         keeper.register_parameter("delta", self._parameters.pop("delta"))
         names = ("index", "merged_index", "plan", "columns", "kept_index")
         kept = [name for name in names if name in self._buffers]
@@ -316,8 +316,9 @@ class BypassLayer(ActivationSaver):
             super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         finally:
             self._parameters["delta"] = keeper._parameters["delta"]
-            for name in kept:
-                self._buffers[name] = keeper._buffers[name]
+            self._buffers.update(keeper._buffers)
+            for name in order:  # by which torch's AveragedModel pairs them with those of a copy
+                self._buffers[name] = self._buffers.pop(name)
             self._share_columns()
         return self
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from neuroada_kernels.nn._layer import BypassLayer
-from neuroada_kernels.plan import Planned, make_plan
+from neuroada_kernels.plan import Planned, is_wrapped, make_plan
 
 
 class PlannedLayer(BypassLayer):
@@ -41,11 +41,30 @@ class PlannedLayer(BypassLayer):
         return make_plan(index, self.in_features)
 
     def _replan(self) -> None:
-        """Check and plan an index that was replaced, written in place, copied or moved."""
-        if not self.index.is_meta:
-            self._leave_resident()
+        """Check and plan an index that was replaced, written in place, copied or moved.
+
+        Not one that a transform has wrapped, as ``vmap`` over several layers does.
+        """
+        if not self.index.is_meta and not is_wrapped(self.index):
+            self._leave_other_index()
             self._check_index(self.index)
             self._make_plan()
+
+    def _leave_other_index(self) -> None:
+        """Restore W where it is patched by another index than the layer has, or may be no more.
+
+        Else it stays: a copy, or a layer that was moved, is planned in its first forward, and other
+        threads may be in theirs.
+        """
+        patched = self.merged_index
+        captured = self.index.is_cuda and torch.cuda.is_current_stream_capturing()
+        if (
+            patched is None
+            or captured
+            or self._why_not_resident() is not None
+            or not torch.equal(patched, self.index)
+        ):
+            self._leave_resident()
 
     def _is_planned(self) -> bool:
         if self.index.is_meta or self._idle:
@@ -55,7 +74,7 @@ class PlannedLayer(BypassLayer):
                 self._check_index(self.index)
             except (TypeError, ValueError):
                 return False  # its own forward says why
-            self._leave_resident()
+            self._leave_other_index()
             self._plan()
             self._resume()
         return True

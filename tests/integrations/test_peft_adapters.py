@@ -163,6 +163,28 @@ def test_copies_and_pickles_compute_the_same(tmp_path):
         assert trained_once(other) == expected
 
 
+def test_a_model_whose_memory_was_emptied_is_loaded_again():
+    model = adapted(nn.Sequential(nn.Linear(8, 6)), k=2, target_modules=["0"])
+    give_values(model)
+    x, state = torch.randn(3, 8), values(model)
+    expected = model(x)
+    model._apply(lambda tensor: torch.full_like(tensor, 99))  # what to_empty may find there
+    with pytest.raises(ValueError, match="index: column 99 in row 0 is out of range"):
+        model(x)
+    model.load_state_dict(state)
+    assert model(x).equal(expected)
+
+
+def test_an_ensemble_runs_under_vmap():
+    models = [adapted(nn.Sequential(nn.Linear(8, 6)), k=2, target_modules=["0"]) for _ in range(2)]
+    for seed, model in enumerate(models):
+        give_values(model, seed)
+    stacked = torch.func.stack_module_state(models)
+    x = torch.randn(3, 8)
+    y = torch.func.vmap(lambda *state: torch.func.functional_call(models[0], state, x))(*stacked)
+    torch.testing.assert_close(y, torch.stack([model(x) for model in models]))
+
+
 def trained_once(model: nn.Module) -> list[float]:
     """The losses of two steps by the same adapter, which is then as it was."""
     before = values(model)

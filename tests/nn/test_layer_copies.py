@@ -9,6 +9,7 @@ import pickle
 import pytest
 import torch
 from layer_facts import assert_state, effective_weight, input_gradient, other_index, state_of
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from neuroada_kernels.testing import rms_error, tolerance
 
@@ -150,3 +151,23 @@ def test_meta_layer_takes_its_values_by_assignment(trained):
     layer.load_state_dict(source.state_dict(), assign=True)
     assert not any(tensor.is_meta for tensor in (*layer.parameters(), *layer.buffers()))
     assert rms_error(*input_gradient(layer)) <= tolerance(torch.float32, 16)
+
+
+@pytest.mark.parametrize("save_activations", ["full", "compact"])
+def test_the_average_of_a_layer_that_was_moved_follows_it(trained, save_activations):
+    """Torch copies buffer by buffer, in their order, from a layer into its moving average."""
+    layer = trained(save_activations=save_activations)
+    average = AveragedModel(layer, device="cpu", multi_avg_fn=get_ema_multi_avg_fn(0.5))
+    total = torch.zeros_like(layer.delta)
+    for step in range(3):
+        with torch.no_grad():
+            layer.delta.normal_()
+            total = layer.delta.clone() if step == 0 else (total + layer.delta) / 2
+        average.update_parameters(layer)
+    torch.testing.assert_close(average.module.delta, total)
+    x = torch.randn(9, 24)
+    y = average.module(x)
+    with torch.no_grad():
+        layer.delta.copy_(total)
+    expected = x.double() @ effective_weight(layer).t() + layer.bias.double()
+    torch.testing.assert_close(y.double(), expected, rtol=1e-5, atol=1e-5)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+
 import pytest
 import torch
 from torch import nn
@@ -9,7 +11,7 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils.checkpoint import checkpoint
 
 from neuroada_kernels import NeuroAdaLinear, ops, reference
-from neuroada_kernels.nn import _resident
+from neuroada_kernels.nn import _planned, _resident
 
 MODIFIED = "modified by an inplace operation"
 
@@ -264,6 +266,21 @@ def test_another_index_moves_the_bypass(layer, how):
     assert holds(layer)
     layer.strategy = "bypass"
     assert layer.weight.equal(base)
+
+
+def test_a_copy_stays_patched_while_its_first_forward_plans(layer, monkeypatch):
+    """Other threads may be in a forward of theirs, as where one model serves several."""
+    other, plain = copy.deepcopy(layer), _planned.make_plan
+    seen = []
+
+    def spy(*arguments):
+        seen.append(other.weight.clone())
+        return plain(*arguments)
+
+    monkeypatch.setattr(_planned, "make_plan", spy)
+    other(torch.randn(2, 24))
+    assert len(seen) == 1
+    assert seen[0].equal(layer.weight)
 
 
 def test_a_wrong_index_is_refused_and_the_old_one_stays(layer):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from typing import Any
 
 import torch
@@ -13,7 +14,7 @@ from neuroada_kernels import functional
 from neuroada_kernels.nn._activations import kept_of
 from neuroada_kernels.nn._layer import uncast
 from neuroada_kernels.nn._siblings import Siblings
-from neuroada_kernels.plan import Planned, check_index, make_plan, renumber
+from neuroada_kernels.plan import Planned, check_index, is_wrapped, make_plan, renumber
 
 
 class DeltaDict(nn.ParameterDict):
@@ -129,8 +130,10 @@ class IndexDict(BufferDict):
         return self._known[adapter].save_activations
 
     def plan(self, adapter: str) -> Tensor | None:
-        """The plan of an adapter's index; None where that has no values."""
+        """The plan of an adapter's index; None where that has no values to be read."""
         if not torch.compiler.is_compiling():
+            if is_wrapped(self[adapter]):
+                return None
             self._update(adapter)
         return self._known[adapter].plan
 
@@ -180,7 +183,8 @@ class IndexDict(BufferDict):
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
         super()._apply(uncast(fn), recurse)
         for adapter in self:
-            self._update(adapter)
+            with suppress(ValueError):  # after to_empty: values are still to be loaded, see plan
+                self._update(adapter)
         return self
 
     def _load_from_state_dict(
