@@ -61,15 +61,24 @@ def backend(request: pytest.FixtureRequest) -> Iterator[str]:
     """Each available backend, named while the test runs; skipped where it lacks the dtype."""
     with nk.use_backend(request.param):
         if "dtype" in request.fixturenames:
-            dtype = request.getfixturevalue("dtype")
-            inputs = make_inputs(CASES[0], dtype, device=_device(request.param))
-            try:
-                _registry.resolve("linear", inputs.x, inputs.weight, inputs.index, inputs.delta)
-            except nk.BackendError as reasons:
-                if REQUIRED and dtype not in LEFT_OUT.get(REQUIRED, ()):
-                    raise
-                pytest.skip(str(reasons))
+            _skip_unless_served(request.param, request.getfixturevalue("dtype"))
         yield request.param
+
+
+@pytest.fixture
+def float64(backend: str) -> None:
+    """For what computes in float64 whatever the axis: skipped where the backend does not."""
+    _skip_unless_served(backend, torch.float64)
+
+
+def _skip_unless_served(backend: str, dtype: torch.dtype) -> None:
+    inputs = make_inputs(CASES[0], dtype, device=_device(backend))
+    try:
+        _registry.resolve("linear", inputs.x, inputs.weight, inputs.index, inputs.delta)
+    except nk.BackendError as reasons:
+        if REQUIRED and dtype not in LEFT_OUT.get(REQUIRED, ()):
+            raise
+        pytest.skip(str(reasons))
 
 
 @pytest.fixture

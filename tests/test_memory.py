@@ -98,7 +98,8 @@ def test_autocast_keeps_x_in_sixteen_bits_and_no_weight(autocast, backend, devic
     exact.load_state_dict(layer.state_dict())
     exact.delta = torch.nn.Parameter(layer.delta.double())
     wide = x.detach().double().requires_grad_()
-    exact(wide).square().sum().backward()
+    with nk.use_backend("eager"):  # not every backend has float64
+        exact(wide).square().sum().backward()
     error = (layer.delta.grad - exact.delta.grad).norm() / exact.delta.grad.norm()
     assert error < 4 * torch.finfo(autocast).eps
 

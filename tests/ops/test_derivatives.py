@@ -12,6 +12,7 @@ import neuroada_kernels as nk
 from neuroada_kernels.functional import neuroada_bypass, neuroada_linear
 from neuroada_kernels.testing import Case, Inputs, make_inputs
 
+pytestmark = pytest.mark.usefixtures("float64")
 CASE = Case(tokens=6, d_in=7, d_out=5, k=3, bias=True, index="ragged")
 
 

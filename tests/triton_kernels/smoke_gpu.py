@@ -1,12 +1,15 @@
 """Every kernel in all forms on small odd shapes, for compute-sanitizer: no pytest, few launches.
 
 PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer python tests/triton_kernels/smoke_gpu.py triton
+
+By itself, with ``--large``, the first look at kernels that were never on a GPU: one form after
+another, and of each at once whether it is right.
 """
 
 from __future__ import annotations
 
+import argparse
 import os
-import sys
 
 import torch
 
@@ -19,7 +22,8 @@ CASES = (
     Case(tokens=257, d_in=130, d_out=130, k=8, bias=True),
     Case(tokens=300, d_in=328, d_out=264, k=8),
 )
-
+#: More tiles than a GPU has multiprocessors, so that a program that stays for several does.
+LARGE = Case(tokens=2500, d_in=2056, d_out=2056, k=8)
 
 #: Of NEUROADA_<backend>_FUSED.
 FORMS = {"triton": "01", "cuda": "0123"}
@@ -45,16 +49,23 @@ def check(case: Case, dtype: torch.dtype, device: str) -> None:
     assert weight.equal(i.weight)
 
 
-def main(backend: str) -> None:
+def main(argv: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("backend", choices=FORMS)
+    parser.add_argument("--forms", metavar="DIGITS", help="default: all, " + str(FORMS))
+    parser.add_argument("--large", action="store_true", help="also what takes a sanitizer long")
+    options = parser.parse_args(argv)
+    backend = options.backend
     device = "cuda" if torch.cuda.is_available() else "cpu"
     with nk.use_backend(backend):
-        for fused in FORMS[backend]:
-            os.environ[f"NEUROADA_{backend.upper()}_FUSED"] = fused
+        for form in options.forms or FORMS[backend]:
+            os.environ[f"NEUROADA_{backend.upper()}_FUSED"] = form
             for dtype in (torch.float32, torch.bfloat16):
-                for case in CASES:
+                for case in (*CASES, *[LARGE] * options.large):
                     check(case, dtype, device)
-    print(f"smoke test passed: {backend} on {device}")
+            # Said at once: the next form may crash, or never end.
+            print(f"smoke test passed: {backend} on {device}, form {form}", flush=True)
 
 
 if __name__ == "__main__":
-    main(sys.argv[1])
+    main()
