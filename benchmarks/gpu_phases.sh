@@ -3,13 +3,13 @@
 # and `skip` end a phase with the words for its summary.
 
 # By importance: what is not reached in time is what matters least.
-PHASES=(build environment cuda-tests tests linear-8192 model linear-1024 model-checkpointed linear-16384
+PHASES=(build environment cuda-smoke cuda-tests tests linear-8192 model linear-1024 model-checkpointed linear-16384
   cuda-memcheck memcheck sweep-k linear-peers sweep-tokens cuda-racecheck racecheck)
 # By name alone.
 MORE=(cuda-initcheck cuda-synccheck linear-one-kernel linear-one-pass linear-patched)
 # Percent of the time that a phase may take of what others need more: a kernel may hang.
-declare -A SHARE=([build]=30 [environment]=10 [cuda-tests]=20 [tests]=20 [linear-8192]=30 [model]=35
-  [cuda-memcheck]=20 [memcheck]=20)
+declare -A SHARE=([build]=30 [environment]=10 [cuda-smoke]=20 [cuda-tests]=20 [tests]=20 [linear-8192]=30 [model]=35
+  [cuda-memcheck]=20 [memcheck]=20 [linear-one-kernel]=12 [linear-one-pass]=12 [linear-patched]=12)
 
 is_phase() {
   [[ " ${PHASES[*]} ${MORE[*]} " == *" $1 "* ]]
@@ -72,8 +72,23 @@ tests() { # BACKEND: every test that runs on a backend, and the Triton kernels' 
   has xdist && some+=(-n "$(($(nproc) < 8 ? $(nproc) : 8))")
   has pytest_timeout && some+=(--timeout 60 --timeout-method thread)
   [[ -z $DRY_RUN ]] || { files=(ops/test_kept.py); some=(-k 'float32 and T17 and linear and not dispatched'); }
-  run env NEUROADA_REQUIRE="$1" "$PYTHON" -m pytest -v --tb=short -ra -m on_backend "${some[@]}" \
+  run env NEUROADA_REQUIRE="$1" TORCHINDUCTOR_COMPILE_THREADS=1 "$PYTHON" -m pytest -v --tb=short -ra -m on_backend "${some[@]}" \
     -c "$WORK/pytest.ini" --rootdir="$ROOT" -p no:cacheprovider "${files[@]/#/$ROOT/tests/}"
+}
+
+# Each form in a process of its own: where one crashes or hangs, the others are tried all the same. Without
+# form 0, the default, nothing is to be had of the backend.
+smoke() {
+  [[ -z $DRY_RUN ]] || { skip "there is no kernel to try on the CPU"; return; }
+  # shellcheck disable=SC2016
+  run bash -c 'status=0
+    for form in 0 1 2 3; do
+      timeout --foreground --signal=KILL 30 "$PYTHON" "$ROOT/tests/triton_kernels/smoke_gpu.py" cuda --large --forms $form && continue
+      echo "form $form FAILED, status $?"
+      ((form == 0)) && status=20 || status=$((status ? status : 1))
+    done
+    exit $status'
+  ((STATUS == 20)) && left_cuda_out 0
 }
 
 sanitize() { # TOOL BACKEND
@@ -135,6 +150,7 @@ phase() {
       ;;
     tests) tests triton ;;
     cuda-tests) tests cuda ;;
+    cuda-smoke) smoke ;;
     cuda-*) sanitize "${1#cuda-}" cuda ;;
     memcheck | racecheck) sanitize "$1" triton ;;
     # shellcheck disable=SC2046

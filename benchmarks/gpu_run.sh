@@ -217,7 +217,7 @@ read_arguments() {
       *)
         if is_phase "$1"; then
           WANTED+=("$1")
-        elif [[ -z ${OUT:-} && ${#WANTED[@]} -eq 0 ]]; then
+        elif [[ ${#WANTED[@]} -eq 0 && (-z ${OUT:-} || $1 == "$OUT") ]]; then
           OUT=$1
         else
           stop "$1 is no phase, expected of: ${PHASES[*]} ${MORE[*]}"

@@ -62,6 +62,7 @@ def test_a_dry_run_has_a_phase_of_every_kind_and_leaves_few_valid_files(tmp_path
 PYTHON = """#!/bin/bash
 echo "$@" >>"$CALLS"
 case "$*" in
+  *"--forms $BROKEN") exit 139 ;;
   *get_device_name*) echo 'NVIDIA H200' ;;
   *"bench linear"*neuroada-cuda*) exit 139 ;;
   *"bench linear"*) exit 10 ;;
@@ -85,6 +86,22 @@ def test_cuda_kernels_that_break_a_process_are_left_out_and_the_rest_is_measured
     said = (tmp_path / "out" / "summary.txt").read_text()
     assert said.count("FAILED for some candidates, which its results name") == 2
     assert "linear-8192 broke with the backend cuda (FAILED, status 139, see log.txt)" in said
+
+
+@pytest.mark.parametrize(("broken", "left"), [("0", False), ("2", True)])
+def test_every_form_is_tried_and_without_the_default_one_the_backend_is_left_out(
+    broken, left, tmp_path: Path
+):
+    python, calls, out = tmp_path / "python3", tmp_path / "calls", tmp_path / "out"
+    python.write_text(PYTHON)
+    python.chmod(0o755)
+    named = {"PYTHON": str(python), "CALLS": str(calls), "BROKEN": broken, "OUT": str(out)}
+    arguments = [SCRIPT, out, "cuda-smoke", "linear-8192"]  # OUTDIR may be what OUT says already
+    done = subprocess.run(arguments, env={**ENVIRONMENT, **named}, capture_output=True)
+    assert done.returncode == 1
+    assert calls.read_text().count("smoke_gpu.py cuda --large --forms") == 4
+    assert f"form {broken} FAILED, status 139" in (out / "log.txt").read_text()
+    assert ("neuroada-cuda" in calls.read_text()) == left
 
 
 def test_without_time_every_phase_says_so(tmp_path: Path) -> None:
