@@ -8,7 +8,7 @@ PHASES=(build environment cuda-smoke cuda-tests tests linear-8192 model linear-1
 # By name alone.
 MORE=(cuda-initcheck cuda-synccheck linear-one-kernel linear-one-pass linear-patched)
 # Percent of the time that a phase may take of what others need more: a kernel may hang.
-declare -A SHARE=([build]=30 [environment]=10 [cuda-smoke]=20 [cuda-tests]=20 [tests]=20 [linear-8192]=30 [model]=35
+declare -A SHARE=([build]=30 [environment]=10 [cuda-smoke]=15 [cuda-tests]=15 [tests]=15 [linear-8192]=30 [model]=35
   [cuda-memcheck]=20 [memcheck]=20 [linear-one-kernel]=12 [linear-one-pass]=12 [linear-patched]=12)
 
 is_phase() {
@@ -80,14 +80,16 @@ tests() { # BACKEND: every test that runs on a backend, and the Triton kernels' 
 # form 0, the default, nothing is to be had of the backend.
 smoke() {
   [[ -z $DRY_RUN ]] || { skip "there is no kernel to try on the CPU"; return; }
+  local each=$(($(limit_of "$PHASE") / 4 - 1)) # so that all forms end before the phase is stopped
+  ((each < 30)) || each=30
   # shellcheck disable=SC2016
   run bash -c 'status=0
     for form in 0 1 2 3; do
-      timeout --foreground --signal=KILL 30 "$PYTHON" "$ROOT/tests/triton_kernels/smoke_gpu.py" cuda --large --forms $form && continue
+      timeout --foreground --signal=KILL "$1" "$PYTHON" "$ROOT/tests/triton_kernels/smoke_gpu.py" cuda --large --forms $form && continue
       echo "form $form FAILED, status $?"
       ((form == 0)) && status=20 || status=$((status ? status : 1))
     done
-    exit $status'
+    exit $status' smoke "$each"
   ((STATUS == 20)) && left_cuda_out 0
 }
 

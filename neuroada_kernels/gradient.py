@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from neuroada_kernels._progress import progress_bar
+from neuroada_kernels.functional import autocast_dtype
 from neuroada_kernels.nn.foreign import base_weight
 
 #: Bytes of gradients that are in memory at a time, where a caller says nothing else.
@@ -94,6 +95,9 @@ class _Sum:
         x = (args[0] if args else next(iter(kwargs.values()))).detach()
         if not output.requires_grad:  # nor does anything before it: the graph starts here
             output = output.detach().requires_grad_()
+        dtype = autocast_dtype(x)
+        if dtype is not None:  # the module read a copy in that dtype, unless x has it
+            x = x.to(dtype)
         version = None if x.is_inference() else x._version
 
         def add(grad: Tensor) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -160,6 +161,22 @@ def test_an_iterator_is_enough_where_the_data_is_gone_through_once():
     found = gathered(Model(), iter(batches()))
     expected = gathered(Model(), batches())
     assert all(torch.equal(found[name], expected[name]) for name in expected)
+
+
+def test_under_autocast_a_module_has_read_a_copy_that_nobody_writes():
+    def writing(value: float) -> Callable[[nn.Module, Batch], Tensor]:
+        def function(model: nn.Module, batch: Batch) -> Tensor:
+            with torch.autocast("cpu", torch.bfloat16):
+                x = batch[0].clone()
+                y = model(x)
+                x.add_(value)
+            return F.mse_loss(y.float(), batch[1])
+
+        return function
+
+    found = gathered(Model(), batches(), writing(1))
+    for name, expected in gathered(Model(), batches(), writing(0)).items():
+        assert found[name].equal(expected)
 
 
 def part_of_the_model(model: nn.Module, batch: Batch) -> Tensor:

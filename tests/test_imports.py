@@ -55,7 +55,7 @@ BELOW = {
     "_progress": set(),
     "strategies": {"nn"},
     "siblings": {"config", "nn"},
-    "gradient": {"_progress", "nn"},
+    "gradient": {"_progress", "functional", "nn"},
     "arguments": {"config", "gradient", "nn"},
     "choices": {"_progress", "config", "gradient", "nn", "targets"},
     "model": {

@@ -16,8 +16,8 @@
 
 namespace neuroada::cpu::NEUROADA_ISA {
 
-// Tokens of a block: at least kLeastTokens where threads share few tokens, since each block reads all of W,
-// and at most so many, unless a Weight wants more, or as take kStagedBytes staged.
+// Tokens of a block: at least kLeastTokens where threads share few tokens, since each block reads all of W, and at
+// most kMostTokens, or what a Weight names instead; fewer where these would take more than kStagedBytes.
 inline constexpr int64_t kMostTokens = 256;
 
 // Of so few tokens a block is short of memory, not of multipliers: no copy goes on beside the product, and

@@ -156,8 +156,8 @@ void with_token_block(const Sddmm& a, F&& f) {
   if constexpr (ProductCell<T>::tokens::kTokens == 1) {
     with_block<A>(a.tokens, columns, f);
   } else {
-    constexpr int64_t kStagedBytes = 512 << 10;
-    const int64_t fit = kStagedBytes / std::max<int64_t>(columns * static_cast<int64_t>(sizeof(A)), 1);
+    constexpr int64_t kMostBytes = 512 << 10;
+    const int64_t fit = kMostBytes / std::max<int64_t>(columns * static_cast<int64_t>(sizeof(A)), 1);
     const int64_t most = std::min(fit, (a.tokens + 1) / 2);
     if (most >= 4 * lanes) return f(std::integral_constant<int, 4 * lanes>{});
     if (most >= 2 * lanes) return f(std::integral_constant<int, 2 * lanes>{});

@@ -147,7 +147,7 @@ class ResidentLinear(BypassLinear):
         index, bias = cast(Tensor, buffers["index"]), parameters["bias"]
         weight, delta = cast(Tensor, parameters["weight"]), cast(Tensor, parameters["delta"])
         if functional.is_transformed():
-            return F.linear(x, reference.merged_weight(self._without_bypass(), index, delta), bias)
+            return F.linear(x, reference.merged_weight(self._traceable_base(), index, delta), bias)
         if torch.compiler.is_compiling():
             self._write(weight, delta)
         elif not self._is_patched(weight, delta):
@@ -223,6 +223,15 @@ class ResidentLinear(BypassLinear):
             weight = self.weight.detach().clone()
             ops.unmerge_(weight, self.merged_index, self.base_values)
         return weight
+
+    def _traceable_base(self) -> Tensor:
+        """The same by torch alone, for its transforms; empty slots write into a column too many."""
+        index, base = self.merged_index, self.base_values
+        assert index is not None
+        assert base is not None
+        weight = self.weight.detach()
+        column = torch.where(index < 0, weight.shape[1], index).long()
+        return F.pad(weight, (0, 1)).scatter(1, column, base)[:, :-1]
 
     def __setattr__(self, name: str, value: Any) -> None:
         buffers = self.__dict__.get("_buffers", {})

@@ -63,6 +63,7 @@ PYTHON = """#!/bin/bash
 echo "$@" >>"$CALLS"
 case "$*" in
   *"--forms $BROKEN") exit 139 ;;
+  *"--forms "*) [[ -z ${HANGS:-} ]] || sleep 30 ;;
   *get_device_name*) echo 'NVIDIA H200' ;;
   *"bench linear"*neuroada-cuda*) exit 139 ;;
   *"bench linear"*) exit 10 ;;
@@ -102,6 +103,17 @@ def test_every_form_is_tried_and_without_the_default_one_the_backend_is_left_out
     assert calls.read_text().count("smoke_gpu.py cuda --large --forms") == 4
     assert f"form {broken} FAILED, status 139" in (out / "log.txt").read_text()
     assert ("neuroada-cuda" in calls.read_text()) == left
+
+
+def test_forms_that_hang_leave_the_backend_out_before_the_phase_is_stopped(tmp_path: Path):
+    python, calls = tmp_path / "python3", tmp_path / "calls"
+    python.write_text(PYTHON)
+    python.chmod(0o755)
+    named = {"PYTHON": str(python), "CALLS": str(calls), "HANGS": "1"}
+    arguments = [SCRIPT, tmp_path / "out", "cuda-smoke", "linear-8192", "--minutes", "1"]
+    subprocess.run(arguments, env={**ENVIRONMENT, **named}, capture_output=True)
+    assert calls.read_text().count("smoke_gpu.py cuda --large --forms") == 4
+    assert "neuroada-cuda" not in calls.read_text()
 
 
 def test_without_time_every_phase_says_so(tmp_path: Path) -> None:

@@ -55,9 +55,13 @@ def test_the_gradient_follows_the_layers_own_index_after_a_functional_call():
     torch.testing.assert_close(_grad_x(layer, x), _expected(layer, x, layer.index))
 
 
-def test_an_ensemble_runs_under_vmap():
+@pytest.mark.parametrize("strategy", ["bypass", "resident"])
+def test_an_ensemble_runs_under_vmap(strategy):
     """As torch's tutorial has it: the buffers are stacked too, and the index can not be read."""
     layers = [_layer_and_other_index()[0] for _ in range(3)]
+    for layer in layers:
+        layer.strategy = strategy
+        layer(torch.randn(7, 6))
     stacked = torch.func.stack_module_state(layers)
     x = torch.randn(7, 6)
     y = torch.func.vmap(lambda *state: torch.func.functional_call(layers[0], state, x))(*stacked)
