@@ -210,6 +210,23 @@ def model_memory_panels(source: Source) -> list[tuple[str, Painter, str]]:
     return panels
 
 
+def quality_panels(source: Source) -> list[tuple[str, Painter, str]]:
+    """On text: methods at one budget beside NeuroAda, and loss against budget."""
+    groups = {(g["task"], g["name"]): g for g in quality.groups_of(source.document)}
+    methods, budgets = groups["text", "methods"], groups["text", "k"]
+    shown, series = quality.differences(methods), quality.budgets(budgets)
+    differences = ", ".join(f"{d.label} {d.mean:+.4f} ± {d.spread[0]:.4f}" for d in shown)
+    losses = ", ".join(
+        f"{one.label} {trainable:,}: {loss:.4f}"
+        for one in series
+        for trainable, loss in zip(one.x, one.y, strict=True)
+    )
+    return [
+        ("at one budget", quality.difference_dots(methods, shown), differences),
+        ("by budget", quality.budget_lines(budgets, series), losses),
+    ]
+
+
 MEMORY_METHODS = (
     "neuroada",
     "neuroada-compact",
@@ -272,6 +289,15 @@ FIGURES = (
         model_memory_panels,
         rows_height(len(MEMORY_METHODS)) + 24,
         tuple(memory.BYTES.values()),
+    ),
+    Figure(
+        "docs/figures/quality.svg",
+        "Held-out loss on text: methods at one budget beside NeuroAda, and by budget",
+        "quality",
+        ("quality.json",),
+        quality_panels,
+        rows_height(5),
+        (plots.Part("NeuroAda", "blue"), plots.Part("LoRA", "orange")),
     ),
 )
 

@@ -83,14 +83,8 @@ def _differences(source: Source, question: str, groups: list[Group]) -> str:
     """Paired differences: seeds differ more from one another than methods do."""
     panels = []
     for group in groups:
-        # Frozen and what diverged are in the tables alone: frozen would hide the differences.
-        rows = [r for r in group["rows"] if r["difference"] is not None and r["method"] != "frozen"]
-        looks = styles(_family(row) for row in group["rows"])
-        shown = [
-            Dot(r["variant"], r["difference"]["mean"], _sides(r["difference"]), looks[_family(r)])
-            for r in rows
-        ]
-        paint = dots(shown, f"loss minus {OURS}'s, {group['unit']}", reference=0)
+        shown = differences(group)
+        paint = difference_dots(group, shown)
         name, label = (
             f"{source.name} {group['task']} {group['name']}",
             f"{group['task']}: {question}",
@@ -105,6 +99,25 @@ def _differences(source: Source, question: str, groups: list[Group]) -> str:
     return found
 
 
+def differences(group: Group) -> list[Dot]:
+    """Held-out loss minus NeuroAda's, of each variant that has one.
+
+    Frozen and what diverged are in the tables alone: frozen would hide the differences.
+    """
+    rows = [r for r in group["rows"] if r["difference"] is not None and r["method"] != "frozen"]
+    looks = styles(_family(row) for row in group["rows"])
+    return [
+        Dot(r["variant"], r["difference"]["mean"], _sides(r["difference"]), looks[_family(r)])
+        for r in rows
+    ]
+
+
+def difference_dots(group: Group, shown: list[Dot]) -> Painter:
+    """Paints :func:`differences`."""
+    painter: Painter = dots(shown, f"loss minus {OURS}'s, {group['unit']}", reference=0)
+    return painter
+
+
 def _family(row: Mapping[str, Any]) -> str:
     """All of one method look alike."""
     return str(row["method"])
@@ -112,17 +125,9 @@ def _family(row: Mapping[str, Any]) -> str:
 
 def _budgets(source: Source, group: Group) -> str:
     """Loss against what trains, a line for each method that has several budgets."""
-    by_method: dict[str, list[Mapping[str, Any]]] = {}
-    for row in group["rows"]:
-        if row["loss"] is not None:
-            by_method.setdefault(row["method"], []).append(row)
-    by_method = {name: rows for name, rows in by_method.items() if len(rows) > 1}
-    names = {"neuroada": OURS, "lora": "LoRA"}
-    looks = styles(by_method)
-    series = [_line(names.get(name, name), rows, looks[name]) for name, rows in by_method.items()]
-    paint = lines(series, "trainable parameters", f"held-out loss, {group['unit']}", log="x")
+    series = budgets(group)
     title = f"Quality against budget, {group['task']}"
-    panel = draw(f"{source.name} budgets {group['task']}", title, _closer(paint, series))
+    panel = draw(f"{source.name} budgets {group['task']}", title, budget_lines(group, series))
     shown = {one.label: one.style for one in series}
     note = (
         "Means and 95 % intervals over seeds; less is better. k is 1, 2, 4 and so on for NeuroAda."
@@ -132,17 +137,21 @@ def _budgets(source: Source, group: Group) -> str:
     return found
 
 
-def _line(label: str, rows: list[Mapping[str, Any]], style: Style) -> Series:
-    rows = sorted(rows, key=lambda row: int(row["trainable"]))
-    means = [row["loss"]["mean"] for row in rows]
-    halves = [_half(row["loss"]) for row in rows]
-    lower = [mean - half for mean, half in zip(means, halves, strict=True)]
-    upper = [mean + half for mean, half in zip(means, halves, strict=True)]
-    return Series(label, [row["trainable"] for row in rows], means, style, lower, upper)
+def budgets(group: Group) -> list[Series]:
+    """Of each method with several budgets its losses over what trains."""
+    by_method: dict[str, list[Mapping[str, Any]]] = {}
+    for row in group["rows"]:
+        if row["loss"] is not None:
+            by_method.setdefault(row["method"], []).append(row)
+    by_method = {name: rows for name, rows in by_method.items() if len(rows) > 1}
+    names = {"neuroada": OURS, "lora": "LoRA"}
+    looks = styles(by_method)
+    return [_line(names.get(name, name), rows, looks[name]) for name, rows in by_method.items()]
 
 
-def _closer(paint: Painter, series: list[Series]) -> Painter:
-    """A loss has no meaningful zero: the axis shows what was reached."""
+def budget_lines(group: Group, series: list[Series]) -> Painter:
+    """Paints :func:`budgets`; a loss has no meaningful zero, so the axis shows what was reached."""
+    paint = lines(series, "trainable parameters", f"held-out loss, {group['unit']}", log="x")
 
     def closer(axes: Any) -> None:
         paint(axes)
@@ -152,6 +161,15 @@ def _closer(paint: Painter, series: list[Series]) -> Painter:
         )
 
     return closer
+
+
+def _line(label: str, rows: list[Mapping[str, Any]], style: Style) -> Series:
+    rows = sorted(rows, key=lambda row: int(row["trainable"]))
+    means = [row["loss"]["mean"] for row in rows]
+    halves = [_half(row["loss"]) for row in rows]
+    lower = [mean - half for mean, half in zip(means, halves, strict=True)]
+    upper = [mean + half for mean, half in zip(means, halves, strict=True)]
+    return Series(label, [row["trainable"] for row in rows], means, style, lower, upper)
 
 
 def table(group: Group) -> Table:
