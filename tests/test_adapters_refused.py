@@ -197,7 +197,8 @@ def test_merged_layers_over_one_weight_cannot_be_saved(path):
     trained(model, 0)
     nk.save_adapter(model, path)
     before = path.read_bytes()
-    nk.merge(model)
+    with pytest.warns(UserWarning, match=r"its weight is \d\.weight too"):
+        nk.merge(model)
     with pytest.raises(ValueError, match="1: is merged and shares its weight with 0"):
         nk.save_adapter(model, path)
     assert path.read_bytes() == before
