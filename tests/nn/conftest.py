@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from resident_layer import ResidentNeuroAdaLinear
 
 from neuroada_kernels import NeuroAdaLinear, ReferenceNeuroAdaLinear
 
@@ -11,17 +12,6 @@ from neuroada_kernels import NeuroAdaLinear, ReferenceNeuroAdaLinear
 @pytest.fixture(autouse=True)
 def _seed() -> None:
     torch.manual_seed(0)
-
-
-class ResidentNeuroAdaLinear(NeuroAdaLinear):
-    """One that is resident where it may be, unless it is told otherwise."""
-
-    def __init__(self, *args, strategy="auto", **options):
-        super().__init__(*args, strategy=strategy, **options)
-
-    @classmethod
-    def from_linear(cls, *args, strategy="auto", **options):
-        return super().from_linear(*args, strategy=strategy, **options)
 
 
 @pytest.fixture(
