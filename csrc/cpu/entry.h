@@ -12,5 +12,6 @@ void merge(const Merge&, const Executor&);
 void linear_fwd(const LinearFwd&, const Executor&);
 void linear_bwd_input(const LinearBwdInput&, const Executor&);
 void largest(const Largest&, const Executor&);
+void columns(const Columns&, const Executor&);
 
 }  // namespace neuroada::cpu::NEUROADA_ISA

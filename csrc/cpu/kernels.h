@@ -109,6 +109,16 @@ struct Largest {
   int32_t* index;  // [rows, k]
 };
 
+// out[t, i] = x[t, columns[i]]
+struct Columns {
+  DType dtype;
+  int64_t tokens, d_in, count;
+  const void* x;  // [tokens, d_in]
+  int64_t x_stride;
+  const int32_t* columns;  // [count], in any order
+  void* out;               // [tokens, count]
+};
+
 struct Kernels {
   const char* isa;
   void (*bypass_fwd)(const BypassFwd&, const Executor&);
@@ -118,6 +128,7 @@ struct Kernels {
   void (*linear_fwd)(const LinearFwd&, const Executor&);
   void (*linear_bwd_input)(const LinearBwdInput&, const Executor&);
   void (*largest)(const Largest&, const Executor&);
+  void (*columns)(const Columns&, const Executor&);
 };
 
 // The kernels of one instruction set by name, or null where it was not built or does not run here.

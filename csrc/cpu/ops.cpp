@@ -7,7 +7,6 @@
 #include <algorithm>
 #include <optional>
 
-#include "columns.h"
 #include "kernels.h"
 #include "neuroada/check.h"
 #include "neuroada/planner.h"
@@ -259,11 +258,8 @@ Tensor columns_op(const Tensor& x, const Tensor& columns) {
                     " columns");
   }
   Tensor out = torch::stable::new_empty(x, {tokens, count});
-  with_dtype(dtype, [&](auto element) {
-    using T = decltype(element);
-    copy_columns(static_cast<const T*>(x.const_data_ptr()), x.stride(0), tokens, chosen, count,
-                 static_cast<T*>(out.mutable_data_ptr()), torch_executor());
-  });
+  kernels().columns({dtype, tokens, d_in, count, x.const_data_ptr(), x.stride(0), chosen, out.mutable_data_ptr()},
+                    torch_executor());
   return out;
 }
 

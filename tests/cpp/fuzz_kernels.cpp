@@ -5,6 +5,7 @@
 #include <csignal>
 #include <cstdlib>
 
+#include "columns_checks.h"
 #include "largest_checks.h"
 #include "merge_checks.h"
 #include "plan_checks.h"
@@ -86,6 +87,13 @@ void fuzz_largest(Random& random) {
   check_largest(scores, k, 1 + random.below(5), std::to_string(columns) + " columns");
 }
 
+template <class T>
+void fuzz_columns(Random& random) {
+  const int64_t d_in = 1 + draw_size(random, 300), tokens = draw_size(random, 20);
+  check_columns<T>(tokens, d_in, draw_columns(d_in, random), 1 + random.below(5), random,
+                   std::to_string(d_in) + " inputs");
+}
+
 int32_t draw_column(int64_t d_in, int64_t disorder, Random& random) {
   if (random.below(100) >= disorder) return static_cast<int32_t>(random.below(d_in + 1) - 1);
   if (random.one_in(2)) return static_cast<int32_t>(random.below(5) - 2 + (random.one_in(2) ? d_in : 0));
@@ -120,6 +128,7 @@ int main(int argc, char** argv) {
     constexpr DType kDTypes[] = {DType::f32, DType::f64, DType::bf16, DType::f16};
     with_dtype(kDTypes[random.below(4)], [&](auto element) { fuzz_kernels<decltype(element)>(c, random); });
     with_dtype(kDTypes[random.below(4)], [&](auto element) { fuzz_largest<decltype(element)>(random); });
+    with_dtype(kDTypes[random.below(4)], [&](auto element) { fuzz_columns<decltype(element)>(random); });
     fuzz_planner(random);
   }
   if (failures > 0) name_seed();
