@@ -6,10 +6,12 @@ BIN := $(VENV)/bin
 TORCH ?= torch==2.13.0
 # Processes that run the tests; 0 for one, with a debugger at hand.
 WORKERS ?= 2
+CTEST := $(BIN)/ctest --parallel $(or $(filter-out 0,$(WORKERS)),1) --output-on-failure
 BUILD ?= $(or $(NEUROADA_BUILD),auto)
 # With BUILD=cuda nvcc comes from PyPI, pinned, about 100 MB; `NVCC=` takes the one on the PATH.
 NVCC ?= nvidia-cuda-nvcc==13.0.88 nvidia-nvvm==13.0.88 nvidia-cuda-crt==13.0.88 nvidia-cuda-cccl==13.0.85 nvidia-cuda-runtime==13.0.96
-CPP_BUILD := build/cpp
+# Where setup.py compiles for an editable install: the C++ tests are of the same objects.
+CPP_BUILD := build/cmake
 SOURCES := $(shell find csrc -type f) CMakeLists.txt setup.py pyproject.toml
 
 .PHONY: demo test bench figures lint format clean dist install test-python test-triton test-cpp test-cuda-host count-instructions fuzz smoke
@@ -31,6 +33,7 @@ install: $(VENV)/installed-$(BUILD)
 $(VENV)/torch:
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10) and "Python 3.10 or newer is needed")'
 	$(PYTHON) -m venv $(VENV)
+	rm -rf $(CPP_BUILD)
 	$(BIN)/python -m pip install --quiet "$(TORCH)"
 	touch $@
 
@@ -62,26 +65,26 @@ test-python: install $(HOST_CUDA)
 	NEUROADA_HOST_CUDA_LIBRARY=$(CURDIR)/$(HOST_CUDA) $(BIN)/python -m pytest -n $(WORKERS) --cov --cov-report=term-missing:skip-covered --cov-fail-under=90
 
 test-cpp: install
-	$(BIN)/cmake -G Ninja -S . -B $(CPP_BUILD) -DNEUROADA_PYTHON=OFF -DCMAKE_MAKE_PROGRAM=$(CURDIR)/$(BIN)/ninja
+	$(BIN)/cmake -G Ninja -S . -B $(CPP_BUILD) -DNEUROADA_PYTHON=OFF -DNEUROADA_TESTS=ON -DCMAKE_MAKE_PROGRAM=$(CURDIR)/$(BIN)/ninja
 	$(BIN)/cmake --build $(CPP_BUILD)
-	$(BIN)/ctest --test-dir $(CPP_BUILD) --output-on-failure
+	$(CTEST) --test-dir $(CPP_BUILD)
 
 # The C++ tests, those of the CUDA kernels too, and the fuzzer again, under AddressSanitizer and
 # UndefinedBehaviorSanitizer.
 fuzz: install
 	$(BIN)/cmake -G Ninja -S . -B build/sanitized -DNEUROADA_PYTHON=OFF -DNEUROADA_SANITIZE=address,undefined -DCMAKE_MAKE_PROGRAM=$(CURDIR)/$(BIN)/ninja
 	$(BIN)/cmake --build build/sanitized
-	$(BIN)/ctest --test-dir build/sanitized --output-on-failure
+	$(CTEST) --test-dir build/sanitized
 
 # The CUDA kernels on the CPU under ThreadSanitizer: a missing barrier is a data race there.
 test-cuda-host: install
 	$(BIN)/cmake -G Ninja -S . -B build/threads -DNEUROADA_PYTHON=OFF -DNEUROADA_SANITIZE=thread -DCMAKE_MAKE_PROGRAM=$(CURDIR)/$(BIN)/ninja
 	$(BIN)/cmake --build build/threads --target cuda_tests
-	$(BIN)/ctest --test-dir build/threads --tests-regex '^cuda_' --output-on-failure
+	$(CTEST) --test-dir build/threads --tests-regex '^cuda_'
 
 # Instructions of the CPU kernels, by callgrind, against the committed figures; WRITE=1 writes those anew.
 count-instructions: install
-	$(BIN)/cmake -G Ninja -S . -B $(CPP_BUILD) -DNEUROADA_PYTHON=OFF -DCMAKE_MAKE_PROGRAM=$(CURDIR)/$(BIN)/ninja
+	$(BIN)/cmake -G Ninja -S . -B $(CPP_BUILD) -DNEUROADA_PYTHON=OFF -DNEUROADA_TESTS=ON -DCMAKE_MAKE_PROGRAM=$(CURDIR)/$(BIN)/ninja
 	$(BIN)/cmake --build $(CPP_BUILD) --target count_instructions
 	$(BIN)/python tests/cpp/count_instructions.py $(CPP_BUILD)/tests/cpp/count_instructions $(if $(WRITE),--write)
 

@@ -55,14 +55,18 @@ class CMakeBuild(build_ext):
         }
         settings = [f"-D{name}={value}" for name, value in options.items()]
         jobs = os.environ.get("MAX_JOBS", str(os.cpu_count() or 1))
-        build = ["-B", self.build_temp]
-        subprocess.run([cmake, "-G", "Ninja", "-S", str(ROOT), *build, *settings], check=True)
-        subprocess.run([cmake, "--build", self.build_temp, "--parallel", jobs], check=True)
+        build = self.cmake_build()
+        subprocess.run([cmake, "-G", "Ninja", "-S", str(ROOT), "-B", build, *settings], check=True)
+        subprocess.run([cmake, "--build", build, "--parallel", jobs], check=True)
+
+    def cmake_build(self) -> str:
+        # What an editable install compiled stays, for the next one and for the C++ tests.
+        return str(ROOT / "build" / "cmake") if self.editable_mode else self.build_temp
 
     def build_extension(self, ext: Extension) -> None:
         target = Path(self.get_ext_fullpath(ext.name))
         target.parent.mkdir(parents=True, exist_ok=True)
-        shutil.copy2(Path(self.build_temp) / target.name, target)
+        shutil.copy2(Path(self.cmake_build()) / target.name, target)
 
     def get_ext_filename(self, fullname: str) -> str:
         # The op library has no Python in it, and so no Python version in its name.
