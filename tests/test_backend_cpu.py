@@ -115,6 +115,19 @@ def test_one_kernel_is_chosen_where_it_was_measured_faster(
     assert {dtype: cpu._tokens_of_one_kernel(dtype) for dtype in tokens} == tokens
 
 
+@pytest.mark.parametrize(
+    ("held_to", "amx"),
+    [(None, True), ("DEFAULT", True), ("AVX512_CORE_AMX", True), ("AVX512_CORE_BF16", False)],
+)
+def test_torch_has_tiles_unless_its_library_is_kept_from_them(held_to, amx, monkeypatch):
+    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: True)
+    monkeypatch.delenv("ONEDNN_MAX_CPU_ISA", raising=False)
+    monkeypatch.delenv("DNNL_MAX_CPU_ISA", raising=False)
+    if held_to is not None:
+        monkeypatch.setenv("ONEDNN_MAX_CPU_ISA", held_to)
+    assert cpu._has_amx() == amx
+
+
 def test_what_the_environment_says_must_be_0_or_1(monkeypatch):
     monkeypatch.setenv("NEUROADA_CPU_FUSED", "yes")
     with pytest.raises(ValueError, match=r"NEUROADA_CPU_FUSED: 'yes', expected 0 or 1"):

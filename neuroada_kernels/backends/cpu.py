@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import functools
 import math
+import os
 
 import torch
 from torch import Tensor
@@ -76,6 +77,10 @@ def _has_fast_mkl() -> bool:
 
 
 def _has_amx() -> bool:
+    """Whether torch's product multiplies in tiles of AMX, which oneDNN may be kept from."""
+    held_to = os.environ.get("ONEDNN_MAX_CPU_ISA", os.environ.get("DNNL_MAX_CPU_ISA", "")).lower()
+    if held_to not in ("", "all", "default") and "amx" not in held_to:
+        return False
     ask = getattr(torch.cpu, "_is_amx_tile_supported", lambda: False)
     return bool(ask())
 
