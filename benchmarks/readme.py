@@ -252,6 +252,7 @@ PARTS = (
     Part("docs/quality.md", "quality tables", "quality", ("quality.json",), quality_tables),
     Part(BENCHMARKS, "linear ranges", "linear", LINEAR_FILES, linear_ranges),
     Part(BENCHMARKS, "linear table", "linear", LINEAR_FILES[1:], linear_table),
+    Part(BENCHMARKS, "linear vectors", "linear", ("linear-xeon-avx512.json",), linear_table),
     Part(BENCHMARKS, "linear llama", "linear", ("linear-xeon-llama.json",), linear_table),
     Part(BENCHMARKS, "linear growth", "linear", ("linear-peers.json",), growth_tables),
     Part(BENCHMARKS, "model memory", "memory", ("memory.json",), memory_tables),
