@@ -17,6 +17,7 @@ from torch import Tensor
 
 from neuroada_kernels import _extension
 from neuroada_kernels._dtypes import FLOATING
+from neuroada_kernels._tracing import has_no_values, is_recorded
 
 SPLITS = 64
 
@@ -87,8 +88,9 @@ def check_index_form(index: Tensor, d_in: int) -> None:
         )
     if index.numel() >= 2**31:
         raise ValueError(f"index: {index.numel()} connections, expected fewer than 2^31")
-    if index.is_meta:
-        raise ValueError("index: is on the meta device, expected values")
+    if has_no_values(index):
+        kind = "on the meta device" if index.is_meta else "a fake tensor"
+        raise ValueError(f"index: is {kind}, expected values")
 
 
 def make_plan(index: Tensor, d_in: int) -> Tensor:
@@ -166,11 +168,11 @@ class Planned:
 
 
 def is_wrapped(index: Tensor) -> bool:
-    """Whether it is a ``torch.func`` transform's, whose values nobody can read.
+    """Whether it is a ``torch.func`` transform's or a fake one, whose values nobody can read.
 
-    The formula in plain PyTorch, which runs there, needs no plan.
+    The formula in plain PyTorch, which runs there, needs no plan, and nor does an op's fake.
     """
-    return torch._C._functorch.is_functorch_wrapped_tensor(index)
+    return torch._C._functorch.is_functorch_wrapped_tensor(index) or has_no_values(index)
 
 
 def _identity_of(index: Tensor) -> tuple[int, int, int]:
@@ -236,7 +238,7 @@ def columns_of(x: Tensor, columns: Tensor, dtype: torch.dtype) -> Tensor:
     """
     x = x.detach()
     if (
-        torch.compiler.is_compiling()
+        is_recorded()
         or _extension.library_error is not None
         or type(x) is not Tensor
         or not x.is_cpu

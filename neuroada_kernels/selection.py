@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from neuroada_kernels import _extension
+from neuroada_kernels._tracing import has_no_values
 
 #: Elements of the weight that are looked at together, so that no mask of its size is made.
 _BLOCK_ELEMENTS = 1 << 22
@@ -135,8 +136,9 @@ def check_weight(weight: Tensor, *, values: bool = True) -> None:
         raise TypeError(f"weight: dtype {weight.dtype}, expected a floating dtype")
     if weight.dim() != 2 or 0 in weight.shape:
         raise ValueError(f"weight: shape {list(weight.shape)}, expected [d_out, d_in]")
-    if values and weight.is_meta:
-        raise ValueError("weight: is on the meta device, expected values")
+    if values and has_no_values(weight):
+        kind = "on the meta device" if weight.is_meta else "a fake tensor"
+        raise ValueError(f"weight: is {kind}, expected values")
 
 
 def check_arguments(

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from neuroada_kernels import functional
+from neuroada_kernels._tracing import is_recorded
 from neuroada_kernels.config import SAVE_ACTIVATIONS
 from neuroada_kernels.nn._siblings import Siblings
 from neuroada_kernels.plan import columns_of, renumber
@@ -65,7 +66,7 @@ def kept_of(
     if not delta.requires_grad or functional.is_transformed():
         return None
     dtype = dtype or functional.autocast_dtype(x) or x.dtype
-    if torch.compiler.is_compiling():
+    if is_recorded():
         # Siblings have the very same columns, so that a compiler makes one copy of its own.
         return columns_of(x, columns, dtype), cast(Tensor, held["kept_index"])
     if type(x) not in (Tensor, nn.Parameter) or (dtype == x.dtype and is_kept_by_its_maker(x)):

@@ -45,7 +45,7 @@ class PlannedLayer(BypassLayer):
 
         Not one that a transform has wrapped, as ``vmap`` over several layers does.
         """
-        if not self.index.is_meta and not is_wrapped(self.index):
+        if not is_wrapped(self.index):
             self._leave_other_index()
             self._check_index(self.index)
             self._make_plan()

@@ -5,7 +5,8 @@ patched. Patching and restoring both assign, from these kept values alone, so th
 again, at any time, changes nothing.
 
 Python code cannot run before a compiled forward, nor before the replay of a CUDA graph, to see
-whether ``delta`` has changed: there W is patched in every forward.
+whether ``delta`` has changed: there W is patched in every forward. A program that is exported, to
+run without the layer, writes no weight.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ import sys
 import warnings
 import weakref
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from typing import Any, cast
 
 import torch
@@ -25,11 +27,19 @@ from torch.utils._python_dispatch import _disable_current_modes
 
 from neuroada_kernels import functional, ops, reference
 from neuroada_kernels._sharding import is_managed_by_fsdp
+from neuroada_kernels._tracing import is_exported
 from neuroada_kernels.nn._base import BypassLinear
 from neuroada_kernels.nn._strategy import refusal, why_not_resident
 
 #: The layers that are or were resident, copies among them.
 _layers: weakref.WeakSet[ResidentLinear] = weakref.WeakSet()
+_PLAIN_TYPES = (Tensor, nn.Parameter)
+_FUNCTIONALIZE = torch._C.DispatchKeySet(torch._C.DispatchKey.Functionalize)
+
+
+def _below_functionalization() -> AbstractContextManager[object]:
+    """What export and AOTAutograd switch on beside their modes, and takes no op that writes."""
+    return torch._C._ExcludeDispatchKeyGuard(_FUNCTIONALIZE)
 
 
 @functools.cache
@@ -148,11 +158,27 @@ class ResidentLinear(BypassLinear):
         weight, delta = cast(Tensor, parameters["weight"]), cast(Tensor, parameters["delta"])
         if functional.is_transformed():
             return F.linear(x, reference.merged_weight(self._traceable_base(), index, delta), bias)
+        if is_exported() or type(weight) not in _PLAIN_TYPES:
+            return self._exported_forward(x)
         if torch.compiler.is_compiling():
             self._write(weight, delta)
         elif not self._is_patched(weight, delta):
             self._patch(weight, delta)
         return functional.apply_resident(x, weight, index, delta, bias, self._keep(x))
+
+    def _exported_forward(self, x: Tensor) -> Tensor:
+        """``round(W + delta)``, whatever patched the weight last: the bypass is what it lacks.
+
+        That is nothing while ``delta`` has not changed since, and its gradient is delta's.
+        """
+        index, base_values, plan = self.merged_index, self.base_values, self._buffers["plan"]
+        assert index is not None
+        assert base_values is not None
+        weight, delta = self.weight, self.delta
+        dtype = torch.promote_types(torch.promote_types(weight.dtype, delta.dtype), torch.float32)
+        wanted = (base_values.to(dtype) + delta).to(weight.dtype)
+        lacking = wanted.to(dtype) - ops.gather(weight, index)
+        return functional.apply_linear(x, weight, index, lacking, self.bias, plan, self._keep(x))
 
     def _is_patched(self, weight: Tensor, delta: Tensor) -> bool:
         if self._seen is None or self._in_graph or _is_captured(weight):
@@ -280,5 +306,5 @@ class ResidentLinear(BypassLinear):
     def __del__(self) -> None:
         """Leave W as it was found, for whoever shares it, also in the middle of a compilation."""
         if self.__dict__.get("_owner") == id(self) and not sys.is_finalizing():
-            with _disable_current_modes():
+            with _disable_current_modes(), _below_functionalization():
                 self._leave_resident()

@@ -17,6 +17,7 @@ LIBRARY = torch.library.Library("neuroada", "DEF")
 _Result = TypeVar("_Result")
 _PLAIN_TYPES = (Tensor, torch.nn.Parameter)
 _dispatch_modes: Callable[[], int] = torch._C._len_torch_dispatch_stack
+_jit_state: Callable[[], object] = torch._C._get_tracing_state
 _transforms: Callable[[], bool] = torch._C._are_functorch_transforms_active
 _is_wrapped: Callable[[Tensor], bool] = torch._C._functorch.is_functorch_wrapped_tensor
 
@@ -58,6 +59,7 @@ def is_plain_eager(x: Tensor) -> bool:
         and type(x) in _PLAIN_TYPES
         and _dispatch_modes() == 0
         and not x.is_meta
+        and _jit_state() is None
         and forward_ad._current_level < 0
     )
 

@@ -90,10 +90,16 @@ def test_a_deleted_layer_restores_it(linear):
     assert bits(linear.weight).equal(before)
 
 
-def test_a_layer_that_is_collected_while_something_is_compiled_restores_it(linear):
+def functionalization() -> object:
+    """As it is on while an op runs in export."""
+    return torch._C._IncludeDispatchKeyGuard(torch._C.DispatchKey.Functionalize)
+
+
+@pytest.mark.parametrize("tracing", [FakeTensorMode, functionalization])
+def test_a_layer_that_is_collected_while_something_is_traced_restores_it(tracing, linear):
     before = bits(linear.weight)
     layer = trained(linear)
-    with FakeTensorMode():
+    with tracing():
         del layer
     assert bits(linear.weight).equal(before)
 
