@@ -244,6 +244,17 @@ def test_an_index_written_in_place_renews_its_siblings_columns(copies):
     assert_same_bits(results, gradients(model, x))
 
 
+def test_an_index_that_a_sibling_had_planned_first_still_moves_what_the_weight_holds():
+    q, k, _ = qkv_of(block_of(strategy="resident"))
+    base, x = k.state_dict()["weight"], tokens()
+    k.index.copy_((k.index + 9) % WIDTH)
+    q.index.copy_(q.index)
+    q(x)  # which plans its own anew, and asks its siblings
+    k(x)
+    assert k.delta.any()
+    assert k.weight.equal(nk.reference.merged_weight(base, k.index, k.delta))
+
+
 def test_an_invalid_index_of_a_sibling_is_its_own_error():
     model = block_of(save_activations="compact")
     q, k, _ = qkv_of(model)
