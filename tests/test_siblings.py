@@ -169,12 +169,27 @@ def test_siblings_that_read_different_inputs_get_their_own(copies):
     assert len(copies) == 3
 
 
+def test_nothing_is_copied_where_no_delta_trains(copies):
+    model = block_of(save_activations="compact").requires_grad_(False)
+    model(tokens().requires_grad_()).sum().backward()
+    assert not copies
+
+
 def test_a_copy_lives_no_longer_than_the_graph(copies):
     model, x = block_of(save_activations="compact"), tokens()
     y = model(x)
     assert sum(kept() is not None for kept in copies) == 3
     del y
     assert not any(kept() is not None for kept in copies)
+
+
+def test_a_copy_that_all_have_read_goes_with_the_graph_though_x_stays(copies):
+    model, x = block_of(save_activations="compact"), tokens()
+    outputs = [layer(x) for layer in qkv_of(model)]
+    (kept,) = copies
+    assert kept() is not None
+    del outputs
+    assert kept() is None
 
 
 def test_a_copy_that_not_all_have_read_goes_with_its_x(copies):
