@@ -124,7 +124,6 @@ def make_plan(index: Tensor, d_in: int) -> Tensor:
     work = column_start + torch.arange(d_in + 1, device=index.device)
     parts = torch.arange(SPLITS + 1, device=index.device) * work[-1]
     split = torch.searchsorted(work * SPLITS, parts)
-    split[-1] = d_in
     return torch.cat([column_start, split, entry]).int()
 
 

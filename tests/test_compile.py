@@ -127,6 +127,21 @@ def test_another_number_of_kept_columns_compiles_once_more_and_no_further(backen
         torch.testing.assert_close(results, step(model, model, x))
 
 
+def test_a_compiled_layer_follows_an_index_that_is_loaded(backend, device):
+    """It cannot plan by itself, and by the old plan dx would be another's."""
+    layer = nk.NeuroAdaLinear(24, 16, 3, device=device)
+    x = torch.randn(9, 24, device=device, requires_grad=True)
+    grad_output = torch.randn(9, 16, device=device)
+    function = compiled(layer)
+    function(x).sum().backward()
+    state = layer.state_dict()
+    other = {"index": (state["index"] + 7) % 24, "delta": torch.randn(16, 3)}
+    layer.load_state_dict({**state, **other})
+    results = torch.autograd.grad(function(x), [x, layer.delta], grad_output)
+    expected = torch.autograd.grad(layer(x), [x, layer.delta], grad_output)
+    assert all(r.equal(e) for r, e in zip(results, expected, strict=True))
+
+
 def test_a_compiled_model_follows_merging(backend, device):
     model = small_model().to(device)
     x = torch.randn(6, 24, device=device)

@@ -111,6 +111,21 @@ def test_other_files_are_copied_and_other_weights_are_not(tmp_path, adapter):
     assert {p: p.read_bytes() for p in base.rglob("*") if p.is_file()} == before
 
 
+def test_where_two_shards_have_a_tensor_the_index_decides(tmp_path, adapter):
+    base = write_base(tmp_path / "base", Model())
+    where = json.loads((base / "model.safetensors.index.json").read_text())["weight_map"]
+    name = "blocks.0.down.weight"  # in the first of them
+    for file in set(where.values()) - {where[name]}:
+        stray = {**load_file(base / file), name: torch.zeros(1)}
+        save_file(stray, base / file)
+    merge_checkpoint(base, adapter, tmp_path / "out")
+    model = adapted()
+    nk.merge(model)
+    for file in set(where.values()):
+        expected = model.get_parameter(name) if file == where[name] else torch.zeros(1)
+        assert torch.equal(load_file(tmp_path / "out" / file)[name], expected)
+
+
 def test_links_to_shards_are_followed(tmp_path, adapter):
     """As in the cache of Hugging Face."""
     base = write_base(tmp_path / "base", Model())

@@ -14,7 +14,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from neuroada_kernels import _extension, check_index, make_plan, order_slots
 from neuroada_kernels._dtypes import FLOATING
-from neuroada_kernels.plan import SPLITS, columns_of
+from neuroada_kernels.plan import SPLITS, columns_of, plan_parts
 
 needs_extension = pytest.mark.skipif(
     _extension.module is None, reason=f"no C++ planner: {_extension.module_error}"
@@ -94,7 +94,8 @@ def test_entries_are_the_stable_sort_by_column(plan, index_and_width):
     index, d_in = index_and_width
     columns = index.flatten().tolist()
     expected = sorted((c, e) for e, c in enumerate(columns) if c >= 0)
-    start, _, entry = unpack(plan, d_in)
+    start, split, entry = unpack(plan, d_in)
+    assert [part.tolist() for part in plan_parts(plan, d_in)] == [start, split, entry]
     assert plan.dtype == torch.int32
     assert entry == [e for _, e in expected]
     for c in range(d_in):
@@ -190,6 +191,11 @@ WRONG = {
     "vector": (int32([0, 1])[0], ValueError, r"index: shape \[2\], expected \[d_out, k\]"),
     "too many": (int32([0, 1, 2, 3, -1]), ValueError, "index: 5 connections a neuron"),
     "none": (torch.empty(3, 0, dtype=torch.int32), ValueError, "index: 0 connections a neuron"),
+    "too large for int32": (
+        int32([0]).expand(2**30, 2),
+        ValueError,
+        "index: 2147483648 connections, expected fewer than",
+    ),
     "meta": (int32([0, 1]).to("meta"), ValueError, "index: is on the meta device"),
 }
 

@@ -169,12 +169,27 @@ def test_siblings_that_read_different_inputs_get_their_own(copies):
     assert len(copies) == 3
 
 
+def test_nothing_is_copied_where_no_delta_trains(copies):
+    model = block_of(save_activations="compact").requires_grad_(False)
+    model(tokens().requires_grad_()).sum().backward()
+    assert not copies
+
+
 def test_a_copy_lives_no_longer_than_the_graph(copies):
     model, x = block_of(save_activations="compact"), tokens()
     y = model(x)
     assert sum(kept() is not None for kept in copies) == 3
     del y
     assert not any(kept() is not None for kept in copies)
+
+
+def test_a_copy_that_all_have_read_goes_with_the_graph_though_x_stays(copies):
+    model, x = block_of(save_activations="compact"), tokens()
+    outputs = [layer(x) for layer in qkv_of(model)]
+    (kept,) = copies
+    assert kept() is not None
+    del outputs
+    assert kept() is None
 
 
 def test_a_copy_that_not_all_have_read_goes_with_its_x(copies):
@@ -242,6 +257,17 @@ def test_an_index_written_in_place_renews_its_siblings_columns(copies):
     results = gradients(model, x)
     nk.set_save_activations(model, "full")
     assert_same_bits(results, gradients(model, x))
+
+
+def test_an_index_that_a_sibling_had_planned_first_still_moves_what_the_weight_holds():
+    q, k, _ = qkv_of(block_of(strategy="resident"))
+    base, x = k.state_dict()["weight"], tokens()
+    k.index.copy_((k.index + 9) % WIDTH)
+    q.index.copy_(q.index)
+    q(x)  # which plans its own anew, and asks its siblings
+    k(x)
+    assert k.delta.any()
+    assert k.weight.equal(nk.reference.merged_weight(base, k.index, k.delta))
 
 
 def test_an_invalid_index_of_a_sibling_is_its_own_error():

@@ -84,10 +84,6 @@ class PlannedLayer(BypassLayer):
         if not self._planned.is_still(index):
             self._replan()
 
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        super().__setstate__(state)
-        self._planned = Planned()
-
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
         super()._apply(fn, recurse)
         self._planned = Planned()
@@ -97,7 +93,6 @@ class PlannedLayer(BypassLayer):
         super()._load_from_state_dict(state_dict, prefix, *args)
         if prefix + "index" in state_dict:
             self._follow_index(self.index)
-            self._resume()
 
     def __setattr__(self, name: str, value: Any) -> None:
         super().__setattr__(name, value)

@@ -289,7 +289,7 @@ class ResidentLinear(BypassLinear):
             destination[prefix + "weight"] = self._without_bypass()
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
-        if prefix + "weight" in state_dict or prefix + "index" in state_dict:
+        if prefix + "weight" in state_dict:
             self._leave_resident()
         super()._load_from_state_dict(state_dict, prefix, *args)
         if self.base_values is None:

@@ -11,7 +11,14 @@ from neuroada_kernels.benchmarks import timing
 from neuroada_kernels.benchmarks.allocations import highest_alive
 from neuroada_kernels.benchmarks.candidates import Run, bench_inputs, table
 from neuroada_kernels.benchmarks.memory import measure_memory
-from neuroada_kernels.benchmarks.timing import Quartiles, Timings, host_cost, measure, paired_ratio
+from neuroada_kernels.benchmarks.timing import (
+    Quartiles,
+    Timings,
+    host_cost,
+    host_times,
+    measure,
+    paired_ratio,
+)
 from neuroada_kernels.testing import Case
 
 CASE = Case(tokens=32, d_in=64, d_out=48, k=2)
@@ -107,6 +114,26 @@ def test_host_cost_is_a_difference_within_a_round(clock: Clock, monkeypatch) -> 
         cost = host_cost(rounds=3, calls=1)
     assert cost.over_frozen_us == Quartiles(25, 30, 65)
     assert cost.frozen_us.median == 15
+
+
+def test_host_times_are_microseconds_of_one_call_without_what_is_waited_for(clock: Clock) -> None:
+    log: list[str] = []
+
+    def settle() -> None:
+        log.append("settle")
+        clock.now += 10**6
+
+    steps = {"A": Clocked(clock, log, "A", 3000, 4000)}
+    assert host_times(steps, rounds=2, calls=5, settle=settle) == {"A": Quartiles(7, 7, 7)}
+    calls = ["A:forward", "A:backward"] * 5
+    assert log == ["A:enter", "settle", *calls, "settle", "A:exit"] * 3, "a round to warm up"
+
+
+def test_the_calls_of_a_layer_are_timed_in_microseconds_a_call(clock: Clock) -> None:
+    def layer(x: torch.Tensor) -> None:
+        clock.now += 3000
+
+    assert timing._time_calls(layer, torch.zeros(1), 4) == 3
 
 
 def test_host_cost_times_real_calls() -> None:

@@ -345,6 +345,8 @@ def test_a_sum_over_different_connections_is_refused():
         model.add_weighted_adapter(["default", "absent"], [1, 1], "sum")
     with pytest.raises(ValueError, match="weights: 1 for 2"):
         model.add_weighted_adapter(["default", "other"], [1], "sum")
+    with pytest.raises(ValueError, match="there is an adapter 'other' already"):
+        model.add_weighted_adapter(["default"], [1], "other")
     with pytest.raises(ValueError, match="combination_type: 'svd'"):
         model.add_weighted_adapter(["default"], [1], "sum", combination_type="svd")
     assert set(adapted_layers(model)[QUERY].neuroada_delta) == before

@@ -97,6 +97,15 @@ def test_once_after_a_step_of_the_optimiser(layer, patches, optimiser, options):
         assert holds(layer)
 
 
+def test_a_copy_follows_its_own_optimiser(layer):
+    twin, x = copy.deepcopy(layer), torch.randn(9, 24)
+    twin(x).square().sum().backward()
+    ThroughData([twin.delta], lr=0.1).step(lambda: None)
+    twin(x)
+    assert holds(twin)
+    assert not twin.delta.equal(layer.delta)
+
+
 @pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode, torch.enable_grad])
 @pytest.mark.parametrize("change", ["in place", "by data", "by another parameter"])
 def test_however_delta_has_changed_and_wherever_the_forward_runs(layer, patches, mode, change):
@@ -130,6 +139,34 @@ def test_a_layer_that_is_moved_holds_no_other_weight_than_its_own(layer):
     assert memory.expired()
     layer(torch.randn(9, 24, dtype=torch.float64))
     assert holds(layer)
+
+
+def test_a_layer_that_was_resident_holds_no_weight_that_it_has_no_more(layer):
+    memory = StorageWeakRef(layer.weight.untyped_storage())
+    layer.strategy = "bypass"
+    layer.weight = nn.Parameter(torch.randn(16, 24), requires_grad=False)
+    assert memory.expired()
+
+
+def test_a_delta_in_the_memory_of_the_last_one_is_another(layer):
+    """Of the same address and version, with other values."""
+    delta = layer.delta = nn.Parameter(torch.randn(16, 3))
+    layer(torch.randn(9, 24))
+    other = nn.Parameter(delta.data)  # which counts versions of its own
+    with torch.no_grad():
+        delta.add_(1)
+    layer.delta = other
+    layer(torch.randn(9, 24))
+    assert holds(layer)
+
+
+def test_a_delta_that_counts_no_versions_is_looked_at_in_every_forward(layer):
+    with torch.inference_mode():
+        layer.delta = nn.Parameter(torch.randn(16, 3), requires_grad=False)
+        for _ in range(2):
+            layer(torch.randn(9, 24))
+            assert holds(layer)
+            layer.delta.add_(1)
 
 
 def test_deltas_that_come_and_go_are_told_apart(layer):
@@ -223,6 +260,28 @@ def test_writing_what_is_there_or_beside_it_changes_nothing(layer, patches):
     assert layer.weight.equal(base.masked_fill(~chosen, 5))
 
 
+def test_neither_an_empty_slot_nor_nan_is_taken_for_a_weight_that_was_written(layer):
+    index = layer.index.clone()
+    index[:, 1] = -1
+    layer.index = index
+    with torch.no_grad():
+        layer.delta[3, 0] = torch.nan
+        layer(torch.randn(9, 24))
+        layer.weight.copy_(layer.weight.clone())
+        layer(torch.randn(9, 24))
+    assert layer.weight.isnan().sum() == 1
+
+
+def test_a_weight_that_was_written_beside_them_is_patched_with_another_delta(layer):
+    """As by what writes all parameters: of delta and W, either may have come first."""
+    base = layer.state_dict()["weight"]
+    with torch.no_grad():
+        layer.weight.copy_(layer.weight.clone())
+        layer.delta.add_(1)
+    layer(torch.randn(9, 24))
+    assert layer.weight.equal(reference.merged_weight(base, layer.index, layer.delta))
+
+
 def test_averaged_weights_are_patched_anew(layer):
     """torch.optim.swa_utils averages every parameter, the patched ones too."""
     averaged = torch.optim.swa_utils.AveragedModel(layer)
@@ -305,12 +364,12 @@ def test_a_weight_of_another_dtype_is_named(layer):
 
 def test_always_where_a_graph_records_it_and_from_then_on(layer, patches, monkeypatch):
     """A replay has another delta, of which no version tells: so the graph has to have the patch."""
-    x = torch.randn(9, 24)
+    x = torch.randn(9, 24, requires_grad=True)
     with monkeypatch.context() as capture:
         capture.setattr(_resident, "_is_captured", lambda weight: True)
-        layer(x)
-        layer(x)
+        outputs = [layer(x), layer(x)]
     assert len(patches) == 2
+    sum(y.sum() for y in outputs).backward()  # the same values again spoil no pending backward
     layer.delta.data.add_(0.1)  # as a replay may
     layer(x)
     assert len(patches) == 3

@@ -142,6 +142,17 @@ def test_two_adapters_cannot_be_resident_in_one_weight():
         first.strategy = "resident"
 
 
+def test_an_index_that_is_wrong_is_refused_before_anything_is_written():
+    layer = NeuroAdaLinear(24, 16, 3)
+    before = layer.weight.clone()
+    with torch.no_grad():
+        layer.delta.fill_(1)
+        layer.index[3] = layer.index[3, 0]
+    with pytest.raises(ValueError, match=r"index: column \d+ stands twice in row 3"):
+        layer.strategy = "resident"
+    assert layer.weight.equal(before)
+
+
 def test_a_copy_is_another_weight():
     layer = NeuroAdaLinear(24, 16, 3, strategy="resident")
     twin = copy.deepcopy(layer)

@@ -181,7 +181,9 @@ def test_autocast_casts_the_patched_weight(autocast):
 
 @pytest.mark.parametrize("strategy", ["bypass", "resident"])
 def test_torch_func_differentiates_the_formula(strategy):
-    layer = NeuroAdaLinear(6, 5, 2, dtype=torch.float64, strategy=strategy)
+    index = torch.tensor([[0, 3], [2, -1], [-1, 0], [-1, -1], [5, 4]], dtype=torch.int32)
+    linear = torch.nn.Linear(6, 5, dtype=torch.float64)
+    layer = NeuroAdaLinear.from_linear(linear, index=index, strategy=strategy)
     with torch.no_grad():
         layer.delta.normal_()
     x = torch.randn(3, 7, 6, dtype=torch.float64)

@@ -92,16 +92,18 @@ def test_slots_without_a_connection_write_nothing(backend, device):
     assert patched.equal(weight)
 
 
-@pytest.mark.parametrize("write", ["patch_", "unmerge_"])
+@pytest.mark.parametrize("write", ["merge_", "patch_", "unmerge_"])
 def test_a_backward_that_saved_the_weight_notices(write, backend, device):
     inputs = make_inputs(Case(3, 8, 6, 2), torch.float32, device=device)
     original = ops.gather(inputs.weight, inputs.index)
     x = inputs.x.clone().requires_grad_()
     y = torch.nn.functional.linear(x, inputs.weight)
-    if write == "patch_":
-        ops.patch_(inputs.weight, inputs.index, inputs.delta, original)
-    else:
-        ops.unmerge_(inputs.weight, inputs.index, original)
+    arguments = {
+        "merge_": (inputs.delta,),
+        "patch_": (inputs.delta, original),
+        "unmerge_": (original,),
+    }
+    getattr(ops, write)(inputs.weight, inputs.index, *arguments[write])
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
         y.sum().backward()
 

@@ -1,0 +1,39 @@
+"""The dense product onto a y that holds the bypass: one rounding, whatever the processor knows."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from neuroada_kernels.backends import _dense
+
+SIXTEEN = {"bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+@pytest.mark.parametrize("tokens", [8, 21])  # a whole block of tokens, and two and a half
+@pytest.mark.parametrize("bias", [False, True], ids=["", "bias"])
+@pytest.mark.parametrize("known", [True, False], ids=["by oneDNN", "widened"])
+@pytest.mark.parametrize("dtype", SIXTEEN)
+def test_product_and_bias_join_before_the_rounding(dtype, known, bias, tokens, monkeypatch):
+    dtype = SIXTEEN[dtype]
+    if known and not _dense.has_product(dtype):
+        pytest.skip("oneDNN does not multiply this dtype here")
+    monkeypatch.setattr(_dense, "has_product", lambda dtype: known)
+    monkeypatch.setattr(_dense, "_BLOCK_BYTES", 8 * 2 * 49)
+    monkeypatch.setattr(_dense, "_WIDENED_BYTES", (1 << 12, 1 << 12))  # some columns at a time
+    torch.manual_seed(0)
+    y, x, weight = (torch.randn(s).to(dtype) for s in ((tokens, 49), (tokens, 33), (33, 49)))
+    joins = torch.randn(49).to(dtype) if bias else None
+    exact = y.double() + x.double() @ weight.double() + (joins.double() if bias else 0)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        result = _dense.add_dense(y.clone(), x, weight, joins)
+    assert result.dtype == dtype
+    half_a_place = exact.abs() * torch.finfo(dtype).eps / 2
+    assert ((result.double() - exact).abs() <= half_a_place + 1e-5).all()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+def test_a_bias_of_32_bits_and_more_joins_the_bypass_and_one_of_16_the_product(dtype):
+    wide, narrow = torch.zeros(4, dtype=dtype), torch.zeros(4, dtype=torch.bfloat16)
+    assert _dense.bias_for_bypass(wide) == (wide, None)
+    assert _dense.bias_for_bypass(narrow) == (None, narrow)
