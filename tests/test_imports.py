@@ -39,6 +39,7 @@ BELOW = {
     "triton_kernels": set(),
     "backends": {"_registry", "_extension", "plan", "reference", "triton_kernels"},
     "ops": {"_registry"},
+    "flops": {"ops"},
     "functional": {"_dtypes", "ops", "reference"},
     "nn": {
         "_dtypes",

@@ -3,7 +3,6 @@
 An op asks :mod:`neuroada_kernels._registry` who serves it; it never imports a backend.
 """
 
-from neuroada_kernels.ops._flops import register_flop_formulas
 from neuroada_kernels.ops.bypass_add import bypass_add
 from neuroada_kernels.ops.linear import linear
 from neuroada_kernels.ops.merge import gather, merge_, patch_, unmerge_
@@ -18,5 +17,3 @@ __all__ = [
     "resident_linear",
     "unmerge_",
 ]
-
-register_flop_formulas()
