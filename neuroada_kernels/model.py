@@ -26,7 +26,7 @@ from neuroada_kernels.nn.linear import NeuroAdaLinear
 from neuroada_kernels.replacing import hand_on_attributes
 from neuroada_kernels.siblings import check_siblings, link_siblings
 from neuroada_kernels.strategies import shared_weights
-from neuroada_kernels.targets import errors_name, find_targets, is_foreign
+from neuroada_kernels.targets import errors_name, find_targets, is_foreign, modules_of_peft
 
 
 @dataclass(frozen=True)
@@ -166,6 +166,9 @@ def adapt(
     **options: Any,
 ) -> AdaptSummary:
     """Replace linears of ``model`` in place, and freeze everything but what the adapter trains.
+
+    Adapters that PEFT has put into the model before, LoRA's as others, train on if they did;
+    ``"all-linear"`` leaves their matrices out.
 
     ``adapt(model, config)``, or ``adapt(model, k, target_modules, ...)`` with the fields of
     :class:`NeuroAdaConfig` as arguments. A model on the meta device can be adapted before its
@@ -367,9 +370,11 @@ def keep_config(model: nn.Module, config: NeuroAdaConfig | None) -> None:
 
 def _freeze(model: nn.Module, config: NeuroAdaConfig) -> None:
     """Let nothing train but deltas, and biases where the config says so."""
-    deltas = deltas_of(model)
+    kept = deltas_of(model) | {
+        id(parameter) for module in modules_of_peft(model) for parameter in module.parameters()
+    }
     for name, parameter in model.named_parameters():
-        if id(parameter) not in deltas:
+        if id(parameter) not in kept:
             is_bias = name.rpartition(".")[2].endswith("bias")
             parameter.requires_grad_(config.bias == "all" and is_bias)
 

@@ -9,6 +9,7 @@ one). ``csrc/include/neuroada/planner.h`` says the same for C++.
 from __future__ import annotations
 
 import ctypes
+import zlib
 from collections.abc import Iterable
 from typing import NamedTuple
 
@@ -138,6 +139,15 @@ def count_connections(index: Tensor, d_in: int) -> int:
         if not error:
             return int(live)
     return int((index >= 0).sum())
+
+
+def checksum(plan: Tensor) -> int | None:
+    """Of its values, None where they cannot be read now; on a CPU by one thread, as in counting."""
+    if type(plan) is not Tensor or plan.is_meta or is_wrapped(plan):
+        return None
+    if plan.is_cuda and torch.cuda.is_current_stream_capturing():
+        return None
+    return zlib.crc32(_buffer(plan)) if plan.is_cpu else int(plan.sum())
 
 
 class Planned:

@@ -6,6 +6,7 @@ import inspect
 from typing import Any
 
 from torch import nn
+from torch.nn.utils import parametrize
 
 from neuroada_kernels.nn._base import BypassLinear
 
@@ -29,6 +30,10 @@ def check_hooks(name: str, module: nn.Module) -> None:
     They do not go along, since they may be meant for this very module: those of torch's weight
     norm compute its weight, and one that looks at ``delta`` finds none in a plain linear.
     """
+    if parametrize.is_parametrized(module):
+        raise ValueError(
+            f"{name}: has parametrizations, which its replacement would lose; remove them first"
+        )
     if has_hooks(module) or any(getattr(module, hooks) for hooks in _STATE_HOOKS):
         raise ValueError(f"{name}: has hooks, which its replacement would lose; remove them first")
 

@@ -12,6 +12,7 @@ from neuroada_kernels._sharding import is_sharded
 from neuroada_kernels.config import ALL_LINEAR, NeuroAdaConfig, matches
 from neuroada_kernels.nn._base import BypassLinear
 from neuroada_kernels.nn._layer import BypassLayer
+from neuroada_kernels.nn._weight import is_of
 from neuroada_kernels.nn.bypass import NeuroAdaBypass
 from neuroada_kernels.nn.experts import NeuroAdaExperts, is_experts, why_not_experts
 from neuroada_kernels.nn.foreign import has_own_forward, is_base, is_library
@@ -19,6 +20,8 @@ from neuroada_kernels.replacing import check_hooks
 
 #: What stands where a module was.
 _OURS = (BypassLayer, NeuroAdaExperts)
+#: What PEFT puts there: an adapter's layer, and what trains a whole copy.
+_OF_PEFT = ("BaseTunerLayer", "AuxiliaryTrainingWrapper")
 
 
 def find_targets(
@@ -129,6 +132,21 @@ def output_head(model: nn.Module) -> nn.Module | None:
     return head if isinstance(head, nn.Module) else None
 
 
+def modules_of_peft(model: nn.Module) -> set[nn.Module]:
+    """The modules that PEFT has put beside those of the model: LoRA's, and whole copies to train.
+
+    A layer of PEFT has the module that it was put round as ``base_layer``; where PEFT trains a
+    copy, the forward leaves out the module itself, and both belong to it.
+    """
+    found: set[nn.Module] = set()
+    for module in model.modules():
+        if any(is_of(module, "peft", kind) for kind in _OF_PEFT):
+            base = getattr(module, "base_layer", None)
+            children = (child for child in module.children() if child is not base)
+            found.update(part for child in children for part in child.modules())
+    return found
+
+
 def _is_linear(module: nn.Module, adapted: bool) -> bool:
     """Whether ``"all-linear"`` means it."""
     if adapted and isinstance(module, BypassLinear):
@@ -143,7 +161,8 @@ def _targeted(
 ) -> set[int]:
     linears = {name: m for name, m in named.items() if name and _is_linear(m, adapted)}
     if targets == ALL_LINEAR:
-        head = output_head(model)
+        head, others = output_head(model), modules_of_peft(model)
+        linears = {name: m for name, m in linears.items() if m not in others}
         if not linears:
             raise ValueError(
                 f"target_modules: the model has no torch.nn.Linear inside{_hint(named)}"

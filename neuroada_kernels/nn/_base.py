@@ -14,6 +14,7 @@ from neuroada_kernels.nn._activations import check_save_activations
 from neuroada_kernels.nn._deferred import Deferred
 from neuroada_kernels.nn._layer import BaseForm, BypassLayer
 from neuroada_kernels.nn._offloaded import check_trains
+from neuroada_kernels.nn._own import wrong_shape
 from neuroada_kernels.nn._strategy import check_strategy, why_not_resident
 from neuroada_kernels.nn._weight import entries_of
 from neuroada_kernels.nn.foreign import is_library
@@ -146,6 +147,9 @@ class BypassLinear(BypassLayer):
             raise TypeError(f"linear: has a {kind}, expected plain numbers; see NeuroAdaBypass")
         if parametrize.is_parametrized(linear):
             raise ValueError("linear: has parametrizations, expected a weight of its own")
+        for name in ("weight", "bias"):
+            if name not in linear._parameters:
+                raise ValueError(f"linear: its {name} is no parameter, expected one of its own")
         check_weight(linear.weight, values=index is not None)
         check_strategy(strategy, linear.weight)
         check_save_activations(save_activations)
@@ -212,6 +216,30 @@ class BypassLinear(BypassLayer):
             return F.linear(x, self.weight, self.bias)
         return self._bypass_forward(x)
 
+    def check_mergeable(self) -> None:
+        super().check_mergeable()
+        if (reason := self._why_not_written()) is not None:
+            raise ValueError(f"{reason}, expected a parameter to merge into")
+
+    def _why_not_written(self) -> str | None:
+        if "weight" in self._parameters:
+            return None
+        return "weight: is computed, by a parametrization, a norm or pruning"
+
+    def _check_shapes(self) -> None:
+        """Raise where a tensor of another shape was put into the layer."""
+        parameters, rows = self._parameters, self.out_features
+        weight, bias = parameters.get("weight"), parameters.get("bias")
+        delta, index = parameters["delta"], self._buffers["index"]
+        assert delta is not None
+        assert index is not None
+        if weight is not None and weight.shape != (rows, self.in_features):
+            raise wrong_shape("weight", weight, (rows, self.in_features))
+        if bias is not None and bias.shape != (rows,):
+            raise wrong_shape("bias", bias, (rows,))
+        if delta.shape != index.shape:
+            raise wrong_shape("delta", delta, index.shape)
+
     def extra_repr(self) -> str:
         return (
             f"in_features={self.in_features}, out_features={self.out_features}, k={self.k}, "
@@ -235,4 +263,4 @@ class BypassLinear(BypassLayer):
         return BaseForm(None, self.weight.dtype, self.weight.device)
 
     def _why_not_resident(self) -> str | None:
-        return why_not_resident(self.weight)
+        return self._why_not_written() or why_not_resident(self.weight)

@@ -14,6 +14,7 @@ from neuroada_kernels._sharding import is_managed_by_fsdp, is_sharded, local, sp
 from neuroada_kernels.nn._activations import ActivationSaver
 from neuroada_kernels.nn._deferred import Deferred
 from neuroada_kernels.nn._offloaded import check_present
+from neuroada_kernels.nn._own import OwnTensors
 from neuroada_kernels.nn._rows import BatchRows
 from neuroada_kernels.nn._strategy import check_known, refusal
 from neuroada_kernels.plan import check_index, check_index_form, count_connections
@@ -38,7 +39,7 @@ def uncast(fn: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
     return move
 
 
-class BypassLayer(ActivationSaver):
+class BypassLayer(ActivationSaver, OwnTensors):
     """k bypass connections a neuron beside a frozen weight, wherever that is."""
 
     in_features: int
@@ -295,9 +296,18 @@ class BypassLayer(ActivationSaver):
             raise ValueError(f"index: shape {list(index.shape)}, expected {expected}")
         check_index(index, self.in_features)
 
+    def _check_index_device(self, index: Tensor) -> None:
+        """Raise where ``delta`` is on another device, but for one that is elsewhere for now."""
+        delta = self._parameters["delta"]
+        assert delta is not None
+        if index.device != delta.device and not (delta.is_meta or is_sharded(delta)):
+            raise ValueError(f"index: on {index.device}, expected {delta.device}, as delta")
+
     def __setattr__(self, name: str, value: Any) -> None:
         if name == "index" and "index" in self.__dict__.get("_buffers", ()):
             self._check_index(value)
+            if not self._loading:
+                self._check_index_device(value)
             if self.merged and not self._loading:
                 raise RuntimeError("index: cannot change while merged, unmerge first")
             value = value.contiguous()

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from neuroada_kernels.nn._layer import BypassLayer
-from neuroada_kernels.plan import Planned, is_wrapped, make_plan
+from neuroada_kernels.plan import Planned, checksum, is_wrapped, make_plan
 
 
 class PlannedLayer(BypassLayer):
@@ -21,7 +21,8 @@ class PlannedLayer(BypassLayer):
 
     plan: Tensor
     _planned = Planned()  # the index that the plan is of
-    _plan_facts: tuple[str, ...] = ("_planned",)
+    _plan_checksum: int | None = None  # of the plan as it was made, which copies have too
+    _plan_facts: tuple[str, ...] = ("_planned", "_plan_checksum")
 
     def _make_plan(self) -> None:
         self._plan()
@@ -36,16 +37,39 @@ class PlannedLayer(BypassLayer):
             with torch.inference_mode(False), torch.no_grad():
                 plan, self._planned = self._plan_of(self.index), Planned(self.index)
         self.register_buffer("plan", plan, persistent=False)
+        self._plan_checksum = checksum(plan)
 
     def _plan_of(self, index: Tensor) -> Tensor:
         return make_plan(index, self.in_features)
+
+    def _check_not_averaged(self) -> None:
+        """Raise where a moving average of all buffers has been written into those of the layer.
+
+        Torch's has fractions cut off an index, which makes it one of other connections. As nobody
+        else writes into a plan, that tells of it; but one process may send another its index and
+        the plan of it, as DistributedDataParallel does.
+        """
+        known, plan = self._plan_checksum, self.plan
+        if known is None or self.index.is_meta or checksum(plan) in (None, known):
+            return
+        try:
+            fits = plan.equal(self._plan_of(self.index))
+        except (TypeError, ValueError):
+            fits = False
+        if not fits:
+            raise RuntimeError(
+                "index: was averaged, with all buffers, into one of other connections; expected "
+                "AveragedModel(model, use_buffers=False), which averages delta alone"
+            )
 
     def _replan(self) -> None:
         """Check and plan an index that was replaced, written in place, copied or moved.
 
         Not one that a transform has wrapped, as ``vmap`` over several layers does.
         """
+        self._check_index_device(self.index)
         if not is_wrapped(self.index):
+            self._check_not_averaged()
             self._leave_other_index()
             self._check_index(self.index)
             self._make_plan()
@@ -61,6 +85,7 @@ class PlannedLayer(BypassLayer):
         if (
             patched is None
             or captured
+            or patched.device != self.index.device
             or self._why_not_resident() is not None
             or not torch.equal(patched, self.index)
         ):
@@ -71,8 +96,9 @@ class PlannedLayer(BypassLayer):
             return False
         if not self._planned.is_still(self.index):
             try:
+                self._check_not_averaged()
                 self._check_index(self.index)
-            except (TypeError, ValueError):
+            except (TypeError, ValueError, RuntimeError):
                 return False  # its own forward says why
             self._leave_other_index()
             self._plan()
@@ -82,16 +108,32 @@ class PlannedLayer(BypassLayer):
     def _follow_index(self, index: Tensor) -> None:
         """Plan anew where ``index``, the layer's own, is not what the plan is of."""
         if not self._planned.is_still(index):
-            self._replan()
+            with self._siblings.lock:  # one of several threads plans
+                if not self._planned.is_still(self.index):
+                    self._replan()
+
+    def check_selected(self) -> None:
+        super().check_selected()
+        self._check_not_averaged()
+
+    def unmerge(self) -> None:
+        self._check_not_averaged()
+        super().unmerge()
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
         super()._apply(fn, recurse)
         self._planned = Planned()
+        self._plan_checksum = checksum(self.plan)  # another where memory has no values yet
         return self
+
+    def _save_to_state_dict(self, *args: Any) -> None:
+        self._check_not_averaged()
+        super()._save_to_state_dict(*args)
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
         super()._load_from_state_dict(state_dict, prefix, *args)
         if prefix + "index" in state_dict:
+            self._plan_checksum = None  # whatever the index was before
             self._follow_index(self.index)
 
     def __setattr__(self, name: str, value: Any) -> None:

@@ -11,6 +11,7 @@ run without the layer, writes no weight.
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import sys
 import warnings
@@ -29,6 +30,7 @@ from neuroada_kernels import functional, ops, reference
 from neuroada_kernels._sharding import is_managed_by_fsdp
 from neuroada_kernels._tracing import is_exported
 from neuroada_kernels.nn._base import BypassLinear
+from neuroada_kernels.nn._own import wrong_shape
 from neuroada_kernels.nn._strategy import refusal, why_not_resident
 
 #: The layers that are or were resident, copies among them.
@@ -137,9 +139,16 @@ class ResidentLinear(BypassLinear):
     def _leave_resident(self) -> None:
         if self.base_values is None or self.merged_index is None:
             return
+        self._check_shape(self.weight)
         with torch.no_grad():
             ops.unmerge_(self.weight, self.merged_index, self.base_values)
         self.base_values = self.merged_index = self._seen = None
+
+    def _check_shape(self, weight: Tensor) -> None:
+        """Raise where ``weight`` is none to write the kept values into."""
+        expected = (self.out_features, self.in_features)
+        if weight.shape != expected:
+            raise wrong_shape("weight", weight, expected)
 
     def _resume(self) -> None:
         """Enter again after what has left it for a while: merging, loading, moving."""
@@ -154,7 +163,8 @@ class ResidentLinear(BypassLinear):
     def _resident_forward(self, x: Tensor) -> Tensor:
         # Module.__getattr__ would cost more than the checks.
         buffers, parameters = self._buffers, self._parameters
-        index, bias = cast(Tensor, buffers["index"]), parameters["bias"]
+        index = cast(Tensor, buffers["index"])
+        bias = parameters["bias"] if "bias" in parameters else self.bias  # noqa: SIM401 - dear
         weight, delta = cast(Tensor, parameters["weight"]), cast(Tensor, parameters["delta"])
         if functional.is_transformed():
             return F.linear(x, reference.merged_weight(self._traceable_base(), index, delta), bias)
@@ -163,7 +173,9 @@ class ResidentLinear(BypassLinear):
         if torch.compiler.is_compiling():
             self._write(weight, delta)
         elif not self._is_patched(weight, delta):
-            self._patch(weight, delta)
+            with self._siblings.lock:  # another thread may be patching it, once is enough
+                if not self._is_patched(weight, delta):
+                    self._patch(weight, delta)
         return functional.apply_resident(x, weight, index, delta, bias, self._keep(x))
 
     def _exported_forward(self, x: Tensor) -> Tensor:
@@ -181,9 +193,10 @@ class ResidentLinear(BypassLinear):
         return functional.apply_linear(x, weight, index, lacking, self.bias, plan, self._keep(x))
 
     def _is_patched(self, weight: Tensor, delta: Tensor) -> bool:
-        if self._seen is None or self._in_graph or _is_captured(weight):
+        seen = self._seen
+        if seen is None or self._in_graph or _is_captured(weight):
             return False
-        return self._seen[0].is_still(delta) and self._seen[1].is_still(weight)
+        return seen[0].is_still(delta) and seen[1].is_still(weight)
 
     def _write(self, weight: Tensor, delta: Tensor) -> None:
         buffers = self._buffers
@@ -265,8 +278,12 @@ class ResidentLinear(BypassLinear):
             return super().__setattr__(name, value)
         if name == "index":
             self._check_index(value)
-        elif isinstance(value, Tensor) and (reason := why_not_resident(value)) is not None:
-            raise ValueError(f"{refusal(reason)}; set 'bypass' before the weight is replaced")
+            if not self._loading:
+                self._check_index_device(value)
+        elif isinstance(value, Tensor):
+            self._check_shape(value)
+            if (reason := why_not_resident(value)) is not None:
+                raise ValueError(f"{refusal(reason)}; set 'bypass' before the weight is replaced")
         self._leave_resident()
         super().__setattr__(name, value)
         self._resume()
@@ -306,5 +323,7 @@ class ResidentLinear(BypassLinear):
     def __del__(self) -> None:
         """Leave W as it was found, for whoever shares it, also in the middle of a compilation."""
         if self.__dict__.get("_owner") == id(self) and not sys.is_finalizing():
-            with _disable_current_modes(), _below_functionalization():
+            # A weight of another shape, which somebody put there, has nothing to restore.
+            suppressed = contextlib.suppress(ValueError)
+            with _disable_current_modes(), _below_functionalization(), suppressed:
                 self._leave_resident()

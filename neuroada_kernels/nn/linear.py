@@ -27,7 +27,9 @@ class NeuroAdaLinear(NamedLayer, PlannedLayer, ResidentLinear):
         if not torch.compiler.is_compiling():
             self._follow_index(index)
             if self._strategy == "resident" and buffers["base_values"] is None:
-                self._resume()
+                with self._siblings.lock:
+                    self._resume()
+        self._check_shapes()
         if buffers["base_values"] is not None:
             return self._resident_forward(x)
         return functional.apply_linear(
@@ -35,7 +37,7 @@ class NeuroAdaLinear(NamedLayer, PlannedLayer, ResidentLinear):
             self.weight,
             index,
             self.delta,
-            parameters["bias"],
+            parameters["bias"] if "bias" in parameters else self.bias,  # noqa: SIM401 - dear
             buffers["plan"],
             self._keep(x),
         )

@@ -17,6 +17,7 @@ class ReferenceNeuroAdaLinear(NamedLayer, BypassLinear):
     # to W + delta is built in every forward, and W stays as it is.
 
     def _bypass_forward(self, x: Tensor) -> Tensor:
+        self._check_shapes()
         if self.strategy == "resident":
             weight = reference.merged_weight(self.weight, self.index, self.delta)
             return F.linear(x, weight, self.bias)

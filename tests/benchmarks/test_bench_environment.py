@@ -16,7 +16,15 @@ from neuroada_kernels.benchmarks.html.source import Source
 
 ROOT = Path(__file__).parents[2]
 #: Of the package's own variables, those that leave what runs, and what it computes, as it is.
-CHANGE_NOTHING = {"NEUROADA_COMMIT"}
+#: What was built is named by itself, and the last two are the tests'.
+CHANGE_NOTHING = {
+    "NEUROADA_COMMIT",
+    "NEUROADA_BUILD",
+    "NEUROADA_REQUIRE",
+    "NEUROADA_HOST_CUDA_LIBRARY",
+}
+#: Names that are put together: of the variables above, or of all that are set, to show them.
+FAMILIES = {"NEUROADA_", "NEUROADA_{device}_FUSED"}
 
 
 @pytest.fixture
@@ -35,21 +43,58 @@ def test_variables_that_change_what_runs_are_named_where_one_is_set(nothing_set)
     assert environment.environment()["environment"] == expected
 
 
+def names_in(root: Path, *patterns: str, before: str = "") -> set[str]:
+    """What files below ``root`` call so, a name that is put together in its parts."""
+    name = re.compile(before + r"(NEUROADA_\w*(?:\{\w+\}\w*)*)")
+    paths = [path for pattern in patterns for path in root.glob(pattern)]
+    return {found for path in paths for found in name.findall(path.read_text())}
+
+
+def variables_in(root: Path) -> set[str]:
+    """The package's own variables that its sources name, however they read them.
+
+    CMake has variables too, and C++ has macros: what CMake sets or C++ defines is none of these,
+    but for a name in quotes.
+    """
+    cmake = ("CMakeLists.txt", "csrc/**/CMakeLists.txt", "tests/**/CMakeLists.txt")
+    cpp = [f"csrc/**/*.{ending}" for ending in ("cpp", "h", "cu", "cuh")]
+    of_cmake = names_in(root, *cmake, before=r"(?<!ENV\{)\b")
+    of_cpp = names_in(root, *cpp, before="#define ")
+    python = ("neuroada_kernels/**/*.py", "triton_kernels/**/*.py", "benchmarks/**/*.py")
+    return (
+        names_in(root, *python)
+        | names_in(root, *cmake, before=r"ENV\{")
+        | names_in(root, *cpp, before=r'(?<!#error )"')
+        | (names_in(root, "setup.py", "Makefile", ".ci/run", "benchmarks/*.sh") - of_cmake)
+        | (names_in(root, *cpp) - of_cmake - of_cpp)
+    )
+
+
 def test_every_variable_that_the_package_reads_is_known() -> None:
     """A new one is named in results, or said to change nothing."""
-    read = set()
-    for folder, pattern in (
-        ("neuroada_kernels", "*.py"),
-        ("triton_kernels", "*.py"),
-        ("benchmarks", "*.py"),
-        ("csrc", "*.cpp"),
-    ):
-        for path in (ROOT / folder).rglob(pattern):
-            for line in path.read_text().splitlines():
-                if "environ" in line or "getenv" in line:
-                    read |= set(re.findall(r'"(NEUROADA_\w+)"', line))
-    assert len(read) > 4
-    assert read <= {*environment.VARIABLES} | CHANGE_NOTHING
+    known = {name for name in environment.VARIABLES if name.startswith("NEUROADA_")}
+    assert variables_in(ROOT) == known | CHANGE_NOTHING | FAMILIES
+
+
+@pytest.mark.parametrize(
+    ("path", "text", "name"),
+    [
+        ("neuroada_kernels/a.py", 'read = os.environ\nread["NEUROADA_NEW"]', "NEUROADA_NEW"),
+        ("triton_kernels/a.py", 'get(f"NEUROADA_{kind}_NEW")', "NEUROADA_{kind}_NEW"),
+        ("setup.py", 'NAME = "NEUROADA_NEW"', "NEUROADA_NEW"),
+        ("Makefile", "NEW ?= $(NEUROADA_NEW)", "NEUROADA_NEW"),
+        (".ci/run", "echo ${NEUROADA_NEW:-}", "NEUROADA_NEW"),
+        ("CMakeLists.txt", "set(NEW $ENV{NEUROADA_NEW})", "NEUROADA_NEW"),
+        ("csrc/cpu/a.cpp", 'char name[] = "NEUROADA_NEW";', "NEUROADA_NEW"),
+        ("csrc/cpu/a.h", 'read(std::string("NEUROADA_") + name);', "NEUROADA_"),
+    ],
+)
+def test_a_variable_is_found_however_it_is_read(
+    tmp_path: Path, path: str, text: str, name: str
+) -> None:
+    (tmp_path / path).parent.mkdir(parents=True, exist_ok=True)
+    (tmp_path / path).write_text(text)
+    assert variables_in(tmp_path) == {name}
 
 
 RESTRICTED = {"ONEDNN_MAX_CPU_ISA": "AVX2", "NEUROADA_CPU_ISA": "avx2"}

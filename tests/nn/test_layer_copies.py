@@ -5,12 +5,15 @@ from __future__ import annotations
 import copy
 import io
 import pickle
+import threading
+import time
 
 import pytest
 import torch
 from layer_facts import assert_state, effective_weight, input_gradient, other_index, state_of
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
+from neuroada_kernels import NeuroAdaLinear, merge, save_adapter
 from neuroada_kernels.testing import rms_error, tolerance
 
 
@@ -171,3 +174,77 @@ def test_the_average_of_a_layer_that_was_moved_follows_it(trained, save_activati
         layer.delta.copy_(total)
     expected = x.double() @ effective_weight(layer).t() + layer.bias.double()
     torch.testing.assert_close(y.double(), expected, rtol=1e-5, atol=1e-5)
+
+
+def averaged(strategy, decay):
+    """A layer, and its moving average over two steps with all its buffers."""
+    layer = NeuroAdaLinear(300, 40, k=8, strategy=strategy)
+    average = AveragedModel(
+        torch.nn.Sequential(layer), use_buffers=True, multi_avg_fn=get_ema_multi_avg_fn(decay)
+    )
+    for _ in range(2):
+        average.update_parameters(torch.nn.Sequential(layer))
+    return layer, average.module
+
+
+@pytest.mark.parametrize("strategy", ["bypass", "resident"])
+@pytest.mark.parametrize(
+    "use",
+    [
+        lambda model, path: model(torch.randn(9, 300)),
+        lambda model, path: model.state_dict(),
+        lambda model, path: merge(model),
+        lambda model, path: save_adapter(model, path / "adapter.safetensors"),
+    ],
+    ids=["forward", "state_dict", "merge", "save_adapter"],
+)
+def test_an_index_that_was_averaged_is_refused(strategy, use, tmp_path):
+    """Torch cuts off what multiplying by 0.9 and 0.1 leaves of a column."""
+    layer, model = averaged(strategy, 0.9)
+    assert not torch.equal(model[0].index, layer.index)
+    message = "index: was averaged, .*expected AveragedModel"
+    with pytest.raises((RuntimeError, ValueError), match=message):
+        use(model, tmp_path)
+    model.load_state_dict({f"0.{name}": t for name, t in layer.state_dict().items()})
+    x = torch.randn(9, 300)
+    assert torch.equal(model(x), layer(x))
+
+
+@pytest.mark.parametrize("strategy", ["bypass", "resident"])
+def test_an_average_of_all_buffers_that_left_the_index_as_it_was_is_none_to_refuse(strategy):
+    layer, model = averaged(strategy, 0.5)
+    x = torch.randn(9, 300)
+    assert torch.equal(model(x), layer(x))
+    model[0].index.copy_(other_index(layer))  # by hand, after which the plan is another
+    model(x)
+
+
+def test_threads_in_the_first_forward_of_a_copy_patch_its_weight_once(monkeypatch):
+    """What one of them has saved for its backward must not be written by the next."""
+    layer = copy.deepcopy(NeuroAdaLinear(24, 16, k=2, strategy="resident"))
+    barrier, written, errors = threading.Barrier(4), [], []
+    write = NeuroAdaLinear._write
+
+    def slowly(self, weight, delta):
+        written.append(threading.get_ident())
+        time.sleep(0.05)
+        write(self, weight, delta)
+
+    def run():
+        x = torch.randn(9, 24, requires_grad=True)
+        barrier.wait(60)
+        try:
+            y = layer(x)
+            barrier.wait(60)
+            y.sum().backward()
+        except Exception as error:
+            errors.append(error)
+
+    monkeypatch.setattr(NeuroAdaLinear, "_write", slowly)
+    threads = [threading.Thread(target=run) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(120)
+    assert errors == []
+    assert len(written) == 1

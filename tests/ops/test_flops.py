@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 import neuroada_kernels as nk
-import neuroada_kernels.flops  # noqa: F401 - for its effect
+import neuroada_kernels.flops
 
 TOKENS, D_IN, D_OUT, K = 6, 24, 40, 3
 DENSE, BYPASS = 2 * TOKENS * D_IN * D_OUT, 2 * TOKENS * D_OUT * K

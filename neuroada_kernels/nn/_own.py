@@ -1,0 +1,58 @@
+"""Tensors that are a layer's own: of their shapes, and not computed anew in every forward.
+
+Torch's parametrizations, spectral and weight norm, and pruning put a parameter away under another
+name, and an attribute that they compute in its place.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from torch import Tensor, nn
+
+#: By what prune, and the old weight_norm, end the name of a parameter that they put away.
+_PUT_AWAY = ("_orig", "_v")
+
+
+def wrong_shape(name: str, tensor: Tensor, expected: Sequence[int]) -> ValueError:
+    """The error where a layer was given a tensor of another shape."""
+    return ValueError(f"{name}: shape {list(tensor.shape)}, expected {list(expected)}")
+
+
+class OwnTensors(nn.Module):
+    """The part of a layer that lets nobody take away what it reads and writes itself.
+
+    That is ``index`` and ``delta``, and ``weight`` while it holds the bypass.
+    """
+
+    def _why_own(self, name: str) -> str | None:
+        if name in ("index", "delta"):
+            return "the layer's own, which its kernels read"
+        holding = (self._buffers.get(kept) for kept in ("original", "base_values"))
+        if name == "weight" and any(kept is not None for kept in holding):
+            return "one without the bypass: unmerge(), or set the strategy 'bypass', before"
+        return None
+
+    def _check_stays(self, name: str) -> None:
+        """Raise where ``name`` is to be put away, before anything is."""
+        reason = self._why_own(name)
+        if reason is not None:
+            raise ValueError(
+                f"{name}: would be deleted, or computed by a parametrization, a norm or pruning; "
+                f"expected {reason}"
+            )
+
+    def __delattr__(self, name: str) -> None:
+        self._check_stays(name)
+        super().__delattr__(name)
+
+    def register_parameter(self, name: str, param: nn.Parameter | None) -> None:
+        held = next((name.removesuffix(end) for end in _PUT_AWAY if name.endswith(end)), "")
+        if param is not None and held not in self._parameters and self._why_own(held):
+            # The old weight_norm has deleted it unasked, and brings its memory under this name. An
+            # optimizer that had the parameter before has to be told of this one.
+            self._parameters.pop(f"{held}_g", None)
+            self._parameters[held] = nn.Parameter(param.detach(), held == "delta")
+            vars(self).pop("_seen", None)  # what a resident layer knew of the one before
+        self._check_stays(held)
+        super().register_parameter(name, param)
