@@ -1,12 +1,13 @@
 """Tensors that are a layer's own: of their shapes, and not computed anew in every forward.
 
 Torch's parametrizations, spectral and weight norm, and pruning put a parameter away under another
-name, and an attribute that they compute in its place.
+name, and an attribute that they compute in its place. ``nn.DataParallel`` does so for each call.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 from torch import Tensor, nn
 
@@ -24,6 +25,20 @@ class OwnTensors(nn.Module):
 
     That is ``index`` and ``delta``, and ``weight`` while it holds the bypass.
     """
+
+    _is_replica = False  # torch sets it in the copies that nn.DataParallel makes for a call
+
+    def _put_into_replica(self, name: str, value: object) -> bool:
+        """Whether this is a replica that is given a tensor of its own.
+
+        Its parameters are none to torch, being computed; here they are found where a layer's are.
+        """
+        if not self._is_replica or not isinstance(value, Tensor):
+            return False
+        held: dict[str, Any] = self._buffers if name in self._buffers else self._parameters
+        held[name] = value
+        vars(self).pop("_seen", None)  # what a resident layer knew of the tensors of its own
+        return True
 
     def _why_own(self, name: str) -> str | None:
         if name in ("index", "delta"):

@@ -107,7 +107,8 @@ class PlannedLayer(BypassLayer):
 
     def _follow_index(self, index: Tensor) -> None:
         """Plan anew where ``index``, the layer's own, is not what the plan is of."""
-        if not self._planned.is_still(index):
+        # A replica's index and plan are copies of the layer's.
+        if not self._planned.is_still(index) and not self._is_replica:
             with self._siblings.lock:  # one of several threads plans
                 if not self._planned.is_still(self.index):
                     self._replan()
@@ -137,6 +138,8 @@ class PlannedLayer(BypassLayer):
             self._follow_index(self.index)
 
     def __setattr__(self, name: str, value: Any) -> None:
+        if self._put_into_replica(name, value):
+            return
         super().__setattr__(name, value)
         if name == "index" and "plan" in self._buffers:
             self._make_plan()

@@ -273,9 +273,12 @@ class ResidentLinear(BypassLinear):
         return F.pad(weight, (0, 1)).scatter(1, column, base)[:, :-1]
 
     def __setattr__(self, name: str, value: Any) -> None:
+        if self._put_into_replica(name, value):
+            return
         buffers = self.__dict__.get("_buffers", {})
         if name not in ("index", "weight") or buffers.get("base_values") is None:
-            return super().__setattr__(name, value)
+            super().__setattr__(name, value)
+            return
         if name == "index":
             self._check_index(value)
             if not self._loading:
