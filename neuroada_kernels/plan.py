@@ -31,18 +31,18 @@ def check_index(index: Tensor, d_in: int) -> int:
     TypeError
         If ``index`` is not an int32 tensor.
     ValueError
-        If it is no matrix, is on the meta device, or has a column that is out of range or stands
-        twice in its row. -1 marks a slot without a connection and may repeat.
+        If it is no matrix, has no values, or has a column that is out of range or stands twice in
+        its row. -1 marks a slot without a connection and may repeat.
     RuntimeError
         If it is on a GPU of which a CUDA graph is being captured.
     """
     check_index_form(index, d_in)
+    _check_readable(index)
     if index.device.type == "cpu" and _extension.module is not None:
         live, error = _extension.module.check_index(_buffer(index), *index.shape, d_in)
         if error:
             raise ValueError(f"index: {error}")
         return int(live)
-    _check_not_captured(index)
     ordered = index.sort(dim=1).values
     out_of_range = ((index < -1) | (index >= d_in)).any(1)
     repeated = ((ordered[:, 1:] == ordered[:, :-1]) & (ordered[:, 1:] >= 0)).any(1)
@@ -53,13 +53,16 @@ def check_index(index: Tensor, d_in: int) -> int:
     return int((index >= 0).sum())
 
 
-def _check_not_captured(index: Tensor) -> None:
-    """Raise where a CUDA graph is captured, which would record that the values are waited for."""
+def _check_readable(index: Tensor) -> None:
+    """Raise where a CUDA graph is captured, which would record that the values are waited for, and
+    where there are none."""
     if index.is_cuda and torch.cuda.is_current_stream_capturing():
         raise RuntimeError(
             "index: cannot be checked or planned while a CUDA graph is captured; run the layer "
             "once before, or give the function its plan"
         )
+    if has_no_values(index):
+        raise ValueError("index: is a fake tensor, expected values")
 
 
 def _first_fault(columns: list[int], row: int, d_in: int) -> str:
@@ -89,9 +92,8 @@ def check_index_form(index: Tensor, d_in: int) -> None:
         )
     if index.numel() >= 2**31:
         raise ValueError(f"index: {index.numel()} connections, expected fewer than 2^31")
-    if has_no_values(index):
-        kind = "on the meta device" if index.is_meta else "a fake tensor"
-        raise ValueError(f"index: is {kind}, expected values")
+    if index.is_meta:
+        raise ValueError("index: is on the meta device, expected values")
 
 
 def make_plan(index: Tensor, d_in: int) -> Tensor:
@@ -112,12 +114,12 @@ def make_plan(index: Tensor, d_in: int) -> Tensor:
         If it is on a GPU of which a CUDA graph is being captured.
     """
     check_index_form(index, d_in)
+    _check_readable(index)
     if index.device.type == "cpu" and _extension.module is not None:
         live = count_connections(index, d_in)
         plan = torch.empty(d_in + 1 + SPLITS + 1 + live, dtype=torch.int32)
         _extension.module.plan_index(_buffer(index), *index.shape, d_in, _buffer(plan))
         return plan
-    _check_not_captured(index)
     columns = index.flatten().long()
     entry = torch.argsort(columns, stable=True)[int((columns < 0).sum()) :]
     counts = torch.bincount(columns[columns >= 0], minlength=d_in)
@@ -134,7 +136,8 @@ def count_connections(index: Tensor, d_in: int) -> int:
     On a CPU by one thread: to wake others takes longer than to count, by milliseconds on a virtual
     machine, and a model has hundreds of layers.
     """
-    if index.device.type == "cpu" and _extension.module is not None:
+    on_cpu = index.device.type == "cpu" and not has_no_values(index)
+    if on_cpu and _extension.module is not None:
         live, error = _extension.module.check_index(_buffer(index), *index.shape, d_in)
         if not error:
             return int(live)
