@@ -362,6 +362,22 @@ def test_merge_keeps_the_output_and_unmerge_restores_every_bit(model, layer_type
     assert torch.equal(model(TOKENS), y)
 
 
+def test_an_interrupt_leaves_no_layer_merged(monkeypatch):
+    def interrupted() -> None:
+        raise KeyboardInterrupt
+
+    model = nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8))
+    before = model[0].weight.clone()
+    adapt(model, 2)
+    with torch.no_grad():
+        model[0].delta.fill_(1)
+    monkeypatch.setattr(model[1], "merge", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        merge(model)
+    assert not model[0].merged
+    assert model[0].weight.equal(before)
+
+
 def test_two_layers_over_one_weight_unmerge_bit_for_bit():
     """Both choose the same entries, so the second keeps what the first has written."""
     first, second = nn.Linear(8, 8), nn.Linear(8, 8)

@@ -98,6 +98,11 @@ def test_ties_go_to_the_lower_columns(dtype, k):
     assert select(weight, k, "smallest").tolist() == largest_by_sorting(-magnitude, k)
 
 
+def test_both_zeros_are_one_score(way):
+    scores = torch.tensor([[-1.0, -0.0, 0.0]])
+    assert select(torch.ones(1, 3), 1, scores=scores).tolist() == [[1]]
+
+
 def test_infinities_are_largest():
     weight = torch.tensor([[1.0, -math.inf, 3.0, math.inf], [0.0, -0.0, 0.0, 0.0]])
     assert select(weight, 2).tolist() == [[1, 3], [0, 1]]

@@ -372,6 +372,21 @@ def test_connections_that_do_not_fit_are_refused(name, index, message):
     assert not changed(model, before)
 
 
+def test_an_index_that_is_wrong_leaves_the_one_that_is_there():
+    held = adapted_layers(adapted())[QUERY].neuroada_index
+    before = held["default"].clone()
+    with pytest.raises(ValueError, match="index: column 32 in row 0 is out of range"):
+        held["default"] = torch.full_like(before, 32)
+    assert held["default"].equal(before)
+
+
+def test_a_weight_of_the_base_that_trains_gets_its_gradient():
+    model = give_values(adapted(), 1)
+    weight = adapted_layers(model)[QUERY].base_layer.weight.requires_grad_()
+    model(input_ids=batch(0)).logits.sum().backward()
+    assert weight.grad.any()
+
+
 @pytest.mark.parametrize("how", ["copied", "written in place"])
 def test_it_trains_after_a_forward_in_inference_mode(how):
     """Which is the first to see that the index is another one, and plans it."""
