@@ -56,6 +56,8 @@ class CMakeBuild(build_ext):
         settings = [f"-D{name}={value}" for name, value in options.items()]
         jobs = os.environ.get("MAX_JOBS", str(os.cpu_count() or 1))
         build = self.cmake_build()
+        # What it says of the last run may be gone: a ninja of pip's own, a checkout that was moved.
+        (Path(build) / "CMakeCache.txt").unlink(missing_ok=True)
         subprocess.run([cmake, "-G", "Ninja", "-S", str(ROOT), "-B", build, *settings], check=True)
         subprocess.run([cmake, "--build", build, "--parallel", jobs], check=True)
 

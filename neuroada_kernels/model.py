@@ -167,7 +167,7 @@ def adapt(
 ) -> AdaptSummary:
     """Replace linears of ``model`` in place, and freeze everything but what the adapter trains.
 
-    Adapters that PEFT has put into the model before, LoRA's as others, train on if they did;
+    Adapters that PEFT has put into layers before, LoRA's as others, train on if they did;
     ``"all-linear"`` leaves their matrices out.
 
     ``adapt(model, config)``, or ``adapt(model, k, target_modules, ...)`` with the fields of

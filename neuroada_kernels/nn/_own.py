@@ -63,7 +63,8 @@ class OwnTensors(nn.Module):
 
     def register_parameter(self, name: str, param: nn.Parameter | None) -> None:
         held = next((name.removesuffix(end) for end in _PUT_AWAY if name.endswith(end)), "")
-        if param is not None and held not in self._parameters and self._why_own(held):
+        taken = held not in self._parameters and held not in self._buffers
+        if param is not None and taken and self._why_own(held):
             # The old weight_norm has deleted it unasked, and brings its memory under this name. An
             # optimizer that had the parameter before has to be told of this one.
             self._parameters.pop(f"{held}_g", None)

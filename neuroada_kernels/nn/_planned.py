@@ -54,7 +54,7 @@ class PlannedLayer(BypassLayer):
             return
         try:
             fits = plan.equal(self._plan_of(self.index))
-        except (TypeError, ValueError):
+        except (TypeError, ValueError, RuntimeError):
             fits = False
         if not fits:
             raise RuntimeError(
@@ -136,6 +136,7 @@ class PlannedLayer(BypassLayer):
         if prefix + "index" in state_dict:
             self._plan_checksum = None  # whatever the index was before
             self._follow_index(self.index)
+            self._resume()  # a compiled forward cannot
 
     def __setattr__(self, name: str, value: Any) -> None:
         if self._put_into_replica(name, value):

@@ -188,8 +188,9 @@ class ResidentLinear(BypassLinear):
         assert base_values is not None
         weight, delta = self.weight, self.delta
         dtype = torch.promote_types(torch.promote_types(weight.dtype, delta.dtype), torch.float32)
-        wanted = (base_values.to(dtype) + delta).to(weight.dtype)
-        lacking = wanted.to(dtype) - ops.gather(weight, index)
+        wanted = (base_values.to(dtype) + delta.detach()).to(weight.dtype)
+        # The gradient comes to delta as it is, not by way of what is rounded.
+        lacking = wanted.to(dtype) - ops.gather(weight, index) + (delta - delta.detach())
         return functional.apply_linear(x, weight, index, lacking, self.bias, plan, self._keep(x))
 
     def _is_patched(self, weight: Tensor, delta: Tensor) -> bool:

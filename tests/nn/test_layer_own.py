@@ -51,6 +51,17 @@ def assert_values(layer: nn.Module, expected: dict[str, torch.Tensor]) -> None:
     assert all(found[name].equal(value) for name, value in expected.items())
 
 
+@both_strategies
+def test_an_index_cannot_be_pruned(strategy):
+    layer = layer_of(strategy)
+    before, names = values_of(layer), [name for name, _ in layer.named_parameters()]
+    with pytest.raises(ValueError, match=r"index: would be .* expected the layer's own"):
+        prune.l1_unstructured(layer, "index", 1)
+    assert_values(layer, before)
+    assert [name for name, _ in layer.named_parameters()] == names
+    layer.index = layer.index.clone()
+
+
 @every_way
 @both_strategies
 def test_delta_cannot_be_computed(way, strategy):

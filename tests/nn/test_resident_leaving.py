@@ -200,6 +200,18 @@ def test_deltas_alone_can_be_loaded():
     assert layer.weight.data_ptr() == pointer
 
 
+def test_an_adapter_that_is_loaded_is_patched_at_once():
+    """A compiled forward would not enter the strategy again."""
+    layer, source = trained(nn.Linear(24, 16)), trained(nn.Linear(24, 16))
+    before = bits(layer.state_dict()["weight"])
+    adapter = {"index": source.index.flip(0), "delta": source.delta.detach()}
+    layer.load_state_dict(adapter, strict=False)
+    assert layer.base_values is not None
+    torch.testing.assert_close(layer.weight.double(), effective_weight(layer), rtol=1e-6, atol=1e-6)
+    layer.strategy = "bypass"
+    assert bits(layer.weight).equal(before)
+
+
 def test_a_weight_alone_can_be_loaded():
     """As a checkpoint of the base is."""
     layer, weight = trained(nn.Linear(24, 16)), torch.randn(16, 24)
