@@ -40,7 +40,8 @@ body { margin: 0; background: var(--paper); color: var(--ink);
 .page { max-width: 82rem; margin: 0 auto; padding: 0 1rem 4rem; }
 main, header { min-width: 0; }
 header { padding: 2.5rem 0 1.5rem; }
-h1, h2, h3, h4 { line-height: 1.25; letter-spacing: -.01em; text-wrap: balance; }
+h1, h2, h3, h4 { line-height: 1.25; letter-spacing: -.01em; text-wrap: balance;
+  overflow-wrap: anywhere; }
 h1 { font-size: clamp(1.7rem, 1.3rem + 1.8vw, 2.5rem); margin: 0 0 .5rem; }
 h2 { font-size: 1.5rem; margin: 0 0 .75rem; }
 h3 { font-size: 1.1rem; margin: 2.25rem 0 .5rem; }
