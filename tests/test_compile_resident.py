@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
+from two_layers import move_deltas, two_layers
 
 import neuroada_kernels as nk
 
@@ -34,20 +35,7 @@ def compiled(request: pytest.FixtureRequest) -> Callable[..., Callable[..., Tens
 
 
 def small_model(device: str = "cpu", dtype: torch.dtype = torch.float32) -> nn.Module:
-    """Two resident layers whose deltas are not zero, one of them with a trained bias."""
-    torch.manual_seed(0)
-    model = nn.Sequential(nn.Linear(24, 40), nn.GELU(), nn.Linear(40, 12, bias=False))
-    model.to(device, dtype)
-    nk.adapt(model, k=3, strategy="resident")
-    move_deltas(model)
-    model[0].bias.requires_grad_()
-    return model
-
-
-def move_deltas(model: nn.Module) -> None:
-    with torch.no_grad():
-        for layer in (model[0], model[2]):
-            layer.delta.add_(torch.randn_like(layer.delta), alpha=0.1)
+    return two_layers("resident", device, dtype)
 
 
 def assert_close(actual: list[Tensor], expected: list[Tensor], dtype: torch.dtype) -> None:

@@ -13,6 +13,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.export import Dim, ExportedProgram
 from torch.export.graph_signature import OutputKind
 from torch.fx.experimental.proxy_tensor import make_fx
+from two_layers import move_deltas, two_layers
 
 import neuroada_kernels as nk
 
@@ -25,20 +26,9 @@ every_strategy = pytest.mark.parametrize("strategy", ["bypass", "resident"])
 
 
 def small_model(strategy: str, dtype: torch.dtype = torch.float32, **options: object) -> nn.Module:
-    """Two adapted layers whose deltas are not zero, one of them with a trained bias."""
-    torch.manual_seed(0)
-    model = nn.Sequential(nn.Linear(24, 40), nn.GELU(), nn.Linear(40, 12, bias=False)).to(dtype)
-    nk.adapt(model, k=3, strategy=strategy, **options)
-    move_deltas(model)
+    model = two_layers(strategy, dtype=dtype, **options)
     model(torch.zeros(1, 24, dtype=dtype))  # patches what is resident
-    model[0].bias.requires_grad_()
     return model
-
-
-def move_deltas(model: nn.Module) -> None:
-    with torch.no_grad():
-        for layer in (model[0], model[2]):
-            layer.delta.add_(torch.randn_like(layer.delta), alpha=0.1)
 
 
 def exported(model: nn.Module, strict: bool = False) -> ExportedProgram:
