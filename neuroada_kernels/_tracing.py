@@ -12,8 +12,8 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import is_fake
 from torch.fx.experimental.proxy_tensor import get_proxy_mode
 
-_jit_state: Callable[[], object] = torch._C._get_tracing_state
-_dispatch_modes: Callable[[], int] = torch._C._len_torch_dispatch_stack
+jit_state: Callable[[], object] = torch._C._get_tracing_state
+dispatch_modes: Callable[[], int] = torch._C._len_torch_dispatch_stack
 _pre_dispatch_modes: Callable[[], int] = torch._ops._len_torch_dispatch_stack_pre_dispatch
 
 
@@ -30,9 +30,9 @@ def is_exported() -> bool:
     """The same but for ``torch.compile``: what is written down is to run without the layer."""
     if torch.compiler.is_compiling():
         return torch.compiler.is_exporting()
-    if _jit_state() is not None:
+    if jit_state() is not None:
         return True
-    if _dispatch_modes() == 0 and _pre_dispatch_modes() == 0:
+    if dispatch_modes() == 0 and _pre_dispatch_modes() == 0:
         return False
     return get_proxy_mode() is not None
 

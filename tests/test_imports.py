@@ -38,7 +38,7 @@ BELOW = {
     "plan": {"_dtypes", "_extension", "_tracing"},
     "triton_kernels": set(),
     "backends": {"_registry", "_extension", "plan", "reference", "triton_kernels"},
-    "ops": {"_registry"},
+    "ops": {"_registry", "_tracing"},
     "flops": {"ops"},
     "functional": {"_dtypes", "ops", "reference"},
     "nn": {

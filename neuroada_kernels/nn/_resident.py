@@ -32,10 +32,10 @@ from neuroada_kernels._tracing import is_exported
 from neuroada_kernels.nn._base import BypassLinear
 from neuroada_kernels.nn._own import wrong_shape
 from neuroada_kernels.nn._strategy import refusal, why_not_resident
+from neuroada_kernels.ops._library import PLAIN_TYPES
 
 #: The layers that are or were resident, copies among them.
 _layers: weakref.WeakSet[ResidentLinear] = weakref.WeakSet()
-_PLAIN_TYPES = (Tensor, nn.Parameter)
 _FUNCTIONALIZE = torch._C.DispatchKeySet(torch._C.DispatchKey.Functionalize)
 
 
@@ -168,7 +168,7 @@ class ResidentLinear(BypassLinear):
         weight, delta = cast(Tensor, parameters["weight"]), cast(Tensor, parameters["delta"])
         if functional.is_transformed():
             return F.linear(x, reference.merged_weight(self._traceable_base(), index, delta), bias)
-        if is_exported() or type(weight) not in _PLAIN_TYPES:
+        if is_exported() or type(weight) not in PLAIN_TYPES:
             return self._exported_forward(x)
         if torch.compiler.is_compiling():
             self._write(weight, delta)

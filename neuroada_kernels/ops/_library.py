@@ -11,13 +11,12 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 from neuroada_kernels import _registry
+from neuroada_kernels._tracing import dispatch_modes, jit_state
 
 LIBRARY = torch.library.Library("neuroada", "DEF")
 
 _Result = TypeVar("_Result")
-_PLAIN_TYPES = (Tensor, torch.nn.Parameter)
-_dispatch_modes: Callable[[], int] = torch._C._len_torch_dispatch_stack
-_jit_state: Callable[[], object] = torch._C._get_tracing_state
+PLAIN_TYPES = (Tensor, torch.nn.Parameter)
 _transforms: Callable[[], bool] = torch._C._are_functorch_transforms_active
 _is_wrapped: Callable[[Tensor], bool] = torch._C._functorch.is_functorch_wrapped_tensor
 
@@ -56,10 +55,10 @@ def is_plain_eager(x: Tensor) -> bool:
     """
     return (
         not torch.compiler.is_compiling()
-        and type(x) in _PLAIN_TYPES
-        and _dispatch_modes() == 0
+        and type(x) in PLAIN_TYPES
+        and dispatch_modes() == 0
         and not x.is_meta
-        and _jit_state() is None
+        and jit_state() is None
         and forward_ad._current_level < 0
     )
 
