@@ -1,5 +1,4 @@
-// The index planner: a counting sort of the entries by column, columns that split the work evenly, and
-// the order of a neuron's slots.
+// The index planner: a counting sort of the entries by column, and columns that split the work evenly.
 #include "neuroada/planner.h"
 
 #include <vector>
@@ -51,65 +50,6 @@ void plan_index(const int32_t* index, int64_t d_out, int64_t k, int64_t d_in, in
   for (int64_t part = 0; part <= kSplits; ++part) {
     while (c < d_in && (column_start[c] + c) * kSplits < work * part) ++c;
     split[part] = static_cast<int32_t>(part == kSplits ? d_in : c);
-  }
-}
-
-namespace {
-
-// Eight neurons whose slots are read together.
-class Octet {
- public:
-  Octet(int32_t* rows, int64_t neurons, int64_t k) : rows_(rows), neurons_(neurons), k_(k) {
-    for (int64_t e = 0; e < neurons * k; ++e) {
-      if (rows[e] >= 0) ++left_[bank_of(rows[e])];
-    }
-  }
-
-  // Fills slot s of each neuron in turn from the slots that it has not used, at most kWindow of them.
-  void fill(int64_t s) {
-    int reads[kBanks] = {};
-    int32_t columns[kBanks];
-    for (int64_t j = 0; j < neurons_; ++j) {
-      int32_t* row = rows_ + j * k_;
-      int64_t best = s, lowest = INT64_MAX;
-      for (int64_t q = s; q < std::min(k_, s + kWindow); ++q) {
-        const bool shared = row[q] >= 0 && std::find(columns, columns + j, row[q]) != columns + j;
-        const int64_t cost = shared ? INT64_MIN : cost_of(row[q], reads);
-        if (cost < lowest) {
-          lowest = cost;
-          best = q;
-        }
-      }
-      std::swap(row[s], row[best]);
-      columns[j] = row[s];
-      if (row[s] < 0) continue;
-      --left_[bank_of(row[s])];
-      if (lowest != INT64_MIN) ++reads[bank_of(row[s])];
-    }
-  }
-
- private:
-  static constexpr int64_t kWindow = 64;  // so that the work is linear in k
-
-  // First a bank that nobody reads, of these the one with the most columns still to come; then a slot
-  // without a connection; then the bank that the fewest read.
-  int64_t cost_of(int32_t column, const int* reads) const {
-    if (column < 0) return 0;
-    constexpr int64_t kRead = int64_t{1} << 40;
-    return kRead * reads[bank_of(column)] - left_[bank_of(column)];
-  }
-
-  int32_t* rows_;
-  int64_t neurons_, k_;
-  int64_t left_[kBanks] = {};
-};
-
-}  // namespace
-
-void order_slots(int32_t* index, int64_t d_out, int64_t k) {
-  for (int64_t j = 0; j < d_out; j += kBanks) {
-    Octet octet(index + j * k, std::min<int64_t>(kBanks, d_out - j), k);
-    for (int64_t s = 0; s < k; ++s) octet.fill(s);
   }
 }
 

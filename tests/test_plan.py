@@ -220,12 +220,13 @@ def test_ordering_the_slots_permutes_each_row(index, d_in):
 
 
 @needs_extension
-def test_neighbouring_neurons_read_a_slot_from_different_banks():
-    """Eight neurons with one column of each bank, all in the same order."""
-    index = torch.arange(8, dtype=torch.int32).repeat(8, 1) + 64 * torch.arange(8).view(8, 1)
+def test_every_second_neuron_reads_a_slot_from_another_bank():
+    """Sixteen neurons with one column of each bank, all in the same order."""
+    index = torch.arange(8, dtype=torch.int32).repeat(16, 1) + 64 * torch.arange(16).view(16, 1)
     ordered = order_slots(index.int())
-    for slot in ordered.T.tolist():
-        assert len({column % 8 for column in slot}) == 8
+    for octet in (ordered[::2], ordered[1::2]):
+        for slot in octet.T.tolist():
+            assert len({column % 8 for column in slot}) == 8
 
 
 @pytest.mark.parametrize("function", [check_index, make_plan])

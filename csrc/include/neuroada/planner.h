@@ -42,9 +42,9 @@ void plan_index(const int32_t* index, int64_t d_out, int64_t k, int64_t d_in, in
 inline constexpr int kBanks = 8;
 inline int bank_of(int32_t column) { return (column ^ column >> 3) & (kBanks - 1); }
 
-// Permutes each row of index [d_out, k] so that eight neighbouring neurons, whose reads of one slot a GPU
-// serves together, meet as many banks there as it can; a bank that several read at different columns is
-// read several times. Greedy, so that the order depends on the index alone.
+// Permutes each row of index [d_out, k] so that an octet of neurons, whose reads of one slot a GPU serves
+// together, meets as many banks there as it can; a bank is read once for each column that is read in it. A lane
+// has two neighbouring neurons, so an octet is every second one of sixteen. The order depends on the index alone.
 void order_slots(int32_t* index, int64_t d_out, int64_t k);
 
 }  // namespace neuroada
