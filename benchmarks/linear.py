@@ -253,7 +253,7 @@ def _complete(options: argparse.Namespace, parser: argparse.ArgumentParser) -> N
     if options.device == "cuda" and not torch.cuda.is_available():
         parser.error("--device cuda: no GPU is visible")
     if options.device == "cuda" and options.assert_bars:
-        parser.error("--assert-bars: the bars are those of a CPU")
+        parser.error("--assert-bars: those of a CPU, see neuroada bench gpu-bars for a GPU's")
     _require_matplotlib(options, parser)
     on_gpu = options.device == "cuda"
     every_dtype = ["bfloat16"] if on_gpu else ["float32", "bfloat16"]

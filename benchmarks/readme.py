@@ -12,11 +12,11 @@ import argparse
 import json
 import re
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
+from neuroada_kernels.benchmarks import readme_gpu
 from neuroada_kernels.benchmarks.html import (
     adapting,
     block_memory,
@@ -24,16 +24,21 @@ from neuroada_kernels.benchmarks.html import (
     memory,
     model,
     peers_training,
-    plots,
     quality,
 )
-from neuroada_kernels.benchmarks.html.figures import Painter, draw, standalone
-from neuroada_kernels.benchmarks.html.plots import Dot, dots, rows_height, stacked, styles
+from neuroada_kernels.benchmarks.html.figures import draw, standalone
 from neuroada_kernels.benchmarks.html.source import Source, kind_of
 from neuroada_kernels.benchmarks.memory_model.document import tables
+from neuroada_kernels.benchmarks.readme_figures import (
+    BLOCK_FILES,
+    FIGURES,
+    LINEAR_FILES,
+    RESULTS,
+    Figure,
+)
 
-RESULTS = "benchmarks/results/cpu"
 Content = Callable[..., str]
+NONE_YET = "No results are committed yet."
 
 
 class DocumentError(ValueError):
@@ -44,28 +49,17 @@ class DocumentError(ValueError):
 class Part:
     """What stands between ``<!-- marker -->`` and ``<!-- end of marker -->`` of a page.
 
-    Of ``files`` those count that are committed and of that kind; where there is none, the page
-    says so.
+    Of ``files`` those count that are committed and of that kind (None: of any); where there is
+    none, the page says ``without``.
     """
 
     page: str
     marker: str
-    kind: str
+    kind: str | None
     files: tuple[str, ...]
     content: Content  # of a source for each file
-
-
-@dataclass(frozen=True)
-class Figure:
-    """A panel is a title, a painter, and its numbers in words."""
-
-    path: str
-    title: str
-    kind: str
-    files: tuple[str, ...]
-    panels: Callable[..., list[tuple[str, Painter, str]]]
-    height: int
-    parts: tuple[plots.Part, ...] = ()  # of its bars, for a legend
+    folder: str = RESULTS
+    without: str = NONE_YET
 
 
 def linear_table(source: Source) -> str:
@@ -148,94 +142,11 @@ def _noted(source: Source, note: str) -> str:
     return said.strip()
 
 
-#: The case that the README's figure shows, and what of it: what a user would choose between.
-CASE = "T512-2048to2048-k8"
-_NOT_SHOWN = ("frozen", "reference", "neuroada-eager")
+def _on_gpu(page: str, marker: str, kind: str | None, content: Content) -> Part:
+    """Where a GPU's results are not committed, the page says nothing of them."""
+    return Part(page, marker, kind, readme_gpu.FILES, content, readme_gpu.RESULTS, without="")
 
 
-def ratio_panels(*sources: Source) -> list[tuple[str, Painter, str]]:
-    """A panel for each machine and dtype: medians of the ratio to frozen, with quartiles."""
-    groups: dict[str, list[Mapping[str, Any]]] = {}
-    for source in sources:
-        for row in linear_tables.measurements(source.document):
-            if row["case"]["name"] == CASE and row["candidate"] not in _NOT_SHOWN:
-                title = f"{source.chip.removesuffix(' Processor')}, {row['dtype']}"
-                groups.setdefault(title, []).append(row)
-    spreads = [row["ratio_to_frozen"] for rows in groups.values() for row in rows]
-    limits = (min(s["lower"] for s in spreads) - 0.1, max(s["upper"] for s in spreads) + 0.1)
-    return [(title, _ratio_dots(rows, limits), _in_words(rows)) for title, rows in groups.items()]
-
-
-def _ratio_dots(rows: list[Mapping[str, Any]], limits: tuple[float, float]) -> Painter:
-    looks = styles(row["candidate"] for row in rows)
-    points = []
-    for row in rows:
-        ratio, name = row["ratio_to_frozen"], row["candidate"]
-        interval = (ratio["median"] - ratio["lower"], ratio["upper"] - ratio["median"])
-        points.append(Dot(name, ratio["median"], interval, looks[name]))
-    painter: Painter = dots(points, "ratio to frozen", 1, limits)
-    return painter
-
-
-def _in_words(rows: list[Mapping[str, Any]]) -> str:
-    return ", ".join(
-        "{} {median:.3f} [{lower:.3f}, {upper:.3f}]".format(
-            row["candidate"], **row["ratio_to_frozen"]
-        )
-        for row in rows
-    )
-
-
-def block_panels(source: Source) -> list[tuple[str, Painter, str]]:
-    """A panel for each dtype: what the block keeps, and of it the linears."""
-    panels = []
-    for dtype in dict.fromkeys(row["dtype"] for row in source.document["results"]):
-        bars = block_memory.bars_of(source.document, dtype)
-        said = ", ".join(f"{name} {rest:.1f} + {own:.1f}" for name, (rest, own) in bars)
-        panels.append((dtype, stacked(bars, block_memory.PARTS, "MiB"), said))
-    return panels
-
-
-def model_memory_panels(source: Source) -> list[tuple[str, Painter, str]]:
-    """A panel for each real model: the peak of a step without checkpointing, at the least k."""
-    groups = memory.by_setting(source.document)
-    least = min(k for _, k, _ in groups)
-    panels = []
-    for (name, k, checkpointing), rows in groups.items():
-        if k == least and not checkpointing:
-            shown = memory.bars_of([row for row in rows if row["method"] in MEMORY_METHODS])
-            said = ", ".join(f"{method} {sum(parts):.2f}" for method, parts in shown)
-            paint = stacked(shown, tuple(memory.BYTES.values()), f"GiB, k {k}")
-            panels.append((name, paint, said))
-    return panels
-
-
-def quality_panels(source: Source) -> list[tuple[str, Painter, str]]:
-    """On text: methods at one budget beside NeuroAda, and loss against budget."""
-    groups = {(g["task"], g["name"]): g for g in quality.groups_of(source.document)}
-    methods, budgets = groups["text", "methods"], groups["text", "k"]
-    shown, series = quality.differences(methods), quality.budgets(budgets)
-    differences = ", ".join(f"{d.label} {d.mean:+.4f} ± {d.spread[0]:.4f}" for d in shown)
-    losses = ", ".join(
-        f"{one.label} {trainable:,}: {loss:.4f}"
-        for one in series
-        for trainable, loss in zip(one.x, one.y, strict=True)
-    )
-    return [
-        ("at one budget", quality.difference_dots(methods, shown), differences),
-        ("by budget", quality.budget_lines(budgets, series), losses),
-    ]
-
-
-MEMORY_METHODS = (
-    "neuroada",
-    "neuroada-compact",
-    "materialised",
-    "masked-dense",
-    "lora-r16",
-    "full",
-)
-BLOCK_FILES = ("block-memory.json",)
 BENCHMARKS = "docs/benchmarks.md"
 GROWTH_METHODS = (
     "frozen",
@@ -245,7 +156,6 @@ GROWTH_METHODS = (
     "masked-dense",
     "peft-lora-r8",
 )
-LINEAR_FILES = ("linear.json", "linear-xeon-amx.json")
 PARTS = (
     Part("README.md", "benchmark table", "linear", LINEAR_FILES[:1], linear_table),
     Part("README.md", "memory table", "block-memory", BLOCK_FILES, block_table),
@@ -263,43 +173,11 @@ PARTS = (
         for name in ("validation", "headline", "parts", "parts with checkpointing")
     ),
     Part(BENCHMARKS, "adapting table", "adapting", ("adapting.json",), adapting_table),
-)
-FIGURES = (
-    Figure(
-        "docs/figures/ratio-to-frozen.svg",
-        "Forward and backward of a 2048 × 2048 linear, T 512, k 8, as a ratio to the frozen one",
-        "linear",
-        LINEAR_FILES,
-        ratio_panels,
-        rows_height(5),
-    ),
-    Figure(
-        "docs/figures/block-memory.svg",
-        "MiB that a Llama-shaped block keeps for its backward",
-        "block-memory",
-        BLOCK_FILES,
-        block_panels,
-        rows_height(6) + 24,
-        block_memory.PARTS,
-    ),
-    Figure(
-        "docs/figures/model-memory.svg",
-        "GiB at the peak of a training step of real models by method, computed",
-        "memory",
-        ("memory.json",),
-        model_memory_panels,
-        rows_height(len(MEMORY_METHODS)) + 24,
-        tuple(memory.BYTES.values()),
-    ),
-    Figure(
-        "docs/figures/quality.svg",
-        "Held-out loss on text: methods at one budget beside NeuroAda, and by budget",
-        "quality",
-        ("quality.json",),
-        quality_panels,
-        rows_height(5),
-        (plots.Part("NeuroAda", "blue"), plots.Part("LoRA", "orange")),
-    ),
+    _on_gpu("README.md", "GPU linears", "linear", readme_gpu.block_table),
+    _on_gpu("README.md", "GPU training step", "model", readme_gpu.model_table),
+    _on_gpu(BENCHMARKS, "GPU targets", None, readme_gpu.targets),
+    _on_gpu(BENCHMARKS, "GPU cases", "linear", linear_table),
+    _on_gpu(BENCHMARKS, "GPU model tables", "model", model_tables),
 )
 
 
@@ -328,7 +206,7 @@ def written_pages(root: Path) -> dict[str, str]:
     for part in PARTS:
         text = pages.get(part.page) or (root / part.page).read_text()
         sources = _sources(root, part)
-        content = part.content(*sources) if sources else NONE_YET
+        content = part.content(*sources) if sources else part.without
         pages[part.page] = replaced(text, part.page, part.marker, content)
     return pages
 
@@ -347,9 +225,6 @@ def replaced(text: str, page: str, marker: str, content: str) -> str:
     pattern = re.escape(begin) + ".*?" + re.escape(end)
     new = f"{begin}\n{content}\n{end}"
     return re.sub(pattern, lambda _: new, text, count=1, flags=re.DOTALL)
-
-
-NONE_YET = "No results are committed yet."
 
 
 def figures(root: Path) -> list[Figure]:
@@ -385,10 +260,11 @@ def description(root: Path, figure: Figure) -> str:
 def _sources(root: Path, of: Part | Figure) -> list[Source]:
     found = []
     for name in of.files:
-        path = root / RESULTS / name
+        path = root / of.folder / name
         document = json.loads(path.read_text()) if path.exists() else None
-        if kind_of(document) == of.kind:
-            found.append(Source(f"{RESULTS}/{name}", of.kind, document))
+        kind = kind_of(document)
+        if kind is not None and of.kind in (kind, None):
+            found.append(Source(f"{of.folder}/{name}", kind, document))
     return found
 
 

@@ -29,6 +29,10 @@ SUITES = {
         "neuroada_kernels.benchmarks.compare",
         "two results files of one suite: exit status 1 where the second is slower",
     ),
+    "gpu-bars": (
+        "neuroada_kernels.benchmarks.bars_gpu",
+        "results of an H200 beside its bars and goals: exit status 1 where a bar is missed",
+    ),
 }
 
 

@@ -6,7 +6,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from statistics import median
 from typing import Any
 
-from neuroada_kernels.benchmarks.html import blocks
+from neuroada_kernels.benchmarks.html import blocks, llama_block
 from neuroada_kernels.benchmarks.html.blocks import Section
 from neuroada_kernels.benchmarks.html.figures import HEIGHT, Painter, draw
 from neuroada_kernels.benchmarks.html.linear_tables import (
@@ -48,6 +48,9 @@ def section(source: Source) -> Section:
             found.blocks.append(_fitted(source, groups, looks, fits, axis, short, xlabel))
     found.blocks.append(_rates(source, plotted, looks))
     found.blocks.insert(0, blocks.table(source, ranges(source)))
+    block = llama_block.summed(source.document)
+    if block.rows:
+        found.blocks.insert(0, blocks.table(source, block))
     found.blocks.append(blocks.folded(source, "Ratio to frozen, every case", [ratios(source)]))
     if fits_of(source.document):
         found.blocks.append(blocks.folded(source, "How time grows", [growth(source.document)]))

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Collection, Mapping
 from typing import Any
 
+from neuroada_kernels.benchmarks.html.plots import rate_unit
 from neuroada_kernels.benchmarks.html.source import Source
 from neuroada_kernels.benchmarks.html.tables import Strong, Table
 
@@ -168,6 +169,8 @@ def judged(document: Mapping[str, Any]) -> Table:
 
 def everything(document: Mapping[str, Any]) -> Table:
     """Every measurement: times, rates and memory."""
+    found = measurements(document)
+    unit, scale = rate_unit(max((row["gflop_per_s"] for row in found), default=0.0))
     rows = [
         [
             row["candidate"],
@@ -179,16 +182,16 @@ def everything(document: Mapping[str, Any]) -> Table:
             ),
             f"{row['ratio_to_frozen']['median']:.3f}",
             f"{row['ratio_to_frozen']['lower']:.2f}–{row['ratio_to_frozen']['upper']:.2f}",
-            f"{row['gflop_per_s']:.0f}",
+            f"{scale * row['gflop_per_s']:.0f}",
             f"{row['gb_per_s']:.1f}",
             f"{row['host_us']['median']:.0f}" if row.get("host_us") else "",
             f"{row['peak_bytes'] / 2**20:.1f}",
             f"{row['kept_bytes'] / 2**20:.1f}",
         ]
-        for row in measurements(document)
+        for row in found
     ]
     headings = (
         "method", "case", "dtype", "forward, ms", "backward, ms", "both, ms", "of frozen",
-        "quartiles", "GFLOP/s", "GB/s", "host, µs", "peak, MiB", "kept, MiB",
+        "quartiles", unit, "GB/s", "host, µs", "peak, MiB", "kept, MiB",
     )  # fmt: skip
     return Table(f"All {len(rows)} measurements", headings, rows, words=3)

@@ -21,7 +21,7 @@ from neuroada_kernels.benchmarks.html.source import Source
 from neuroada_kernels.benchmarks.html.tables import Strong, Table
 
 Row = Mapping[str, Any]
-MIB = 1 << 20
+MIB, GIB = 1 << 20, 1 << 30
 PARTS = (
     Part("held between steps: weights, adapter, optimiser", "grey", faint=True),
     Part("beside it within a step, at most", "blue"),
@@ -93,8 +93,10 @@ def _dot(name: str, ratio: Mapping[str, float], looks: Mapping[str, Any]) -> Dot
 def _memory(source: Source, modes: Mapping[str, list[Row]]) -> str:
     panels = []
     for mode, rows in modes.items():
-        bars = [(row["method"], (row["held_bytes"] / MIB, row["step_bytes"] / MIB)) for row in rows]
-        paint = stacked(bars, PARTS, "MiB", digits=0)
+        unit, size = _unit(rows)
+        parts = ("held_bytes", "step_bytes")
+        bars = [(row["method"], [row[part] / size for part in parts]) for row in rows]
+        paint = stacked(bars, PARTS, unit, digits=int(size == GIB))
         name = f"{source.name} memory {mode}"
         svg = draw(name, f"Peak memory, {mode}", paint, height=rows_height(len(bars)))
         panels.append((mode, svg))
@@ -106,6 +108,7 @@ def _memory(source: Source, modes: Mapping[str, list[Row]]) -> str:
 def steps(mode: str, rows: list[Row]) -> Table:
     """A row a method."""
     content = []
+    unit, size = _unit(rows)
     for row in rows:
         ratio, ours = row["ratio_to_frozen"], row["method"].startswith("neuroada")
         content.append(
@@ -116,13 +119,41 @@ def steps(mode: str, rows: list[Row]) -> Table:
                 f"{row['tokens_per_second']:,.0f}",
                 "" if ratio is None else f"{ratio['median']:.3f}",
                 "" if ratio is None else f"{ratio['lower']:.2f}–{ratio['upper']:.2f}",
-                f"{row['held_bytes'] / MIB:,.1f}",
-                f"{row['peak_bytes'] / MIB:,.1f}",
+                f"{row['held_bytes'] / size:,.1f}",
+                f"{row['peak_bytes'] / size:,.1f}",
                 row["source"],
             ]
         )
     headings = (
-        "method", "trains", "step, ms", "tokens/s", "of frozen", "quartiles", "held, MiB",
-        "peak, MiB", "from",
+        "method", "trains", "step, ms", "tokens/s", "of frozen", "quartiles", f"held, {unit}",
+        f"peak, {unit}", "from",
     )  # fmt: skip
     return Table(f"Mode: {mode}", headings, content)
+
+
+def _unit(rows: list[Row]) -> tuple[str, int]:
+    """Of bytes: GiB for models of so many."""
+    largest = max(row["peak_bytes"] for row in rows)
+    return ("GiB", GIB) if largest >= 8 * GIB else ("MiB", MIB)
+
+
+def in_short(document: Mapping[str, Any]) -> Table:
+    """A row a method; of every mode tokens a second and the peak, or that memory was too small."""
+    modes = list(dict.fromkeys(row["mode"] for row in document["results"]))
+    found = {(row["mode"], row["method"]): row for row in document["results"]}
+    rows = []
+    for name in dict.fromkeys(method for _, method in found):
+        cells: list[str] = [Strong(name) if name.startswith("neuroada") else name]
+        for mode in modes:
+            cells += _speed_and_peak(found.get((mode, name)))
+        if any(cells[1:]):
+            rows.append(cells)
+    headings = [text for mode in modes for text in (f"tokens/s, {mode}", f"peak GiB, {mode}")]
+    return Table("A training step, in short", ("method", *headings), rows)
+
+
+def _speed_and_peak(row: Row | None) -> tuple[str, str]:
+    if row is None or "skipped" in row:
+        memory = row is not None and "OutOfMemory" in row["skipped"]
+        return ("out of memory" if memory else "", "")
+    return f"{row['tokens_per_second']:,.0f}", f"{row['peak_bytes'] / GIB:.1f}"

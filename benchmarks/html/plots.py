@@ -134,16 +134,21 @@ def _draw_curves(
 
 
 def roofline(series: Sequence[Series], rates: tuple[float, float]) -> Painter:
-    """Work done a second over work a byte, below the roofs of ``rates``, GB/s and GFLOP/s."""
+    """Work done a second over work a byte, below the roofs of ``rates``, GB/s and GFLOP/s.
+
+    Series are in GFLOP/s too; the axis is in TFLOP/s where the roof is of so many.
+    """
+    unit, scale = rate_unit(rates[1])
 
     def paint(axes: Any) -> None:
         axes.set_xscale("log")
         axes.set_yscale("log")
         for one in series:
-            axes.plot(one.x, one.y, one.style.marker, color=color(one.style.color), ms=4, alpha=0.8)
+            work = [rate * scale for rate in one.y]
+            axes.plot(one.x, work, one.style.marker, color=color(one.style.color), ms=4, alpha=0.8)
         _roof(axes, *rates)
         axes.set_xlabel("FLOP a byte")
-        axes.set_ylabel("GFLOP/s")
+        axes.set_ylabel(unit)
         axes.grid(axis="both")
         _log_ticks(axes.yaxis, *axes.get_ylim())
         _log_ticks(axes.xaxis, *axes.get_xlim())
@@ -151,18 +156,25 @@ def roofline(series: Sequence[Series], rates: tuple[float, float]) -> Painter:
     return paint
 
 
+def rate_unit(most: float) -> tuple[str, float]:
+    """What to show rates in whose largest is so many GFLOP/s, and what to multiply them by."""
+    return ("TFLOP/s", 1e-3) if most >= 1e4 else ("GFLOP/s", 1.0)
+
+
 def _roof(axes: Any, bandwidth: float, compute: float) -> None:
+    unit, scale = rate_unit(compute)
     low, high = axes.get_xlim()
     ridge = compute / bandwidth
     low, high = min(low, ridge / 2), max(high, ridge * 2)
-    axes.plot([low, ridge, high], [low * bandwidth, compute, compute], color=color("ink"), lw=1.2)
+    start, top = low * bandwidth * scale, compute * scale
+    axes.plot([low, ridge, high], [start, top, top], color=color("ink"), lw=1.2)
     axes.set_xlim(low, high)
     axes.annotate(
-        f"{compute:,.0f} GFLOP/s", (high, compute), xytext=(0, 4),
+        f"{top:,.0f} {unit}", (high, top), xytext=(0, 4),
         textcoords="offset points", ha="right", fontsize=11,
     )  # fmt: skip
     axes.annotate(
-        f"{bandwidth:,.3g} GB/s", (low, low * bandwidth), xytext=(4, 12),
+        f"{bandwidth:,.3g} GB/s", (low, start), xytext=(4, 12),
         textcoords="offset points", fontsize=11,
     )  # fmt: skip
 

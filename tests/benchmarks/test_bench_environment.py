@@ -23,8 +23,8 @@ CHANGE_NOTHING = {
     "NEUROADA_REQUIRE",
     "NEUROADA_HOST_CUDA_LIBRARY",
 }
-#: Names that are put together: of the variables above, or of all that are set, to show them.
-FAMILIES = {"NEUROADA_", "NEUROADA_{device}_FUSED"}
+#: A name that is put together: of all that are set, to show them.
+FAMILIES = {"NEUROADA_"}
 
 
 @pytest.fixture
