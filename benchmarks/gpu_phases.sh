@@ -6,17 +6,17 @@
 PHASES=(build environment cuda-smoke cuda-tests tests linear-8192 model linear-1024 model-checkpointed linear-16384
   cuda-memcheck memcheck sweep-k linear-peers sweep-tokens cuda-racecheck racecheck)
 # By name alone.
-MORE=(cuda-initcheck cuda-synccheck linear-one-kernel linear-one-pass linear-patched)
+MORE=(cuda-initcheck cuda-synccheck linear-patched linear-triton-one-kernel)
 # Percent of the time that a phase may take of what others need more: a kernel may hang.
 declare -A SHARE=([build]=30 [environment]=10 [cuda-smoke]=15 [cuda-tests]=15 [tests]=15 [linear-8192]=30 [model]=35
-  [cuda-memcheck]=20 [memcheck]=20 [linear-one-kernel]=12 [linear-one-pass]=12 [linear-patched]=12)
+  [cuda-memcheck]=20 [memcheck]=20 [linear-patched]=12 [linear-triton-one-kernel]=12)
 
 is_phase() {
   [[ " ${PHASES[*]} ${MORE[*]} " == *" $1 "* ]]
 }
 
 needs_cuda() {
-  [[ $1 == cuda-* || $1 == linear-one-* || $1 == linear-patched ]]
+  [[ $1 == cuda-* || $1 == linear-patched ]]
 }
 
 # --- what can run here ------------------------------------------------------------------------
@@ -69,22 +69,22 @@ tests() { # BACKEND: every test that runs on a backend, and the Triton kernels' 
   [[ $1 == triton ]] && files=(triton_kernels "${files[@]}")
   has hypothesis && files+=(test_functional.py)
   # Compiling kernels is most of it. A worker that a test kills, or hangs, is replaced.
-  has xdist && some+=(-n "$(($(nproc) < 8 ? $(nproc) : 8))")
+  has xdist && some+=(-n "$(($(nproc) < 16 ? $(nproc) : 16))")
   has pytest_timeout && some+=(--timeout 60 --timeout-method thread)
   [[ -z $DRY_RUN ]] || { files=(ops/test_kept.py); some=(-k 'float32 and T17 and linear and not dispatched'); }
   run env NEUROADA_REQUIRE="$1" TORCHINDUCTOR_COMPILE_THREADS=1 "$PYTHON" -m pytest -v --tb=short -ra -m on_backend "${some[@]}" \
     -c "$WORK/pytest.ini" --rootdir="$ROOT" -p no:cacheprovider "${files[@]/#/$ROOT/tests/}"
 }
 
-# Each form in a process of its own: where one crashes or hangs, the others are tried all the same. Without
+# Each form in a process of its own: where one crashes or hangs, the other is tried all the same. Without
 # form 0, the default, nothing is to be had of the backend.
 smoke() {
   [[ -z $DRY_RUN ]] || { skip "there is no kernel to try on the CPU"; return; }
-  local each=$(($(limit_of "$PHASE") / 4 - 1)) # so that all forms end before the phase is stopped
+  local each=$(($(limit_of "$PHASE") / 2 - 1)) # so that both forms end before the phase is stopped
   ((each < 30)) || each=30
   # shellcheck disable=SC2016
   run bash -c 'status=0
-    for form in 0 1 2 3; do
+    for form in 0 1; do
       timeout --foreground --signal=KILL "$1" "$PYTHON" "$ROOT/tests/triton_kernels/smoke_gpu.py" cuda --large --forms $form && continue
       echo "form $form FAILED, status $?"
       ((form == 0)) && status=20 || status=$((status ? status : 1))
@@ -158,10 +158,12 @@ phase() {
     # shellcheck disable=SC2046
     linear-peers) bench_linear "$OUT/linear-peers.json" --peers --shapes llama-3-8b --tokens 8192 --k 8 \
       --candidates resident "neuroada-$(backend)" $(sizes --tokens 4 --k 2 --candidates peft-ia3) ;;
-    # The kernels for sm_90a with the product in them, where two kernels would be taken.
-    linear-one-kernel) in_form 1 ;;
-    linear-one-pass) in_form 2 ;; # the SDDMM in dx's kernel too
-    linear-patched) in_form 3 ;;  # W's tiles patched: the rounding of resident
+    linear-patched) patched ;;
+    # Triton's product with the bypass in it, where torch's and a kernel for the bypass would be taken: at one shape,
+    # as it need only be told from the two, which linear-8192 has.
+    # shellcheck disable=SC2046
+    linear-triton-one-kernel) NEUROADA_TRITON_FUSED=1 bench_linear "$OUT/$PHASE.json" --cases T8192-4096to4096- \
+      --candidates neuroada-triton $(sizes --tokens 8 --k 2 --cases T8-) ;;
     # shellcheck disable=SC2046
     linear-8192) linear --cases T8192- $(sizes --tokens 8 --k 1 2 4 --cases T8-) ;;
     model) model plain ;;
@@ -179,9 +181,10 @@ phase() {
   esac
 }
 
-in_form() { # FORM
-  local NEUROADA_CUDA_FUSED=$1
-  export NEUROADA_CUDA_FUSED
+# The kernels for sm_90a that patch W's tiles, with the rounding of resident, where two kernels would be taken.
+patched() {
+  local NEUROADA_CUDA_PATCHED=1
+  export NEUROADA_CUDA_PATCHED
   bench_linear "$OUT/$PHASE.json" --cases T8192- --candidates neuroada-cuda
-  unset NEUROADA_CUDA_FUSED
+  unset NEUROADA_CUDA_PATCHED
 }

@@ -7,6 +7,7 @@ package works all the same, on plain PyTorch.
 
 from __future__ import annotations
 
+import functools
 import importlib
 import os
 from pathlib import Path
@@ -46,6 +47,34 @@ def _load_library() -> str | None:
         return None
     except Exception as error:
         return _in_words(error)
+
+
+@functools.cache
+def cuda_archs() -> tuple[str, ...]:
+    """The architectures that the CUDA kernels are built for: ``("80", "89", "90a", "100")``."""
+    return () if module is None else tuple(module.build_facts()["cuda_archs"].split())
+
+
+def runs_on(arch: str, capability: tuple[int, int]) -> bool:
+    """Whether code for ``sm_<arch>`` runs on a GPU of this compute capability.
+
+    It does on the same major version from its own minor version on; code for an arch with a
+    letter, on that one alone.
+    """
+    digits = arch.rstrip("abcdefghijklmnopqrstuvwxyz")
+    major, minor = int(digits[:-1]), int(digits[-1])
+    if arch != digits:
+        return capability == (major, minor)
+    return capability[0] == major and capability[1] >= minor
+
+
+@functools.cache
+def serves_gpu(gpu: int) -> bool:
+    """Whether there are CUDA kernels that run on the GPU of this number."""
+    if library_error is not None or torch.version.hip is not None:
+        return False
+    capability = torch.cuda.get_device_capability(gpu)
+    return any(runs_on(arch, capability) for arch in cuda_archs())
 
 
 #: The pybind11 module, or None.

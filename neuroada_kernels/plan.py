@@ -195,10 +195,10 @@ def _identity_of(index: Tensor) -> tuple[int, int, int]:
 def order_slots(index: Tensor) -> Tensor:
     """``index`` with each row in the order that a GPU gathers fastest.
 
-    Eight neighbouring neurons read their columns of one slot at once, from eight banks of shared
-    memory; permuted once, they meet in a bank less often. Which connections a neuron has does not
-    change, and the order depends on the index alone. Without the C++ extension the rows stay as
-    they are, which is as right.
+    Eight neurons, every second of sixteen, read their columns of one slot at once, from eight banks
+    of shared memory; permuted once, they meet in a bank less often. Which connections a neuron has
+    does not change, and the order depends on the index alone. Without the C++ extension the rows
+    stay as they are, which is as right.
 
     Parameters
     ----------
@@ -246,20 +246,22 @@ def renumber(index: Tensor, columns: Tensor) -> Tensor:
 def columns_of(x: Tensor, columns: Tensor, dtype: torch.dtype) -> Tensor:
     """``x[..., columns]`` in ``dtype``, of which nothing is differentiated; ``columns`` int32.
 
-    By the C++ kernel where it serves, since torch's on a CPU copies value by value.
+    By the C++ or CUDA kernel where it serves: torch's copies value by value.
     """
     x = x.detach()
-    if (
-        is_recorded()
-        or _extension.library_error is not None
-        or type(x) is not Tensor
-        or not x.is_cpu
-        or x.dtype not in FLOATING
-        or not x.is_contiguous()
-    ):
+    if is_recorded() or type(x) is not Tensor or not x.is_contiguous() or not _copied_by_kernel(x):
         return x.index_select(x.dim() - 1, columns).to(dtype)
     kept: Tensor = torch.ops.neuroada_C.columns.default(x.view(-1, x.shape[-1]), columns)
     return kept.view(*x.shape[:-1], columns.shape[0]).to(dtype)
+
+
+def _copied_by_kernel(x: Tensor) -> bool:
+    """Whether the op ``columns`` has a kernel for the device and dtype of ``x``."""
+    if x.dtype not in FLOATING:
+        return False
+    if x.is_cuda:
+        return x.dtype != torch.float64 and _extension.serves_gpu(x.device.index)
+    return x.is_cpu and _extension.library_error is None
 
 
 class PlanParts(NamedTuple):

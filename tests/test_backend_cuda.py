@@ -10,7 +10,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from neuroada_kernels import _extension, _registry
+from neuroada_kernels import _extension, _registry, plan
 from neuroada_kernels.backends import cuda
 
 CALL = """
@@ -23,7 +23,7 @@ print(layer(torch.zeros(3, 8)).shape)
 
 @pytest.fixture(autouse=True)
 def _asked_anew():
-    caches = (cuda._archs, cuda._unavailable, cuda._arch_reasons)
+    caches = (_extension.cuda_archs, _extension.serves_gpu, cuda._unavailable, cuda._arch_reasons)
     for cached in caches:
         cached.cache_clear()
     yield
@@ -75,6 +75,7 @@ def test_a_gpu_is_served_where_the_binary_has_code_for_it(monkeypatch, capabilit
     pretend(monkeypatch, gpu=capability)
     reasons = cuda._unsupported(on_gpu())
     assert (reasons == []) == served
+    assert _extension.serves_gpu(0) == served
     if not served:
         major, minor = capability
         (reason,) = reasons
@@ -96,6 +97,24 @@ def test_float64_is_left_to_others(monkeypatch):
     assert reason == "tensors on cpu, expected a GPU"
 
 
+@pytest.mark.parametrize(
+    ("dtype", "gpu", "hip", "copied"),
+    [
+        (torch.bfloat16, (9, 0), None, True),
+        (torch.float32, (8, 6), None, True),
+        (torch.float64, (9, 0), None, False),
+        (torch.int32, (9, 0), None, False),
+        (torch.bfloat16, (7, 5), None, False),
+        (torch.bfloat16, (9, 0), "7.0", False),
+    ],
+)
+def test_columns_of_x_are_copied_by_the_kernel_where_the_gpu_is_served(
+    monkeypatch, dtype, gpu, hip, copied
+):
+    pretend(monkeypatch, gpu=gpu, hip=hip)
+    assert plan._copied_by_kernel(on_gpu(dtype)) == copied
+
+
 def test_a_weight_whose_rows_have_gaps_is_not_written_into(monkeypatch):
     pretend(monkeypatch)
     merge = _registry._backends["cuda"].implementations["merge_"]
@@ -107,12 +126,12 @@ def test_a_weight_whose_rows_have_gaps_is_not_written_into(monkeypatch):
 BF16, F16 = torch.bfloat16, torch.float16
 
 
-def test_an_h100_takes_product_and_bypass_in_one_kernel(monkeypatch):
+def test_an_h100_takes_a_product_of_patched_tiles(monkeypatch):
     pretend(monkeypatch)
     for dtype in (BF16, F16):
-        assert cuda._not_in_one_kernel(on_gpu(dtype), on_gpu(dtype), bias=on_gpu(dtype)) == []
+        assert cuda._not_patched(on_gpu(dtype), on_gpu(dtype), on_gpu(dtype)) == []
         padded = on_gpu(dtype, strides=(24, 1), address=16)
-        assert cuda._not_in_one_kernel(padded, padded) == []
+        assert cuda._not_patched(padded, padded) == []
 
 
 @pytest.mark.parametrize(
@@ -129,72 +148,66 @@ def test_an_h100_takes_product_and_bypass_in_one_kernel(monkeypatch):
         ({}, {"address": 264}, "weight not 16-byte aligned"),
     ],
 )
-def test_what_one_kernel_cannot_copy_goes_in_two(monkeypatch, machine, weight, reason):
+def test_what_its_copies_cannot_read_goes_in_two_kernels(monkeypatch, machine, weight, reason):
     pretend(monkeypatch, **machine)
-    reasons = cuda._not_in_one_kernel(on_gpu(BF16), on_gpu(BF16, **weight))
+    reasons = cuda._not_patched(on_gpu(BF16), on_gpu(BF16, **weight))
     assert any(found.startswith(reason) for found in reasons)
 
 
-def test_dtypes_that_one_kernel_does_not_take(monkeypatch):
+def test_dtypes_of_which_no_tile_is_patched(monkeypatch):
     pretend(monkeypatch)
-    (reason,) = cuda._not_in_one_kernel(on_gpu(torch.float32), on_gpu(torch.float32))
+    (reason,) = cuda._not_patched(on_gpu(torch.float32), on_gpu(torch.float32))
     assert reason == "dtype torch.float32, expected bfloat16 or float16"
-    (reason,) = cuda._not_in_one_kernel(on_gpu(BF16), on_gpu(BF16), bias=on_gpu(torch.float32))
+    (reason,) = cuda._not_patched(on_gpu(BF16), on_gpu(BF16), on_gpu(torch.float32))
     assert reason == "bias of dtype torch.float32, expected torch.bfloat16"
 
 
 @pytest.mark.parametrize(
-    ("forced", "bias", "mask", "forward", "backward"),
+    ("asked", "dtype", "bias", "mask", "forward", "backward"),
     [
-        (None, None, [True, True], "two", "two"),
-        (None, BF16, [True, True], "one", "two"),
-        ("0", BF16, [True, True], "two", "two"),
-        ("1", None, [True, True], "one", "one"),
-        ("1", torch.float32, [True, False], "two", "one"),
-        ("1", BF16, [False, True], "one", "two"),
-        ("2", BF16, [True, True], "one", "one pass"),
-        ("3", BF16, [True, True], "patched", "patched"),
-        ("3", torch.float32, [False, True], "two", "two"),
-        ("2", None, [True, False], "one", "one"),
-        ("2", None, [False, True], "one", "two"),
+        (None, BF16, BF16, [True, True], "onto product", "onto product"),
+        ("0", F16, BF16, [True, True], "onto product", "onto product"),
+        (None, torch.float32, None, [True, True], "product onto", "product onto"),
+        ("1", torch.float32, None, [True, True], "product onto", "product onto"),
+        ("1", BF16, BF16, [True, True], "patched", "patched"),
+        ("1", BF16, torch.float32, [True, False], "onto product", "patched"),
+        ("1", BF16, None, [False, True], "patched", "product onto"),
     ],
 )
-def test_which_kernels_a_call_takes(monkeypatch, forced, bias, mask, forward, backward):
+def test_which_kernels_a_call_takes(monkeypatch, asked, dtype, bias, mask, forward, backward):
     pretend(monkeypatch)
-    monkeypatch.delenv("NEUROADA_CUDA_FUSED", raising=False)
-    if forced is not None:
-        monkeypatch.setenv("NEUROADA_CUDA_FUSED", forced)
-    for name, kernels in (
-        ("linear", "two"),
-        ("linear_in_one", "one"),
-        ("linear_backward", "two"),
-        ("linear_backward_in_one", "one"),
-        ("linear_backward_in_one_pass", "one pass"),
-        ("linear_patched", "patched"),
-        ("linear_backward_patched", "patched"),
+    monkeypatch.delenv("NEUROADA_CUDA_PATCHED", raising=False)
+    if asked is not None:
+        monkeypatch.setenv("NEUROADA_CUDA_PATCHED", asked)
+    for where, name, kernels in (
+        (cuda._compiled, "linear", "product onto"),
+        (cuda._compiled, "linear_backward", "product onto"),
+        (cuda, "_linear_onto_product", "onto product"),
+        (cuda, "_linear_backward_onto_product", "onto product"),
+        (cuda._compiled, "linear_patched", "patched"),
+        (cuda._compiled, "linear_backward_patched", "patched"),
     ):
-        monkeypatch.setattr(cuda._compiled, name, lambda *args, kernels=kernels: kernels)
-    x = weight = on_gpu(BF16)
+        monkeypatch.setattr(where, name, lambda *args, kernels=kernels: kernels)
+    x = weight = on_gpu(dtype)
     assert cuda._linear(x, weight, None, None, bias and on_gpu(bias)) == forward
     assert cuda._linear_backward(x, x, weight, None, None, None, mask) == backward
 
 
-def test_an_x_that_cannot_be_copied_is_left_to_sddmm(monkeypatch):
-    pretend(monkeypatch)
-    monkeypatch.setenv("NEUROADA_CUDA_FUSED", "2")
-    monkeypatch.setattr(cuda._compiled, "linear_backward_in_one", lambda *args: "one")
-    grad = weight = on_gpu(BF16)
-    x = on_gpu(BF16, address=264)
-    assert cuda._linear_backward(grad, x, weight, None, None, None, [True, True]) == "one"
+def test_a_call_that_cannot_be_patched_goes_in_two_kernels(monkeypatch):
+    pretend(monkeypatch, gpu=(8, 0))
+    monkeypatch.setenv("NEUROADA_CUDA_PATCHED", "1")
+    monkeypatch.setattr(cuda, "_linear_onto_product", lambda *args: "two")
+    monkeypatch.setattr(cuda, "_linear_backward_onto_product", lambda *args: "two")
+    x = weight = on_gpu(BF16)
+    assert cuda._linear(x, weight, None, None, None) == "two"
+    assert cuda._linear_backward(x, x, weight, None, None, None, [True, True]) == "two"
 
 
-def test_what_the_environment_says_must_be_a_form(monkeypatch):
-    for wrong in ("yes", "4", ""):
-        monkeypatch.setenv("NEUROADA_CUDA_FUSED", wrong)
-        with pytest.raises(
-            ValueError, match=f"NEUROADA_CUDA_FUSED: '{wrong}', expected 0, 1, 2 or 3"
-        ):
-            cuda._form()
+def test_what_the_environment_says_is_0_or_1(monkeypatch):
+    for wrong in ("yes", "2", ""):
+        monkeypatch.setenv("NEUROADA_CUDA_PATCHED", wrong)
+        with pytest.raises(ValueError, match=f"NEUROADA_CUDA_PATCHED: '{wrong}', expected 0 or 1"):
+            cuda._wants_patched()
 
 
 @pytest.mark.parametrize(
@@ -210,7 +223,7 @@ def test_what_is_missing_is_said_in_words(monkeypatch, machine, reason):
     pretend(monkeypatch)
     assert cuda._unavailable() is None
     cuda._unavailable.cache_clear()
-    cuda._archs.cache_clear()
+    _extension.cuda_archs.cache_clear()
     pretend(monkeypatch, **machine)
     assert reason in cuda._unavailable()
 

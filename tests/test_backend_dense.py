@@ -32,6 +32,18 @@ def test_product_and_bias_join_before_the_rounding(dtype, known, bias, tokens, m
     assert ((result.double() - exact).abs() <= half_a_place + 1e-5).all()
 
 
+@pytest.mark.parametrize("sizes", [(5, 33, 7), (0, 33, 7), (5, 0, 7), (5, 33, 0)], ids=str)
+@pytest.mark.parametrize("dtype", SIXTEEN)
+def test_a_wide_product_is_not_rounded_to_its_operands(dtype, sizes):
+    tokens, m, n = sizes
+    x, weight = (torch.randn(shape).to(SIXTEEN[dtype]) for shape in ((tokens, m), (n, m)))
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        wide = _dense.wide_product(x, weight.t())
+    assert wide.dtype == torch.float32
+    assert wide.shape == (tokens, n)
+    torch.testing.assert_close(wide, (x.double() @ weight.double().t()).float())
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
 def test_a_bias_of_32_bits_and_more_joins_the_bypass_and_one_of_16_the_product(dtype):
     wide, narrow = torch.zeros(4, dtype=dtype), torch.zeros(4, dtype=torch.bfloat16)

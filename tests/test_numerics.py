@@ -54,6 +54,11 @@ def cached_inputs(case: Case, dtype: torch.dtype, device: str) -> Inputs:
 SLACK = {torch.float32: 1.02, torch.bfloat16: 1.01, torch.float16: 1.01}
 
 
+def slack(dtype: torch.dtype, device: str, *, bias: bool) -> float:
+    """On a GPU a float32 bias is in no accumulator of ours: it costs a rounding as large as y's."""
+    return SLACK[dtype] * (2**0.5 if bias and device == "cuda" and dtype == torch.float32 else 1)
+
+
 @pytest.mark.parametrize("dtype", SLACK, ids=lambda dtype: str(dtype).removeprefix("torch."))
 @pytest.mark.parametrize("bias", [False, True], ids=["", "bias"])
 @pytest.mark.parametrize("delta_to_weight", [0.001, 0.1, 1.0, 10.0])
@@ -67,7 +72,7 @@ def test_never_less_exact_than_the_materialised_weight(
             delta = inputs.delta * (10 * delta_to_weight)  # a table's delta is a tenth of W
             errors = squared_errors(replace(inputs, delta=delta))
             ours, materialised = ours + errors[0], materialised + errors[1]
-    assert (ours / materialised) ** 0.5 <= SLACK[dtype]
+    assert (ours / materialised) ** 0.5 <= slack(dtype, device, bias=bias)
 
 
 @pytest.mark.parametrize("d_in", [64, 256])
@@ -79,7 +84,7 @@ def test_a_bias_costs_a_float32_sum_no_more_than_one_rounding(d_in, backend, dev
         for seed in range(8)
     ]
     ours, materialised = (sum(column) for column in zip(*errors, strict=True))
-    assert (ours / materialised) ** 0.5 <= SLACK[torch.float32]
+    assert (ours / materialised) ** 0.5 <= slack(torch.float32, device, bias=True)
 
 
 @pytest.mark.parametrize("with_bias", [False, True], ids=["", "bias"])

@@ -59,7 +59,10 @@ def bypass_fwd(
     bias: Tensor | None = None,
     config: BypassConfig | None = None,
 ) -> None:
-    """Write ``y [tokens, d_out]``, rows of unit stride, from ``x_t`` of :func:`transpose`."""
+    """Write ``y [tokens, d_out]``, rows of unit stride, from ``x_t`` of :func:`transpose`.
+
+    ``onto`` and ``bias`` may be of any float dtype: the sum is taken in the accumulator's.
+    """
     tokens, d_out = y.shape
     if config is None:
         config = pick(

@@ -15,6 +15,8 @@ import triton.language as tl
 
 #: Bytes of transposed input that a call holds at most, but for one block of tokens.
 WORKSPACE_BYTES = 32 << 20
+#: Bytes of a product in float32 that a call holds at most, but for one block of tokens.
+WIDE_BYTES = 64 << 20
 #: Entries a program of the merge kernels.
 MERGE_BLOCK = 256
 
@@ -78,9 +80,23 @@ class BypassConfig:
     num_warps: int
 
 
+class _LightColumns:
+    """How many ``rounds`` light columns may always take, one entry of each a round."""
+
+    rounds: int
+
+    def most_light(self, entries: int, d_in: int) -> int:
+        """Entries up to which a column is light, when ``d_in`` columns have ``entries`` in all.
+
+        Twice the mean at least: a heavy column has all of its program to itself, which is well
+        spent on some that are much longer than the rest, and not on nearly all of them.
+        """
+        return max(self.rounds, 2 * triton.cdiv(entries, d_in))
+
+
 @dataclass(frozen=True)
-class TransposedConfig:
-    """``rounds``: entries up to which a column is light. ``block_e``: of a heavy one, at once."""
+class TransposedConfig(_LightColumns):
+    """``block_e``: entries of a heavy column that are summed at once."""
 
     block_t: int
     block_c: int
@@ -102,7 +118,7 @@ class SddmmConfig:
 
 
 @dataclass(frozen=True)
-class GemmConfig:
+class GemmConfig(_LightColumns):
     """A tile of the product, and of the bypass that it starts from (``rounds``, ``block_e``)."""
 
     block_m: int
@@ -128,7 +144,17 @@ def padding(tokens: int) -> int:
 
 def tokens_a_chunk(bytes_a_token: int) -> int:
     """How many tokens of transposed inputs fit into the workspace, a multiple of every block."""
-    return max(WORKSPACE_BYTES // bytes_a_token // _MAX_BLOCK_T, 1) * _MAX_BLOCK_T
+    return _whole_blocks(WORKSPACE_BYTES, bytes_a_token)
+
+
+def tokens_a_wide_product(width: int) -> int:
+    """How many tokens of ``width`` float32 outputs are held at once, a multiple of every block."""
+    return _whole_blocks(WIDE_BYTES, 4 * width)
+
+
+def _whole_blocks(available: int, bytes_a_token: int) -> int:
+    blocks = available // max(1, bytes_a_token) // _MAX_BLOCK_T
+    return max(1, blocks) * _MAX_BLOCK_T
 
 
 def transpose_config(tokens: int) -> TransposeConfig:
@@ -147,9 +173,11 @@ def transposed_configs(tokens: int, dtype: torch.dtype) -> list[TransposedConfig
     """As :func:`bypass_configs`, for the input gradient."""
     block_t = min(padding(tokens), 64)
     warps = 8 if dtype == torch.float64 else 4
+    # In 16 bits dx is added to a product in float32, whose loads are coalesced in the narrow tile.
+    widths = (32, 64) if dtype.itemsize == 2 else (64, 32)
     return [
         TransposedConfig(block_t, block_c, 32, rounds, warps)
-        for block_c in (64, 32)
+        for block_c in widths
         for rounds in (16, 8, 32)
     ]
 
@@ -193,14 +221,11 @@ _GEMM_EFFICIENCY = 0.75
 _LAUNCH_SECONDS = 3e-6
 
 
-def prefer_fused(
-    tokens: int, d_in: int, d_out: int, dtype: torch.dtype, gpu: Gpu, *, bias16: bool
-) -> bool:
-    """Whether one kernel for product and bypass is expected to beat torch's product onto a bypass.
+def prefer_fused(tokens: int, d_in: int, d_out: int, dtype: torch.dtype, gpu: Gpu) -> bool:
+    """Whether one kernel for product and bypass is expected to beat torch's product and a kernel.
 
-    What differs: torch's product reaches more FLOP/s; the one kernel saves writing the bypass,
-    reading it, and a launch. ``d_out`` is the width of the output, y or dx. A bias in 16 bits
-    always takes the one kernel: torch would round y twice.
+    What differs: torch's product reaches more FLOP/s; the one kernel saves writing the product in
+    float32, reading it, and a launch. ``d_out`` is the width of the output, y or dx.
     ``NEUROADA_TRITON_FUSED=0|1`` decides instead.
     """
     if dtype == torch.float64:
@@ -212,8 +237,6 @@ def prefer_fused(
         return forced == "1"
     if dtype == torch.float32:
         return False  # torch's products are far ahead in float32, and TF32 is not the default
-    if bias16:
-        return True
     if 0 in (tokens, d_in, d_out) or d_in % 16 or d_out % 16:
         return False  # nothing to do, or rows so far apart that loads are of single values
     size = dtype.itemsize
@@ -226,7 +249,7 @@ def prefer_fused(
     waves = triton.cdiv(tiles, gpu.multiprocessors)
     occupied = tiles / (waves * gpu.multiprocessors)
     fused = dense / (_GEMM_EFFICIENCY * occupied)
-    return fused < dense + 2 * size * tokens * d_out / gpu.bandwidth + _LAUNCH_SECONDS
+    return fused < dense + 2 * 4 * tokens * d_out / gpu.bandwidth + _LAUNCH_SECONDS
 
 
 def accumulator(dtype: torch.dtype) -> tl.dtype:

@@ -18,7 +18,7 @@ from neuroada_kernels.triton_kernels.tiles import (
 from neuroada_kernels.triton_kernels.tuning import pick, problem
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["most_light"])
 def linear_bwd_input_kernel(
     grad,
     weight,
@@ -31,6 +31,7 @@ def linear_bwd_input_kernel(
     d_in,
     d_out,
     live_entries,
+    most_light,
     stride_grad_t0,
     stride_grad_j,
     stride_w_j,
@@ -38,7 +39,6 @@ def linear_bwd_input_kernel(
     stride_grad_t,
     stride_grad_x,
     k: tl.constexpr,
-    ROUNDS: tl.constexpr,
     BLOCK_E: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
@@ -72,8 +72,8 @@ def linear_bwd_input_kernel(
                 stride_grad_t,
                 live_entries,
                 d_out * k,
+                most_light,
                 k,
-                ROUNDS,
                 BLOCK_E,
                 tl.float32,
             )
@@ -134,12 +134,12 @@ def linear_bwd_input(
         d_in,
         d_out,
         entry.numel(),
+        config.most_light(entry.numel(), d_in),
         *grad.stride(),
         *weight.stride(),
         grad_t.stride(0),
         grad_x.stride(0),
         k=delta.shape[1],
-        ROUNDS=config.rounds,
         BLOCK_E=config.block_e,
         BLOCK_M=config.block_m,
         BLOCK_N=config.block_n,

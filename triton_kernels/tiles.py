@@ -41,8 +41,8 @@ def transposed_bypass_tile(
     stride_grad_t,
     live_entries,
     entries,
+    most_light,
     k: tl.constexpr,
-    ROUNDS: tl.constexpr,
     BLOCK_E: tl.constexpr,
     ACC: tl.constexpr,
 ):
@@ -52,13 +52,13 @@ def transposed_bypass_tile(
     column c from column_start[c] on; c [BC] and t [BT] of the tile, columns from c_end on are not
     in it. A plan of another index may give a wrong sum, but nothing outside is read.
 
-    One column may be chosen by hundreds of neurons. So columns of at most ROUNDS entries are
+    One column may be chosen by hundreds of neurons. So columns of at most most_light entries are
     summed side by side, one entry of each a round, and each heavier one by itself, BLOCK_E
     entries side by side. Either way the order is fixed by the index.
     """
     first = tl.load(column_start + c, mask=c < c_end, other=0)  # [BC]
     count = tl.load(column_start + c + 1, mask=c < c_end, other=0) - first
-    heavy = count > ROUNDS
+    heavy = count > most_light
     light_count = tl.where(heavy, 0, count)
 
     out = tl.zeros([c.shape[0], t.shape[0]], dtype=ACC)

@@ -151,8 +151,11 @@ BypassBwdInput backward_args(const Tensor& grad, const Tensor& plan, const Tenso
           out.stride(0)};
 }
 
-// bypass(grad) transposed, into out, which is written whole.
-void bypass_bwd_input_op(const Tensor& grad, const Tensor& plan, const Tensor& delta, Tensor out) {
+// bypass(grad) transposed, into out, which is written whole. Here torch's product accumulates onto it, so that a base
+// is for a GPU alone.
+void bypass_bwd_input_op(const Tensor& grad, const Tensor& plan, const Tensor& delta, std::optional<Tensor> base,
+                         Tensor out) {
+  STD_TORCH_CHECK(!base, "base: shape ", shape_of(*base), ", expected none on the CPU");
   kernels().bypass_bwd_input(backward_args(grad, plan, delta, out), torch_executor());
 }
 

@@ -1,59 +1,92 @@
 // out[t, c] = sum over (j, s) with index[j, s] = c of delta[j, s] grad[t, j]
 //
-// grad [tokens, d_out], delta [d_out, k], out [tokens, d_in], all of it written. A CTA stages a block
-// of tokens of grad as [neuron][V tokens] and each warp has columns of about equal work, by the plan's
-// splits. A lane sums a light column alone; at a heavy one, which hundreds of neurons may have chosen,
-// the whole warp sums, and adds its lanes' sums in a fixed order.
+// grad [tokens, d_out], delta [d_out, k], out [tokens, d_in], all of it written. A CTA has a part of the columns
+// and a part of the tokens. It stages block after block of grad as [neuron][V tokens], and each warp has columns
+// of about equal work, by the plan's splits. A lane sums a light column alone; at a heavy one, which far more
+// neurons than others may have chosen, the whole warp sums, and adds its lanes' sums in a fixed order.
 #pragma once
 
+#include "column_entries.cuh"
 #include "kernels.h"
-#include "neuroada/planner.h"
 #include "plan.cuh"
 #include "staging.cuh"
 
 namespace neuroada::cuda {
 
-constexpr int kLight = 32;  // entries up to which a column is light
-
 struct BypassBwdInputLaunch {
   BypassBwdInput problem;
-  Tiles tiles;  // of the neurons
+  Tiles tiles;     // of the neurons
+  int64_t blocks;  // of tokens
+  ColumnEntries entries;
 };
 
-// The columns [begin, end) of one of `parts` parts of equal work, at most kSplits.
+// The positions [begin, end) of columns of one of `parts` parts of equal work, at most kSplits.
 struct Columns {
   int32_t begin, end;
 };
 
-__device__ __forceinline__ int32_t split_of(const BypassBwdInput& p, int64_t part, int64_t parts) {
-  const int32_t column = p.plan[p.d_in + 1 + kSplits * part / parts];
-  return column < 0 ? 0 : column < p.d_in ? column : static_cast<int32_t>(p.d_in);
+// The nearest whole window.
+__device__ __forceinline__ int32_t split_of(const BypassBwdInputLaunch& a, int64_t part, int64_t parts) {
+  const int64_t d_in = a.problem.d_in, column = a.problem.plan[d_in + 1 + kSplits * part / parts];
+  const int64_t bounded = column < 0      ? 0
+                          : column < d_in ? (column + kWindow / 2) / kWindow * kWindow
+                                          : a.entries.positions;
+  return static_cast<int32_t>(bounded < a.entries.positions ? bounded : a.entries.positions);
 }
 
-__device__ __forceinline__ Columns columns_of(const BypassBwdInput& p, int64_t part, int64_t parts) {
-  return {split_of(p, part, parts), split_of(p, part + 1, parts)};
+__device__ __forceinline__ Columns columns_of(const BypassBwdInputLaunch& a, int64_t part, int64_t parts) {
+  return {split_of(a, part, parts), split_of(a, part + 1, parts)};
 }
 
-// Rounds of 32 columns; where all warps of the CTA stage tiles together, those of the busiest.
-__device__ __forceinline__ int32_t rounds_of(const BypassBwdInputLaunch& a, Columns own) {
-  int32_t longest = own.end - own.begin;
-  const int64_t warps = blockDim.x / kWarp, parts = gridDim.y * warps;
-  for (int64_t warp = 0; !a.tiles.single() && warp < warps; ++warp) {
-    const Columns other = columns_of(a.problem, blockIdx.y * warps + warp, parts);
+// Rounds of 32 columns that the busiest warp of the CTA has.
+__device__ __forceinline__ int32_t most_rounds(const BypassBwdInputLaunch& a) {
+  int32_t longest = 0;
+  const int64_t warps = blockDim.x / kWarp, parts = gridDim.x * warps;
+  for (int64_t warp = 0; warp < warps; ++warp) {
+    const Columns other = columns_of(a, blockIdx.x * warps + warp, parts);
     longest = longest < other.end - other.begin ? other.end - other.begin : longest;
   }
   return (longest + kWarp - 1) / kWarp;
 }
 
-// Entries begin, begin + step and so on, as far as their neurons are in the staged tile.
-template <class T, int kGroups>
-__device__ __forceinline__ void add_entries(float (&sum)[kGroups * kTokens<T>], const BypassBwdInputLaunch& a,
-                                            const Quad* tile, int32_t first, int32_t begin, int32_t end, int32_t step) {
-  for (int32_t i = begin; i < end; i += step) {
-    const WeightedNeuron entry = a.problem.ordered[i];
+// sum += delta (the staged neuron), where the entry's neuron is in the staged tile.
+template <class T, bool kWhole>
+__device__ __forceinline__ void add_entry(float (&sum)[kTokens<T>], const Tiles& tiles, const Quad* tile, int32_t first,
+                                          int32_t neuron, float delta) {
+  if constexpr (kWhole) {  // it names its place
+    add_column<T>(sum, delta, tile[neuron]);
+  } else {
     bool inside;
-    const int at = place_in_tile(a.tiles, entry.neuron, first, inside);
-    add_column<T, kGroups>(sum, inside ? entry.delta : 0.0f, tile, a.tiles, at);
+    const int at = place_in_tile(tiles, neuron, first, inside);
+    add_column<T>(sum, inside ? delta : 0.0f, tile[at]);
+  }
+}
+
+// The connections of a light column, two with a load; the next four are on their way.
+template <class T, bool kWhole>
+__device__ __forceinline__ void add_light(float (&sum)[kTokens<T>], const BypassBwdInputLaunch& a, const Quad* tile,
+                                          int32_t first, uint32_t position, int32_t count) {
+  constexpr int kLoads = 2;
+  constexpr uint32_t kNext = 2 * kWarp;
+  uint32_t at = a.entries.two(position, 0);
+  Quad two[kLoads] = {};
+  NEUROADA_UNROLL
+  for (int n = 0; n < kLoads; ++n) {
+    if (2 * n < count) two[n] = load16(in_row(a.entries.scratch, at + n * kNext));
+  }
+  for (int32_t i = 0; i < count; i += 2 * kLoads) {
+    at += kLoads * kNext;
+    NEUROADA_UNROLL
+    for (int n = 0; n < kLoads; ++n) {
+      if (n > 0 && i + 2 * n >= count) break;
+      const Quad now = two[n];
+      if (i + 2 * (n + kLoads) < count) two[n] = load16(in_row(a.entries.scratch, at + n * kNext));
+      NEUROADA_UNROLL
+      for (int q = 0; q < 2; ++q) {
+        add_entry<T, kWhole>(sum, a.tiles, tile, first, static_cast<int32_t>(now.word[2 * q]),
+                             float_of_bits(now.word[2 * q + 1]));
+      }
+    }
   }
 }
 
@@ -84,57 +117,101 @@ __device__ __forceinline__ void sum_over_warp(float (&values)[N], int lane) {
   for (int i = 0; i < N; ++i) values[i] = __shfl_sync(kAllLanes, total, i * (kWarp / N));
 }
 
-// Adds the entries [begin, end) of every lane's column, in the staged tile, to its sums.
-template <class T, int kGroups>
-__device__ __forceinline__ void add_columns(float (&sum)[kGroups * kTokens<T>], const BypassBwdInputLaunch& a,
-                                            const Quad* tile, int32_t first, int32_t begin, int32_t end) {
-  constexpr int N = kGroups * kTokens<T>;
+// Adds the connections of every lane's column, in the staged tile, to its sums.
+template <class T, bool kWhole>
+__device__ __forceinline__ void add_columns(float (&sum)[kTokens<T>], const BypassBwdInputLaunch& a, const Quad* tile,
+                                            int32_t first, uint32_t position, OrderedColumn own) {
+  constexpr int V = kTokens<T>;
   const int lane = threadIdx.x % kWarp;
-  const bool heavy = end - begin > kLight;
-  if (!heavy) add_entries<T, kGroups>(sum, a, tile, first, begin, end, 1);
+  const bool heavy = own.count > a.entries.light;
+  if (!heavy) add_light<T, kWhole>(sum, a, tile, first, position, own.count);
   for (unsigned left = __ballot_sync(kAllLanes, heavy); left != 0; left &= left - 1) {
     const int owner = __ffs(static_cast<int>(left)) - 1;
-    const int32_t from = __shfl_sync(kAllLanes, begin, owner), to = __shfl_sync(kAllLanes, end, owner);
-    float shared[N] = {};
-    add_entries<T, kGroups>(shared, a, tile, first, from + lane, to, kWarp);
+    const int32_t column = __shfl_sync(kAllLanes, own.column, owner), count = __shfl_sync(kAllLanes, own.count, owner);
+    const uint32_t begin = start_of_column(a.problem.plan, static_cast<int32_t>(a.problem.live), column);
+    const WeightedNeuron* entries = a.entries.scratch + a.entries.heavy(begin);
+    float shared[V] = {};
+    NEUROADA_ROLLED
+    for (int32_t i = lane; i < count; i += kWarp) {
+      add_entry<T, kWhole>(shared, a.tiles, tile, first, entries[i].neuron, entries[i].delta);
+    }
     sum_over_warp(shared, lane);
     NEUROADA_UNROLL
-    for (int v = 0; v < N; ++v) sum[v] += lane == owner ? shared[v] : 0.0f;
+    for (int v = 0; v < V; ++v) sum[v] += lane == owner ? shared[v] : 0.0f;
   }
 }
 
-template <class T, int N>
-__device__ __forceinline__ void write_column(const float (&sum)[N], const BypassBwdInput& p, int64_t t, int64_t c) {
-  T* out = static_cast<T*>(p.out) + t * p.out_stride + c;
+// out = base + sum, for a column and V tokens: rounded once.
+template <class T>
+__device__ __forceinline__ void write_column(const float (&sum)[kTokens<T>], const BypassBwdInput& p, int64_t t,
+                                             uint32_t c) {
+  constexpr int V = kTokens<T>;
+  T* out = static_cast<T*>(p.out) + t * p.out_stride;
+  const int rows = rows_of_block<T>(p.tokens, t);
+  float onto[V] = {};
   NEUROADA_UNROLL
-  for (int v = 0; v < N; ++v, out += p.out_stride) {
-    if (t + v < p.tokens) *out = round_to<T>(sum[v]);
+  for (int v = 0; v < V; ++v) {
+    if (p.base != nullptr && v < rows) onto[v] = *in_row(p.base + (t + v) * p.base_stride, c);
+  }
+  if (rows == V) {  // nearly always
+    NEUROADA_UNROLL
+    for (int v = 0; v < V; ++v) *in_row(out + v * p.out_stride, c) = round_to<T>(onto[v] + sum[v]);
+    return;
+  }
+  NEUROADA_UNROLL
+  for (int v = 0; v < V; ++v) {
+    if (v < rows) *in_row(out + v * p.out_stride, c) = round_to<T>(onto[v] + sum[v]);
   }
 }
 
-template <class T, int kGroups>
+// Round `round` of the columns of a warp, in the staged tile; the lane's column is written with the last tile.
+template <class T, bool kWhole>
+__device__ __forceinline__ void run_round(float (&sum)[kTokens<T>], const BypassBwdInputLaunch& a, Columns part,
+                                          int32_t round, int32_t block, const Quad* tile, int32_t first) {
+  const BypassBwdInput& p = a.problem;
+  const int32_t position = part.begin + round * kWarp + static_cast<int32_t>(threadIdx.x % kWarp);
+  OrderedColumn own{static_cast<int32_t>(p.d_in), 0};
+  if (position < part.end) own = *a.entries.column(position);
+  if (first == 0) {
+    NEUROADA_UNROLL
+    for (int v = 0; v < kTokens<T>; ++v) sum[v] = 0;
+  }
+  add_columns<T, kWhole>(sum, a, tile, first, position, own);
+  if (own.column < p.d_in && (kWhole || first + a.tiles.width >= a.tiles.columns)) {
+    write_column<T>(sum, p, int64_t{block} * kTokens<T>, static_cast<uint32_t>(own.column));
+  }
+}
+
+template <class T, bool kWhole>
 __global__ void __launch_bounds__(kMaxThreads, 1) bypass_bwd_input_kernel(BypassBwdInputLaunch a) {
-  constexpr int N = kGroups * kTokens<T>;
-  Quad* tile = shared_quads();
   const BypassBwdInput& p = a.problem;
   const T* grad = static_cast<const T*>(p.grad);
-  const int64_t t = int64_t{blockIdx.x} * N;
   const int64_t warps = blockDim.x / kWarp;
-  const Columns own = columns_of(p, blockIdx.y * warps + threadIdx.x / kWarp, gridDim.y * warps);
-  if (a.tiles.single()) stage<T, kGroups>(tile, a.tiles, grad, p.grad_stride, p.tokens, t, 0);
-  const int32_t rounds = rounds_of(a, own);
-  for (int32_t round = 0; round < rounds; ++round) {
-    const int64_t c = int64_t{own.begin} + round * kWarp + threadIdx.x % kWarp;
-    const bool mine = c < own.end;
-    const int32_t live = static_cast<int32_t>(p.live);
-    const int32_t begin = mine ? start_of_column(p.plan, live, c) : 0;
-    const int32_t end = mine ? start_of_column(p.plan, live, c + 1) : 0;
-    float sum[N] = {};
-    for (int32_t first = 0; first < a.tiles.columns; first += a.tiles.width) {
-      if (!a.tiles.single()) stage<T, kGroups>(tile, a.tiles, grad, p.grad_stride, p.tokens, t, first);
-      add_columns<T, kGroups>(sum, a, tile, first, begin, end);
+  const Columns own = columns_of(a, blockIdx.x * warps + threadIdx.x / kWarp, gridDim.x * warps);
+  const int32_t begin = static_cast<int32_t>(a.blocks * blockIdx.y / gridDim.y);
+  const int32_t end = static_cast<int32_t>(a.blocks * (blockIdx.y + 1) / gridDim.y);
+  float sum[kTokens<T>];
+  if constexpr (kWhole) {
+    const int32_t rounds = (own.end - own.begin + kWarp - 1) / kWarp;
+    for_each_block<2, 1>(a.tiles, grad, p.grad_stride, p.tokens, begin, end,
+                         [&](int32_t block, const Quad* tile, int32_t first, auto part) {
+                           const int32_t half = rounds - rounds / 2;
+                           const int32_t from = decltype(part)::value == 0 ? 0 : half,
+                                         to = decltype(part)::value == 0 ? half : rounds;
+                           for (int32_t round = from; round < to; ++round) {
+                             run_round<T, true>(sum, a, own, round, block, tile, first);
+                           }
+                         });
+  } else {
+    // All tiles for one round of columns, whose sums a lane keeps, then for the next.
+    const int32_t rounds = most_rounds(a);
+    for (int32_t round = 0; round < rounds; ++round) {
+      for_each_block<2, 2>(a.tiles, grad, p.grad_stride, p.tokens, begin, end,
+                           [&](int32_t block, const Quad* tile, int32_t first, auto part) {
+                             if (decltype(part)::value == 0)
+                               run_round<T, false>(sum, a, own, round, block, tile, first);
+                           });
     }
-    if (mine) write_column<T, N>(sum, p, t, c);
   }
 }
 

@@ -8,11 +8,17 @@ namespace {
 template <class T>
 void run(const BypassFwd& p, const Device& device, void* stream) {
   const Tiles tiles = choose_tiles("bypass_fwd", static_cast<const T*>(p.x), p.x_stride, p.tokens, p.d_in, device);
-  const int64_t blocks = ceil_div(p.tokens, tiles.groups * kTokens<T>);
-  const int64_t neurons = ceil_div(ceil_div(p.d_out, fill_device(blocks, p.d_out, tiles, device)), kWarp) * kWarp;
-  const BypassFwdLaunch args{p, tiles, neurons, slots_aligned(p.k, p.index, p.delta)};
-  const auto kernel = tiles.groups == 2 ? bypass_fwd_kernel<T, 2> : bypass_fwd_kernel<T, 1>;
-  launch("bypass_fwd", kernel, blocks, ceil_div(p.d_out, neurons), device.threads, tiles.bytes(), stream, args);
+  const bool held_fit = p.k <= kMostHeld;
+  with_held<kMostHeld>(p.d_out, p.k, false, tiles.single() && held_fit, device, [&](auto pairs, auto held, auto whole) {
+    const int64_t blocks = ceil_div(p.tokens, kTokens<T>);
+    const Shares shares = share_out(p.d_out, 2 * pairs * device.threads, blocks, 1, device);
+    const bool base_vectors = p.wide_base ? pairs_aligned(static_cast<const float*>(p.base), p.base_stride, p.tokens)
+                                          : pairs_aligned(static_cast<const T*>(p.base), p.base_stride, p.tokens);
+    const bool vectors = base_vectors && pairs_aligned(static_cast<const T*>(p.out), p.out_stride, p.tokens);
+    const BypassFwdLaunch args{p, tiles, blocks, shares.rows_a_part, slots_aligned(p.k, p.index, p.delta), vectors};
+    launch("bypass_fwd", bypass_fwd_kernel<T, pairs, held, whole>, shares.row_parts, shares.token_parts, device.threads,
+           tiles.bytes(), stream, args);
+  });
 }
 
 }  // namespace

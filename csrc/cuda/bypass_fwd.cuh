@@ -1,72 +1,193 @@
 // out[t, j] = base[t, j] + bias[j] + sum_s delta[j, s] x[t, index[j, s]]
 //
-// x [tokens, d_in], index and delta [d_out, k], base and out [tokens, d_out], bias [d_out]. A CTA
-// stages a block of tokens as [column][V tokens] and every lane is a neuron: a gather is one 16-byte
-// read of shared memory, and out is written along the neurons.
+// x [tokens, d_in], index and delta [d_out, k], base and out [tokens, d_out], bias [d_out]. A CTA has a part of
+// the neurons and a part of the tokens. It stages block after block of x as [column][V tokens]; a lane holds the
+// places of its neurons' columns and their deltas in registers, so that a block costs its gathers alone. Out is
+// written along the neurons, two a lane.
 #pragma once
 
 #include "kernels.h"
-#include "staging.cuh"
+#include "pairs.cuh"
 
 namespace neuroada::cuda {
 
 struct BypassFwdLaunch {
   BypassFwd problem;
   Tiles tiles;
-  int64_t neurons_a_part;
+  int64_t blocks;          // of tokens
+  int64_t neurons_a_part;  // even
   bool slot_vectors;
+  bool vectors;  // a pair is written at once, and so is one read from base
 };
 
-// What the columns of one tile add to the bypass of neuron j.
-template <class T, int kGroups>
-__device__ __forceinline__ void add_bypass(float (&sum)[kGroups * kTokens<T>], const BypassFwdLaunch& a,
-                                           const Quad* tile, int64_t j, int32_t first) {
-  const int64_t k = a.problem.k;
-  for (int64_t s = 0; s < k; s += kSlots) {
-    int32_t column[kSlots];
-    float delta[kSlots];
-    load_slots(a.problem.index + j * k + s, k - s, a.slot_vectors, -1, column);
-    load_slots(a.problem.delta + j * k + s, k - s, a.slot_vectors, 0.0f, delta);
+// The connections of slot s of a pair: places in the tile that starts at `first`, and deltas.
+struct Connections {
+  uint32_t places;
+  float delta[2];
+
+  __device__ __forceinline__ void load(const BypassFwdLaunch& a, const Pairs& pairs, int pair, int64_t s,
+                                       int32_t first) {
+    const BypassFwd& p = a.problem;
+    int32_t column[2];
+    load_columns(column, p.index, p.k, pairs, pair, s);
+    places = places_of(column, a.tiles, first);
     NEUROADA_UNROLL
-    for (int q = 0; q < kSlots; ++q) {
-      bool inside;
-      const int at = place_in_tile(a.tiles, column[q], first, inside);
-      add_column<T, kGroups>(sum, inside ? delta[q] : 0.0f, tile, a.tiles, at);
+    for (int n = 0; n < 2; ++n) {
+      const bool there = place_of(places, n, 0) != static_cast<uint32_t>(a.tiles.zero);
+      delta[n] = there ? p.delta[(int64_t{pairs.first(pair)} + n) * p.k + s] : 0.0f;
     }
   }
-}
+};
 
-template <class T, int kGroups>
-__device__ __forceinline__ void write_neuron(const float (&sum)[kGroups * kTokens<T>], const BypassFwd& p, int64_t t,
-                                             int64_t j) {
-  const float bias = p.bias ? to_float(static_cast<const T*>(p.bias)[j]) : 0.0f;
-  NEUROADA_UNROLL
-  for (int v = 0; v < kGroups * kTokens<T>; ++v) {
-    if (t + v >= p.tokens) break;
-    float value = sum[v] + bias;
-    if (p.base) value += to_float(static_cast<const T*>(p.base)[(t + v) * p.base_stride + j]);
-    static_cast<T*>(p.out)[(t + v) * p.out_stride + j] = round_to<T>(value);
-  }
-}
-
-template <class T, int kGroups>
-__global__ void __launch_bounds__(kMaxThreads, 1) bypass_fwd_kernel(BypassFwdLaunch a) {
-  Quad* tile = shared_quads();
+// All connections of a lane, in the tile that has all columns.
+template <int kPairs, int kHeld>
+__device__ __forceinline__ void load_connections(Connections (&own)[kPairs][kHeld], const BypassFwdLaunch& a,
+                                                 const Pairs& pairs) {
+  using H = Held<kPairs, kHeld>;
   const BypassFwd& p = a.problem;
-  const int64_t t = int64_t{blockIdx.x} * (kGroups * kTokens<T>);
-  const int64_t begin = blockIdx.y * a.neurons_a_part;
-  const int64_t end = begin + a.neurons_a_part < p.d_out ? begin + a.neurons_a_part : p.d_out;
-  for (int64_t block = begin; block < end; block += blockDim.x) {
-    const int64_t j = block + threadIdx.x;
-    float sum[kGroups * kTokens<T>] = {};
-    for (int32_t first = 0; first < a.tiles.columns; first += a.tiles.width) {
-      if (block == begin || !a.tiles.single()) {
-        stage<T, kGroups>(tile, a.tiles, static_cast<const T*>(p.x), p.x_stride, p.tokens, t, first);
-      }
-      if (j < end) add_bypass<T, kGroups>(sum, a, tile, j, first);
+  NEUROADA_UNROLL
+  for (int pair = 0; pair < kPairs; ++pair) {
+    if (!a.slot_vectors) {
+      NEUROADA_UNROLL
+      for (int r = 0; r < kHeld; ++r) own[pair][r].load(a, pairs, pair, H::slot(r), 0);
+      continue;
     }
-    if (j < end) write_neuron<T, kGroups>(sum, p, t, j);
+    NEUROADA_UNROLL
+    for (int s = 0; s + kSlotVector <= kHeld; s += kSlotVector) {
+      int32_t column[2][kSlotVector];
+      float delta[2][kSlotVector];
+      NEUROADA_UNROLL
+      for (int n = 0; n < 2; ++n) {
+        const int64_t e = (int64_t{pairs.first(pair)} + n) * p.k + s;
+        const bool there = s < p.k && pairs.has(pair, n);
+        load_slots(column[n], p.index + e, there, -1);
+        load_slots(delta[n], p.delta + e, there, 0.0f);
+      }
+      NEUROADA_UNROLL
+      for (int q = 0; q < kSlotVector; ++q) {
+        Connections& one = own[pair][H::register_of(s + q)];
+        one.places = places_of({column[0][q], column[1][q]}, a.tiles, 0);
+        NEUROADA_UNROLL
+        for (int n = 0; n < 2; ++n) {
+          const bool connected = place_of(one.places, n, 0) != static_cast<uint32_t>(a.tiles.zero);
+          one.delta[n] = connected ? delta[n][q] : 0.0f;
+        }
+      }
+    }
   }
+}
+
+// sum[n] += delta (the staged column), for both neurons of a pair
+template <class T>
+__device__ __forceinline__ void add_connections(float (&sum)[2][kTokens<T>], const Connections& own, const Quad* tile,
+                                                int32_t zero) {
+  NEUROADA_UNROLL
+  for (int n = 0; n < 2; ++n) add_column<T>(sum[n], own.delta[n], tile[place_of(own.places, n, zero)]);
+}
+
+template <class Base, int V>
+__device__ __forceinline__ void load_rows(float (&onto)[V][2], const void* base, int64_t stride, int64_t t,
+                                          uint32_t j) {
+  NEUROADA_UNROLL
+  for (int v = 0; v < V; ++v) {
+    PairOf<Base> both;
+    load_words(in_row(static_cast<const Base*>(base) + (t + v) * stride, j), both.word);
+    onto[v][0] = both.value(0);
+    onto[v][1] = both.value(1);
+  }
+}
+
+// onto = base[t .. t + V, j .. j + 2]
+template <class T>
+__device__ __forceinline__ void load_base(float (&onto)[kTokens<T>][2], const BypassFwd& p, int64_t t, uint32_t j) {
+  if (p.wide_base) {
+    load_rows<float>(onto, p.base, p.base_stride, t, j);
+  } else {
+    load_rows<T>(onto, p.base, p.base_stride, t, j);
+  }
+}
+
+// out = base + (bias + sum), for a pair and V tokens: added in float32, and rounded once.
+template <class T>
+__device__ __forceinline__ void write_pair(const float (&sum)[2][kTokens<T>], const BypassFwdLaunch& a,
+                                           const Pairs& pairs, int pair, int64_t t) {
+  constexpr int V = kTokens<T>;
+  const BypassFwd& p = a.problem;
+  const int rows = rows_of_block<T>(p.tokens, t);
+  const uint32_t j = pairs.first(pair);
+  T* out = static_cast<T*>(p.out) + t * p.out_stride;
+  const T* bias = static_cast<const T*>(p.bias);
+  float added[2] = {};
+  NEUROADA_UNROLL
+  for (int n = 0; n < 2; ++n) {
+    if (bias != nullptr && pairs.has(pair, n)) added[n] = to_float(bias[j + n]);
+  }
+  if (a.vectors && pairs.has(pair, 1) && rows == V) {  // nearly always
+    float onto[V][2] = {};
+    if (p.base != nullptr) load_base<T>(onto, p, t, j);
+    NEUROADA_UNROLL
+    for (int v = 0; v < V; ++v) {
+      PairOf<T> both;
+      round_pair<T>(onto[v][0] + (added[0] + sum[0][v]), onto[v][1] + (added[1] + sum[1][v]), both.word);
+      store_words(in_row(out + v * p.out_stride, j), both.word);
+    }
+    return;
+  }
+  NEUROADA_UNROLL
+  for (int v = 0; v < V; ++v) {
+    if (v >= rows) break;
+    NEUROADA_UNROLL
+    for (int n = 0; n < 2; ++n) {
+      if (!pairs.has(pair, n)) break;
+      const int64_t from = (t + v) * p.base_stride + j + n;
+      float onto = 0;
+      if (p.base != nullptr) {
+        onto = p.wide_base ? static_cast<const float*>(p.base)[from] : to_float(static_cast<const T*>(p.base)[from]);
+      }
+      *in_row(out + v * p.out_stride, j + n) = round_to<T>(onto + (added[n] + sum[n][v]));
+    }
+  }
+}
+
+template <class T, int kPairs, int kHeld, bool kWhole>
+__global__ void __launch_bounds__(kMaxThreads, 1) bypass_fwd_kernel(BypassFwdLaunch a) {
+  constexpr int V = kTokens<T>;
+  using H = Held<kPairs, kHeld>;
+  const BypassFwd& p = a.problem;
+  const Pairs pairs = Pairs::of(blockIdx.x, a.neurons_a_part, p.d_out);
+  const int32_t begin = static_cast<int32_t>(a.blocks * blockIdx.y / gridDim.y);
+  const int32_t end = static_cast<int32_t>(a.blocks * (blockIdx.y + 1) / gridDim.y);
+  Connections own[kPairs][kHeld];
+  if (kWhole) load_connections(own, a, pairs);
+  const int k = static_cast<int>(p.k < kHeld ? p.k : kHeld);
+  float sum[2][V];
+  const auto read = [&](int32_t block, const Quad* tile, int32_t first, auto part) {
+    constexpr int kPart = decltype(part)::value, kBegin = H::begin(kPart), kFirst = H::first_pair(kPart);
+    const bool last_tile = kWhole || first + a.tiles.width >= a.tiles.columns;
+    NEUROADA_UNROLL
+    for (int pair = kFirst; pair < kFirst + H::kPairsAPart; ++pair) {
+      if (!pairs.has(pair, 0)) continue;
+      if (H::begins_pair(kPart) && first == 0) {
+        NEUROADA_UNROLL
+        for (int v = 0; v < V; ++v) sum[0][v] = sum[1][v] = 0;
+      }
+      if (kWhole) {
+        NEUROADA_UNROLL
+        for (int r = kBegin; r < kBegin + H::kSlots; ++r) {
+          if ((r - kBegin) % H::kTogether == 0 && H::slot(r) >= k) break;
+          add_connections<T>(sum, own[pair][r], tile, varying_zero(block));
+        }
+      } else {
+        for (int64_t s = kPart; s < p.k; s += H::kParts) {
+          Connections one;
+          one.load(a, pairs, pair, s, first);
+          add_connections<T>(sum, one, tile, 0);
+        }
+      }
+      if (last_tile && H::ends_pair(kPart)) write_pair<T>(sum, a, pairs, pair, int64_t{block} * V);
+    }
+  };
+  for_each_block<H::kParts, 1>(a.tiles, static_cast<const T*>(p.x), p.x_stride, p.tokens, begin, end, read);
 }
 
 }  // namespace neuroada::cuda

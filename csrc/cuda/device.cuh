@@ -4,6 +4,7 @@
 
 #include <cstdint>
 #include <cstring>
+#include <type_traits>
 
 #include "neuroada/dtype.h"
 
@@ -46,6 +47,16 @@ T round_to(float value) {
   return out;
 }
 
+// Four of the eight bytes of low and high, by the digits of `which`.
+inline uint32_t bytes_of(uint32_t low, uint32_t high, uint32_t which) {
+  const uint64_t both = uint64_t{high} << 32 | low;
+  uint32_t word = 0;
+  for (int i = 0; i < 4; ++i) word |= static_cast<uint32_t>(both >> 8 * (which >> 4 * i & 7) & 0xff) << 8 * i;
+  return word;
+}
+
+inline void fetch_to_l2(const void*) {}
+
 inline Quad load16(const void* from) {
   host_cuda::check_aligned(from, sizeof(Quad));
   Quad value;
@@ -55,6 +66,28 @@ inline Quad load16(const void* from) {
 inline void store16(void* to, const Quad& value) {
   host_cuda::check_aligned(to, sizeof(Quad));
   std::memcpy(to, &value, sizeof(value));
+}
+template <int N>
+void load_words(const void* from, uint32_t (&word)[N]) {
+  host_cuda::check_aligned(from, sizeof(word));
+  std::memcpy(word, from, sizeof(word));
+}
+template <int N>
+void store_words(void* to, const uint32_t (&word)[N]) {
+  host_cuda::check_aligned(to, sizeof(word));
+  std::memcpy(to, word, sizeof(word));
+}
+// The address of element `at` of a row: one that all threads share and an offset of 32 bits, for which GPUs have
+// an addressing mode, so that a row costs no arithmetic.
+template <class T>
+T* in_row(T* row, uint32_t at) {
+  return row + at;
+}
+// Two values rounded to T, as they lie in memory.
+template <class T>
+void round_pair(float first, float second, uint32_t (&word)[sizeof(T) / 2]) {
+  const T values[2] = {round_to<T>(first), round_to<T>(second)};
+  std::memcpy(word, values, sizeof(word));
 }
 
 #else
@@ -86,6 +119,22 @@ __device__ __forceinline__ Half round_to<Half>(float value) {
   return {__half_as_ushort(__float2half_rn(value))};
 }
 
+__device__ __forceinline__ uint32_t bytes_of(uint32_t low, uint32_t high, uint32_t which) {
+  return __byte_perm(low, high, which);
+}
+
+__device__ __forceinline__ uint32_t rounded_words(float first, float second, BFloat16) {
+  const __nv_bfloat162 both = __floats2bfloat162_rn(first, second);
+  return uint32_t{__bfloat16_as_ushort(both.x)} | uint32_t{__bfloat16_as_ushort(both.y)} << 16;
+}
+__device__ __forceinline__ uint32_t rounded_words(float first, float second, Half) {
+  const __half2 both = __floats2half2_rn(first, second);
+  return uint32_t{__half_as_ushort(both.x)} | uint32_t{__half_as_ushort(both.y)} << 16;
+}
+
+// Asks for a line that is read soon.
+__device__ __forceinline__ void fetch_to_l2(const void* from) { asm volatile("prefetch.global.L2 [%0];" ::"l"(from)); }
+
 __device__ __forceinline__ Quad load16(const void* from) {
   const uint4 value = *static_cast<const uint4*>(from);
   return {{value.x, value.y, value.z, value.w}};
@@ -93,8 +142,57 @@ __device__ __forceinline__ Quad load16(const void* from) {
 __device__ __forceinline__ void store16(void* to, const Quad& value) {
   *static_cast<uint4*>(to) = make_uint4(value.word[0], value.word[1], value.word[2], value.word[3]);
 }
+template <int N>
+__device__ __forceinline__ void load_words(const void* from, uint32_t (&word)[N]) {
+  static_assert(N == 1 || N == 2);
+  if constexpr (N == 1) {
+    word[0] = *static_cast<const uint32_t*>(from);
+  } else {
+    const uint2 value = *static_cast<const uint2*>(from);
+    word[0] = value.x;
+    word[1] = value.y;
+  }
+}
+template <int N>
+__device__ __forceinline__ void store_words(void* to, const uint32_t (&word)[N]) {
+  static_assert(N == 1 || N == 2);
+  if constexpr (N == 1) {
+    *static_cast<uint32_t*>(to) = word[0];
+  } else {
+    *static_cast<uint2*>(to) = make_uint2(word[0], word[1]);
+  }
+}
+template <class T>
+__device__ __forceinline__ T* in_row(T* row, uint32_t at) {
+  using Byte = std::conditional_t<std::is_const_v<T>, const char, char>;
+  return reinterpret_cast<T*>(reinterpret_cast<Byte*>(row) + static_cast<uint32_t>(at * sizeof(T)));
+}
+// Two values rounded to T, as they lie in memory.
+template <class T>
+__device__ __forceinline__ void round_pair(float first, float second, uint32_t (&word)[sizeof(T) / 2]) {
+  if constexpr (sizeof(T) == 4) {
+    word[0] = __float_as_uint(first);
+    word[1] = __float_as_uint(second);
+  } else {
+    word[0] = rounded_words(first, second, T{});
+  }
+}
 
 #endif
+
+// The same value, which the compiler does not know to be the same: what is made of it in a loop is made there,
+// and takes no register for all of the loop.
+template <class T>
+__device__ __forceinline__ T made_anew(T value) {
+#ifndef NEUROADA_HOST_CUDA
+  if constexpr (sizeof(T) == 4) {
+    asm volatile("" : "+r"(value));
+  } else {
+    asm volatile("" : "+l"(value));
+  }
+#endif
+  return value;
+}
 
 // Element q of a Quad that holds 16 / sizeof(T) of T.
 template <class T>

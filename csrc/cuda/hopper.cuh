@@ -73,19 +73,10 @@ inline void copy_box(void* to, const TensorMap& map, int32_t column, int32_t row
   host_cuda::copy_box(to, map, column, row, barrier.state);
 }
 
-inline void load_transposed(uint32_t (&word)[4], const void* row) {
-  host_cuda::load_transposed(word, host_cuda::shared_address(row));
-}
-
 inline void sync_warp() {
   host_cuda::check_fenced();
   host_cuda::exchange(0);
 }
-template <int kThreads>
-void sync_threads(int name) {
-  host_cuda::named_barrier<kThreads>(name);
-}
-
 template <int N>
 void release_registers() {}
 template <int N>
@@ -93,10 +84,6 @@ void claim_registers() {}
 
 template <int N>
 void keep_in_registers(float (&)[N]) {}
-template <class T>
-void mma(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) {
-  host_cuda::mma<T>(d, a, b);
-}
 
 inline void wgmma_fence() { host_cuda::wgmma_fence(); }
 inline void wgmma_commit() { host_cuda::wgmma_commit(); }
@@ -181,22 +168,7 @@ __device__ __forceinline__ void copy_box(void* to, const TensorMap& map, int32_t
       : "memory");
 }
 
-// "ldmatrix": four 8 x 8 matrices of 16-bit elements. Lane l gives the address of row l % 8 of matrix l / 8,
-// and gets from each matrix column l / 4 of rows 2 (l % 4) and 2 (l % 4) + 1.
-__device__ __forceinline__ void load_transposed(uint32_t (&word)[4], const void* row) {
-  asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0, %1, %2, %3}, [%4];"
-               : "=r"(word[0]), "=r"(word[1]), "=r"(word[2]), "=r"(word[3])
-               : "r"(shared_address(row))
-               : "memory");
-}
-
 __device__ __forceinline__ void sync_warp() { __syncwarp(); }
-
-// "bar.sync": the named barrier of this many threads, whole warps.
-template <int kThreads>
-__device__ __forceinline__ void sync_threads(int name) {
-  asm volatile("bar.sync %0, %1;" ::"r"(name), "n"(kThreads) : "memory");
-}
 
 template <int N>
 __device__ __forceinline__ void release_registers() {
@@ -213,26 +185,6 @@ __device__ __forceinline__ void keep_in_registers(float (&d)[N]) {
   NEUROADA_UNROLL
   for (int i = 0; i < N; ++i) asm volatile("" : "+f"(d[i])::"memory");
 }
-
-#define NEUROADA_MMA(type)                                                            \
-  asm volatile("mma.sync.aligned.m16n8k16.row.col.f32." type "." type                 \
-               ".f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};" \
-               : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])                       \
-               : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]))
-
-// d += a b of a warp, "mma.m16n8k16": a [16, 16], b [16, 8]. Lane l has of a, two neighbouring columns a
-// word, (l / 4, 2 (l % 4)), the same 8 rows down, 8 columns on, and both; of b rows 2 (l % 4) and the next in
-// column l / 4, and 8 rows down; of d (l / 4, 2 (l % 4)) and the next column, and the same 8 rows down.
-template <class T>
-__device__ __forceinline__ void mma(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) {
-  if constexpr (std::is_same_v<T, BFloat16>) {
-    NEUROADA_MMA("bf16");
-  } else {
-    NEUROADA_MMA("f16");
-  }
-}
-
-#undef NEUROADA_MMA
 
 __device__ __forceinline__ void wgmma_fence() { asm volatile("wgmma.fence.sync.aligned;" ::: "memory"); }
 __device__ __forceinline__ void wgmma_commit() { asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory"); }

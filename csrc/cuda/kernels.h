@@ -18,7 +18,7 @@ struct Device {
   int64_t shared_bytes;  // that one CTA may have
   int64_t multiprocessors;
   int64_t threads = 512;             // of a CTA, a multiple of 32 and a power of two up to 512
-  int64_t scratch_bytes = 32 << 20;  // of SDDMM's partial sums, and of transposed tokens; more where the least is
+  int64_t scratch_bytes = 32 << 20;  // of SDDMM's partial sums; more where the least is
 };
 
 // out[t, j] = base[t, j] + bias[j] + sum_s delta[j, s] x[t, index[j, s]]
@@ -34,6 +34,7 @@ struct BypassFwd {
   const void* bias;  // [d_out], or null for zero
   void* out;         // [tokens, d_out], may be base itself
   int64_t out_stride;
+  bool wide_base = false;  // base is float32, whatever dtype is
 };
 
 // A connection as the transposed product reads it.
@@ -42,16 +43,7 @@ struct alignas(8) WeightedNeuron {
   float delta;
 };
 
-// ordered[i] = (neuron, delta) of the i-th connection in the order of the plan
-struct OrderEntries {
-  int64_t d_in, d_out, k;
-  const int32_t* plan;  // [d_in + 1 + kSplits + 1 + live], see neuroada/planner.h
-  int64_t live;
-  const float* delta;       // [d_out, k]
-  WeightedNeuron* ordered;  // [live]
-};
-
-// out[t, c] = sum over (j, s) with index[j, s] = c of delta[j, s] grad[t, j]
+// out[t, c] = base[t, c] + the sum over (j, s) with index[j, s] = c of delta[j, s] grad[t, j]
 struct BypassBwdInput {
   DType dtype;  // of grad and out
   int64_t tokens, d_in, d_out, k;
@@ -60,37 +52,11 @@ struct BypassBwdInput {
   const int32_t* plan;  // [d_in + 1 + kSplits + 1 + live], see neuroada/planner.h
   int64_t live;
   const float* delta;       // [d_out, k]
-  WeightedNeuron* ordered;  // [live], scratch: the connections in the order of the plan
+  WeightedNeuron* ordered;  // [bypass_bwd_input_entries], scratch, 16-byte aligned
   void* out;                // [tokens, d_in]
   int64_t out_stride;
-};
-
-// to[c, t] = from[t, c]
-struct Transpose {
-  DType dtype;              // bfloat16 or float16
-  int64_t tokens, columns;  // columns a multiple of 8
-  const void* from;         // [tokens, columns], 16-byte aligned as are its rows
-  int64_t from_stride;
-  void* to;  // [columns, to_stride], 16-byte aligned as are its rows; zeros up to a multiple of 8 tokens
-  int64_t to_stride;
-};
-
-// out[t, j] = sum_c x[t, c] weight[j, c] + bias[j] + sum_s delta[j, s] x[t, index[j, s]], on sm_90a
-struct LinearFwd {
-  BypassFwd bypass;    // without a base, in bfloat16 or float16
-  const void* weight;  // [d_out, d_in], of the same dtype
-  int64_t weight_stride;
-  int64_t chunk;     // tokens that are transposed at a time, see linear_fwd_chunk
-  void* transposed;  // [d_in, chunk], scratch, 16-byte aligned
-};
-
-// out[t, c] = sum_j grad[t, j] weight[j, c] + sum over (j, s) with index[j, s] = c of delta[j, s] grad[t, j]
-struct LinearBwdInput {
-  BypassBwdInput bypass;  // in bfloat16 or float16
-  const void* weight;     // [d_out, d_in], of the same dtype
-  int64_t weight_stride;
-  int64_t chunk;     // see linear_bwd_input_chunk
-  void* transposed;  // [d_out, chunk], scratch, 16-byte aligned
+  const float* base = nullptr;  // [tokens, d_in], or null for zero
+  int64_t base_stride = 0;
 };
 
 constexpr int kGroupNeurons = 16;
@@ -109,25 +75,6 @@ struct BlockEntries {
   const int32_t* index;  // [d_out, k]
   int32_t* start;        // [blocks + 1, ceil(d_out / 16)]
   BlockEntry* entry;     // [d_out, k]
-};
-
-// LinearBwdInput, and in the same pass over grad
-// grad_delta[j, s] = sum_t grad[t, j] x[t, index[j, s]], and zero in a slot without a connection
-struct LinearBwd {
-  LinearBwdInput input;  // with the chunk of linear_bwd_scratch
-  const void* x;         // [tokens, d_in], of the same dtype
-  int64_t x_stride;
-  const int32_t* index;  // [d_out, k]
-  int32_t* start;        // scratch, as are the two below: see LinearBwdScratch
-  BlockEntry* entry;
-  float* partial;
-  float* grad_delta;  // [d_out, k]
-};
-
-struct LinearBwdScratch {
-  int64_t chunk;
-  int64_t starts;    // of start, and entry is [d_out, k]
-  int64_t partials;  // of partial [partials, d_out, k]
 };
 
 // out = from weight^T + bias, or out = from weight, where each weight[j, index[j, s]] is round(weight + delta[j, s])
@@ -175,31 +122,37 @@ struct Merge {
   void* original;        // [d_out, k], zero in a slot without a connection; written by merge and gather
 };
 
+// out[t, i] = x[t, columns[i]], and zero for a column outside [0, d_in)
+struct ChosenColumns {
+  DType dtype;  // of x and out
+  int64_t tokens, d_in, count;
+  const void* x;  // [tokens, d_in]
+  int64_t x_stride;
+  const int32_t* columns;  // [count], in any order; rising ones are read fastest
+  void* out;               // [tokens, count]
+};
+
 // `stream` is a cudaStream_t of the current device. They throw std::runtime_error, naming the kernel
 // and CUDA's error.
-void order_entries(const OrderEntries&, const Device&, void* stream);
 void bypass_fwd(const BypassFwd&, const Device&, void* stream);
 void bypass_bwd_input(const BypassBwdInput&, const Device&, void* stream);
 void sddmm(const Sddmm&, const Device&, void* stream);
+void columns(const ChosenColumns&, const Device&, void* stream);
 void merge(const Merge&, const Device&, void* stream);
-void transpose(const Transpose&, const Device&, void* stream);
 void block_entries(const BlockEntries&, const Device&, void* stream);
+
+// How many connections the scratch of dx's bypass has room for.
+int64_t bypass_bwd_input_entries(int64_t d_in, int64_t live);
 
 // In how many parts of the tokens SDDMM sums first.
 int64_t sddmm_parts(const Sddmm&, const Device&);
 
 // These copy their operands by the hardware of sm_90: x, weight and grad are 16-byte aligned, their rows
 // and sizes along a row multiples of 8 elements, and no size is zero. They check that first.
-void linear_fwd(const LinearFwd&, const Device&, void* stream);
-void linear_bwd_input(const LinearBwdInput&, const Device&, void* stream);
-void linear_bwd(const LinearBwd&, const Device&, void* stream);
 void linear_patched_fwd(const LinearPatched&, const Device&, void* stream);
 void linear_patched_bwd_input(const LinearPatched&, const Device&, void* stream);
 
-// How many tokens they transpose at a time, a multiple of 8; what they get as scratch does not count.
-int64_t linear_fwd_chunk(const BypassFwd&, const Device&);
-int64_t linear_bwd_input_chunk(const BypassBwdInput&, const Device&);
-LinearBwdScratch linear_bwd_scratch(const BypassBwdInput&, const Device&);
+// How many offsets they need as scratch.
 int64_t linear_patched_starts(int64_t d_in, int64_t d_out, bool forward);
 
 }  // namespace neuroada::cuda

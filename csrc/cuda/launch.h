@@ -5,9 +5,10 @@
 #include <algorithm>
 #include <stdexcept>
 #include <string>
+#include <type_traits>
 
 #include "kernels.h"
-#include "staging.cuh"
+#include "pairs.cuh"
 
 namespace neuroada::cuda {
 
@@ -15,44 +16,64 @@ inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
 inline bool aligned16(const void* pointer) { return reinterpret_cast<uintptr_t>(pointer) % 16 == 0; }
 
-// Whether four neighbouring slots of index, delta or their gradient are read as one.
-inline bool slots_aligned(int64_t k, const void* a, const void* b) {
-  return k % kSlots == 0 && aligned16(a) && aligned16(b);
-}
-
-// Two groups of tokens where they fit, to read index and delta half as often; one where only one
-// does; tiles of the columns where not even one does.
+// All columns where a block of them fits, and two such tiles where these do and there is a second block; tiles of
+// the columns where not even one does.
 template <class T>
 Tiles choose_tiles(const char* kernel, const T* x, int64_t row_stride, int64_t tokens, int64_t columns,
                    const Device& device) {
   if (columns >= INT32_MAX - 8) throw std::runtime_error(std::string(kernel) + ": more than 2^31 columns");
-  const int64_t quads = device.shared_bytes / 16;
+  const int64_t quads = std::min<int64_t>(device.shared_bytes / 16, UINT16_MAX);
   const int64_t padded = ceil_div(columns, 8) * 8;
-  Tiles tiles{};
-  tiles.columns = static_cast<int32_t>(columns);
-  tiles.groups = tokens > kTokens<T> && 2 * (padded + 1) <= quads ? 2 : 1;
   const int64_t width = padded + 1 <= quads ? padded : (quads - 1) / 8 * 8;
   if (width < std::min<int64_t>(padded, 8)) {
     throw std::runtime_error(std::string(kernel) + ": " + std::to_string(device.shared_bytes) +
                              " bytes of shared memory a CTA, expected at least 144");
   }
+  Tiles tiles{};
+  tiles.columns = static_cast<int32_t>(columns);
   tiles.width = static_cast<int32_t>(std::min(width, columns));
   tiles.zero = static_cast<int32_t>(width);
   tiles.stride = tiles.zero + 1;
+  tiles.count = tokens > kTokens<T> && 2 * (padded + 1) <= quads ? 2 : 1;
   tiles.vectors = aligned16(x) && (tokens <= 1 || row_stride * static_cast<int64_t>(sizeof(T)) % 16 == 0);
   return tiles;
 }
 
-// How many CTAs of this kernel the device runs at once, by shared memory; more than two a
-// multiprocessor gain nothing.
-inline int64_t resident_ctas(const Tiles& tiles, const Device& device) {
-  return device.multiprocessors * std::clamp<int64_t>(device.shared_bytes / std::max<int64_t>(tiles.bytes(), 1), 1, 2);
+template <int N>
+constexpr std::integral_constant<int, N> kNumber{};
+
+// Rows and blocks of tokens, shared out to CTAs that all run at once: one a multiprocessor, whose registers it
+// fills. As few parts of the rows as there may be, since each stages all blocks of its tokens.
+struct Shares {
+  int64_t rows_a_part, row_parts, token_parts;
+};
+
+// `most` is how many rows a CTA may have, `times` how many CTAs share the same rows and tokens.
+inline Shares share_out(int64_t rows, int64_t most, int64_t blocks, int64_t times, const Device& device) {
+  constexpr int64_t kMultiple = 16, kLeast = 128;  // of rows: whole octets of both neurons of a pair
+  const int64_t idle = ceil_div(device.multiprocessors, std::max<int64_t>(blocks * times, 1));
+  const int64_t parts = std::max(ceil_div(rows, most), std::min(idle, ceil_div(rows, kLeast)));
+  Shares shares{};
+  shares.rows_a_part = std::min(ceil_div(ceil_div(rows, parts), kMultiple) * kMultiple, most);
+  shares.row_parts = ceil_div(rows, shares.rows_a_part);
+  shares.token_parts = std::clamp<int64_t>(device.multiprocessors / (shares.row_parts * times), 1, blocks);
+  return shares;
 }
 
-// Into how many parts `rows` are cut so that, beside `have` CTAs, the device is full.
-inline int64_t fill_device(int64_t have, int64_t rows, const Tiles& tiles, const Device& device) {
-  const int64_t smallest = std::max<int64_t>(device.threads / 4, 1);
-  return std::clamp<int64_t>(ceil_div(resident_ctas(tiles, device), have), 1, ceil_div(rows, smallest));
+// How many connections of how many pairs of neurons a lane holds, and whether a tile has all columns, as
+// template arguments: f(pairs, held, whole). As many pairs as there are registers and neurons for: the more, the
+// fewer CTAs stage the same tokens. kMost is how many of one pair there are registers for; more than 8 of a neuron
+// go in parts if `parts`. Where a tile has not all columns, places change with it and are not held.
+template <int kMost, class F>
+void with_held(int64_t neurons, int64_t k, bool parts, bool whole, const Device& device, F&& f) {
+  const auto fit = [&](int64_t pairs, int64_t held) {
+    return (k <= held || (parts && held == kFewHeld)) && neurons > pairs * device.threads;
+  };
+  if (!whole) return f(kNumber<1>, kNumber<4>, std::false_type{});
+  if (fit(8, 2)) return f(kNumber<8>, kNumber<2>, std::true_type{});
+  if (fit(4, 4)) return f(kNumber<4>, kNumber<4>, std::true_type{});
+  if (fit(2, kFewHeld)) return f(kNumber<2>, kNumber<kFewHeld>, std::true_type{});
+  return f(kNumber<1>, kNumber<kMost>, std::true_type{});
 }
 
 // Calls f with a value of the element type, for its type alone.

@@ -1,38 +1,52 @@
-// linear_sm90.cuh without a bypass of its own: W's tiles are patched in shared memory, by the warps of the copying
-// warpgroup that copy nothing.
+// out = left right + bias for sm_90a, in bfloat16 or float16, summed in float32 and rounded once: the right operand
+// is W, whose tiles are patched in shared memory by the warps of the copying warpgroup that copy nothing.
 #pragma once
 
-#include "linear_sm90.cuh"
+#include "epilogue_sm90.cuh"
 #include "patch_sm90.cuh"
 
 namespace neuroada::cuda {
 
 struct LinearPatchedLaunch {
-  LinearLaunch<NoConnections> linear;
+  TensorMap left, right;  // 64-byte aligned in the constant bank, where the copies read them
+  Grid grid;
+  Epilogue epilogue;
   Patches patches;
 };
 
 // Registers a thread: what the warpgroup that copies and patches keeps, and each of the multiplying ones may have.
-constexpr int kPatchRegisters = 88, kMultiplyBesidePatchRegisters = 208;
+constexpr int kPatchRegisters = 88, kMultiplyRegisters = 208;
+
+// One consumer: its 64 rows of every tile that this CTA has.
+template <class T, class Tile, bool kRowsOfRight>
+__device__ __forceinline__ void multiply_tiles(ProductShared<T, Tile>& shared, const LinearPatchedLaunch& a,
+                                               int consumer) {
+  const int32_t pieces = pieces_of<Tile>(a.grid);
+  Stage stage;
+  for (int64_t tile = blockIdx.x; tile < tiles_of(a.grid); tile += gridDim.x) {
+    float sum[Tile::kAccumulators];
+    multiply_tile<T, Tile, kRowsOfRight>(sum, shared, consumer, pieces, stage);
+    finish_tile<T, Tile>(sum, a.epilogue, a.grid, place_of<Tile>(a.grid, tile), consumer);
+  }
+}
 
 template <class T, class Tile, bool kRowsOfRight>
 __global__ void __launch_bounds__(Tile::kThreads, 1)
     linear_patched_sm90_kernel(const __grid_constant__ LinearPatchedLaunch a) {
 #ifdef NEUROADA_HOPPER
-  static_assert(registers_suffice<Tile>(kPatchRegisters, kMultiplyBesidePatchRegisters));
+  static_assert(registers_suffice<Tile>(kPatchRegisters, kMultiplyRegisters));
   auto& shared = shared_as<ProductShared<T, Tile>>();
-  for (int i = 0; threadIdx.x == 0 && i < Tile::kStages; ++i) init_barrier(shared.patched[i], kSpareWarps);
-  prepare_barriers<Tile>(shared.full, shared.empty, Tile::kConsumers * kWarpgroup / kWarp);
+  prepare_barriers(shared);
   if (threadIdx.x >= kWarpgroup) {
-    claim_registers<kMultiplyBesidePatchRegisters>();
-    multiply_tiles<T, Tile, kRowsOfRight>(shared, a.linear, shared.patched, threadIdx.x / kWarpgroup - 1);
+    claim_registers<kMultiplyRegisters>();
+    multiply_tiles<T, Tile, kRowsOfRight>(shared, a, threadIdx.x / kWarpgroup - 1);
     return;
   }
   release_registers<kPatchRegisters>();
   if (threadIdx.x >= kWarp) {
-    patch_tiles<T, Tile, kRowsOfRight>(shared, a.patches, a.linear.grid);
+    patch_tiles<T, Tile, kRowsOfRight>(shared, a.patches, a.grid);
   } else if (threadIdx.x == 0) {
-    copy_tiles<T, Tile, kRowsOfRight>(shared, a.linear.left, a.linear.right, a.linear.grid);
+    copy_tiles<T, Tile, kRowsOfRight>(shared, a.left, a.right, a.grid);
   }
 #endif
 }

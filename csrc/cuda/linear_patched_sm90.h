@@ -1,11 +1,45 @@
-// How the kernels of linear_patched_sm90.cuh are launched: the connections by the pieces of W once, then all
-// tokens at once, since nothing is transposed.
+// How the kernels of linear_patched_sm90.cuh are launched: the connections by the pieces of W, then the product.
 #pragma once
 
+#include "launch.h"
 #include "linear_patched_sm90.cuh"
-#include "linear_sm90.h"
+#include "tensor_map_sm90.h"
 
 namespace neuroada::cuda {
+
+// The tile that is compiled for the GPU: the largest whose accumulators two warpgroups hold.
+using HopperTile = ProductTile<2, 256, 4>;
+static_assert(sizeof(ProductShared<BFloat16, HopperTile>) <= 227 << 10, "the shared memory that a CTA may have");
+
+// One operand as it lies in memory.
+struct Operand {
+  const char* name;
+  const void* data;
+  int64_t rows, columns, stride;
+};
+
+inline void check_copyable(const char* kernel, const Operand& operand) {
+  const auto refuse = [&](const std::string& why) {
+    throw std::runtime_error(std::string(kernel) + ": " + operand.name + ": " + why);
+  };
+  if (!aligned16(operand.data)) refuse("not 16-byte aligned");
+  if (operand.rows == 0) refuse("no rows, expected at least one");
+  if (operand.columns == 0 || operand.columns % 8 != 0) {
+    refuse(std::to_string(operand.columns) + " columns, expected a multiple of 8");
+  }
+  if (operand.stride < operand.columns) {
+    refuse("stride " + std::to_string(operand.stride) + ", expected no less than the columns");
+  }
+  if (operand.stride % 8 != 0) refuse("stride " + std::to_string(operand.stride) + ", expected a multiple of 8");
+  if (std::max(operand.rows, operand.columns) > INT32_MAX - 256) refuse("a size of more than 2^31");
+}
+
+template <class Tile>
+Grid grid_of(const Operand& left, int64_t columns) {
+  return {static_cast<int32_t>(left.rows), static_cast<int32_t>(columns), static_cast<int32_t>(left.columns),
+          static_cast<int32_t>(ceil_div(left.rows, Tile::kRows)),
+          static_cast<int32_t>(ceil_div(columns, Tile::kColumns))};
+}
 
 template <class Tile>
 int64_t linear_patched_starts_of(int64_t d_in, int64_t d_out, bool forward) {
@@ -13,6 +47,8 @@ int64_t linear_patched_starts_of(int64_t d_in, int64_t d_out, bool forward) {
   return (ceil_div(d_in, width) + 1) * ceil_div(d_out, kGroupNeurons);
 }
 
+// out [from.rows, columns] = from right + bias, where right is the weight [columns, from.columns] or, with
+// kRowsOfRight, [from.columns, columns].
 template <class Tile, bool kRowsOfRight>
 void run_linear_patched(const char* kernel, const Operand& from, const LinearPatched& p, const Device& device,
                         void* stream) {
@@ -21,21 +57,19 @@ void run_linear_patched(const char* kernel, const Operand& from, const LinearPat
   check_copyable(kernel, from);
   check_copyable(kernel, weight);
   block_entries({p.d_in, p.d_out, p.k, kWidth, p.index, p.start, p.entry}, device, stream);
-  const Patches patches{p.start,
-                        p.entry,
-                        p.delta,
-                        static_cast<int32_t>(p.d_out),
-                        static_cast<int32_t>(p.k),
-                        static_cast<int32_t>(ceil_div(p.d_in, kWidth))};
+  const LinearPatchedLaunch args{
+      make_tensor_map(kernel, p.dtype, from.data, from.rows, from.columns, from.stride, Tile::kRows, Tile::kDepth),
+      make_tensor_map(kernel, p.dtype, weight.data, weight.rows, weight.columns, weight.stride,
+                      kRowsOfRight ? Tile::kDepth : Tile::kColumns, Tile::kDepth),
+      grid_of<Tile>(from, kRowsOfRight ? p.d_in : p.d_out),
+      {p.bias, p.out, p.out_stride, aligned16(p.out) && p.out_stride % 8 == 0},
+      {p.start, p.entry, p.delta, static_cast<int32_t>(p.d_out), static_cast<int32_t>(p.k),
+       static_cast<int32_t>(ceil_div(p.d_in, kWidth))}};
+  const int64_t tiles = int64_t{args.grid.row_tiles} * args.grid.column_tiles;
   with_element16(kernel, p.dtype, [&](auto element) {
     using T = decltype(element);
-    each_chunk<T, Tile, kRowsOfRight>(
-        kernel, p.dtype, from, weight, p.tokens, nullptr, p.bias, p.out, p.out_stride, NoConnections{}, device, stream,
-        [&](int64_t, const LinearLaunch<NoConnections>& linear) {
-          launch(kernel, linear_patched_sm90_kernel<T, Tile, kRowsOfRight>, ctas_of(linear.grid, device), 1,
-                 Tile::kThreads, static_cast<int64_t>(sizeof(ProductShared<T, Tile>)), stream,
-                 LinearPatchedLaunch{linear, patches});
-        });
+    launch(kernel, linear_patched_sm90_kernel<T, Tile, kRowsOfRight>, std::min(tiles, device.multiprocessors), 1,
+           Tile::kThreads, static_cast<int64_t>(sizeof(ProductShared<T, Tile>)), stream, args);
   });
 }
 

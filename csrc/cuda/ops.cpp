@@ -9,7 +9,6 @@
 #include <torch/csrc/stable/tensor.h>
 
 #include <optional>
-#include <tuple>
 
 #include "current_device.h"
 #include "neuroada/planner.h"
@@ -63,9 +62,10 @@ int64_t check_plan(const Tensor& plan, int64_t d_in, const Tensor& delta, Site s
   return live;
 }
 
-// Scratch for the plan's connections in order.
-Tensor new_ordered(const Tensor& delta, int64_t live) {
-  return torch::stable::new_empty(delta, {live, static_cast<int64_t>(sizeof(WeightedNeuron) / sizeof(float))});
+// Scratch for the plan's connections, as dx's kernel reads them.
+Tensor new_ordered(const Tensor& delta, int64_t d_in, int64_t live) {
+  constexpr int64_t kWords = sizeof(WeightedNeuron) / sizeof(float);
+  return torch::stable::new_empty(delta, {bypass_bwd_input_entries(d_in, live), kWords});
 }
 
 // Scratch for the connections by blocks of columns.
@@ -76,9 +76,10 @@ Tensor new_entries(const Tensor& index) {
 const int32_t* int32_values(const Tensor& tensor) { return static_cast<const int32_t*>(tensor.const_data_ptr()); }
 const float* float_values(const Tensor& tensor) { return static_cast<const float*>(tensor.const_data_ptr()); }
 
-// The arguments of a forward pass into out, once they are found to be valid.
-BypassFwd forward_args(const Tensor& x, const Tensor& index, const Tensor& delta, const std::optional<Tensor>& bias,
-                       const std::optional<Tensor>& base, Tensor& out, Site site) {
+// base + bias + bypass(x) into out, which may be base.
+void bypass_fwd_op(const Tensor& x, const Tensor& index, const Tensor& delta, std::optional<Tensor> bias,
+                   std::optional<Tensor> base, Tensor out) {
+  const Site site = site_of("x", x);
   check_matrix("x", x, -1, -1, site);
   check_index(index, -1, site);
   const int64_t tokens = x.size(0), d_in = x.size(1), d_out = index.size(0), k = index.size(1);
@@ -88,32 +89,21 @@ BypassFwd forward_args(const Tensor& x, const Tensor& index, const Tensor& delta
   check_same_dtype("out", out, dtype, "x");
   if (base) {
     check_matrix("base", *base, tokens, d_out, site);
-    check_same_dtype("base", *base, dtype, "x");
+    if (base->scalar_type() != ScalarType::Float) check_same_dtype("base", *base, dtype, "x");
   }
   if (bias) check_bias(*bias, d_out, dtype, site);
-  return {dtype,
-          tokens,
-          d_in,
-          d_out,
-          k,
-          x.const_data_ptr(),
-          x.stride(0),
-          int32_values(index),
-          float_values(delta),
-          base ? base->const_data_ptr() : nullptr,
-          base ? base->stride(0) : 0,
-          bias ? bias->const_data_ptr() : nullptr,
-          out.mutable_data_ptr(),
-          out.stride(0)};
+  const CurrentDevice device(site);
+  bypass_fwd(
+      {dtype, tokens, d_in, d_out, k, x.const_data_ptr(), x.stride(0), int32_values(index), float_values(delta),
+       base ? base->const_data_ptr() : nullptr, base ? base->stride(0) : 0, bias ? bias->const_data_ptr() : nullptr,
+       out.mutable_data_ptr(), out.stride(0), base && base->scalar_type() == ScalarType::Float},
+      device.facts(), device.stream());
 }
 
-// The arguments of a backward pass into out, and scratch for the plan's connections in order.
-struct BackwardArgs {
-  Tensor ordered;
-  BypassBwdInput args;
-};
-
-BackwardArgs backward_args(const Tensor& grad, const Tensor& plan, const Tensor& delta, Tensor& out, Site site) {
+// base + bypass(grad) transposed, into out, which is written whole; base is float32.
+void bypass_bwd_input_op(const Tensor& grad, const Tensor& plan, const Tensor& delta, std::optional<Tensor> base,
+                         Tensor out) {
+  const Site site = site_of("grad", grad);
   check_delta(delta, -1, -1, site);
   const int64_t d_out = delta.size(0), k = delta.size(1);
   check_matrix("grad", grad, -1, d_out, site);
@@ -122,28 +112,17 @@ BackwardArgs backward_args(const Tensor& grad, const Tensor& plan, const Tensor&
   const DType dtype = element_dtype("grad", grad);
   check_same_dtype("out", out, dtype, "grad");
   const int64_t live = check_plan(plan, d_in, delta, site);
-  Tensor ordered = new_ordered(delta, live);
-  return {ordered,
-          {dtype, tokens, d_in, d_out, k, grad.const_data_ptr(), grad.stride(0), int32_values(plan), live,
-           float_values(delta), static_cast<WeightedNeuron*>(ordered.mutable_data_ptr()), out.mutable_data_ptr(),
-           out.stride(0)}};
-}
-
-// base + bias + bypass(x) into out, which may be base.
-void bypass_fwd_op(const Tensor& x, const Tensor& index, const Tensor& delta, std::optional<Tensor> bias,
-                   std::optional<Tensor> base, Tensor out) {
-  const Site site = site_of("x", x);
-  const BypassFwd args = forward_args(x, index, delta, bias, base, out, site);
+  if (base) {
+    check_matrix("base", *base, tokens, d_in, site);
+    check_dtype("base", *base, ScalarType::Float, "float32");
+  }
   const CurrentDevice device(site);
-  bypass_fwd(args, device.facts(), device.stream());
-}
-
-// bypass(grad) transposed, into out, which is written whole.
-void bypass_bwd_input_op(const Tensor& grad, const Tensor& plan, const Tensor& delta, Tensor out) {
-  const Site site = site_of("grad", grad);
-  const BackwardArgs backward = backward_args(grad, plan, delta, out, site);
-  const CurrentDevice device(site);
-  bypass_bwd_input(backward.args, device.facts(), device.stream());
+  Tensor ordered = new_ordered(delta, d_in, live);
+  bypass_bwd_input(
+      {dtype, tokens, d_in, d_out, k, grad.const_data_ptr(), grad.stride(0), int32_values(plan), live,
+       float_values(delta), static_cast<WeightedNeuron*>(ordered.mutable_data_ptr()), out.mutable_data_ptr(),
+       out.stride(0), base ? static_cast<const float*>(base->const_data_ptr()) : nullptr, base ? base->stride(0) : 0},
+      device.facts(), device.stream());
 }
 
 Tensor sddmm_op(const Tensor& grad, const Tensor& x, const Tensor& index, std::optional<int64_t> whole_d_in) {
@@ -184,76 +163,6 @@ void check_weight(const Tensor& weight, int64_t rows, int64_t columns, const cha
   STD_TORCH_CHECK(dtype != DType::f32, first, ": dtype float32, expected bfloat16 or float16");
   check_matrix("weight", weight, rows, columns, site);
   check_same_dtype("weight", weight, dtype, first);
-}
-
-// x weight^T + bias + bypass(x), rounded once.
-Tensor linear_fwd_op(const Tensor& x, const Tensor& weight, const Tensor& index, const Tensor& delta,
-                     std::optional<Tensor> bias) {
-  const Site site = site_of("x", x);
-  check_matrix("x", x, -1, -1, site);
-  check_weight(weight, -1, x.size(1), "x", x, site);
-  check_matrix("index", index, weight.size(0), -1, site);
-  const CurrentDevice device(site);
-  Tensor out = torch::stable::new_empty(x, {x.size(0), weight.size(0)});
-  const BypassFwd bypass = forward_args(x, index, delta, bias, std::nullopt, out, site);
-  if (out.numel() == 0) return out;
-  const int64_t chunk = linear_fwd_chunk(bypass, device.facts());
-  Tensor transposed = torch::stable::new_empty(x, {bypass.d_in, chunk});
-  linear_fwd({bypass, weight.const_data_ptr(), weight.stride(0), chunk, transposed.mutable_data_ptr()}, device.facts(),
-             device.stream());
-  return out;
-}
-
-// grad weight + bypass(grad) transposed, rounded once.
-Tensor linear_bwd_input_op(const Tensor& grad, const Tensor& weight, const Tensor& plan, const Tensor& delta) {
-  const Site site = site_of("grad", grad);
-  check_matrix("grad", grad, -1, -1, site);
-  check_weight(weight, grad.size(1), -1, "grad", grad, site);
-  const CurrentDevice device(site);
-  Tensor out = torch::stable::new_empty(grad, {grad.size(0), weight.size(1)});
-  const BackwardArgs backward = backward_args(grad, plan, delta, out, site);
-  if (out.numel() == 0) return out;
-  const int64_t chunk = linear_bwd_input_chunk(backward.args, device.facts());
-  Tensor transposed = torch::stable::new_empty(grad, {backward.args.d_out, chunk});
-  linear_bwd_input({backward.args, weight.const_data_ptr(), weight.stride(0), chunk, transposed.mutable_data_ptr()},
-                   device.facts(), device.stream());
-  return out;
-}
-
-// The same, and grad_delta = sddmm(grad, x).
-std::tuple<Tensor, Tensor> linear_bwd_op(const Tensor& grad, const Tensor& x, const Tensor& weight, const Tensor& index,
-                                         const Tensor& plan, const Tensor& delta) {
-  const Site site = site_of("grad", grad);
-  check_matrix("grad", grad, -1, -1, site);
-  check_weight(weight, grad.size(1), -1, "grad", grad, site);
-  check_matrix("x", x, grad.size(0), weight.size(1), site);
-  check_same_dtype("x", x, dtype_of("grad", grad), "grad");
-  check_index(index, weight.size(0), site);
-  check_delta(delta, weight.size(0), index.size(1), site);
-  const CurrentDevice device(site);
-  Tensor out = torch::stable::new_empty(grad, {grad.size(0), weight.size(1)});
-  const BackwardArgs backward = backward_args(grad, plan, delta, out, site);
-  const int64_t d_out = backward.args.d_out, k = backward.args.k;
-  Tensor grad_delta = torch::stable::new_empty(grad, {d_out, k}, ScalarType::Float);
-  if (out.numel() == 0) {
-    torch::stable::fill_(grad_delta, 0);
-    return {out, grad_delta};
-  }
-  const LinearBwdScratch needed = linear_bwd_scratch(backward.args, device.facts());
-  Tensor transposed = torch::stable::new_empty(grad, {d_out, needed.chunk});
-  Tensor start = torch::stable::new_empty(index, {needed.starts});
-  Tensor entry = new_entries(index);
-  Tensor partial = torch::stable::new_empty(delta, {needed.partials, d_out, k});
-  linear_bwd({{backward.args, weight.const_data_ptr(), weight.stride(0), needed.chunk, transposed.mutable_data_ptr()},
-              x.const_data_ptr(),
-              x.stride(0),
-              int32_values(index),
-              static_cast<int32_t*>(start.mutable_data_ptr()),
-              static_cast<BlockEntry*>(entry.mutable_data_ptr()),
-              static_cast<float*>(partial.mutable_data_ptr()),
-              static_cast<float*>(grad_delta.mutable_data_ptr())},
-             device.facts(), device.stream());
-  return {out, grad_delta};
 }
 
 // from weight^T + bias, or from weight: with round(weight + delta), which no memory holds.
@@ -343,6 +252,25 @@ void restore_op(Tensor weight, const Tensor& index, const Tensor& original) {
   run_merge(MergeMode::restore, weight, index, nullptr, original);
 }
 
+// x[:, columns], and zero for a column that x lacks.
+Tensor columns_op(const Tensor& x, const Tensor& columns) {
+  const Site site = site_of("x", x);
+  check_matrix("x", x, -1, -1, site);
+  const DType dtype = element_dtype("x", x);
+  STD_TORCH_CHECK(columns.dim() == 1, "columns: shape ", shape_of(columns), ", expected one dimension");
+  check_site("columns", columns, site);
+  check_dtype("columns", columns, ScalarType::Int, "int32");
+  check_contiguous("columns", columns);
+  check_storage("columns", columns);
+  const CurrentDevice device(site);
+  const int64_t tokens = x.size(0), count = columns.size(0);
+  Tensor out = torch::stable::new_empty(x, {tokens, count});
+  cuda::columns(
+      {dtype, tokens, x.size(1), count, x.const_data_ptr(), x.stride(0), int32_values(columns), out.mutable_data_ptr()},
+      device.facts(), device.stream());
+  return out;
+}
+
 }  // namespace
 
 #ifdef NEUROADA_HOST_CUDA  // tests/cuda/host_library.cpp: this glue and the kernels on the CPU
@@ -353,15 +281,13 @@ STABLE_TORCH_LIBRARY_IMPL(neuroada_C, CUDA, m) {
   m.impl("bypass_fwd", TORCH_BOX(&bypass_fwd_op));
   m.impl("bypass_bwd_input", TORCH_BOX(&bypass_bwd_input_op));
   m.impl("sddmm", TORCH_BOX(&sddmm_op));
-  m.impl("linear_fwd", TORCH_BOX(&linear_fwd_op));
-  m.impl("linear_bwd_input", TORCH_BOX(&linear_bwd_input_op));
-  m.impl("linear_bwd", TORCH_BOX(&linear_bwd_op));
   m.impl("linear_patched_fwd", TORCH_BOX(&linear_patched_fwd_op));
   m.impl("linear_patched_bwd_input", TORCH_BOX(&linear_patched_bwd_input_op));
   m.impl("merge", TORCH_BOX(&merge_op));
   m.impl("gather", TORCH_BOX(&gather_op));
   m.impl("patch", TORCH_BOX(&patch_op));
   m.impl("restore", TORCH_BOX(&restore_op));
+  m.impl("columns", TORCH_BOX(&columns_op));
 }
 
 }  // namespace neuroada::cuda

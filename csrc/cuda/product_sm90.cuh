@@ -1,4 +1,4 @@
-// The product of the fused kernels for sm_90a: one warpgroup copies tiles of both operands into a ring
+// The product of the kernels for sm_90a: one warpgroup copies tiles of both operands into a ring
 // of stages (TMA), the others multiply them (wgmma), a CTA stays for many tiles of the output.
 #pragma once
 
@@ -7,9 +7,8 @@
 namespace neuroada::cuda {
 
 // A tile of the output: 64 rows for each of `Consumers` warpgroups, `Columns` columns, and a ring of
-// `Stages` pieces of the sum over 64 of its terms, which fill a swizzled row. The epilogue takes `Strip`
-// columns a round.
-template <int Consumers, int Columns, int Stages, int Strip = Columns < 64 ? Columns : 64>
+// `Stages` pieces of the sum over 64 of its terms, which fill a swizzled row.
+template <int Consumers, int Columns, int Stages>
 struct ProductTile {
   static constexpr int kConsumers = Consumers, kColumns = Columns, kStages = Stages;
   static constexpr int kRowsEach = 64;
@@ -17,9 +16,7 @@ struct ProductTile {
   static constexpr int kDepth = kSwizzle / 2;
   static constexpr int kThreads = kWarpgroup * (1 + Consumers);
   static constexpr int kAccumulators = Columns / 2;  // of a thread
-  static constexpr int kStrip = Strip;
-  static constexpr int kStripStride = kRowsEach + 4;  // floats, see epilogue_sm90.cuh
-  static_assert(Strip % 32 == 0 && Columns % Strip == 0 && Columns <= 256);
+  static_assert(Columns % 32 == 0 && Columns <= 256);
 };
 
 // Whether a CTA that starts with as many registers a thread as it can may come to have `copying` in one
@@ -34,20 +31,18 @@ template <class T, class Tile>
 struct alignas(kSwizzleAtom) ProductShared {
   T left[Tile::kStages][Tile::kRows * Tile::kDepth];      // [rows, depth]
   T right[Tile::kStages][Tile::kColumns * Tile::kDepth];  // [columns, depth] or blocks of [depth, 64]
-  float staged[Tile::kConsumers][Tile::kStrip * Tile::kStripStride];
   Barrier full[Tile::kStages], empty[Tile::kStages];
-  Barrier patched[Tile::kStages];  // used where the right operand is, see patch_sm90.cuh
+  Barrier patched[Tile::kStages];  // the right operand, see patch_sm90.cuh
 
   static constexpr uint32_t kStageBytes = sizeof(left[0]) + sizeof(right[0]);
 };
 
 // Those of the copying warpgroup that copy nothing.
 constexpr int kSpareWarps = kWarpgroup / kWarp - 1;
-__device__ __forceinline__ int spare_warp() { return threadIdx.x / kWarp - 1; }
 
-// The tiles of the output, and the rows of this launch within the matrices.
+// The sizes of the product, and the tiles of its output.
 struct Grid {
-  int32_t first_row, rows, columns, depth;
+  int32_t rows, columns, depth;
   int32_t row_tiles, column_tiles;
 };
 
@@ -87,13 +82,15 @@ __device__ __forceinline__ int32_t pieces_of(const Grid& grid) {
   return (grid.depth + Tile::kDepth - 1) / Tile::kDepth;
 }
 
-// One lane of each of `readers` warps says that a stage may be written again, once the warp has read it.
-template <class Tile>
-__device__ __forceinline__ void prepare_barriers(Barrier* full, Barrier* empty, uint32_t readers) {
+// One lane of each consumer's warps says that a stage may be written again, once the warp has read it, and one of
+// each spare warp that its share is patched.
+template <class T, class Tile>
+__device__ __forceinline__ void prepare_barriers(ProductShared<T, Tile>& shared) {
   if (threadIdx.x == 0) {
     for (int i = 0; i < Tile::kStages; ++i) {
-      init_barrier(full[i], 1);
-      init_barrier(empty[i], readers);
+      init_barrier(shared.full[i], 1);
+      init_barrier(shared.empty[i], Tile::kConsumers * kWarpgroup / kWarp);
+      init_barrier(shared.patched[i], kSpareWarps);
     }
     publish_barriers();
   }
@@ -118,7 +115,7 @@ __device__ void copy_tiles(ProductShared<T, Tile>& shared, const TensorMap& left
       T* to = shared.right[stage.index];
       wait(shared.empty[stage.index], stage.parity ^ 1);
       arrive_expecting(full, ProductShared<T, Tile>::kStageBytes);
-      copy_box(shared.left[stage.index], left, depth, grid.first_row + at.row, full);
+      copy_box(shared.left[stage.index], left, depth, at.row, full);
       if constexpr (kRowsOfRight) {
         for (int c = 0; c < Tile::kColumns; c += kBlock) {
           copy_box(to + c * Tile::kDepth, right, at.column + c, depth, full);
@@ -146,17 +143,17 @@ __device__ __forceinline__ void multiply_stage(float (&sum)[Tile::kAccumulators]
   }
 }
 
-// One consumer: sum = its 64 rows of one tile, from stages that are full and, if patched is not null, patched.
+// One consumer: sum = its 64 rows of one tile, from stages that are full and patched.
 // The products of a stage run while those of the next are started, so a stage is given back one later.
 template <class T, class Tile, bool kRowsOfRight>
 __device__ __forceinline__ void multiply_tile(float (&sum)[Tile::kAccumulators], ProductShared<T, Tile>& shared,
-                                              Barrier* patched, int consumer, int32_t pieces, Stage& stage) {
+                                              int consumer, int32_t pieces, Stage& stage) {
   const bool speaks = threadIdx.x % kWarp == 0;
   int before = 0;
   keep_in_registers(sum);
   for (int32_t piece = 0; piece < pieces; ++piece, stage.advance<Tile::kStages>()) {
     wait(shared.full[stage.index], stage.parity);
-    if (patched) wait(patched[stage.index], stage.parity);
+    wait(shared.patched[stage.index], stage.parity);
     wgmma_fence();
     multiply_stage<T, Tile, kRowsOfRight>(sum, shared.left[stage.index] + consumer * Tile::kRowsEach * Tile::kDepth,
                                           shared.right[stage.index], piece == 0);

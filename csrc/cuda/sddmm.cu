@@ -5,41 +5,48 @@
 namespace neuroada::cuda {
 namespace {
 
-// The tiles of an x with all columns: how tokens fall into blocks and parts, and so every bit, is theirs.
-template <class T>
-Tiles whole_tiles_of(const Sddmm& p, const Device& device) {
-  const int64_t columns = std::max(p.d_in, p.whole_d_in);
-  return choose_tiles("sddmm", static_cast<const T*>(p.x), p.x_stride, p.tokens, columns, device);
-}
+struct SddmmShares {
+  Shares shares;
+  int64_t blocks, slot_parts;
+};
 
 template <class T>
-Tiles tiles_of(const Sddmm& p, const Device& device) {
-  Tiles tiles = choose_tiles("sddmm", static_cast<const T*>(p.x), p.x_stride, p.tokens, p.d_in, device);
-  tiles.groups = whole_tiles_of<T>(p, device).groups;  // no more than fit: fewer columns are narrower
-  return tiles;
-}
-
-template <class T>
-int64_t blocks_of(const Sddmm& p, const Tiles& tiles) {
-  return ceil_div(p.tokens, tiles.groups * kTokens<T>);
-}
-
-// As many parts as CTAs run at once, and no more than there are blocks, or scratch for them.
-template <class T>
-int64_t parts_of(const Sddmm& p, const Device& device) {
-  const Tiles tiles = whole_tiles_of<T>(p, device);
+SddmmShares shares_of(const Sddmm& p, int64_t pairs, int64_t held, const Device& device) {
+  const int64_t blocks = ceil_div(p.tokens, kTokens<T>), slot_parts = ceil_div(p.k, held);
+  Shares shares = share_out(p.d_out, 2 * pairs * device.threads, blocks, slot_parts, device);
   const int64_t bytes = p.d_out * p.k * static_cast<int64_t>(sizeof(float));
-  const int64_t affordable = std::max<int64_t>(device.scratch_bytes / bytes, 1);
-  return std::min({resident_ctas(tiles, device), blocks_of<T>(p, tiles), affordable});
+  shares.token_parts = std::min(shares.token_parts, std::max<int64_t>(device.scratch_bytes / bytes, 1));
+  return {shares, blocks, slot_parts};
 }
 
 template <class T>
-void run(const Sddmm& p, int64_t parts, float* partial, const Device& device, void* stream) {
-  const Tiles tiles = tiles_of<T>(p, device);
-  const int64_t neurons = ceil_div(ceil_div(p.d_out, fill_device(parts, p.d_out, tiles, device)), kWarp) * kWarp;
-  const SddmmLaunch args{p, tiles, blocks_of<T>(p, tiles), neurons, partial, slots_aligned(p.k, p.index, partial)};
-  const auto kernel = tiles.groups == 2 ? sddmm_kernel<T, 2> : sddmm_kernel<T, 1>;
-  launch("sddmm", kernel, ceil_div(p.d_out, neurons), parts, device.threads, tiles.bytes(), stream, args);
+Tiles tiles_of(const Sddmm& p, int64_t d_in, const Device& device) {
+  return choose_tiles("sddmm", static_cast<const T*>(p.x), p.x_stride, p.tokens, d_in, device);
+}
+
+// f(pairs, held, whole), of an x with all columns: how neurons and tokens are shared out, and so every bit, is its.
+template <class T, class F>
+void with_held_of(const Sddmm& p, const Device& device, F&& f) {
+  with_held<kFewHeld>(p.d_out, p.k, true, tiles_of<T>(p, std::max(p.d_in, p.whole_d_in), device).single(), device, f);
+}
+
+template <class T>
+void run(const Sddmm& p, float* partial, const Device& device, void* stream) {
+  with_held_of<T>(p, device, [&](auto pairs, auto held, auto whole) {
+    const SddmmShares all = shares_of<T>(p, pairs, held, device);
+    const Tiles tiles = tiles_of<T>(p, p.d_in, device);
+    const SddmmLaunch args{p,
+                           tiles,
+                           all.blocks,
+                           all.shares.rows_a_part,
+                           all.slot_parts,
+                           ceil_div(p.k, all.slot_parts),
+                           partial,
+                           pairs_aligned(static_cast<const T*>(p.grad), p.grad_stride, p.tokens),
+                           slots_aligned(p.k, p.index, partial) && ceil_div(p.k, all.slot_parts) % kSlotVector == 0};
+    launch("sddmm", sddmm_kernel<T, pairs, held, whole>, all.shares.row_parts * all.slot_parts, all.shares.token_parts,
+           device.threads, tiles.bytes(), stream, args);
+  });
 }
 
 }  // namespace
@@ -47,7 +54,12 @@ void run(const Sddmm& p, int64_t parts, float* partial, const Device& device, vo
 int64_t sddmm_parts(const Sddmm& p, const Device& device) {
   int64_t parts = 0;
   if (p.tokens == 0 || p.d_in == 0 || p.d_out * p.k == 0) return parts;
-  with_element("sddmm", p.dtype, [&](auto element) { parts = parts_of<decltype(element)>(p, device); });
+  with_element("sddmm", p.dtype, [&](auto element) {
+    using T = decltype(element);
+    with_held_of<T>(p, device, [&](auto pairs, auto held, auto) {
+      parts = shares_of<T>(p, pairs, held, device).shares.token_parts;
+    });
+  });
   return parts;
 }
 
@@ -57,10 +69,11 @@ void sddmm(const Sddmm& p, const Device& device, void* stream) {
   const int64_t parts = sddmm_parts(p, device);
   float* partial = parts == 1 ? p.out : p.partial;
   if (parts > 0) {
-    with_element("sddmm", p.dtype, [&](auto element) { run<decltype(element)>(p, parts, partial, device, stream); });
+    with_element("sddmm", p.dtype, [&](auto element) { run<decltype(element)>(p, partial, device, stream); });
   }
   if (parts == 1) return;
-  launch("sddmm", sum_parts_kernel, ceil_div(count, device.threads), 1, device.threads, 0, stream,
+  const int64_t threads = std::min<int64_t>(device.threads, 128);  // spread over the multiprocessors
+  launch("sddmm", sum_parts_kernel, ceil_div(count, threads), 1, threads, 0, stream,
          SumPartsLaunch{partial, p.out, parts, count});
 }
 

@@ -1,96 +1,171 @@
 // out[j, s] = sum_t grad[t, j] x[t, index[j, s]]
 //
-// grad [tokens, d_out], x [tokens, d_in], index and out [d_out, k]. A CTA stages block after block of
-// x as [column][V tokens]; every lane is a neuron that holds its grad of the block in registers, and
-// adds to sums of its own in partial [parts, d_out, k]. No atomics: a second kernel adds the parts in
-// their order, so that the result is the same in every run.
+// grad [tokens, d_out], x [tokens, d_in], index and out [d_out, k]. A CTA has a part of the neurons and a part of
+// the tokens. It stages block after block of x as [column][V tokens]; a lane holds the places of its neurons'
+// columns and their sums in registers, and has its grad of a block on the way while it reads the one before. No
+// atomics: what a part of the tokens sums up goes to partial [parts, d_out, k], and a second kernel adds the
+// parts in their order, so that the result is the same in every run.
 #pragma once
 
 #include "kernels.h"
-#include "staging.cuh"
+#include "pairs.cuh"
 
 namespace neuroada::cuda {
 
 struct SddmmLaunch {
   Sddmm problem;
   Tiles tiles;
-  int64_t blocks;  // of tokens
-  int64_t neurons_a_part;
-  float* partial;  // [gridDim.y, d_out, k]
-  bool slot_vectors;
+  int64_t blocks;          // of tokens
+  int64_t neurons_a_part;  // even
+  int64_t slot_parts;      // blockIdx.x counts them within a part of the neurons
+  int64_t slots;           // of such a part, at most what a lane holds
+  float* partial;          // [gridDim.y, d_out, k]
+  bool pair_vectors, slot_vectors;
 };
 
-// grad[t .. t + V groups, j], zeros past the last token.
-template <class T, int kGroups>
-__device__ __forceinline__ void load_grad(float (&grad)[kGroups * kTokens<T>], const Sddmm& p, int64_t t, int64_t j) {
-  NEUROADA_UNROLL
-  for (int v = 0; v < kGroups * kTokens<T>; ++v) {
-    grad[v] = t + v < p.tokens ? to_float(static_cast<const T*>(p.grad)[(t + v) * p.grad_stride + j]) : 0.0f;
-  }
+// grad[t .. t + V] of a pair, zeros past the last token and neuron.
+template <class T>
+__device__ __forceinline__ void load_grad(PairOf<T> (&grad)[kTokens<T>], const SddmmLaunch& a, const Pairs& pairs,
+                                          int pair, int64_t t) {
+  const Sddmm& p = a.problem;
+  load_pairs(grad, static_cast<const T*>(p.grad) + t * p.grad_stride, p.grad_stride, rows_of_block<T>(p.tokens, t),
+             pairs, pair, a.pair_vectors);
 }
 
-template <class T, int kGroups>
-__device__ __forceinline__ float dot(const float (&grad)[kGroups * kTokens<T>], const Quad* tile, const Tiles& tiles,
-                                     int at) {
-  float sum = 0;
+template <int kPairs, int kHeld>
+__device__ __forceinline__ uint32_t place_of_slot(const SddmmLaunch& a, const Pairs& pairs, int pair, int64_t slot,
+                                                  int r, int32_t first) {
+  const int64_t s = Held<kPairs, kHeld>::slot(r);
+  int32_t column[2];
+  load_columns(column, a.problem.index, a.problem.k, pairs, pair, s < a.slots ? slot + s : a.problem.k);
+  return places_of(column, a.tiles, first);
+}
+
+template <class T>
+__device__ __forceinline__ float add_dot(float sum, const float (&grad)[kTokens<T>], const Quad& column) {
   NEUROADA_UNROLL
-  for (int g = 0; g < kGroups; ++g) {
-    const Quad quad = tile[g * tiles.stride + at];
-    NEUROADA_UNROLL
-    for (int v = 0; v < kTokens<T>; ++v) sum += grad[g * kTokens<T> + v] * element<T>(quad, v);
-  }
+  for (int v = 0; v < kTokens<T>; ++v) sum += grad[v] * element<T>(column, v);
   return sum;
 }
 
-// Adds the staged block to the sums of neuron j; the first block of a part sets them.
-template <class T, int kGroups>
-__device__ __forceinline__ void add_block(const SddmmLaunch& a, const float (&grad)[kGroups * kTokens<T>],
-                                          const Quad* tile, int64_t j, int32_t first, bool set, float* partial) {
-  const int64_t k = a.problem.k;
-  for (int64_t s = 0; s < k; s += kSlots) {
-    int32_t column[kSlots];
-    float sum[kSlots] = {};
-    load_slots(a.problem.index + j * k + s, k - s, a.slot_vectors, -1, column);
-    if (!set) load_slots(static_cast<const float*>(partial + j * k + s), k - s, a.slot_vectors, 0.0f, sum);
-    NEUROADA_UNROLL
-    for (int q = 0; q < kSlots; ++q) {
-      bool inside;
-      const int at = place_in_tile(a.tiles, column[q], first, inside);
-      const float product = dot<T, kGroups>(grad, tile, a.tiles, at);
-      sum[q] += inside ? product : 0.0f;  // zeros alone would not do: grad may be infinite
-    }
-    if (a.slot_vectors) {
-      Quad quad;
-      std::memcpy(quad.word, sum, sizeof(quad));
-      store16(partial + j * k + s, quad);
+// The places of all slots of a lane, in the tile that has all columns.
+template <int kPairs, int kHeld>
+__device__ __forceinline__ void load_places(uint32_t (&places)[kPairs][kHeld], const SddmmLaunch& a, const Pairs& pairs,
+                                            int64_t slot, int slots) {
+  using H = Held<kPairs, kHeld>;
+  NEUROADA_UNROLL
+  for (int pair = 0; pair < kPairs; ++pair) {
+    if (!a.slot_vectors) {
+      NEUROADA_UNROLL
+      for (int r = 0; r < kHeld; ++r) places[pair][r] = place_of_slot<kPairs, kHeld>(a, pairs, pair, slot, r, 0);
       continue;
     }
     NEUROADA_UNROLL
-    for (int q = 0; q < kSlots; ++q) {
-      if (q < k - s) partial[j * k + s + q] = sum[q];
+    for (int s = 0; s + kSlotVector <= kHeld; s += kSlotVector) {
+      int32_t column[2][kSlotVector];
+      NEUROADA_UNROLL
+      for (int n = 0; n < 2; ++n) {
+        const int64_t e = (int64_t{pairs.first(pair)} + n) * a.problem.k + slot + s;
+        load_slots(column[n], a.problem.index + e, s < slots && pairs.has(pair, n), -1);
+      }
+      NEUROADA_UNROLL
+      for (int q = 0; q < kSlotVector; ++q) {
+        places[pair][H::register_of(s + q)] = places_of({column[0][q], column[1][q]}, a.tiles, 0);
+      }
     }
   }
 }
 
-template <class T, int kGroups>
-__global__ void __launch_bounds__(kMaxThreads, 1) sddmm_kernel(SddmmLaunch a) {
-  Quad* tile = shared_quads();
+// The sums of this part of the tokens; a slot without a connection has none.
+template <bool kWhole, int kPairs, int kHeld>
+__device__ __forceinline__ void write_sums(const float (&sum)[kPairs][kHeld][2],
+                                           const uint32_t (&places)[kPairs][kHeld], const SddmmLaunch& a,
+                                           const Pairs& pairs, int64_t slot, int slots) {
+  using H = Held<kPairs, kHeld>;
   const Sddmm& p = a.problem;
-  const int64_t begin = blockIdx.x * a.neurons_a_part;
-  const int64_t end = begin + a.neurons_a_part < p.d_out ? begin + a.neurons_a_part : p.d_out;
-  const int64_t first_block = a.blocks * blockIdx.y / gridDim.y, last_block = a.blocks * (blockIdx.y + 1) / gridDim.y;
   float* partial = a.partial + blockIdx.y * p.d_out * p.k;
-  for (int64_t block = first_block; block < last_block; ++block) {
-    const int64_t t = block * (kGroups * kTokens<T>);
-    for (int32_t first = 0; first < a.tiles.columns; first += a.tiles.width) {
-      stage<T, kGroups>(tile, a.tiles, static_cast<const T*>(p.x), p.x_stride, p.tokens, t, first);
-      for (int64_t j = begin + threadIdx.x; j < end; j += blockDim.x) {
-        float grad[kGroups * kTokens<T>];
-        load_grad<T, kGroups>(grad, p, t, j);
-        add_block<T, kGroups>(a, grad, tile, j, first, block == first_block && first == 0, partial);
+  NEUROADA_UNROLL
+  for (int pair = 0; pair < kPairs; ++pair) {
+    NEUROADA_UNROLL
+    for (int n = 0; n < 2; ++n) {
+      if (!pairs.has(pair, n)) continue;
+      const int64_t e = (int64_t{pairs.first(pair)} + n) * p.k + slot;
+      // The sum of a slot without a connection is not zero where grad is infinite.
+      const auto sum_of = [&](int s) {
+        const int r = H::register_of(s);
+        const bool connected = kWhole ? place_of(places[pair][r], n, 0) != static_cast<uint32_t>(a.tiles.zero)
+                                      : static_cast<uint32_t>(p.index[e + s]) < static_cast<uint32_t>(p.d_in);
+        return connected ? sum[pair][r][n] : 0.0f;
+      };
+      if (kWhole && a.slot_vectors) {
+        NEUROADA_UNROLL
+        for (int s = 0; s + kSlotVector <= kHeld; s += kSlotVector) {
+          const float four[kSlotVector] = {sum_of(s), sum_of(s + 1), sum_of(s + 2), sum_of(s + 3)};
+          Quad quad;
+          std::memcpy(quad.word, four, sizeof(quad));
+          if (s < slots) store16(partial + e + s, quad);
+        }
+        continue;
+      }
+      NEUROADA_UNROLL
+      for (int s = 0; s < kHeld; ++s) {
+        if (s < slots) partial[e + s] = sum_of(s);
       }
     }
   }
+}
+
+template <class T, int kPairs, int kHeld, bool kWhole>
+__global__ void __launch_bounds__(kMaxThreads, 1) sddmm_kernel(SddmmLaunch a) {
+  constexpr int V = kTokens<T>;
+  using H = Held<kPairs, kHeld>;
+  const Sddmm& p = a.problem;
+  const Pairs pairs = Pairs::of(blockIdx.x / a.slot_parts, a.neurons_a_part, p.d_out);
+  const int64_t slot = blockIdx.x % a.slot_parts * a.slots;
+  const int slots = static_cast<int>(p.k - slot < a.slots ? p.k - slot : a.slots);
+  const int32_t begin = static_cast<int32_t>(a.blocks * blockIdx.y / gridDim.y);
+  const int32_t end = static_cast<int32_t>(a.blocks * (blockIdx.y + 1) / gridDim.y);
+  uint32_t places[kPairs][kHeld] = {};
+  float sum[kPairs][kHeld][2] = {}, grad[2][V];
+  if (kWhole) load_places(places, a, pairs, slot, slots);
+  PairOf<T> next[V];  // grad of the pair that is read next, on its way
+  constexpr bool kAhead = kWhole;
+  if (kAhead) load_grad(next, a, pairs, 0, int64_t{begin} * V);
+  const auto read = [&](int32_t block, const Quad* tile, int32_t first, auto part) {
+    constexpr int kPart = decltype(part)::value, kBegin = H::begin(kPart), kFirst = H::first_pair(kPart);
+    const bool last_tile = kWhole || first + a.tiles.width >= a.tiles.columns;
+    NEUROADA_UNROLL
+    for (int pair = kFirst; pair < kFirst + H::kPairsAPart; ++pair) {
+      if (H::begins_pair(kPart)) {
+        if (!kAhead) load_grad(next, a, pairs, pair, int64_t{block} * V);
+        NEUROADA_UNROLL
+        for (int v = 0; v < V; ++v) {
+          grad[0][v] = next[v].value(0);
+          grad[1][v] = next[v].value(1);
+        }
+        if (kAhead && pair + 1 < kPairs) {
+          load_grad(next, a, pairs, pair + 1, int64_t{block} * V);
+        } else if (kAhead && (!last_tile || block + 1 < end)) {
+          load_grad(next, a, pairs, 0, int64_t{last_tile ? block + 1 : block} * V);
+        }
+      }
+      if (!pairs.has(pair, 0)) continue;
+      NEUROADA_UNROLL
+      for (int r = kBegin; r < kBegin + H::kSlots; ++r) {
+        if (H::slot(r) >= slots) break;
+        const uint32_t both = kWhole ? places[pair][r] : place_of_slot<kPairs, kHeld>(a, pairs, pair, slot, r, first);
+        NEUROADA_UNROLL
+        for (int n = 0; n < 2; ++n) {
+          const uint32_t at = place_of(both, n, varying_zero(block));
+          const float with = add_dot<T>(sum[pair][r][n], grad[n], tile[at]);
+          // Zeros for a column of another tile would not do: grad may be infinite.
+          if (kWhole || at != static_cast<uint32_t>(a.tiles.zero)) sum[pair][r][n] = with;
+        }
+      }
+    }
+  };
+  for_each_block<H::kParts, 1>(a.tiles, static_cast<const T*>(p.x), p.x_stride, p.tokens, begin, end, read);
+  write_sums<kWhole>(sum, places, a, pairs, slot, slots);
 }
 
 struct SumPartsLaunch {
@@ -99,12 +174,19 @@ struct SumPartsLaunch {
   int64_t parts, count;
 };
 
-// out[e] = sum_p partial[p, e], in the order of p.
+// out[e] = sum_p partial[p, e], in the order of p; several are on their way at once.
 __global__ static void sum_parts_kernel(SumPartsLaunch a) {
+  constexpr int kAtOnce = 8;
   const int64_t e = int64_t{blockIdx.x} * blockDim.x + threadIdx.x;
   if (e >= a.count) return;
   float sum = 0;
-  for (int64_t part = 0; part < a.parts; ++part) sum += a.partial[part * a.count + e];
+  for (int64_t part = 0; part < a.parts; part += kAtOnce) {
+    float value[kAtOnce];
+    NEUROADA_UNROLL
+    for (int i = 0; i < kAtOnce; ++i) value[i] = part + i < a.parts ? a.partial[(part + i) * a.count + e] : 0.0f;
+    NEUROADA_UNROLL
+    for (int i = 0; i < kAtOnce; ++i) sum += value[i];
+  }
   a.out[e] = sum;
 }
 

@@ -6,24 +6,24 @@
 
 namespace neuroada::cuda {
 
-// Of a CTA: 128 registers a thread, in which two groups of tokens fit without spilling.
+// Of a CTA: 128 registers a thread.
 constexpr int kMaxThreads = 512;
 
-// V: the tokens of a group, 8 in sixteen bits and 4 in float32.
+// V: the tokens of a block, 8 in sixteen bits and 4 in float32.
 template <class T>
 constexpr int kTokens = 16 / static_cast<int>(sizeof(T));
 
-// How the columns of a matrix lie in shared memory: tiles of `width` columns, for each of the groups
-// `stride` Quads, the last of which is a column of zeros.
+// How the columns of a matrix lie in shared memory: in tiles of `width` columns and a column of zeros. Where
+// a tile has all columns and two of them fit, one block is read while the next is staged.
 struct Tiles {
   int32_t columns;  // of the matrix
   int32_t width;    // of a tile: all columns, or a multiple of 8
   int32_t zero;     // the place of the column of zeros
-  int32_t stride;   // from a group to the next
-  int32_t groups;
-  bool vectors;  // rows are read 16 bytes at a time: they are aligned
+  int32_t stride;   // from a tile to the next
+  int32_t count;    // 1 or 2
+  bool vectors;     // rows are read 16 bytes at a time: they are aligned
 
-  __host__ __device__ int64_t bytes() const { return int64_t{groups} * stride * 16; }
+  __host__ __device__ int64_t bytes() const { return int64_t{count} * stride * 16; }
   __host__ __device__ bool single() const { return width == columns; }
 };
 
@@ -38,17 +38,17 @@ __device__ __forceinline__ int place_in_tile(const Tiles& tiles, int32_t column,
   return inside ? place(static_cast<int>(offset)) : tiles.zero;
 }
 
-// From V rows of V elements to V columns.
-template <class T>
-__device__ __forceinline__ Quad transposed(const Quad (&row)[kTokens<T>], int column) {
+// Column q of V rows, of each of which `row` has the words that hold it.
+template <class T, int kWords>
+__device__ __forceinline__ Quad transposed(const uint32_t (&row)[kTokens<T>][kWords], int q) {
   Quad out;
   NEUROADA_UNROLL
   for (int w = 0; w < 4; ++w) {
     if constexpr (sizeof(T) == 4) {
-      out.word[w] = row[w].word[column];
+      out.word[w] = row[w][q];
     } else {
-      const uint32_t even = row[2 * w].word[column / 2], odd = row[2 * w + 1].word[column / 2];
-      out.word[w] = column % 2 ? (even >> 16) | (odd & 0xffff0000u) : (even & 0xffffu) | (odd << 16);
+      const uint32_t even = row[2 * w][q / 2], odd = row[2 * w + 1][q / 2];
+      out.word[w] = bytes_of(even, odd, q % 2 ? 0x7632 : 0x5410);
     }
   }
   return out;
@@ -70,64 +70,161 @@ __device__ __forceinline__ Quad load_column(const T* x, int64_t row_stride, int6
   return out;
 }
 
-// One group: tile[place(c)] = x[t .. t + V, first + c], by the whole CTA. Loads run along the columns.
+// How many of the V tokens from t on there are.
 template <class T>
-__device__ void stage_group(Quad* tile, const Tiles& tiles, const T* x, int64_t row_stride, int64_t rows,
-                            int32_t first) {
-  constexpr int V = kTokens<T>;
-  const int32_t width = tiles.columns - first < tiles.width ? tiles.columns - first : tiles.width;
-  const int32_t chunks = tiles.vectors ? width / V : 0;
-  for (int32_t chunk = threadIdx.x; chunk < chunks; chunk += blockDim.x) {
-    Quad row[V];
+__device__ __forceinline__ int rows_of_block(int64_t tokens, int64_t t) {
+  return tokens - t < kTokens<T> ? static_cast<int>(tokens - t) : kTokens<T>;
+}
+
+// Some bytes of each row of a block, a lane's, on their way to shared memory.
+template <class T, int kBytes>
+struct Rows {
+  static constexpr int V = kTokens<T>, kColumns = kBytes / static_cast<int>(sizeof(T));
+  uint32_t row[V][kBytes / 4];
+
+  // From column `column` on of rows that all threads share; zeros past the last of `count` of them.
+  __device__ __forceinline__ void load(const T* rows, int64_t row_stride, int32_t count, int32_t column) {
+    if (count >= V) {
+      NEUROADA_UNROLL
+      for (int v = 0; v < V; ++v) load_words(in_row(rows + v * row_stride, column), row[v]);
+      return;
+    }
     NEUROADA_UNROLL
-    for (int v = 0; v < V; ++v) row[v] = v < rows ? load16(x + v * row_stride + first + chunk * V) : Quad{};
-    NEUROADA_UNROLL
-    for (int q = 0; q < V; ++q) tile[place(chunk * V + q)] = transposed<T>(row, q);
+    for (int v = 0; v < V; ++v) {
+      NEUROADA_UNROLL
+      for (int w = 0; w < kBytes / 4; ++w) row[v][w] = 0;
+      if (v < count) load_words(in_row(rows + v * row_stride, column), row[v]);
+    }
   }
-  for (int32_t c = chunks * V + threadIdx.x; c < width; c += blockDim.x) {
+  __device__ __forceinline__ void store(Quad* tile, int32_t column) const {
+    const int32_t first = place(made_anew(column));  // a multiple of kColumns, as column is
+    NEUROADA_UNROLL
+    for (int q = 0; q < kColumns; ++q) tile[first ^ q] = transposed<T>(row, q);
+  }
+};
+
+// tile[place(c)] = x[t .. t + V, first + c] for c from `from` on, by the whole CTA. Loads run along the columns;
+// kAtOnce times 8 bytes of each row are on their way at once, if there are the registers for it.
+template <int kAtOnce, class T>
+__device__ __forceinline__ void stage_columns(Quad* tile, const Tiles& tiles, const T* x, int64_t row_stride,
+                                              int32_t rows, int32_t first, int32_t from = 0) {
+  constexpr int32_t kColumns = Rows<T, 8>::kColumns;
+  const int32_t width = tiles.columns - first < tiles.width ? tiles.columns - first : tiles.width;
+  const int32_t whole = tiles.vectors && from % kColumns == 0 ? width / kColumns * kColumns : from;
+  const int32_t step = blockDim.x * kColumns;
+  for (int32_t c = from + static_cast<int32_t>(threadIdx.x) * kColumns; c < whole; c += kAtOnce * step) {
+    Rows<T, 8> chunk[kAtOnce];
+    NEUROADA_UNROLL
+    for (int i = 0; i < kAtOnce; ++i) {
+      if (c + i * step < whole) chunk[i].load(x + first, row_stride, rows, c + i * step);
+    }
+    NEUROADA_UNROLL
+    for (int i = 0; i < kAtOnce; ++i) {
+      if (c + i * step < whole) chunk[i].store(tile, c + i * step);
+    }
+  }
+  for (int32_t c = whole + threadIdx.x; c < width; c += blockDim.x) {
     tile[place(c)] = load_column(x + first + c, row_stride, rows);
   }
-  if (threadIdx.x == 0) tile[tiles.zero] = Quad{};
 }
 
-// Stages the columns from `first` on of the `kGroups` groups of tokens from t on; barriers on both sides.
-template <class T, int kGroups>
-__device__ void stage(Quad* tile, const Tiles& tiles, const T* x, int64_t row_stride, int64_t tokens, int64_t t,
-                      int32_t first) {
-  __syncthreads();
-  for (int g = 0; g < kGroups; ++g) {
-    const int64_t start = t + g * kTokens<T>;
-    stage_group(tile + g * tiles.stride, tiles, x + start * row_stride, row_stride, tokens - start, first);
+// Asks for a block that is staged next, where there is no room to have it on its way.
+template <class T>
+__device__ __forceinline__ void fetch_block(const T* x, int64_t row_stride, int32_t rows, int32_t columns) {
+  constexpr int32_t kLine = 128 / static_cast<int32_t>(sizeof(T));
+  const int32_t lines = (columns + kLine - 1) / kLine;
+  for (int32_t i = threadIdx.x; i < lines * kTokens<T>; i += blockDim.x) {
+    const int32_t row = i / lines;
+    if (row < rows) fetch_to_l2(x + row * row_stride + i % lines * kLine);
   }
-  __syncthreads();
 }
 
-// sum[g][v] += weight * (the staged column at `at`)[g][v]
-template <class T, int kGroups>
-__device__ __forceinline__ void add_column(float (&sum)[kGroups * kTokens<T>], float weight, const Quad* tile,
-                                           const Tiles& tiles, int at) {
+// The columns that a CTA takes along while it reads the block before, as far as there are so many: in kParts parts
+// of 4 bytes of each row a lane, or in two of 8.
+template <class T, int kParts>
+struct Ahead {
+  using Chunk = Rows<T, kParts == 2 ? 8 : 4>;
+  Chunk chunk;
+
+  // Columns from here on are not taken along.
+  __device__ __forceinline__ static int32_t end(const Tiles& tiles) {
+    const int32_t most = kParts * blockDim.x * Chunk::kColumns,
+                  whole = tiles.columns / Chunk::kColumns * Chunk::kColumns;
+    return !tiles.vectors ? 0 : most < whole ? most : whole;
+  }
+  __device__ __forceinline__ static int32_t column(int part) {
+    return static_cast<int32_t>(part * blockDim.x + threadIdx.x) * Chunk::kColumns;
+  }
+  __device__ __forceinline__ void load(const Tiles& tiles, const T* x, int64_t row_stride, int32_t rows, int part) {
+    if (column(part) < end(tiles)) chunk.load(x, row_stride, rows, column(part));
+  }
+  __device__ __forceinline__ void store(const Tiles& tiles, Quad* tile, int part) const {
+    if (column(part) < end(tiles)) chunk.store(tile, column(part));
+  }
+};
+
+// A part of the work on a block, as a type.
+template <int N>
+struct Part {
+  static constexpr int value = N;
+};
+
+// read(Part<N>) for N from kPart on, and before each the next block's columns are asked for.
+template <int kPart, int kParts, class T, class Read>
+__device__ __forceinline__ void read_parts(const Tiles& tiles, Quad* other, const T* next, int64_t row_stride,
+                                           int32_t rows, bool more, Read&& read) {
+  Ahead<T, kParts> ahead;
+  if (more) ahead.load(tiles, next, row_stride, rows, kPart);
+  read(Part<kPart>{});
+  if (more) ahead.store(tiles, other, kPart);
+  if constexpr (kPart + 1 < kParts) read_parts<kPart + 1, kParts>(tiles, other, next, row_stride, rows, more, read);
+}
+
+// The blocks [begin, end) of x, V tokens each, staged one after another by the whole CTA. For each block and
+// each tile of its columns `read(block, tile, first, Part<N>)` does kParts parts of the work, and meanwhile the
+// next block comes in.
+template <int kParts, int kAtOnce, class T, class Read>
+__device__ __forceinline__ void for_each_block(const Tiles& tiles, const T* x, int64_t row_stride, int64_t tokens,
+                                               int32_t begin, int32_t end, Read&& read) {
+  constexpr int V = kTokens<T>;
+  Quad* tile = shared_quads();
+  Quad* other = tile + (tiles.count - 1) * tiles.stride;
+  const T* rows = x + int64_t{begin} * V * row_stride;
+  for (int32_t block = begin; block < end; ++block, rows += V * row_stride) {
+    const int32_t left =
+        static_cast<int32_t>(tokens - int64_t{block} * V < 2 * V ? tokens - int64_t{block} * V : 2 * V);
+    int32_t first = 0;
+    do {  // once where there is no column
+      if (tiles.count == 1 || block == begin) {
+        __syncthreads();
+        if (threadIdx.x == 0) tile[tiles.zero] = other[tiles.zero] = Quad{};
+        stage_columns<kAtOnce>(tile, tiles, rows, row_stride, left, first);
+        __syncthreads();
+        if (tiles.count == 1 && first == 0 && block + 1 < end) {
+          fetch_block(rows + V * row_stride, row_stride, left - V, tiles.columns);
+        }
+      }
+      const bool more = tiles.count == 2 && block + 1 < end;
+      const T* next = rows + V * row_stride;
+      read_parts<0, kParts>(tiles, other, next, row_stride, left - V, more,
+                            [&](auto part) { read(block, static_cast<const Quad*>(tile), first, part); });
+      if (more) {
+        stage_columns<1>(other, tiles, next, row_stride, left - V, 0, Ahead<T, kParts>::end(tiles));
+        __syncthreads();
+        Quad* const read_now = tile;
+        tile = other;
+        other = read_now;
+      }
+      first += tiles.width;
+    } while (first < tiles.columns);
+  }
+}
+
+// sum[v] += weight * (the staged column)[v]
+template <class T>
+__device__ __forceinline__ void add_column(float (&sum)[kTokens<T>], float weight, const Quad& column) {
   NEUROADA_UNROLL
-  for (int g = 0; g < kGroups; ++g) {
-    const Quad quad = tile[g * tiles.stride + at];
-    NEUROADA_UNROLL
-    for (int v = 0; v < kTokens<T>; ++v) sum[g * kTokens<T> + v] += weight * element<T>(quad, v);
-  }
-}
-
-// Four neighbouring slots of a neuron; those past its last have column -1.
-constexpr int kSlots = 4;
-
-template <class Word>
-__device__ __forceinline__ void load_slots(const Word* from, int64_t count, bool vectors, Word absent,
-                                           Word (&slots)[kSlots]) {
-  static_assert(sizeof(Word) == 4);
-  if (vectors) {
-    const Quad quad = load16(from);
-    std::memcpy(slots, quad.word, sizeof(quad));
-    return;
-  }
-  NEUROADA_UNROLL
-  for (int q = 0; q < kSlots; ++q) slots[q] = q < count ? from[q] : absent;
+  for (int v = 0; v < kTokens<T>; ++v) sum[v] += weight * element<T>(column, v);
 }
 
 }  // namespace neuroada::cuda

@@ -66,22 +66,6 @@ def linear_backward_in_one(
     return C.linear_bwd_input.default(grad, weight, plan, wide(delta, grad)), grad_delta
 
 
-def linear_backward_in_one_pass(
-    grad: Tensor,
-    x: Tensor,
-    weight: Tensor,
-    index: Tensor,
-    delta: Tensor,
-    plan: Tensor | None,
-) -> tuple[Tensor, Tensor]:
-    """The op ``linear_backward`` where both gradients are wanted, in one kernel."""
-    if plan is None:
-        plan = make_plan(index, x.shape[1])
-    args = (grad, x, weight, index.contiguous(), plan, wide(delta, grad))
-    grad_x, grad_delta = C.linear_bwd.default(*args)
-    return grad_x, grad_delta.to(delta.dtype)
-
-
 def linear_patched(
     x: Tensor, weight: Tensor, index: Tensor, delta: Tensor, bias: Tensor | None
 ) -> Tensor:
@@ -129,7 +113,7 @@ def bypass_backward(
         if plan is None:
             plan = make_plan(index, x.shape[1])
         grad_x = grad.new_empty(x.shape)
-        C.bypass_bwd_input.default(grad, plan, wide(delta, grad), grad_x)
+        C.bypass_bwd_input.default(grad, plan, wide(delta, grad), None, grad_x)
     return grad_x, grad_delta
 
 
@@ -171,28 +155,18 @@ def wide(delta: Tensor, x: Tensor) -> Tensor:
     return (delta if delta.dtype == dtype else delta.to(dtype)).contiguous()
 
 
-def forced_form(device: str, forms: int) -> int | None:
-    """What ``NEUROADA_<device>_FUSED`` says: how much goes in one kernel, 0 up to ``forms`` - 1.
-
-    0 is bypass and product each by itself, 1 both in one kernel. On a GPU of compute capability
-    9.0, 2 is the gradient of delta in that of dx as well, and 3 the product of a weight whose
-    tiles are patched where the kernel holds them: with the rounding of the strategy ``resident``.
-    A call that a form does not serve, for its dtypes or strides, falls to a lower one: form 2 where
-    columns of x are kept in its stead, form 3 in the forward with a bias of another dtype.
+def asked(name: str) -> bool | None:
+    """What the environment variable ``name`` says, 0 or 1; None where it is not set.
 
     Raises
     ------
     ValueError
         If it says anything else.
     """
-    name = f"NEUROADA_{device}_FUSED"
-    forced = os.environ.get(name)
-    if forced is None:
-        return None
-    known = [str(form) for form in range(forms)]
-    if forced not in known:
-        raise ValueError(f"{name}: {forced!r}, expected {', '.join(known[:-1])} or {known[-1]}")
-    return int(forced)
+    said = os.environ.get(name)
+    if said not in (None, "0", "1"):
+        raise ValueError(f"{name}: {said!r}, expected 0 or 1")
+    return None if said is None else said == "1"
 
 
 def implementations(

@@ -2,6 +2,9 @@
 
 The bypass goes first so that y is rounded once where the product accumulates: what is rounded
 early is only the small bypass, and an update far below one unit in the last place of y still acts.
+
+Not on a GPU in 16 bits: cuBLAS rounds the product before it adds it onto y, and such an update
+would be lost. There the product goes first, in float32, and the bypass is added to it.
 """
 
 from __future__ import annotations
@@ -53,6 +56,27 @@ def add_dense(y: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None = None) 
     if bias is None:
         return torch.addmm(y, x, weight, out=y)
     return _add_dense_with_bias(y, x, weight, bias)
+
+
+def wide_product(x: Tensor, weight: Tensor) -> Tensor:
+    """``x @ weight`` in float32, not rounded to the operands' 16 bits.
+
+    For what is added to the product before it is rounded: cuBLAS rounds a 16-bit product before it
+    adds it to a y, and again after.
+
+    Parameters
+    ----------
+    x : Tensor
+        Shape ``[tokens, m]``, bfloat16 or float16.
+    weight : Tensor
+        Shape ``[m, n]``, dtype of ``x``, any strides.
+    """
+    if 0 in (*x.shape, weight.shape[1]):
+        return x.new_zeros(x.shape[0], weight.shape[1], dtype=torch.float32)
+    if x.is_cuda:
+        return torch.mm(x, weight, out_dtype=torch.float32)
+    with torch.autocast("cpu", enabled=False):
+        return torch.mm(x.float(), weight.float())
 
 
 @functools.cache

@@ -53,7 +53,7 @@ def _tokens_of_one_kernel(dtype: torch.dtype) -> tuple[float, float]:
 
     As measured; ``docs/kernels.md`` has the figures. ``NEUROADA_CPU_FUSED=0|1`` decides instead.
     """
-    forced = _compiled.forced_form("CPU", 2)
+    forced = _compiled.asked("NEUROADA_CPU_FUSED")
     if forced is not None:
         return _ALWAYS if forced else _NEVER
     isa = "generic" if _extension.module is None else _extension.module.cpu_isa()

@@ -1,30 +1,28 @@
-"""The CUDA C++ backend: the bypass by the kernels of ``csrc/cuda`` and the product by torch, or
-both in one kernel for sm_90a.
-
-Its kernels have run on no GPU yet, so it serves only by name.
+"""The CUDA C++ backend: the bypass by the kernels of ``csrc/cuda`` and the product by torch; on
+request, for sm_90a, the product of a weight that is patched on its way to the multipliers.
 """
 
 from __future__ import annotations
 
 import functools
+from collections.abc import Iterator
 
 import torch
 from torch import Tensor
 
 from neuroada_kernels import _extension
+from neuroada_kernels._extension import cuda_archs, runs_on
 from neuroada_kernels._registry import Backend, register
 from neuroada_kernels.backends import _compiled
+from neuroada_kernels.backends._dense import wide_product
+from neuroada_kernels.plan import make_plan
 
-_DTYPES = {torch.float32, torch.bfloat16, torch.float16}
-_DTYPES_OF_ONE_KERNEL = {torch.bfloat16, torch.float16}
-
-
-@functools.cache
-def _archs() -> tuple[str, ...]:
-    """The architectures in the binary: ``("80", "89", "90a", "100")``."""
-    if _extension.module is None:
-        return ()
-    return tuple(_extension.module.build_facts()["cuda_archs"].split())
+_SIXTEEN_BITS = {torch.bfloat16, torch.float16}
+_DTYPES = {torch.float32, *_SIXTEEN_BITS}
+#: Bytes of a product in float32 that a call holds at most, but for the fewest tokens.
+_WIDE_BYTES = 64 << 20
+#: Tokens of a chunk are a multiple of this, so that the product's tiles are whole.
+_CHUNK_TOKENS = 256
 
 
 @functools.cache
@@ -32,7 +30,7 @@ def _unavailable() -> str | None:
     missing = _extension.library_error or _extension.module_error
     if missing is not None:
         return missing
-    if not _archs():
+    if not cuda_archs():
         return "built without CUDA: nvcc was not found, or NEUROADA_BUILD left it out"
     if torch.version.hip is not None:
         return "this torch is for ROCm, expected one for CUDA"
@@ -41,27 +39,14 @@ def _unavailable() -> str | None:
     return None
 
 
-def _runs_on(arch: str, capability: tuple[int, int]) -> bool:
-    """Whether code for ``sm_<arch>`` runs on a GPU of this compute capability.
-
-    It does on the same major version from its own minor version on; code for an arch with a
-    letter, on that one alone.
-    """
-    digits = arch.rstrip("abcdefghijklmnopqrstuvwxyz")
-    major, minor = int(digits[:-1]), int(digits[-1])
-    if arch != digits:
-        return capability == (major, minor)
-    return capability[0] == major and capability[1] >= minor
-
-
 @functools.cache
 def _arch_reasons(gpu: int) -> tuple[str, ...]:
     capability = torch.cuda.get_device_capability(gpu)
-    return _no_arch_for(capability, _archs())
+    return _no_arch_for(capability, cuda_archs())
 
 
 def _no_arch_for(capability: tuple[int, int], archs: tuple[str, ...]) -> tuple[str, ...]:
-    if any(_runs_on(arch, capability) for arch in archs):
+    if any(runs_on(arch, capability) for arch in archs):
         return ()
     built = ", ".join(f"sm_{arch}" for arch in archs)
     major, minor = capability
@@ -69,13 +54,10 @@ def _no_arch_for(capability: tuple[int, int], archs: tuple[str, ...]) -> tuple[s
 
 
 def _linear(x: Tensor, weight: Tensor, index: Tensor, delta: Tensor, bias: Tensor | None) -> Tensor:
-    # Two kernels add a bias in 16 bits to what they have rounded already.
-    bias16 = bias is not None and bias.dtype in _DTYPES_OF_ONE_KERNEL
-    form = _form(bias16)
-    if form == 0 or _not_in_one_kernel(x, weight, bias=bias):
-        run = _compiled.linear
+    if _wants_patched() and not _not_patched(x, weight, bias):
+        run = _compiled.linear_patched
     else:
-        run = _compiled.linear_patched if form == 3 else _compiled.linear_in_one
+        run = _linear_onto_product if x.dtype in _SIXTEEN_BITS else _compiled.linear
     return run(x, weight, index, delta, bias)
 
 
@@ -88,38 +70,75 @@ def _linear_backward(
     plan: Tensor | None,
     output_mask: list[bool],
 ) -> tuple[Tensor | None, Tensor | None]:
-    form = _form() if output_mask[0] else 0
-    if form == 0 or _not_in_one_kernel(grad, weight):
-        return _compiled.linear_backward(grad, x, weight, index, delta, plan, output_mask)
-    if form == 3:
-        return _compiled.linear_backward_patched(grad, x, weight, index, delta, plan, output_mask)
-    if form == 1 or not output_mask[1] or _not_in_one_kernel(grad, weight, x=x):
-        return _compiled.linear_backward_in_one(grad, x, weight, index, delta, plan, output_mask)
-    return _compiled.linear_backward_in_one_pass(grad, x, weight, index, delta, plan)
+    if not output_mask[0] or grad.dtype not in _SIXTEEN_BITS:
+        run = _compiled.linear_backward
+    elif _wants_patched() and not _not_patched(grad, weight):
+        run = _compiled.linear_backward_patched
+    else:
+        run = _linear_backward_onto_product
+    return run(grad, x, weight, index, delta, plan, output_mask)
 
 
-def _form(bias16: bool = False) -> int:
-    """How much goes in one kernel where it takes that; the forms of :func:`_compiled.forced_form`.
+def _linear_onto_product(
+    x: Tensor, weight: Tensor, index: Tensor, delta: Tensor, bias: Tensor | None
+) -> Tensor:
+    """The op ``linear`` in 16 bits: the product in float32, then a kernel adds and rounds once."""
+    y = x.new_empty(x.shape[0], weight.shape[0])
+    connections = index.contiguous(), _compiled.wide(delta, x)
+    bias = None if bias is None else bias.contiguous()
+    for part in _chunks(*y.shape):
+        product = wide_product(x[part], weight.t())
+        _compiled.C.bypass_fwd.default(x[part], *connections, bias, product, y[part])
+    return y
 
-    Predicted, not measured: one kernel is slower but for saving a pass over y where torch's
-    product would round y twice; ``docs/kernels.md`` has the figures. ``NEUROADA_CUDA_FUSED``
-    decides instead, and alone may ask for the other rounding of form 3.
+
+def _linear_backward_onto_product(
+    grad: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    index: Tensor,
+    delta: Tensor,
+    plan: Tensor | None,
+    output_mask: list[bool],
+) -> tuple[Tensor, Tensor | None]:
+    """The op ``linear_backward`` in 16 bits where dx is wanted, that of the same rounding."""
+    only_delta = [False, output_mask[1]]
+    _, grad_delta = _compiled.bypass_backward(grad, x, index, delta, plan, only_delta)
+    grad_x = grad.new_empty(grad.shape[0], weight.shape[1])
+    plan = make_plan(index, weight.shape[1]) if plan is None else plan.contiguous()
+    wide_delta = _compiled.wide(delta, grad)
+    for part in _chunks(*grad_x.shape):
+        product = wide_product(grad[part], weight)
+        _compiled.C.bypass_bwd_input.default(grad[part], plan, wide_delta, product, grad_x[part])
+    return grad_x, grad_delta
+
+
+def _chunks(tokens: int, width: int) -> Iterator[slice]:
+    """Tokens in parts whose product ``[tokens, width]`` in float32 fits into its scratch."""
+    step = _WIDE_BYTES // max(4 * width, 1) // _CHUNK_TOKENS * _CHUNK_TOKENS
+    step = max(step, _CHUNK_TOKENS)
+    for first in range(0, tokens, step):
+        yield slice(first, min(first + step, tokens))
+
+
+def _wants_patched() -> bool:
+    """Whether ``NEUROADA_CUDA_PATCHED=1`` asks for a product whose tiles of W hold the bypass.
+
+    A kernel for sm_90a patches them where they lie in shared memory, so its rounding is that of
+    the strategy ``resident``. A call that it does not take, for its dtypes, shapes or strides,
+    goes in two kernels as by default. ``docs/kernels.md`` has the figures.
     """
-    forced = _compiled.forced_form("CUDA", 4)
-    return int(bias16) if forced is None else forced
+    return _compiled.asked("NEUROADA_CUDA_PATCHED") is True
 
 
-def _not_in_one_kernel(
-    inputs: Tensor, weight: Tensor, *, bias: Tensor | None = None, x: Tensor | None = None
-) -> list[str]:
+def _not_patched(inputs: Tensor, weight: Tensor, bias: Tensor | None = None) -> list[str]:
     """Why the kernels for sm_90a do not take a product: what their copies cannot read."""
-    reasons = _one_kernel_arch_reasons(inputs.device.index)
-    if inputs.dtype not in _DTYPES_OF_ONE_KERNEL:
+    reasons = _not_sm90(inputs.device.index)
+    if inputs.dtype not in _SIXTEEN_BITS:
         reasons.append(f"dtype {inputs.dtype}, expected bfloat16 or float16")
     if bias is not None and bias.dtype != inputs.dtype:
         reasons.append(f"bias of dtype {bias.dtype}, expected {inputs.dtype}")
-    copied = {"inputs": inputs, "weight": weight} | ({} if x is None else {"x": x})
-    for name, tensor in copied.items():
+    for name, tensor in {"inputs": inputs, "weight": weight}.items():
         if tensor.stride(1) != 1:
             reasons.append(f"{name} with stride {tensor.stride(1)} along a row, expected 1")
         if tensor.numel() == 0 or tensor.shape[1] % 8 or tensor.stride(0) % 8:
@@ -134,11 +153,11 @@ def _not_in_one_kernel(
     return reasons
 
 
-def _one_kernel_arch_reasons(gpu: int) -> list[str]:
+def _not_sm90(gpu: int) -> list[str]:
     major, minor = torch.cuda.get_device_capability(gpu)
     if (major, minor) != (9, 0):
         return [f"compute capability {major}.{minor}, expected 9.0"]
-    return [] if "90a" in _archs() else ["no kernels for sm_90a"]
+    return [] if "90a" in cuda_archs() else ["no kernels for sm_90a"]
 
 
 def _unsupported(first: Tensor, *rest: object) -> list[str]:

@@ -1,7 +1,9 @@
 """The Triton backend: the kernels of ``triton_kernels``, on a GPU or in Triton's interpreter.
 
 Tokens go in chunks whose transposed inputs fit into the workspace; what one kernel of a chunk
-wrote, the next finds in the GPU's cache.
+wrote, the next finds in the GPU's cache. Where torch multiplies in 16 bits its product goes first,
+into float32, and our kernel adds bias and bypass and rounds once; wider dtypes need no such
+scratch, and the product accumulates onto the bypass.
 """
 
 from __future__ import annotations
@@ -16,7 +18,7 @@ import torch
 from torch import Tensor
 
 from neuroada_kernels._registry import Backend, Implementation, register
-from neuroada_kernels.backends._dense import add_dense, bias_for_bypass
+from neuroada_kernels.backends._dense import add_dense, bias_for_bypass, wide_product
 from neuroada_kernels.backends._entries import chosen_entries
 from neuroada_kernels.plan import make_plan, plan_parts
 
@@ -57,11 +59,17 @@ def _linear(x: Tensor, weight: Tensor, index: Tensor, delta: Tensor, bias: Tenso
     index, delta, bias = index.contiguous(), delta.contiguous(), _contiguous(bias)
     y = x.new_empty(x.shape[0], weight.shape[0])
     early, late = bias_for_bypass(bias)
-    fused = _prefer_fused(x, weight.shape[0], bias16=late is not None)
+    fused = _prefer_fused(x, weight.shape[0])
+
+    def add_bypass(x_t: Tensor, y: Tensor, onto: Tensor) -> None:
+        kernels.bypass_fwd(x_t, index, delta, y, onto=onto, bias=bias)
+
     for part in _chunks(x.shape[0], x.shape[1] * x.element_size()):
         x_t = kernels.transpose(x[part])
         if fused:
             kernels.linear_fwd(x[part], weight, x_t, index, delta, bias, y[part])
+        elif x.dtype.itemsize == 2:
+            _product_first(x[part], weight.t(), add_bypass, x_t, y[part])
         else:
             kernels.bypass_fwd(x_t, index, delta, y[part], bias=early)
             _add_dense(y[part], x[part], weight.t(), late)
@@ -135,6 +143,10 @@ def _backward(
         columns = plan_parts(plan, d_in)
     if need_delta:
         partial = kernels.sddmm_partial(index, tokens, x.dtype)
+
+    def add_bypass(grad_t: Tensor, grad_x: Tensor, onto: Tensor | None = None) -> None:
+        kernels.bypass_bwd_input(grad_t, *columns, delta, grad_x, onto=onto)
+
     bytes_a_token = (d_out + d_in * need_delta) * grad.element_size()
     for part in _chunks(tokens, bytes_a_token):
         grad_t = kernels.transpose(grad[part])
@@ -142,8 +154,10 @@ def _backward(
             kernels.linear_bwd_input(
                 grad[part], weight, grad_t, columns.column_start, columns.entry, delta, grad_x[part]
             )
+        elif grad_x is not None and weight is not None and grad.dtype.itemsize == 2:
+            _product_first(grad[part], weight, add_bypass, grad_t, grad_x[part])
         elif grad_x is not None:
-            kernels.bypass_bwd_input(grad_t, *columns, delta, grad_x[part])
+            add_bypass(grad_t, grad_x[part])
             if weight is not None:
                 _add_dense(grad_x[part], grad[part], weight)
         if partial is not None:
@@ -166,11 +180,28 @@ def _patch(weight: Tensor, index: Tensor, delta: Tensor, original: Tensor) -> No
     _kernels().patch(weight, index.contiguous(), delta.contiguous(), original.contiguous())
 
 
-def _prefer_fused(inputs: Tensor, width: int, *, bias16: bool = False) -> bool:
-    """Whether one kernel makes the ``[tokens, width]`` output, or torch's product onto a bypass."""
+def _product_first(
+    inputs: Tensor,
+    weight: Tensor,
+    add_bypass: Callable[[Tensor, Tensor, Tensor], None],
+    inputs_t: Tensor,
+    out: Tensor,
+) -> None:
+    """``out = inputs @ weight``, in float32, plus what ``add_bypass(inputs_t, out, onto)`` adds.
+
+    By parts of the tokens, so that the product in float32 is never held as a whole.
+    """
+    step = _kernels().configs.tokens_a_wide_product(out.shape[1])
+    for first in range(0, out.shape[0], step):
+        part = slice(first, first + step)  # the last goes on into the padding of inputs_t
+        add_bypass(inputs_t[:, part], out[part], wide_product(inputs[part], weight))
+
+
+def _prefer_fused(inputs: Tensor, width: int) -> bool:
+    """Whether one kernel makes the ``[tokens, width]`` output, or torch's product and a kernel."""
     configs = _kernels().configs
     gpu = configs.gpu_of(inputs.device)
-    return bool(configs.prefer_fused(*inputs.shape, width, inputs.dtype, gpu, bias16=bias16))
+    return bool(configs.prefer_fused(*inputs.shape, width, inputs.dtype, gpu))
 
 
 def _chunks(tokens: int, bytes_a_token: int) -> Iterator[slice]:

@@ -34,21 +34,6 @@ inline char* shared_at(uint32_t address, size_t bytes) {
   return static_cast<char*>(self.cta->shared) + address;
 }
 
-// ldmatrix.x4.trans: the rows' addresses come from the lanes of the warp.
-inline void load_transposed(uint32_t (&word)[4], uint32_t row) {
-  if (row % 16 != 0) stop("a row of ldmatrix is misaligned");
-  const uint32_t* rows = exchange(row);
-  const uint32_t lane = self.thread.x % kLanes;
-  for (uint32_t matrix = 0; matrix < 4; ++matrix) {
-    uint16_t pair[2];
-    for (uint32_t half = 0; half < 2; ++half) {
-      const uint32_t address = rows[8 * matrix + 2 * (lane % 4) + half] + lane / 4 * 2;
-      std::memcpy(&pair[half], shared_at(address, sizeof(pair[half])), sizeof(pair[half]));
-    }
-    word[matrix] = uint32_t{pair[0]} | uint32_t{pair[1]} << 16;
-  }
-}
-
 // Whether this thread has written operands that fence.proxy.async does not show to the tensor cores yet.
 inline thread_local bool unfenced = false;
 inline void check_fenced() {
@@ -130,21 +115,6 @@ inline void wait(uint64_t& word, uint32_t parity) {
   }
 }
 
-// bar.sync of so many threads
-template <unsigned kThreads>
-void named_barrier(int name) {
-  constexpr int kNames = 16;
-  struct Barriers {
-    std::deque<Barrier> of;
-    Barriers() {
-      for (int i = 0; i < kNames; ++i) of.emplace_back(kThreads);
-    }
-  };
-  static Barriers barriers;
-  if (name < 1 || name >= kNames) stop("no such named barrier");
-  barriers.of[static_cast<size_t>(name)].arrive_and_wait();
-}
-
 // ---- TMA
 
 struct TensorMap {
@@ -178,25 +148,6 @@ inline void copy_box(void* to, const TensorMap& map, int32_t column, int32_t row
     }
   }
   complete_bytes(barrier, static_cast<uint32_t>(map.box_rows) * row_bytes);
-}
-
-// ---- mma.m16n8k16 of a warp: "Matrix Fragments for mma.m16n8k16"
-
-template <class T>
-void mma(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) {
-  const uint32_t words[] = {a[0], a[1], a[2], a[3], b[0], b[1]};
-  uint32_t all[6][kLanes];
-  for (int i = 0; i < 6; ++i) std::memcpy(all[i], exchange(words[i]), sizeof(all[i]));
-  const auto half = [](uint32_t word, uint32_t upper) { return widen(T{static_cast<uint16_t>(word >> upper * 16)}); };
-  const uint32_t lane = self.thread.x % kLanes;
-  for (uint32_t i = 0; i < 4; ++i) {
-    const uint32_t row = lane / 4 + i / 2 * 8, column = lane % 4 * 2 + i % 2;
-    for (uint32_t k = 0; k < 16; ++k) {
-      const uint32_t left = all[row / 8 + k / 8 * 2][row % 8 * 4 + k % 8 / 2];
-      const uint32_t right = all[4 + k / 8][column * 4 + k % 8 / 2];
-      d[i] += half(left, k % 2) * half(right, k % 2);
-    }
-  }
 }
 
 // ---- wgmma

@@ -69,7 +69,7 @@ Outputs<T> run(const Problem<T>& p, const cuda::Device& device) {
                    device, nullptr);
   const std::vector<int32_t> plan = make_plan(p.index, c.d_in);
   const int64_t live = static_cast<int64_t>(plan.size()) - plan_size(c.d_in, 0);
-  Matrix<cuda::WeightedNeuron> ordered(1, live);
+  Matrix<cuda::WeightedNeuron> ordered(1, cuda::bypass_bwd_input_entries(c.d_in, live));
   cuda::bypass_bwd_input({dtype, c.tokens, c.d_in, c.d_out, c.k, p.grad.data(), p.grad.stride(), plan.data(), live,
                           p.delta.data(), ordered.data(), r.grad_x.data(), r.grad_x.stride()},
                          device, nullptr);

@@ -9,8 +9,6 @@ import torch
 from host_ops import C
 from torch import Tensor
 
-import neuroada_kernels as nk
-
 
 def arguments() -> dict[str, Tensor]:
     return {
@@ -23,14 +21,16 @@ def arguments() -> dict[str, Tensor]:
         "grad": torch.randn(5, 4),
         "plan": torch.zeros(6 + 1 + 64 + 1 + 7, dtype=torch.int32),
         "grad_x": torch.full((5, 6), 7.0),
+        "wide_base": torch.randn(5, 6),
         "weight": torch.full((4, 6), 7.0),
         "original": torch.full((4, 2), 7.0),
+        "columns": torch.tensor([0, 2, 5], dtype=torch.int32),
         **sixteen_bits(),
     }
 
 
 def sixteen_bits() -> dict[str, Tensor]:
-    """Arguments of the kernels with a product in them; the names say so where others have them."""
+    """Arguments of the patched products; the names say so where others have them."""
     dtype = torch.bfloat16
     return {
         "x16": torch.randn(5, 8, dtype=dtype),
@@ -38,7 +38,6 @@ def sixteen_bits() -> dict[str, Tensor]:
         "bias16": torch.randn(4, dtype=dtype),
         "grad16": torch.randn(5, 8, dtype=dtype),
         "weight_back16": torch.randn(8, 8, dtype=dtype),
-        "plan16": torch.zeros(8 + 1 + 64 + 1 + 7, dtype=torch.int32),
         "delta_back": torch.randn(8, 2),
         "index_back": torch.tensor([[0, 1], [2, 7], [4, 5], [1, -1]] * 2, dtype=torch.int32),
     }
@@ -49,18 +48,9 @@ CALLS: dict[str, Callable[..., object]] = {
         *(a[n] for n in ("x", "index", "delta", "bias", "base", "out"))
     ),
     "bypass_bwd_input": lambda a: C.bypass_bwd_input(
-        *(a[n] for n in ("grad", "plan", "delta", "grad_x"))
+        *(a[n] for n in ("grad", "plan", "delta", "wide_base", "grad_x"))
     ),
     "sddmm": lambda a: C.sddmm(a["grad"], a["x"], a["index"]),
-    "linear_fwd": lambda a: C.linear_fwd(
-        *(a[n] for n in ("x16", "weight16", "index", "delta", "bias16"))
-    ),
-    "linear_bwd_input": lambda a: C.linear_bwd_input(
-        *(a[n] for n in ("grad16", "weight_back16", "plan16", "delta_back"))
-    ),
-    "linear_bwd": lambda a: C.linear_bwd(
-        *(a[n] for n in ("grad16", "x16", "weight_back16", "index_back", "plan16", "delta_back"))
-    ),
     "linear_patched_fwd": lambda a: C.linear_patched_fwd(
         *(a[n] for n in ("x16", "weight16", "index", "delta", "bias16"))
     ),
@@ -71,6 +61,7 @@ CALLS: dict[str, Callable[..., object]] = {
     "gather": lambda a: C.gather(a["weight"], a["index"]),
     "patch": lambda a: C.patch(*(a[n] for n in ("weight", "index", "delta", "original"))),
     "restore": lambda a: C.restore(*(a[n] for n in ("weight", "index", "original"))),
+    "columns": lambda a: C.columns(a["x"], a["columns"]),
 }
 
 
@@ -99,6 +90,13 @@ WRONG = [
     ("bypass_fwd", "out", lambda t: t.half(), "out: dtype differs"),
     ("bypass_bwd_input", "grad", lambda t: t[:, :3], "grad: shape [5, 3], expected [-1, 4]"),
     ("bypass_bwd_input", "grad", lambda t: t.double(), "grad: dtype float64"),
+    ("bypass_bwd_input", "wide_base", lambda t: t[:4], "base: shape [4, 6], expected [5, 6]"),
+    (
+        "bypass_bwd_input",
+        "wide_base",
+        lambda t: t.half(),
+        "base: dtype is not the expected float32",
+    ),
     ("bypass_bwd_input", "plan", lambda t: t[:71], "plan: shape [71], expected at least [72]"),
     ("bypass_bwd_input", "plan", lambda t: t.long(), "plan: dtype is not the expected int32"),
     ("bypass_bwd_input", "plan", lambda t: t.repeat(2)[::2], "plan: not contiguous"),
@@ -108,46 +106,30 @@ WRONG = [
     ("sddmm", "grad", lambda t: t[:4], "grad: shape [4, 4], expected [5, 4]"),
     ("sddmm", "x", lambda t: t.half(), "x: dtype differs"),
     ("sddmm", "index", lambda t: t.short(), "index: dtype is not the expected int32"),
-    ("linear_fwd", "x16", lambda t: t.float(), "x: dtype float32, expected bfloat16 or float16"),
-    ("linear_fwd", "x16", lambda t: t[:, :4], "weight: shape [4, 8], expected [-1, 4]"),
-    ("linear_fwd", "x16", lambda t: t.repeat(1, 2)[:, 4:12], "linear_fwd: x: not 16-byte aligned"),
-    ("linear_fwd", "x16", lambda t: odd(t), "linear_fwd: x: stride 9, expected a multiple of 8"),
-    (
-        "linear_fwd",
-        "x16",
-        lambda t: t[:1].expand(5, -1),
-        "linear_fwd: x: stride 0, expected no less",
-    ),
-    ("linear_fwd", "weight16", lambda t: odd(t), "linear_fwd: weight: stride 9, expected"),
-    ("linear_fwd", "weight16", lambda t: t.half(), "weight: dtype differs from that of x"),
-    ("linear_fwd", "weight16", lambda t: t[:3], "index: shape [4, 2], expected [3, -1]"),
-    ("linear_fwd", "bias16", lambda t: t[:3], "bias: shape [3], expected [4]"),
-    ("linear_fwd", "bias16", lambda t: t.float(), "bias: dtype differs"),
-    ("linear_fwd", "delta", lambda t: t[:3], "delta: shape [3, 2], expected [4, 2]"),
-    ("linear_bwd_input", "grad16", lambda t: t[:, :4], "weight: shape [8, 8], expected [4, -1]"),
-    ("linear_bwd_input", "grad16", lambda t: odd(t), "linear_bwd_input: grad: stride 9"),
-    ("linear_bwd_input", "weight_back16", lambda t: t[:, :4], "weight: 4 columns, expected a mul"),
-    ("linear_bwd_input", "weight_back16", lambda t: t.half(), "weight: dtype differs"),
-    ("linear_bwd_input", "plan16", lambda t: t[:73], "plan: shape [73], expected at least [74]"),
-    ("linear_bwd_input", "plan16", lambda t: t.repeat(2), "plan: 88 connections, expected at most"),
-    ("linear_bwd", "x16", lambda t: t[:4], "x: shape [4, 8], expected [5, 8]"),
-    ("linear_bwd", "x16", lambda t: t.half(), "x: dtype differs from that of grad"),
-    ("linear_bwd", "x16", lambda t: odd(t), "linear_bwd: x: stride 9, expected a multiple of 8"),
-    ("linear_bwd", "grad16", lambda t: t.float(), "grad: dtype float32, expected bfloat16"),
-    ("linear_bwd", "index_back", lambda t: t[:7], "index: shape [7, 2], expected [8, -1]"),
-    ("linear_bwd", "delta_back", lambda t: t[:, :1], "delta: shape [8, 1], expected [8, 2]"),
-    ("linear_bwd", "plan16", lambda t: t.repeat(2), "plan: 88 connections, expected at most"),
     ("linear_patched_fwd", "x16", lambda t: t.float(), "x: dtype float32, expected bfloat16"),
+    ("linear_patched_fwd", "x16", lambda t: t[:, :4], "weight: shape [4, 8], expected [-1, 4]"),
+    (
+        "linear_patched_fwd",
+        "x16",
+        lambda t: t.repeat(1, 2)[:, 4:12],
+        "linear_patched_fwd: x: not 16-byte aligned",
+    ),
+    ("linear_patched_fwd", "x16", lambda t: odd(t), "x: stride 9, expected a multiple of 8"),
+    ("linear_patched_fwd", "x16", lambda t: t[:1].expand(5, -1), "x: stride 0, expected no less"),
+    ("linear_patched_fwd", "weight16", lambda t: odd(t), "weight: stride 9, expected a multiple"),
+    ("linear_patched_fwd", "weight16", lambda t: t.half(), "weight: dtype differs from that of x"),
+    ("linear_patched_fwd", "weight16", lambda t: t[:3], "index: shape [4, 2], expected [3, -1]"),
     ("linear_patched_fwd", "index", lambda t: t[:3], "index: shape [3, 2], expected [4, -1]"),
     ("linear_patched_fwd", "delta", lambda t: t[:3], "delta: shape [3, 2], expected [4, 2]"),
     ("linear_patched_fwd", "bias16", lambda t: t[:3], "bias: shape [3], expected [4]"),
+    ("linear_patched_fwd", "bias16", lambda t: t.float(), "bias: dtype differs"),
+    ("linear_patched_bwd_input", "grad16", lambda t: t.float(), "grad: dtype float32, expected"),
     ("linear_patched_bwd_input", "grad16", lambda t: t[:, :4], "weight: shape [8, 8], expected [4"),
-    (
-        "linear_patched_bwd_input",
-        "grad16",
-        lambda t: odd(t),
-        "_bwd_input: grad: stride 9, expected",
-    ),
+    ("linear_patched_bwd_input", "grad16", lambda t: odd(t), "grad: stride 9, expected"),
+    ("linear_patched_bwd_input", "weight_back16", lambda t: t[:, :4], "weight: 4 columns, "),
+    ("linear_patched_bwd_input", "weight_back16", lambda t: t.half(), "weight: dtype differs"),
+    ("linear_patched_bwd_input", "index_back", lambda t: t[:7], "index: shape [7, 2], expected [8"),
+    ("linear_patched_bwd_input", "delta_back", lambda t: t[:, :1], "delta: shape [8, 1], expected"),
     ("merge", "weight", lambda t: t.double(), "weight: dtype float64"),
     ("merge", "weight", lambda t: t.t().contiguous().t(), "weight: stride 4 along a row"),
     ("merge", "delta", lambda t: t.double(), "delta: dtype is not the expected float32"),
@@ -156,6 +138,12 @@ WRONG = [
     ("patch", "original", lambda t: t.half(), "original: dtype differs"),
     ("patch", "original", lambda t: t[:, :1], "original: shape [4, 1], expected [4, 2]"),
     ("restore", "original", lambda t: t.repeat(1, 2)[:, ::2], "original: stride 2"),
+    ("columns", "x", lambda t: t[0], "x: shape [6], expected a matrix"),
+    ("columns", "x", lambda t: t.double(), "x: dtype float64, expected float32"),
+    ("columns", "x", lambda t: t.t().contiguous().t(), "x: stride 5 along a row"),
+    ("columns", "columns", lambda t: t[None], "columns: shape [1, 3], expected one dimension"),
+    ("columns", "columns", lambda t: t.long(), "columns: dtype is not the expected int32"),
+    ("columns", "columns", lambda t: t.repeat(2)[::2], "columns: not contiguous"),
 ]
 
 
@@ -172,22 +160,15 @@ def test_a_wrong_argument_is_named_and_nothing_is_written(op, name, spoil, messa
         assert (given[written] == 7).all()
 
 
-@pytest.mark.parametrize("op", ["linear_fwd", "linear_bwd_input", "linear_bwd"])
-def test_a_product_over_nothing_is_refused(op):
-    """Its chunks are cut by what a token takes, which is nothing here."""
+def test_a_product_over_nothing_is_refused():
     given = arguments()
-    if op == "linear_fwd":
-        given |= {"x16": given["x16"][:, :0], "weight16": given["weight16"][:, :0]}
-        given["index"] = torch.full_like(given["index"], -1)
-    else:
-        given |= {"grad16": given["grad16"][:, :0], "weight_back16": given["weight_back16"][:0]}
-        given["delta_back"], given["index_back"] = given["delta_back"][:0], given["index_back"][:0]
-        given["plan16"] = nk.make_plan(
-            torch.empty(0, given["delta_back"].shape[1], dtype=torch.int32),
-            given["weight_back16"].shape[1],
-        )
-    with pytest.raises(RuntimeError, match=f"{op}: .*: (0 columns|no rows)"):
-        CALLS[op](given)
+    given |= {"x16": given["x16"][:, :0], "weight16": given["weight16"][:, :0]}
+    with pytest.raises(RuntimeError, match="linear_patched_fwd: x: 0 columns"):
+        CALLS["linear_patched_fwd"](given)
+    given |= {"grad16": given["grad16"][:, :0], "weight_back16": given["weight_back16"][:0]}
+    given |= {name: given[name][:0] for name in ("index_back", "delta_back")}
+    with pytest.raises(RuntimeError, match="linear_patched_bwd_input: grad: 0 columns"):
+        CALLS["linear_patched_bwd_input"](given)
 
 
 @pytest.mark.parametrize("op", CALLS)
@@ -202,9 +183,7 @@ def test_a_freed_storage_is_refused(op):
         "bypass_fwd": "x",
         "bypass_bwd_input": "grad",
         "sddmm": "grad",
-        "linear_fwd": "weight16",
-        "linear_bwd_input": "weight_back16",
-        "linear_bwd": "weight_back16",
+        "columns": "x",
         "linear_patched_fwd": "weight16",
         "linear_patched_bwd_input": "weight_back16",
     }.get(op, "weight")

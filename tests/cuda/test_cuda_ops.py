@@ -9,7 +9,7 @@ import torch
 from host_ops import C
 
 import neuroada_kernels as nk
-from neuroada_kernels.backends import _compiled
+from neuroada_kernels.backends import _compiled, cuda
 from neuroada_kernels.plan import chosen_columns, renumber
 from neuroada_kernels.testing import CASES, Case, Inputs, make_inputs, rms_error, tolerance
 
@@ -56,6 +56,24 @@ def test_forward_is_the_formula(case, dtype):
 
 
 @every_case
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_in_16_bits_all_is_added_to_the_product_in_float32_and_rounded_once(
+    case, dtype, monkeypatch
+):
+    monkeypatch.setattr(cuda, "_CHUNK_TOKENS", 8)
+    monkeypatch.setattr(cuda, "_WIDE_BYTES", 1)  # the smallest chunks
+    i = make_inputs(case, dtype)
+    truth = exact(i)
+    y = cuda._linear_onto_product(i.x, i.weight, i.index, i.delta, i.bias)
+    grad_x, grad_delta = cuda._linear_backward_onto_product(
+        i.grad_output, i.x, i.weight, i.index, i.delta, None, [True, True]
+    )
+    assert rms_error(y, truth.linear) <= tolerance(dtype, case.d_in + case.k)
+    assert rms_error(grad_x, truth.linear_grad_x) <= tolerance(dtype, case.d_out + case.k)
+    assert rms_error(grad_delta, truth.grad_delta) <= tolerance(dtype, case.tokens, torch.float32)
+
+
+@every_case
 @every_dtype
 @pytest.mark.parametrize("planned", [True, False], ids=["planned", "unplanned"])
 def test_backward_is_the_formula(case, dtype, planned):
@@ -98,33 +116,8 @@ ALIGNED = [
 
 @pytest.mark.parametrize("case", ALIGNED, ids=lambda case: case.name)
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
-def test_one_kernel_for_product_and_bypass_rounds_once(case, dtype):
-    inputs = make_inputs(case, dtype)
-    truth, grad = exact(inputs), inputs.grad_output
-    y = _compiled.linear_in_one(inputs.x, inputs.weight, inputs.index, inputs.delta, inputs.bias)
-    assert rms_error(y, truth.linear) <= tolerance(dtype, case.d_in + case.k + 1)
-    rest = (inputs.x, inputs.weight, inputs.index, inputs.delta, None, [True, True])
-    grad_x, grad_delta = _compiled.linear_backward_in_one(grad, *rest)
-    assert rms_error(grad_x, truth.linear_grad_x) <= tolerance(dtype, case.d_out * (1 + case.k))
-    assert grad_delta.equal(C.sddmm(grad, inputs.x, inputs.index))
-
-
-@pytest.mark.parametrize("case", ALIGNED, ids=lambda case: case.name)
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
-def test_one_pass_gives_both_gradients(case, dtype):
-    inputs = make_inputs(case, dtype)
-    truth, grad = exact(inputs), inputs.grad_output
-    rest = (inputs.x, inputs.weight, inputs.index, inputs.delta, None)
-    grad_x, grad_delta = _compiled.linear_backward_in_one_pass(grad, *rest)
-    assert rms_error(grad_x, truth.linear_grad_x) <= tolerance(dtype, case.d_out * (1 + case.k))
-    assert rms_error(grad_delta, truth.grad_delta) <= tolerance(dtype, case.tokens, torch.float32)
-    assert grad_delta.dtype == inputs.delta.dtype
-
-
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
-def test_patched_tiles_are_a_patched_weight(dtype):
+def test_patched_tiles_are_a_patched_weight(case, dtype):
     """The rounding of ``resident``: that of the weight, and then once that of the result."""
-    case = ALIGNED[0]
     inputs = make_inputs(case, dtype)
     weight, grad = inputs.weight.clone(), inputs.grad_output
     _compiled.merge(weight, inputs.index, inputs.delta)
@@ -139,15 +132,12 @@ def test_patched_tiles_are_a_patched_weight(dtype):
     assert both[1].equal(C.sddmm(grad, inputs.x, inputs.index))
 
 
-def test_one_kernel_of_nothing_is_nothing():
+def test_a_patched_product_of_nothing_is_nothing():
     inputs = make_inputs(Case(tokens=0, d_in=64, d_out=48, k=8, bias=True), torch.bfloat16)
     rest = (inputs.weight, inputs.index, inputs.delta)
-    assert _compiled.linear_in_one(inputs.x, *rest, inputs.bias).shape == (0, 48)
+    assert _compiled.linear_patched(inputs.x, *rest, inputs.bias).shape == (0, 48)
     grad = inputs.grad_output
-    both = _compiled.linear_backward_in_one(grad, inputs.x, *rest, None, [True, True])
-    assert both[0].shape == (0, 64)
-    assert not both[1].any()
-    both = _compiled.linear_backward_in_one_pass(grad, inputs.x, *rest, None)
+    both = _compiled.linear_backward_patched(grad, inputs.x, *rest, None, [True, True])
     assert both[0].shape == (0, 64)
     assert both[1].shape == inputs.delta.shape
     assert not both[1].any()
@@ -208,15 +198,27 @@ def test_a_column_out_of_range_is_a_slot_without_a_connection(column):
     assert weight.equal(inputs.weight)
 
 
+@every_dtype
+@pytest.mark.parametrize("tokens", [0, 1, 13])
+@pytest.mark.parametrize("count", [0, 1, 130, 131])
+def test_columns_are_copied_from_rows_of_any_stride(count, tokens, dtype):
+    x = torch.randn(tokens, 270).to(dtype)[:, 3:]
+    columns = torch.arange(2 * count, dtype=torch.int32)[::2].contiguous()
+    assert C.columns(x, columns).equal(x[:, columns])
+
+
+def test_a_column_that_x_lacks_is_zero():
+    x = torch.randn(5, 24)
+    columns = torch.tensor([3, 24, -1, 23, 2**31 - 1, -(2**31)], dtype=torch.int32)
+    copied = C.columns(x, columns)
+    assert copied[:, [0, 3]].equal(x[:, [3, 23]])
+    assert not copied[:, [1, 2, 4, 5]].any()
+
+
 @pytest.mark.parametrize("value", [-(2**31), -1, 0, 7, 79, 80, 2**31 - 1])
 def test_whatever_a_plan_holds_nothing_outside_is_reached(value):
     grad, delta, out = torch.randn(9, 40), torch.randn(40, 2), torch.zeros(9, 24)
     guard = out.clone()
     plan = torch.full((24 + 1 + 64 + 1 + 80,), value, dtype=torch.int32)
-    C.bypass_bwd_input(grad, plan, delta, out)
+    C.bypass_bwd_input(grad, plan, delta, None, out)
     assert guard.shape == out.shape
-    sixteen = torch.randn(49, 40, dtype=torch.bfloat16)
-    x, weight = torch.zeros(9, 24, dtype=torch.bfloat16), sixteen[9:, :24].contiguous()
-    C.linear_bwd_input(sixteen[:9], weight, plan, delta)
-    index = torch.full((40, 2), value, dtype=torch.int32)
-    assert not C.linear_bwd(sixteen[:9], x, weight, index, plan, delta)[1].any()

@@ -130,46 +130,6 @@ void a_product_lies_in_the_documented_registers() {
   });
 }
 
-// "Warp-level matrix instructions": ldmatrix gives a lane two neighbouring rows of one column, transposed, and
-// mma takes and gives what the "Matrix Fragments for mma.m16n8k16" say.
-void a_warp_loads_and_multiplies_by_the_documented_fragments() {
-  host_cuda::launch({1, 1}, 32, sizeof(Shared), [] {
-    BFloat16* tile = cuda::shared_as<Shared>().tile[0];
-    const uint32_t lane = threadIdx.x;
-    for (int c = 0; c < 8; ++c) narrow(value_at(lane, c), tile[lane * 64 + c]);
-    __syncthreads();
-    uint32_t word[4];
-    cuda::load_transposed(word, tile + lane * 64);
-    float left[16][16], right[16][8];
-    for (int i = 0; i < 16; ++i) {
-      for (int q = 0; q < 16; ++q) left[i][q] = value_at(i, q);
-      for (int q = 0; q < 8; ++q) right[i][q] = value_at(i + 50, q + 3);
-    }
-    const auto pair = [](float low, float high) {
-      BFloat16 a, b;
-      narrow(low, a), narrow(high, b);
-      return uint32_t{a.bits} | uint32_t{b.bits} << 16;
-    };
-    const uint32_t row = lane / 4, two = lane % 4 * 2;
-    for (uint32_t m = 0; m < 4; ++m) {
-      CHECK(word[m] == pair(value_at(8 * m + two, row), value_at(8 * m + two + 1, row)), "ldmatrix");
-    }
-    uint32_t a[4], b[2];
-    for (uint32_t i = 0; i < 4; ++i) {
-      const float* from = &left[row + i % 2 * 8][two + i / 2 * 8];
-      a[i] = pair(from[0], from[1]);
-    }
-    for (uint32_t i = 0; i < 2; ++i) b[i] = pair(right[two + i * 8][row], right[two + 1 + i * 8][row]);
-    float d[4] = {0.5f, 0.5f, 0.5f, 0.5f};
-    cuda::mma<BFloat16>(d, a, b);
-    for (uint32_t i = 0; i < 4; ++i) {
-      float sum = 0.5f;
-      for (int k = 0; k < 16; ++k) sum += left[row + i / 2 * 8][k] * right[k][two + i % 2];
-      CHECK(d[i] == sum, "lane " + std::to_string(lane) + ", register " + std::to_string(i));
-    }
-  });
-}
-
 // Two arrivals and 128 bytes make a phase, in any order; the next one starts from the same counts.
 void a_phase_needs_its_arrivals_and_its_bytes() {
   host_cuda::launch({1, 1}, 32, sizeof(Shared), [] {
@@ -256,7 +216,6 @@ int main() {
   descriptors_address_the_canonical_layouts();
   a_product_lies_in_the_documented_registers<false>();
   a_product_lies_in_the_documented_registers<true>();
-  a_warp_loads_and_multiplies_by_the_documented_fragments();
   a_phase_needs_its_arrivals_and_its_bytes();
   the_driver_s_rules_hold_for_maps();
   return exit_status();

@@ -73,6 +73,60 @@ void formulas_hold_for_each_way_to_hand_over_the_output() {
   }
 }
 
+// The product that a base is comes in float32, and is rounded once with what is added to it: the outputs are those of
+// float32, rounded.
+template <class T>
+void a_base_in_float32_is_rounded_once(const Case& c, const TestDevice& on) {
+  Random random(7);
+  const Problem<T> problem(c, random);
+  const std::vector<int32_t> plan = make_plan(problem.index, c.d_in);
+  const int64_t live = static_cast<int64_t>(plan.size()) - neuroada::plan_size(c.d_in, 0);
+  Matrix<float> base(c.tokens, c.d_out, c.gap, c.lead), base_x(c.tokens, c.d_in, c.gap, c.lead);
+  for (int64_t t = 0; t < c.tokens; ++t) {
+    for (int64_t j = 0; j < c.d_out; ++j) base(t, j) = static_cast<float>(random.below(1 << 12)) / 256;
+    for (int64_t i = 0; i < c.d_in; ++i) base_x(t, i) = static_cast<float>(random.below(1 << 12)) / 256;
+  }
+  const neuroada::DType dtype = dtype_of<T>();
+  Matrix<T> out(c.tokens, c.d_out), out_x(c.tokens, c.d_in);
+  Matrix<neuroada::cuda::WeightedNeuron> ordered(1, neuroada::cuda::bypass_bwd_input_entries(c.d_in, live));
+  neuroada::cuda::bypass_fwd(
+      {dtype, c.tokens, c.d_in, c.d_out, c.k, problem.x.data(), problem.x.stride(), problem.index.data(),
+       problem.delta.data(), base.data(), base.stride(), bias_of(problem), out.data(), out.stride(), true},
+      on.device, nullptr);
+  neuroada::cuda::bypass_bwd_input(
+      {dtype, c.tokens, c.d_in, c.d_out, c.k, problem.grad.data(), problem.grad.stride(), plan.data(), live,
+       problem.delta.data(), ordered.data(), out_x.data(), out_x.stride(), base_x.data(), base_x.stride()},
+      on.device, nullptr);
+  for (int64_t t = 0; t < c.tokens; ++t) {
+    for (int64_t j = 0; j < c.d_out; ++j) {
+      float sum = c.bias ? neuroada::widen(bias_of(problem)[j]) : 0.0f;
+      problem.each_connection([&](int64_t neuron, int64_t s, int64_t column) {
+        if (neuron == j) sum += problem.delta(j, s) * neuroada::widen(problem.x(t, column));
+      });
+      T expected;
+      neuroada::narrow(base(t, j) + sum, expected);
+      CHECK(neuroada::widen(out(t, j)) == neuroada::widen(expected), std::string("out, ") + on.name);
+    }
+    for (int64_t i = 0; i < c.d_in; ++i) {
+      float sum = 0;
+      problem.each_connection([&](int64_t j, int64_t s, int64_t column) {
+        if (column == i) sum += problem.delta(j, s) * neuroada::widen(problem.grad(t, j));
+      });
+      T expected;
+      neuroada::narrow(base_x(t, i) + sum, expected);
+      CHECK(neuroada::widen(out_x(t, i)) == neuroada::widen(expected), std::string("grad_x, ") + on.name);
+    }
+  }
+}
+
+// The more pairs of neurons a lane may have, the more it has.
+void formulas_hold_for_many_neurons() {
+  const TestDevice on{"lanes of 32", {64 << 10, 3, 32, 1 << 20}};
+  for (int64_t k : {1, 2, 3, 4, 8, 20, 21}) {
+    for (int64_t d_out : {130, 300, 601}) check_case({17, 40, d_out, k, IndexKind::ragged, k % 2 == 0}, on, 8);
+  }
+}
+
 // Columns of 31, 32 and 33 neurons and more: a lane sums a light one, the warp a heavy one.
 void formulas_hold_on_both_sides_of_a_heavy_column() {
   for (const TestDevice& on : kDevices) {
@@ -110,7 +164,7 @@ void no_plan_reaches_outside_the_arguments() {
     for (int64_t range : {2, 60, 1 << 30}) {
       std::vector<int32_t> plan(static_cast<size_t>(neuroada::plan_size(c.d_in, kLive)));
       for (int32_t& value : plan) value = static_cast<int32_t>(random.below(2 * range) - range / 4);
-      Matrix<neuroada::cuda::WeightedNeuron> ordered(1, kLive);
+      Matrix<neuroada::cuda::WeightedNeuron> ordered(1, neuroada::cuda::bypass_bwd_input_entries(c.d_in, kLive));
       Matrix<float> out(c.tokens, c.d_in, 3);
       neuroada::cuda::bypass_bwd_input(
           {neuroada::DType::f32, c.tokens, c.d_in, c.d_out, c.k, problem.grad.data(), problem.grad.stride(),
@@ -127,6 +181,14 @@ int main() {
   formulas_hold_over_shapes();
   formulas_hold_for_aligned_rows();
   formulas_hold_for_each_way_to_hand_over_the_output();
+  formulas_hold_for_many_neurons();
+  for (const TestDevice& on : kDevices) {
+    each_cuda_dtype([&](auto element) {
+      a_base_in_float32_is_rounded_once<decltype(element)>({19, 24, 38, 3, IndexKind::ragged, true}, on);
+      a_base_in_float32_is_rounded_once<decltype(element)>(
+          {9, 21, 35, 2, IndexKind::ragged, false, Base::none, 1, Values::grid, 1}, on);
+    });
+  }
   formulas_hold_on_both_sides_of_a_heavy_column();
   formulas_hold_for_empty_sizes();
   formulas_hold_at_the_edges_of_the_shared_memory();

@@ -24,11 +24,11 @@ void runs_repeat_to_the_bit(const Case& c, const Device& device) {
 }
 
 // out = ((part 0 + part 1) + part 2) + part 3 to the bit, where a part is what SDDMM makes of its
-// tokens alone: three blocks of two groups.
+// tokens alone: three blocks.
 template <class T>
 void sddmm_adds_parts_in_order() {
-  constexpr int64_t kBlock = 2 * neuroada::cuda::kTokens<T>, kParts = 4, kTokensAPart = 3 * kBlock;
-  constexpr Device kWhole{64 << 10, 2, 32, 1 << 20}, kAlone{64 << 10, 1, 32, 0};
+  constexpr int64_t kBlock = neuroada::cuda::kTokens<T>, kParts = 4, kTokensAPart = 3 * kBlock;
+  constexpr Device kWhole{64 << 10, 4, 32, 1 << 20}, kAlone{64 << 10, 1, 32, 0};
   Random random(2);
   const Case c{kParts * kTokensAPart, 29, 40, 3, IndexKind::distinct, false, Base::none, 0, Values::real};
   const Problem<T> problem(c, random);
@@ -43,21 +43,16 @@ void sddmm_adds_parts_in_order() {
   CHECK(whole.same_bits(sum), std::string(dtype_name<T>()) + ": parts are not added in their order");
 }
 
-// One part, one column a neuron: the sum runs over the tokens of a block, then over the blocks.
-void sddmm_sums_blocks_in_order() {
-  constexpr int64_t kBlock = 2 * neuroada::cuda::kTokens<float>;
+// One part: the sum runs over the tokens, one after another.
+void sddmm_sums_tokens_in_order() {
+  constexpr int64_t kTokens = 5 * neuroada::cuda::kTokens<float>;
   Random random(3);
-  const Case c{5 * kBlock, 17, 33, 2, IndexKind::distinct, false, Base::none, 0, Values::real};
+  const Case c{kTokens, 17, 33, 2, IndexKind::distinct, false, Base::none, 0, Values::real};
   const Problem<float> problem(c, random);
   const Matrix<float> actual = run_sddmm(problem, {64 << 10, 1, 32, 0});
   problem.each_connection([&](int64_t j, int64_t s, int64_t column) {
     float sum = 0;
-    for (int64_t block = 0; block < 5; ++block) {
-      float products = 0;
-      for (int64_t t = block * kBlock; t < (block + 1) * kBlock; ++t)
-        products += problem.grad(t, j) * problem.x(t, column);
-      sum = block == 0 ? products : sum + products;
-    }
+    for (int64_t t = 0; t < kTokens; ++t) sum += problem.grad(t, j) * problem.x(t, column);
     CHECK(actual(j, s) == sum, "neuron " + std::to_string(j) + ", slot " + std::to_string(s));
   });
 }
@@ -80,7 +75,7 @@ int main() {
     }
     sddmm_adds_parts_in_order<T>();
   });
-  sddmm_sums_blocks_in_order();
+  sddmm_sums_tokens_in_order();
   the_planner_knows_where_columns_are_staged();
   return exit_status();
 }

@@ -14,6 +14,7 @@ import os
 import torch
 
 import neuroada_kernels as nk
+from neuroada_kernels.plan import chosen_columns, columns_of
 from neuroada_kernels.testing import Case, make_inputs, rms_error, tolerance
 
 CASES = (
@@ -25,8 +26,8 @@ CASES = (
 #: More tiles than a GPU has multiprocessors, so that a program that stays for several does.
 LARGE = Case(tokens=2500, d_in=2056, d_out=2056, k=8)
 
-#: Of NEUROADA_<backend>_FUSED.
-FORMS = {"triton": "01", "cuda": "0123"}
+#: What decides which kernels serve a layer; a form is its value.
+SETTINGS = {"triton": "NEUROADA_TRITON_FUSED", "cuda": "NEUROADA_CUDA_PATCHED"}
 
 
 def check(case: Case, dtype: torch.dtype, device: str) -> None:
@@ -47,6 +48,9 @@ def check(case: Case, dtype: torch.dtype, device: str) -> None:
     original = torch.ops.neuroada.merge_(weight, i.index, i.delta)
     torch.ops.neuroada.unmerge_(weight, i.index, original)
     assert weight.equal(i.weight)
+    chosen = chosen_columns([i.index], case.d_in)
+    for columns in (chosen, chosen[1:]):  # an even number and an odd one
+        assert columns_of(x, columns, dtype).equal(x.detach()[:, columns])
 
 
 def _capability() -> tuple[int, int]:
@@ -55,18 +59,18 @@ def _capability() -> tuple[int, int]:
 
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("backend", choices=FORMS)
-    parser.add_argument("--forms", metavar="DIGITS", help="default: all, " + str(FORMS))
+    parser.add_argument("backend", choices=SETTINGS)
+    parser.add_argument("--forms", default="01", help="of these settings: " + str(SETTINGS))
     parser.add_argument("--large", action="store_true", help="also what takes a sanitizer long")
     options = parser.parse_args(argv)
     backend = options.backend
     device = "cuda" if torch.cuda.is_available() else "cpu"
     with nk.use_backend(backend):
-        for form in options.forms or FORMS[backend]:
+        for form in options.forms:
             if form != "0" and backend == device == "cuda" and _capability() != (9, 0):
                 print(f"smoke test skipped: form {form} is for compute capability 9.0", flush=True)
                 continue
-            os.environ[f"NEUROADA_{backend.upper()}_FUSED"] = form
+            os.environ[SETTINGS[backend]] = form
             for dtype in (torch.float32, torch.bfloat16):
                 for case in (*CASES, *[LARGE] * options.large):
                     check(case, dtype, device)

@@ -70,7 +70,7 @@ def touch_everything(case: Case, dtype: torch.dtype, place: Place) -> None:
     index, delta, weight = inputs.index, inputs.delta, inputs.weight
     y, grad_x = place(plain.grad_output), place(plain.x)
     kernels.bypass_fwd(x_t, index, delta, y, onto=inputs.grad_output, bias=inputs.bias)
-    kernels.bypass_bwd_input(grad_t, *parts, delta, grad_x)
+    kernels.bypass_bwd_input(grad_t, *parts, delta, grad_x, onto=inputs.x)
     rows = kernels.sddmm_partial(plain.index, case.tokens, dtype).shape[1]
     for count in (1, 2, 3):
         kernels.sddmm(x_t, grad_t, index, place(torch.zeros(count, rows)))
@@ -183,7 +183,7 @@ def results_of(inputs: Inputs, move: dict[str, Place]) -> dict[str, Tensor]:
 
     kernels.bypass_fwd(x_t, index, delta, y, onto=laid("onto", inputs.grad_output))
     made["bypass_fwd"] = y.clone()
-    kernels.bypass_bwd_input(grad_t, *parts, delta, dx)
+    kernels.bypass_bwd_input(grad_t, *parts, delta, dx, onto=laid("onto_dx", inputs.x))
     made["bypass_bwd_input"] = dx.clone()
     made["sddmm"] = kernels.sddmm_partial(index, x.shape[0], x.dtype)
     kernels.sddmm(x_t, grad_t, index, made["sddmm"])
@@ -202,7 +202,10 @@ def results_of(inputs: Inputs, move: dict[str, Place]) -> dict[str, Tensor]:
 
 @pytest.mark.parametrize(
     ("name", "dim"),
-    [(name, 0) for name in ("x", "weight", "grad_output", "onto", "x_t", "grad_t", "y", "dx")]
+    [
+        (name, 0)
+        for name in ("x", "weight", "grad_output", "onto", "onto_dx", "x_t", "grad_t", "y", "dx")
+    ]
     + [(name, 1) for name in ("x", "weight", "grad_output")],
 )
 def test_addresses_have_64_bits(name, dim):

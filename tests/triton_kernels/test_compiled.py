@@ -47,11 +47,15 @@ def compiled(arch: int, dtype: torch.dtype, tokens: int) -> dict[str, Compiled]:
     index = torch.empty(D_OUT, K, dtype=torch.int32)
     delta = torch.empty(D_OUT, K)
     plan = plan_parts(torch.empty(D_IN + 66 + index.numel(), dtype=torch.int32), D_IN)
+    # What the backend has them add to: in 16 bits, the product.
+    wide_y = wide_x = None
+    if dtype.itemsize == 2:
+        wide_y, wide_x = torch.empty(tokens, D_OUT), torch.empty(tokens, D_IN)
     gemm = configs.gemm_configs(tokens, dtype, _gpu(arch))[0]
     with compiling_for(arch) as found:
         x_t, grad_t = kernels.transpose(x), kernels.transpose(grad)
-        kernels.bypass_fwd(x_t, index, delta, grad, onto=grad)
-        kernels.bypass_bwd_input(grad_t, *plan, delta, x)
+        kernels.bypass_fwd(x_t, index, delta, grad, onto=wide_y)
+        kernels.bypass_bwd_input(grad_t, *plan, delta, x, onto=wide_x)
         kernels.sddmm(x_t, grad_t, index, torch.empty(4, index.numel()))
         kernels.linear_fwd(x, weight, x_t, index, delta, None, grad, gemm)
         kernels.linear_bwd_input(
@@ -150,12 +154,13 @@ def test_what_tuning_tries_compiles_without_spilling_and_fits(arch):
     weight, partial = torch.empty(D_OUT, D_IN, dtype=dtype), torch.empty(4, D_OUT * K)
     plan = plan_parts(torch.empty(D_IN + 66 + index.numel(), dtype=torch.int32), D_IN)
     start, entry = plan.column_start, plan.entry
+    wide_y, wide_x = torch.empty(tokens, D_OUT), torch.empty(tokens, D_IN)
     with compiling_for(arch) as found:
         x_t, grad_t = kernels.transpose(x), kernels.transpose(grad)
         for config in configs.bypass_configs(tokens, dtype):
-            kernels.bypass_fwd(x_t, index, delta, grad, config=config)
+            kernels.bypass_fwd(x_t, index, delta, grad, onto=wide_y, config=config)
         for config in configs.transposed_configs(tokens, dtype):
-            kernels.bypass_bwd_input(grad_t, *plan, delta, x, config=config)
+            kernels.bypass_bwd_input(grad_t, *plan, delta, x, onto=wide_x, config=config)
         for config in configs.sddmm_configs(tokens, dtype):
             kernels.sddmm(x_t, grad_t, index, partial, config=config)
         for config in configs.gemm_configs(tokens, dtype, gpu):
@@ -181,7 +186,7 @@ def test_sizes_and_strides_of_one_compile(dtype, sizes):
         kernels.sddmm(x_t, grad_t, index, partial)
         for live in {0, 1, d_out * k}:
             plan = plan_parts(torch.empty(d_in + 66 + live, dtype=torch.int32), d_in)
-            kernels.bypass_bwd_input(grad_t, *plan, delta, x)
+            kernels.bypass_bwd_input(grad_t, *plan, delta, x, onto=x.float())
             if dtype != torch.float64:
                 rest = (grad_t, plan.column_start, plan.entry, delta, x)
                 kernels.linear_bwd_input(grad, weight, *rest)

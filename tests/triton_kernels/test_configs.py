@@ -36,6 +36,10 @@ def test_a_chunk_fits_the_workspace_and_is_never_empty():
         tokens = configs.tokens_a_chunk(bytes_a_token)
         assert tokens % 128 == 0
         assert tokens == 128 or tokens * bytes_a_token <= configs.WORKSPACE_BYTES
+    for width in (0, 1, 4096, 14336, 1 << 28):
+        tokens = configs.tokens_a_wide_product(width)
+        assert tokens % 128 == 0
+        assert tokens == 128 or tokens * 4 * width <= configs.WIDE_BYTES
 
 
 @pytest.mark.parametrize("gpu", configs.KNOWN_GPUS.values(), ids=lambda g: f"sm_{g.capability}")
@@ -58,6 +62,19 @@ def test_splits_are_joined_until_they_fill_a_block_of_columns(d_in):
     assert joined == 1 or joined // 2 * max(1, d_in // 64) < config.block_c
 
 
+@pytest.mark.parametrize(
+    ("d_out", "k", "most"), [(4096, 1, 16), (4096, 8, 16), (4096, 20, 40), (14336, 20, 140)]
+)
+def test_a_column_of_as_many_entries_as_most_have_is_light(d_out, k, most):
+    d_in = 4096
+    index = torch.rand(d_out, d_in, generator=torch.Generator().manual_seed(0)).topk(k).indices
+    counts = torch.bincount(index.flatten(), minlength=d_in)
+    (product,) = configs.gemm_configs(64, torch.float32, H200)[:1]
+    for config in (*configs.transposed_configs(64, torch.float32)[:1], product):
+        assert config.most_light(d_out * k, d_in) == most
+        assert (counts > most).float().mean() < 0.01
+
+
 def test_the_sampled_gradient_is_split_until_the_gpu_is_full():
     assert configs.sddmm_parts(4096, 8192, H200) == 5
     assert configs.sddmm_parts(4096, 16, H200) == 1
@@ -65,8 +82,8 @@ def test_the_sampled_gradient_is_split_until_the_gpu_is_full():
     assert configs.sddmm_parts(1, 0, H200) == 0 + 1
 
 
-def prefer(tokens=8192, d=4096, dtype=torch.bfloat16, gpu=H200, bias16=False) -> bool:
-    return configs.prefer_fused(tokens, d, d, dtype, gpu, bias16=bias16)
+def prefer(tokens=8192, d=4096, dtype=torch.bfloat16, gpu=H200) -> bool:
+    return configs.prefer_fused(tokens, d, d, dtype, gpu)
 
 
 def test_one_kernel_is_chosen_where_it_saves_more_than_it_loses(monkeypatch):
@@ -79,15 +96,10 @@ def test_one_kernel_is_chosen_where_it_saves_more_than_it_loses(monkeypatch):
     assert not prefer(tokens=0)
 
 
-def test_a_bias_in_sixteen_bits_takes_one_kernel():
-    assert prefer(bias16=True)
-    assert not prefer(bias16=True, dtype=torch.float64)
-
-
 def test_the_environment_decides(monkeypatch):
     for value, chosen in (("0", False), ("1", True)):
         monkeypatch.setenv("NEUROADA_TRITON_FUSED", value)
-        assert prefer(bias16=True) is chosen
+        assert prefer() is chosen
         assert prefer(dtype=torch.float32) is chosen
         assert not prefer(dtype=torch.float64)
     monkeypatch.setenv("NEUROADA_TRITON_FUSED", "yes")

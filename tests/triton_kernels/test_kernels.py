@@ -21,6 +21,7 @@ unavailable = nk.available_backends()["triton"]
 if unavailable is not None:
     pytest.skip(unavailable, allow_module_level=True)
 
+from neuroada_kernels.backends import triton as backend  # noqa: E402
 from neuroada_kernels.backends.triton import _kernels  # noqa: E402
 from neuroada_kernels.triton_kernels import configs  # noqa: E402
 
@@ -140,6 +141,36 @@ def test_bypass_bwd_input(case, dtype):
     assert rms_error(bypass_bwd_input(inputs), truth) <= tolerance(dtype, case.d_out * case.k)
 
 
+@pytest.mark.parametrize("onto_dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_the_bypass_of_dx_is_added_onto_rows_of_any_stride(onto_dtype):
+    inputs = inputs_of(Case(tokens=70, d_in=40, d_out=50, k=3), torch.float32)
+    truth, _ = bypass_gradients(inputs)
+    base = torch.randn(140, 60, device=DEVICE).to(onto_dtype)
+    for onto in (base[::2, 3:43], base[:1, :40].expand(70, 40)):
+        grad_x = bypass_bwd_input(inputs, onto=onto)
+        assert rms_error(grad_x, truth + onto.double()) <= tolerance(torch.float32, 151)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("bias_dtype", [torch.float32, torch.float64, torch.bfloat16], ids=str)
+def test_a_wide_sum_is_rounded_once(bias_dtype, dtype):
+    """A bypass below the last place of what it is added to: rounded before, it would be lost."""
+    inputs = inputs_of(Case(tokens=70, d_in=40, d_out=50, k=3), dtype)
+    inputs.delta.mul_(0.01)
+    bias = torch.randn(50, device=DEVICE).to(bias_dtype)
+    wide_y, wide_x = (torch.randn(t.shape, device=DEVICE) for t in (inputs.grad_output, inputs.x))
+    y = poisoned(70, 50, like=inputs.x)
+    x_t = kernels.transpose(inputs.x)
+    kernels.bypass_fwd(x_t, inputs.index, inputs.delta, y, onto=wide_y, bias=bias)
+    sums = {
+        "y": (y, bypass(inputs.x, inputs.index, inputs.delta) + wide_y + bias.double()),
+        "dx": (bypass_bwd_input(inputs, onto=wide_x), bypass_gradients(inputs)[0] + wide_x),
+    }
+    for name, (found, exact) in sums.items():
+        half_a_place = exact.abs() * torch.finfo(dtype).eps / 2
+        assert ((found.double() - exact).abs() <= half_a_place + 1e-6).all(), name
+
+
 @every_case
 def test_sddmm(case, dtype):
     inputs = inputs_of(case, dtype)
@@ -187,10 +218,10 @@ def test_the_products_take_any_strides(strides):
     torch.testing.assert_close(linear_bwd_input(viewed), linear_bwd_input(plain))
 
 
-@pytest.mark.parametrize("count", [0, 1, 3, 4, 5, 31, 32, 33, 70])
+@pytest.mark.parametrize("count", [0, 1, 5, 6, 7, 31, 32, 33, 70])
 @pytest.mark.parametrize("call", [bypass_bwd_input, linear_bwd_input])
 def test_light_and_heavy_columns_are_summed_alike(count, call):
-    """A column chosen by ``count`` neurons, on either side of the 4 that a light one may have."""
+    """A column chosen by ``count`` neurons, on either side of the 6 that a light one may have."""
     inputs = inputs_of(Case(tokens=17, d_in=32, d_out=70, k=1), torch.float32)
     inputs.index[:] = torch.arange(70, device=DEVICE)[:, None] % 31
     inputs.index[:count] = 31
@@ -199,8 +230,10 @@ def test_light_and_heavy_columns_are_summed_alike(count, call):
         (config,) = configs.gemm_configs(17, torch.float32, configs.H200)[:1]
     else:
         (config,) = configs.transposed_configs(17, torch.float32)[:1]
+    config = replace(config, rounds=4, block_e=16)
+    assert config.most_light(70, 32) == 6
     truth, _ = bypass_gradients(inputs)
-    result = call(inputs, config=replace(config, rounds=4, block_e=16))
+    result = call(inputs, config=config)
     assert rms_error(result, truth) <= tolerance(torch.float32, 70)
 
 
@@ -258,6 +291,29 @@ def test_chunks_of_tokens_change_nothing(fused, monkeypatch):
     assert configs.tokens_a_chunk(case.d_in * 4) == 128
     chunked = gradients(inputs)
     torch.testing.assert_close(chunked, whole)
+
+
+def test_parts_of_the_wide_product_change_nothing(monkeypatch):
+    """A kernel adds to each part; ddelta's sums follow the chunks, which are the same."""
+    case = Case(tokens=300, d_in=48, d_out=40, k=2, bias=True)
+    inputs = inputs_of(case, torch.bfloat16)
+    monkeypatch.setenv("NEUROADA_TRITON_FUSED", "0")
+    made, product = [], backend.wide_product
+
+    def watched(x: Tensor, weight: Tensor) -> Tensor:
+        made.append(x.shape[0])
+        return product(x, weight)
+
+    monkeypatch.setattr(backend, "wide_product", watched)
+    whole = gradients(inputs)
+    assert made == [300, 300]
+    monkeypatch.setattr(configs, "WIDE_BYTES", 1)
+    parts = gradients(inputs)
+    assert made[2:] == [128, 128, 44] * 2
+    assert parts[2].equal(whole[2])
+    for part, one in zip(parts, whole, strict=True):
+        # Close, not equal: torch may sum a product of other sizes in another order.
+        assert rms_error(part, one.double()) <= tolerance(torch.bfloat16, 48)
 
 
 def gradients(inputs: Inputs) -> tuple[Tensor, ...]:

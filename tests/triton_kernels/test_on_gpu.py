@@ -1,7 +1,7 @@
 """What shows on a GPU alone: graphs, streams, synchronisation, memory, far addresses, inductor.
 
-Each runs on Triton and on CUDA C++, through all forms that give the same: one kernel for product
-and bypass and two, since a GPU's dispatch may take either, and the SDDMM in the kernel of dx.
+Each runs on Triton and on CUDA C++, through all forms that give the same: two kernels for product
+and bypass and, in Triton, one, since a GPU's dispatch may take either.
 """
 
 from __future__ import annotations
@@ -42,12 +42,11 @@ def named(request: pytest.FixtureRequest) -> Iterator[str]:
         yield request.param
 
 
-@pytest.fixture(params=["two_kernels", "one_kernel", "one_pass"], autouse=True)
+@pytest.fixture(params=["two_kernels", "one_kernel"], autouse=True)
 def form(named: str, request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-    if request.param == "one_pass" and named == "triton":
-        pytest.skip("Triton has no such kernel")
-    fused = ["two_kernels", "one_kernel", "one_pass"].index(request.param)
-    monkeypatch.setenv(f"NEUROADA_{named.upper()}_FUSED", str(fused))
+    if request.param == "one_kernel" and named == "cuda":
+        pytest.skip("CUDA C++ has no such kernel")
+    monkeypatch.setenv("NEUROADA_TRITON_FUSED", str(int(request.param == "one_kernel")))
 
 
 class Problem:
@@ -78,7 +77,7 @@ class Problem:
         case = self.case
         lengths = (case.d_in + case.k, case.d_out * (1 + case.k), case.tokens)
         for result, exact, length in zip(results, truth, lengths, strict=True):
-            # One rounding for the bypass, one for the sum, where two kernels make it.
+            # One rounding for the bypass, one for the sum, where the bypass goes first.
             assert rms_error(result, exact) <= 2 * tolerance(self.dtype, length, result.dtype)
 
 
@@ -249,7 +248,8 @@ def test_no_call_waits_for_the_gpu():
     assert weight.equal(inputs.weight)
 
 
-def test_the_workspace_stays_within_64_mib():
+def test_the_workspace_stays_within_96_mib():
+    """32 for transposed inputs, and 64 for a product in float32."""
     problem = Problem(TRAINING)
     problem.step()  # torch's product allocates a workspace once
     torch.cuda.synchronize()
@@ -263,7 +263,7 @@ def test_the_workspace_stays_within_64_mib():
     torch.cuda.reset_peak_memory_stats()
     y, grad_x, _ = problem.step()
     both = torch.cuda.max_memory_allocated() - before - y.nbytes - grad_x.nbytes
-    assert max(forward, both) <= 64 * MIB
+    assert max(forward, both) <= 96 * MIB
 
 
 def test_weights_and_inputs_may_be_views():

@@ -10,23 +10,19 @@ void define_ops(Library& m) {
   m.def(
       "bypass_fwd(Tensor x, Tensor index, Tensor delta, Tensor? bias, Tensor? base, "
       "Tensor(a!) out) -> ()");
-  m.def("bypass_bwd_input(Tensor grad, Tensor plan, Tensor delta, Tensor(a!) out) -> ()");
+  m.def("bypass_bwd_input(Tensor grad, Tensor plan, Tensor delta, Tensor? base, Tensor(a!) out) -> ()");
   // x may lack columns; with the d_in of the whole one the sums have the same bits.
   m.def("sddmm(Tensor grad, Tensor x, Tensor index, int? d_in=None) -> Tensor");
   m.def("merge(Tensor(a!) weight, Tensor index, Tensor delta) -> Tensor");
-  // The two below have a kernel on the CPU and on sm_90a.
+  // The two below on the CPU alone.
   m.def("linear_fwd(Tensor x, Tensor weight, Tensor index, Tensor delta, Tensor? bias) -> Tensor");
   m.def("linear_bwd_input(Tensor grad, Tensor weight, Tensor plan, Tensor delta) -> Tensor");
-  // dx and the gradient of delta in one pass over grad, on sm_90a alone.
-  m.def(
-      "linear_bwd(Tensor grad, Tensor x, Tensor weight, Tensor index, Tensor plan, Tensor delta) -> "
-      "(Tensor, Tensor)");
   // The products of a weight that holds round(W + delta), which only the kernel's copies of W do; on sm_90a alone.
   m.def("linear_patched_fwd(Tensor x, Tensor weight, Tensor index, Tensor delta, Tensor? bias) -> Tensor");
   m.def("linear_patched_bwd_input(Tensor grad, Tensor weight, Tensor index, Tensor delta) -> Tensor");
   // On the CPU alone; by: 0 value, 1 magnitude, 2 smallest magnitude.
   m.def("largest(Tensor scores, int k, int by) -> Tensor");
-  // On the CPU alone: x[:, columns].
+  // x[:, columns]; on the CPU a column that x lacks is an error, on a GPU it is zero.
   m.def("columns(Tensor x, Tensor columns) -> Tensor");
   m.def("gather(Tensor weight, Tensor index) -> Tensor");
   m.def("patch(Tensor(a!) weight, Tensor index, Tensor delta, Tensor original) -> ()");

@@ -1,0 +1,111 @@
+// out[t, i] = x[t, columns[i]], values copied as they are, and zero for a column that x lacks.
+//
+// x [tokens, d_in], columns [count], out [tokens, count] without gaps. A warp has a strip of neighbouring columns,
+// two a lane, and a part of the tokens: it reads its columns once, and then has some rows on their way at a time.
+// Columns that rise lie close, so that lanes share the sectors that they read. Two values are written at once, which
+// needs an aligned pair: where a row begins between two, as every second one does in an out of an odd number of
+// columns, all pairs are one column earlier.
+#pragma once
+
+#include "device.cuh"
+#include "kernels.h"
+
+namespace neuroada::cuda {
+
+constexpr int kColumnsThreads = 256;  // of a CTA, at most
+constexpr int kStripColumns = 2 * kWarp;
+constexpr int kRowsAhead = 8;  // even, so that a row's parity is known where the loop is unrolled
+
+struct ColumnsLaunch {
+  ChosenColumns problem;
+  int64_t strips, rows_a_part;  // rows a multiple of kRowsAhead
+  int32_t early[2];             // of even and odd rows: by how many columns their pairs are earlier, 0 or 1
+};
+
+// The places of a lane's pair in a row of out, and where their values stand in a row of x.
+struct PairOfColumns {
+  int64_t first;      // place; the other is the next
+  bool there[2];      // whether the row has it
+  int32_t column[2];  // -1 where x has none
+
+  __device__ __forceinline__ void load(const ChosenColumns& p, int64_t place) {
+    first = place;
+    NEUROADA_UNROLL
+    for (int n = 0; n < 2; ++n) {
+      there[n] = place + n >= 0 && place + n < p.count;
+      const int32_t wanted = there[n] ? p.columns[place + n] : -1;
+      column[n] = wanted < p.d_in ? wanted : -1;
+    }
+  }
+  __device__ __forceinline__ bool whole() const { return there[0] && there[1]; }
+};
+
+// The first `rows` of kRowsAhead rows. `kAll`: there are as many, and x has a column 0, which is read where one that
+// it lacks is meant, so that no load waits for a comparison.
+template <bool kAll, class T>
+__device__ __forceinline__ void copy_rows(const ChosenColumns& p, const PairOfColumns (&own)[2], const T* from, T* to,
+                                          int rows) {
+  T values[kRowsAhead][2];
+  int64_t row = 0;
+  NEUROADA_UNROLL
+  for (int r = 0; r < kRowsAhead; ++r, row = made_anew(row + p.x_stride)) {
+    NEUROADA_UNROLL
+    for (int n = 0; n < 2; ++n) {
+      const int32_t column = own[r % 2].column[n];
+      const bool read = kAll || (r < rows && column >= 0);
+      values[r][n] = read ? from[row + (column < 0 ? 0 : column)] : T{0};
+    }
+  }
+  NEUROADA_UNROLL
+  for (int r = 0; r < kRowsAhead; ++r) {
+    NEUROADA_UNROLL
+    for (int n = 0; n < 2; ++n) {
+      if (own[r % 2].column[n] < 0) values[r][n] = T{0};
+    }
+  }
+  row = 0;
+  if (own[0].whole() && own[1].whole()) {
+    NEUROADA_UNROLL
+    for (int r = 0; r < kRowsAhead; ++r, row = made_anew(row + p.count)) {
+      uint32_t words[sizeof(T) / 2];
+      std::memcpy(words, values[r], sizeof(words));
+      if (kAll || r < rows) store_words(to + row + own[r % 2].first, words);
+    }
+    return;
+  }
+  NEUROADA_UNROLL
+  for (int r = 0; r < kRowsAhead; ++r, row = made_anew(row + p.count)) {
+    NEUROADA_UNROLL
+    for (int n = 0; n < 2; ++n) {
+      if ((kAll || r < rows) && own[r % 2].there[n]) to[row + own[r % 2].first + n] = values[r][n];
+    }
+  }
+}
+
+// T is an integer of the element's size.
+template <class T>
+__global__ void __launch_bounds__(kColumnsThreads) columns_kernel(ColumnsLaunch a) {
+  const ChosenColumns& p = a.problem;
+  const int64_t warp = (int64_t{blockIdx.x} * blockDim.x + threadIdx.x) / kWarp;
+  const int64_t begin = warp / a.strips * a.rows_a_part;
+  const int64_t end = begin + a.rows_a_part < p.tokens ? begin + a.rows_a_part : p.tokens;
+  if (begin >= end) return;
+  PairOfColumns own[2];  // in even and odd rows
+  const int64_t pair = warp % a.strips * kWarp + threadIdx.x % kWarp;
+  NEUROADA_UNROLL
+  for (int odd = 0; odd < 2; ++odd) own[odd].load(p, 2 * pair - a.early[odd]);
+  const T* from = static_cast<const T*>(p.x) + begin * p.x_stride;
+  T* to = static_cast<T*>(p.out) + begin * p.count;
+  int64_t t = begin;
+  const auto next = [&] {
+    t += kRowsAhead;
+    from += kRowsAhead * p.x_stride;
+    to += kRowsAhead * p.count;
+  };
+  if (p.d_in > 0) {
+    for (; t + kRowsAhead <= end; next()) copy_rows<true>(p, own, from, to, kRowsAhead);
+  }
+  for (; t < end; next()) copy_rows<false>(p, own, from, to, static_cast<int>(end - t));
+}
+
+}  // namespace neuroada::cuda
