@@ -141,26 +141,32 @@ __device__ __forceinline__ void add_columns(float (&sum)[kTokens<T>], const Bypa
   }
 }
 
-// out = base + sum, for a column and V tokens: rounded once.
+// What the sums of a column begin with, so that it is on its way while the first connections are.
+template <class T>
+__device__ __forceinline__ void set_to_base(float (&sum)[kTokens<T>], const BypassBwdInput& p, int64_t t, int32_t c) {
+  const int rows = rows_of_block<T>(p.tokens, t);
+  NEUROADA_UNROLL
+  for (int v = 0; v < kTokens<T>; ++v) sum[v] = 0;
+  if (p.base == nullptr || c >= p.d_in) return;
+  NEUROADA_UNROLL
+  for (int v = 0; v < kTokens<T>; ++v) {
+    if (v < rows) sum[v] = *in_row(p.base + (t + v) * p.base_stride, static_cast<uint32_t>(c));
+  }
+}
+
 template <class T>
 __device__ __forceinline__ void write_column(const float (&sum)[kTokens<T>], const BypassBwdInput& p, int64_t t,
                                              uint32_t c) {
-  constexpr int V = kTokens<T>;
   T* out = static_cast<T*>(p.out) + t * p.out_stride;
   const int rows = rows_of_block<T>(p.tokens, t);
-  float onto[V] = {};
-  NEUROADA_UNROLL
-  for (int v = 0; v < V; ++v) {
-    if (p.base != nullptr && v < rows) onto[v] = *in_row(p.base + (t + v) * p.base_stride, c);
-  }
-  if (rows == V) {  // nearly always
+  if (rows == kTokens<T>) {  // nearly always
     NEUROADA_UNROLL
-    for (int v = 0; v < V; ++v) *in_row(out + v * p.out_stride, c) = round_to<T>(onto[v] + sum[v]);
+    for (int v = 0; v < kTokens<T>; ++v) *in_row(out + v * p.out_stride, c) = round_to<T>(sum[v]);
     return;
   }
   NEUROADA_UNROLL
-  for (int v = 0; v < V; ++v) {
-    if (v < rows) *in_row(out + v * p.out_stride, c) = round_to<T>(onto[v] + sum[v]);
+  for (int v = 0; v < kTokens<T>; ++v) {
+    if (v < rows) *in_row(out + v * p.out_stride, c) = round_to<T>(sum[v]);
   }
 }
 
@@ -172,10 +178,7 @@ __device__ __forceinline__ void run_round(float (&sum)[kTokens<T>], const Bypass
   const int32_t position = part.begin + round * kWarp + static_cast<int32_t>(threadIdx.x % kWarp);
   OrderedColumn own{static_cast<int32_t>(p.d_in), 0};
   if (position < part.end) own = *a.entries.column(position);
-  if (first == 0) {
-    NEUROADA_UNROLL
-    for (int v = 0; v < kTokens<T>; ++v) sum[v] = 0;
-  }
+  if (first == 0) set_to_base<T>(sum, p, int64_t{block} * kTokens<T>, own.column);
   add_columns<T, kWhole>(sum, a, tile, first, position, own);
   if (own.column < p.d_in && (kWhole || first + a.tiles.width >= a.tiles.columns)) {
     write_column<T>(sum, p, int64_t{block} * kTokens<T>, static_cast<uint32_t>(own.column));

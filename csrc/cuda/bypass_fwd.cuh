@@ -97,6 +97,19 @@ __device__ __forceinline__ void load_rows(float (&onto)[V][2], const void* base,
   }
 }
 
+// Asks for a pair of a base in float32: memory may still have to give it.
+template <class T>
+__device__ __forceinline__ void fetch_base(const BypassFwdLaunch& a, const Pairs& pairs, int pair, int64_t t) {
+  const BypassFwd& p = a.problem;
+  if (!p.wide_base) return;
+  const int rows = rows_of_block<T>(p.tokens, t);
+  const float* base = static_cast<const float*>(p.base) + t * p.base_stride;
+  NEUROADA_UNROLL
+  for (int v = 0; v < kTokens<T>; ++v) {
+    if (v < rows) fetch_to_l2(in_row(base + v * p.base_stride, pairs.first(pair)));
+  }
+}
+
 // onto = base[t .. t + V, j .. j + 2]
 template <class T>
 __device__ __forceinline__ void load_base(float (&onto)[kTokens<T>][2], const BypassFwd& p, int64_t t, uint32_t j) {
@@ -170,6 +183,7 @@ __global__ void __launch_bounds__(kMaxThreads, 1) bypass_fwd_kernel(BypassFwdLau
       if (H::begins_pair(kPart) && first == 0) {
         NEUROADA_UNROLL
         for (int v = 0; v < V; ++v) sum[0][v] = sum[1][v] = 0;
+        fetch_base<T>(a, pairs, pair, int64_t{block} * V);
       }
       if (kWhole) {
         NEUROADA_UNROLL

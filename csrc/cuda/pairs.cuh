@@ -62,6 +62,15 @@ __device__ __forceinline__ void load_pairs(PairOf<T> (&to)[kTokens<T>], const T*
   }
 }
 
+// Asks for what load_pairs reads soon.
+template <class T>
+__device__ __forceinline__ void fetch_pairs(const T* from, int64_t stride, int rows, const Pairs& pairs, int pair) {
+  NEUROADA_UNROLL
+  for (int v = 0; v < kTokens<T>; ++v) {
+    if (v < rows && pairs.has(pair, 0)) fetch_to_l2(in_row(from + v * stride, pairs.first(pair)));
+  }
+}
+
 // Whether both neurons of every pair are read at once, from rows of a matrix.
 template <class T>
 inline bool pairs_aligned(const T* matrix, int64_t stride, int64_t rows) {

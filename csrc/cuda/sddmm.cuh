@@ -23,6 +23,14 @@ struct SddmmLaunch {
   bool pair_vectors, slot_vectors;
 };
 
+// Asks for grad[t .. t + V] of a pair.
+template <class T>
+__device__ __forceinline__ void fetch_grad(const SddmmLaunch& a, const Pairs& pairs, int pair, int64_t t) {
+  const Sddmm& p = a.problem;
+  fetch_pairs(static_cast<const T*>(p.grad) + t * p.grad_stride, p.grad_stride, rows_of_block<T>(p.tokens, t), pairs,
+              pair);
+}
+
 // grad[t .. t + V] of a pair, zeros past the last token and neuron.
 template <class T>
 __device__ __forceinline__ void load_grad(PairOf<T> (&grad)[kTokens<T>], const SddmmLaunch& a, const Pairs& pairs,
@@ -138,6 +146,7 @@ __global__ void __launch_bounds__(kMaxThreads, 1) sddmm_kernel(SddmmLaunch a) {
     for (int pair = kFirst; pair < kFirst + H::kPairsAPart; ++pair) {
       if (H::begins_pair(kPart)) {
         if (!kAhead) load_grad(next, a, pairs, pair, int64_t{block} * V);
+        if (kAhead && block + 2 < end) fetch_grad<T>(a, pairs, pair, (int64_t{block} + 2) * V);
         NEUROADA_UNROLL
         for (int v = 0; v < V; ++v) {
           grad[0][v] = next[v].value(0);

@@ -128,9 +128,10 @@ __device__ __forceinline__ void stage_columns(Quad* tile, const Tiles& tiles, co
   }
 }
 
-// Asks for a block that is staged next, where there is no room to have it on its way.
+// Asks for a block that is staged soon, so that its loads wait for the second cache at most. All CTAs load theirs at
+// the same moments, and memory has nothing to do in between.
 template <class T>
-__device__ __forceinline__ void fetch_block(const T* x, int64_t row_stride, int32_t rows, int32_t columns) {
+__device__ __forceinline__ void fetch_block(const T* x, int64_t row_stride, int64_t rows, int32_t columns) {
   constexpr int32_t kLine = 128 / static_cast<int32_t>(sizeof(T));
   const int32_t lines = (columns + kLine - 1) / kLine;
   for (int32_t i = threadIdx.x; i < lines * kTokens<T>; i += blockDim.x) {
@@ -200,9 +201,10 @@ __device__ __forceinline__ void for_each_block(const Tiles& tiles, const T* x, i
         if (threadIdx.x == 0) tile[tiles.zero] = other[tiles.zero] = Quad{};
         stage_columns<kAtOnce>(tile, tiles, rows, row_stride, left, first);
         __syncthreads();
-        if (tiles.count == 1 && first == 0 && block + 1 < end) {
-          fetch_block(rows + V * row_stride, row_stride, left - V, tiles.columns);
-        }
+      }
+      if (first == 0 && block + tiles.count < end) {  // the next one, or the one after that
+        const int64_t soon = int64_t{tiles.count} * V;
+        fetch_block(rows + soon * row_stride, row_stride, tokens - int64_t{block} * V - soon, tiles.columns);
       }
       const bool more = tiles.count == 2 && block + 1 < end;
       const T* next = rows + V * row_stride;
