@@ -42,8 +42,8 @@ _OPENMP = re.compile(r"/(lib(?:gomp|iomp5|omp)[^/]*\.so[^/]*)$")
 def environment(device: str = "cpu") -> dict[str, Any]:
     """What ran, and on what.
 
-    ``commit`` is NEUROADA_COMMIT or None outside of a checkout. ``environment`` is there only
-    where one of :data:`VARIABLES` is set, and says which and to what.
+    ``commit`` is NEUROADA_COMMIT, or else the checkout's, or None outside of one. ``environment``
+    is there only where one of :data:`VARIABLES` is set, and says which and to what.
     """
     commit, changed = _commit(Path(__file__).resolve().parent)
     variables = {name: os.environ[name] for name in VARIABLES if name in os.environ}
@@ -93,7 +93,13 @@ def _version(package: str) -> str | None:
 
 
 def _commit(folder: Path) -> tuple[str | None, bool | None]:
-    """The commit of the checkout that tracks this package, and whether files differ from it."""
+    """The commit of the checkout that tracks this package, and whether files differ from it.
+
+    NEUROADA_COMMIT comes before it: to where the GPU is a checkout may come without its .git, or
+    with that of another commit.
+    """
+    if commit := os.environ.get("NEUROADA_COMMIT"):
+        return commit, None
 
     def git(*arguments: str) -> str:
         command = ["git", "-C", str(folder), *arguments]
@@ -104,8 +110,7 @@ def _commit(folder: Path) -> tuple[str | None, bool | None]:
         git("ls-files", "--error-unmatch", "__init__.py")
         return git("rev-parse", "HEAD"), bool(git("status", "--porcelain"))
     except (OSError, subprocess.CalledProcessError):
-        # A checkout may have come without its .git to where the GPU is.
-        return os.environ.get("NEUROADA_COMMIT"), None
+        return None, None
 
 
 def _cpu_model() -> str:

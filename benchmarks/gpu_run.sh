@@ -12,7 +12,7 @@
 # OUT              OUTDIR; then all arguments are phases. Default: benchmarks/results/<gpu>
 # PYTHON           has torch and Triton; default: python3
 # LIMIT            seconds that a phase may take at most; default: 540
-# NEUROADA_COMMIT  the commit to note where the checkout has come without its .git
+# NEUROADA_COMMIT  the commit to note where the checkout has come without its .git, or with another commit's
 set -uo pipefail
 
 ROOT=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)

@@ -35,7 +35,9 @@ class Backend:
     ``priority`` maps a device type to a rank, the highest served first; a device type that it
     lacks is served only by name. ``"*"`` stands for every device type. ``unavailable`` gives None,
     or why nothing of this backend can run in this process. An ``experimental`` backend, one whose
-    tests have not run on its own device, is served only by name.
+    tests have not run on its own device, is served only by name. Where they have run on some of
+    its devices, ``untried`` takes a call's first tensor and tells why that one's is not of them, or
+    gives None; there too it is served only by name.
     """
 
     name: str
@@ -43,6 +45,7 @@ class Backend:
     implementations: Mapping[str, Implementation]
     unavailable: Callable[[], str | None] = lambda: None
     experimental: bool = False
+    untried: Callable[[Any], str | None] = lambda first: None
 
 
 _backends: dict[str, Backend] = {}
@@ -109,8 +112,7 @@ def serving(op: str, *args: Any) -> Backend:
     else:
         candidates = _candidates(args[0].device.type)
     for backend in candidates:
-        implementation = backend.implementations.get(op)
-        if implementation is not None and not implementation.unsupported(*args):
+        if not _reasons(backend, op, args):
             return backend
     raise BackendError(
         f"no backend serves neuroada::{op} here: "
@@ -141,7 +143,12 @@ def _check_named(name: str) -> None:
 
 
 def _why_not(backend: Backend, op: str, args: tuple[Any, ...]) -> str:
+    return ", ".join(_reasons(backend, op, args))
+
+
+def _reasons(backend: Backend, op: str, args: tuple[Any, ...]) -> list[str]:
     implementation = backend.implementations.get(op)
     if implementation is None:
-        return f"has no {op}"
-    return ", ".join(implementation.unsupported(*args))
+        return [f"has no {op}"]
+    untried = backend.untried(args[0]) if _named is None else None
+    return implementation.unsupported(*args) or ([] if untried is None else [untried])

@@ -20,7 +20,7 @@ from neuroada_kernels._registry import available_backends, experimental_backends
 from neuroada_kernels._version import __version__
 from neuroada_kernels.nn.foreign import missing_library
 
-_EXPERIMENTAL = "; experimental, never run on a GPU yet: served only when named"
+_EXPERIMENTAL = "; experimental, its tests have not run on a GPU: served only when named"
 
 
 def facts() -> dict[str, Any]:

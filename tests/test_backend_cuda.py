@@ -167,11 +167,11 @@ def test_dtypes_of_which_no_tile_is_patched(monkeypatch):
     [
         (None, BF16, BF16, [True, True], "onto product", "onto product"),
         ("0", F16, BF16, [True, True], "onto product", "onto product"),
-        (None, torch.float32, None, [True, True], "product onto", "product onto"),
-        ("1", torch.float32, None, [True, True], "product onto", "product onto"),
+        (None, torch.float32, None, [True, True], "onto product", "onto product"),
+        ("1", torch.float32, None, [True, True], "onto product", "onto product"),
         ("1", BF16, BF16, [True, True], "patched", "patched"),
         ("1", BF16, torch.float32, [True, False], "onto product", "patched"),
-        ("1", BF16, None, [False, True], "patched", "product onto"),
+        ("1", BF16, None, [False, True], "patched", "bypass alone"),
     ],
 )
 def test_which_kernels_a_call_takes(monkeypatch, asked, dtype, bias, mask, forward, backward):
@@ -180,8 +180,7 @@ def test_which_kernels_a_call_takes(monkeypatch, asked, dtype, bias, mask, forwa
     if asked is not None:
         monkeypatch.setenv("NEUROADA_CUDA_PATCHED", asked)
     for where, name, kernels in (
-        (cuda._compiled, "linear", "product onto"),
-        (cuda._compiled, "linear_backward", "product onto"),
+        (cuda._compiled, "linear_backward", "bypass alone"),
         (cuda, "_linear_onto_product", "onto product"),
         (cuda, "_linear_backward_onto_product", "onto product"),
         (cuda._compiled, "linear_patched", "patched"),
@@ -234,9 +233,19 @@ def test_a_library_that_did_not_load_is_the_reason(monkeypatch):
     assert cuda._unavailable() == "OSError: broken"
 
 
-def test_it_is_experimental_and_would_come_before_triton():
+def test_unnamed_it_serves_where_its_tests_have_run(monkeypatch):
+    pretend(monkeypatch)
+    assert cuda._untried(on_gpu(BF16)) is None
+    pretend(monkeypatch, gpu=(8, 0))
+    assert cuda._untried(on_gpu(BF16)).startswith(
+        "its tests have not run on compute capability 8.0"
+    )
+    assert cuda._untried(torch.empty(0)) is None, "that it is no tensor of a GPU is said elsewhere"
+
+
+def test_it_comes_before_triton():
     backends = _registry._backends
-    assert "cuda" in _registry.experimental_backends()
+    assert "cuda" not in _registry.experimental_backends()
     assert backends["cuda"].priority["cuda"] > backends["triton"].priority["cuda"]
     assert set(backends["cuda"].implementations) == set(backends["cpu"].implementations)
 

@@ -182,6 +182,14 @@ def test_an_experimental_backend_serves_only_when_named():
         assert serving() == "fake"
 
 
+def test_where_a_backend_is_untried_it_serves_only_when_named():
+    expected = serving()
+    fake(untried=lambda first: f"not tried on {first.device.type}")
+    assert serving() == expected
+    with use_backend("fake"):
+        assert serving() == "fake"
+
+
 def test_unavailable_backend_tells_why(layer):
     fake(unavailable=lambda: "no such processor")
     assert available_backends()["fake"] == "no such processor"

@@ -3,7 +3,7 @@
 The bypass goes first so that y is rounded once where the product accumulates: what is rounded
 early is only the small bypass, and an update far below one unit in the last place of y still acts.
 
-Not on a GPU in 16 bits: cuBLAS rounds the product before it adds it onto y, and such an update
+Not on a GPU: in 16 bits cuBLAS rounds the product before it adds it onto y, and such an update
 would be lost. There the product goes first, in float32, and the bypass is added to it.
 """
 
@@ -67,12 +67,14 @@ def wide_product(x: Tensor, weight: Tensor) -> Tensor:
     Parameters
     ----------
     x : Tensor
-        Shape ``[tokens, m]``, bfloat16 or float16.
+        Shape ``[tokens, m]``, bfloat16, float16 or float32.
     weight : Tensor
         Shape ``[m, n]``, dtype of ``x``, any strides.
     """
     if 0 in (*x.shape, weight.shape[1]):
         return x.new_zeros(x.shape[0], weight.shape[1], dtype=torch.float32)
+    if x.is_cuda and x.dtype == torch.float32:
+        return torch.mm(x, weight)
     if x.is_cuda:
         return torch.mm(x, weight, out_dtype=torch.float32)
     with torch.autocast("cpu", enabled=False):

@@ -19,6 +19,8 @@ from neuroada_kernels.plan import make_plan
 
 _SIXTEEN_BITS = {torch.bfloat16, torch.float16}
 _DTYPES = {torch.float32, *_SIXTEEN_BITS}
+#: The compute capability on which the tests have run.
+_TRIED = (9, 0)
 #: Bytes of a product in float32 that a call holds at most, but for the fewest tokens.
 _WIDE_BYTES = 64 << 20
 #: Tokens of a chunk are a multiple of this, so that the product's tiles are whole.
@@ -53,11 +55,22 @@ def _no_arch_for(capability: tuple[int, int], archs: tuple[str, ...]) -> tuple[s
     return (f"no kernels for compute capability {major}.{minor}, built for {built}",)
 
 
+def _untried(first: Tensor) -> str | None:
+    if not first.is_cuda:
+        return None
+    capability = torch.cuda.get_device_capability(first.device.index)
+    if capability == _TRIED:
+        return None
+    major, minor = capability
+    return (
+        f"its tests have not run on compute capability {major}.{minor}: "
+        "NEUROADA_BACKEND=cuda or use_backend('cuda') asks for it"
+    )
+
+
 def _linear(x: Tensor, weight: Tensor, index: Tensor, delta: Tensor, bias: Tensor | None) -> Tensor:
-    if _wants_patched() and not _not_patched(x, weight, bias):
-        run = _compiled.linear_patched
-    else:
-        run = _linear_onto_product if x.dtype in _SIXTEEN_BITS else _compiled.linear
+    patched = _wants_patched() and not _not_patched(x, weight, bias)
+    run = _compiled.linear_patched if patched else _linear_onto_product
     return run(x, weight, index, delta, bias)
 
 
@@ -70,7 +83,7 @@ def _linear_backward(
     plan: Tensor | None,
     output_mask: list[bool],
 ) -> tuple[Tensor | None, Tensor | None]:
-    if not output_mask[0] or grad.dtype not in _SIXTEEN_BITS:
+    if not output_mask[0]:
         run = _compiled.linear_backward
     elif _wants_patched() and not _not_patched(grad, weight):
         run = _compiled.linear_backward_patched
@@ -82,13 +95,13 @@ def _linear_backward(
 def _linear_onto_product(
     x: Tensor, weight: Tensor, index: Tensor, delta: Tensor, bias: Tensor | None
 ) -> Tensor:
-    """The op ``linear`` in 16 bits: the product in float32, then a kernel adds and rounds once."""
+    """The op ``linear``: the product in float32, then a kernel adds and rounds once."""
     y = x.new_empty(x.shape[0], weight.shape[0])
     connections = index.contiguous(), _compiled.wide(delta, x)
     bias = None if bias is None else bias.contiguous()
-    for part in _chunks(*y.shape):
-        product = wide_product(x[part], weight.t())
-        _compiled.C.bypass_fwd.default(x[part], *connections, bias, product, y[part])
+    add_bypass = _compiled.C.bypass_fwd.default
+    for part in _chunks(*y.shape):  # whose products get no name, or two would be held at once
+        add_bypass(x[part], *connections, bias, wide_product(x[part], weight.t()), y[part])
     return y
 
 
@@ -101,15 +114,15 @@ def _linear_backward_onto_product(
     plan: Tensor | None,
     output_mask: list[bool],
 ) -> tuple[Tensor, Tensor | None]:
-    """The op ``linear_backward`` in 16 bits where dx is wanted, that of the same rounding."""
+    """The op ``linear_backward`` where dx is wanted, with the same rounding."""
     only_delta = [False, output_mask[1]]
     _, grad_delta = _compiled.bypass_backward(grad, x, index, delta, plan, only_delta)
     grad_x = grad.new_empty(grad.shape[0], weight.shape[1])
     plan = make_plan(index, weight.shape[1]) if plan is None else plan.contiguous()
     wide_delta = _compiled.wide(delta, grad)
+    add_bypass = _compiled.C.bypass_bwd_input.default
     for part in _chunks(*grad_x.shape):
-        product = wide_product(grad[part], weight)
-        _compiled.C.bypass_bwd_input.default(grad[part], plan, wide_delta, product, grad_x[part])
+        add_bypass(grad[part], plan, wide_delta, wide_product(grad[part], weight), grad_x[part])
     return grad_x, grad_delta
 
 
@@ -176,7 +189,7 @@ register(
         name="cuda",
         priority={"cuda": 2},
         unavailable=_unavailable,
-        experimental=True,
+        untried=_untried,
         implementations=_compiled.implementations(_linear, _linear_backward, _unsupported),
     )
 )

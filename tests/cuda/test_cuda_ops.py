@@ -56,10 +56,8 @@ def test_forward_is_the_formula(case, dtype):
 
 
 @every_case
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
-def test_in_16_bits_all_is_added_to_the_product_in_float32_and_rounded_once(
-    case, dtype, monkeypatch
-):
+@every_dtype
+def test_all_is_added_to_the_product_in_float32_and_rounded_once(case, dtype, monkeypatch):
     monkeypatch.setattr(cuda, "_CHUNK_TOKENS", 8)
     monkeypatch.setattr(cuda, "_WIDE_BYTES", 1)  # the smallest chunks
     i = make_inputs(case, dtype)
