@@ -12,10 +12,11 @@ int64_t column_parts(int64_t blocks, const Device& device) {
   return std::min(ceil_div(device.multiprocessors, blocks), most);
 }
 
-// More than so many connections, far more than the mean, make a column heavy.
+// More than so many connections, far more than the mean, make a column heavy. Where lanes outnumber columns, warps
+// had better read them together.
 int32_t light_of(int64_t d_in, int64_t live) {
-  constexpr int64_t kLight = 32;
-  return static_cast<int32_t>(std::max(kLight, ceil_div(live, d_in) * 2));
+  constexpr int64_t kLight = 32, kFewColumns = 2 * kMaxThreads;
+  return static_cast<int32_t>(d_in < kFewColumns ? kLight : std::max(kLight, ceil_div(live, d_in) * 2));
 }
 
 template <class T>
@@ -23,9 +24,8 @@ void run(const BypassBwdInput& p, const Device& device, void* stream) {
   const Tiles tiles =
       choose_tiles("bypass_bwd_input", static_cast<const T*>(p.grad), p.grad_stride, p.tokens, p.d_out, device);
   const int32_t light = light_of(p.d_in, p.live);
-  if (ColumnEntries::size(p.d_in, p.live, light) > INT32_MAX) {
-    throw std::runtime_error("bypass_bwd_input: more than 2^31 entries of scratch");
-  }
+  check_width("bypass_bwd_input", p.d_in);
+  check_width("column_entries", ColumnEntries::size(p.d_in, p.live, light) * 2);
   const ColumnEntries entries{p.ordered, ColumnEntries::positions_of(p.d_in), light};
   launch("column_entries", column_entries_kernel, entries.positions / kWindow, 1, device.threads, 0, stream,
          ColumnEntriesLaunch{entries, p.plan, p.delta, p.d_in, p.live, static_cast<uint32_t>(p.d_out * p.k),

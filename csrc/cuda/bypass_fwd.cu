@@ -8,6 +8,7 @@ namespace {
 template <class T>
 void run(const BypassFwd& p, const Device& device, void* stream) {
   const Tiles tiles = choose_tiles("bypass_fwd", static_cast<const T*>(p.x), p.x_stride, p.tokens, p.d_in, device);
+  check_width("bypass_fwd", p.d_out);
   const bool held_fit = p.k <= kMostHeld;
   with_held<kMostHeld>(p.d_out, p.k, false, tiles.single() && held_fit, device, [&](auto pairs, auto held, auto whole) {
     const int64_t blocks = ceil_div(p.tokens, kTokens<T>);

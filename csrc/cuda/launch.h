@@ -16,12 +16,17 @@ inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
 inline bool aligned16(const void* pointer) { return reinterpret_cast<uintptr_t>(pointer) % 16 == 0; }
 
+// Rows are addressed from their beginning by bytes in 32 bits.
+inline void check_width(const char* kernel, int64_t width) {
+  if (width >= int64_t{1} << 30) throw std::runtime_error(std::string(kernel) + ": a row of 2^30 values or more");
+}
+
 // All columns where a block of them fits, and two such tiles where these do and there is a second block; tiles of
 // the columns where not even one does.
 template <class T>
 Tiles choose_tiles(const char* kernel, const T* x, int64_t row_stride, int64_t tokens, int64_t columns,
                    const Device& device) {
-  if (columns >= INT32_MAX - 8) throw std::runtime_error(std::string(kernel) + ": more than 2^31 columns");
+  check_width(kernel, columns);
   const int64_t quads = std::min<int64_t>(device.shared_bytes / 16, UINT16_MAX);
   const int64_t padded = ceil_div(columns, 8) * 8;
   const int64_t width = padded + 1 <= quads ? padded : (quads - 1) / 8 * 8;

@@ -32,6 +32,7 @@ void with_held_of(const Sddmm& p, const Device& device, F&& f) {
 
 template <class T>
 void run(const Sddmm& p, float* partial, const Device& device, void* stream) {
+  check_width("sddmm", p.d_out);
   with_held_of<T>(p, device, [&](auto pairs, auto held, auto whole) {
     const SddmmShares all = shares_of<T>(p, pairs, held, device);
     const Tiles tiles = tiles_of<T>(p, p.d_in, device);
