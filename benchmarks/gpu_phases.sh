@@ -6,7 +6,7 @@
 PHASES=(build environment cuda-smoke cuda-tests tests linear-8192 model linear-1024 model-checkpointed linear-16384
   cuda-memcheck memcheck sweep-k linear-peers sweep-tokens cuda-racecheck racecheck)
 # By name alone.
-MORE=(cuda-initcheck cuda-synccheck linear-patched linear-triton-one-kernel)
+MORE=(cuda-initcheck cuda-synccheck linear-patched linear-triton-one-kernel kernels)
 # Percent of the time that a phase may take of what others need more: a kernel may hang.
 declare -A SHARE=([build]=30 [environment]=10 [cuda-smoke]=15 [cuda-tests]=15 [tests]=15 [linear-8192]=30 [model]=35
   [cuda-memcheck]=20 [memcheck]=20 [linear-patched]=12 [linear-triton-one-kernel]=12)
@@ -159,6 +159,9 @@ phase() {
     linear-peers) bench_linear "$OUT/linear-peers.json" --peers --shapes llama-3-8b --tokens 8192 --k 8 \
       --candidates resident "neuroada-$(backend)" $(sizes --tokens 4 --k 2 --candidates peft-ia3) ;;
     linear-patched) patched ;;
+    # shellcheck disable=SC2046
+    kernels) run "$PYTHON" -m neuroada_kernels.cli bench kernels --device "$DEVICE" --cases T8192- \
+      --candidates "neuroada-$(backend)" $(sizes --shapes 32x48 --tokens 8 --k 2 --cases T8- --steps 1) ;;
     # Triton's product with the bypass in it, where torch's and a kernel for the bypass would be taken: at one shape,
     # as it need only be told from the two, which linear-8192 has.
     # shellcheck disable=SC2046

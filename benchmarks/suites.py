@@ -25,6 +25,10 @@ SUITES = {
         "neuroada_kernels.benchmarks.quality.command",
         "compare what methods learn at equal trainable budgets",
     ),
+    "kernels": (
+        "neuroada_kernels.benchmarks.kernels",
+        "what each kernel of a step takes, by torch's profiler",
+    ),
     "compare": (
         "neuroada_kernels.benchmarks.compare",
         "two results files of one suite: exit status 1 where the second is slower",
