@@ -68,6 +68,10 @@ def runs_on(arch: str, capability: tuple[int, int]) -> bool:
     return capability[0] == major and capability[1] >= minor
 
 
+#: The compute capability on which the tests of the CUDA kernels have run.
+TRIED = (9, 0)
+
+
 @functools.cache
 def serves_gpu(gpu: int) -> bool:
     """Whether there are CUDA kernels that run on the GPU of this number."""

@@ -260,7 +260,9 @@ def _copied_by_kernel(x: Tensor) -> bool:
     if x.dtype not in FLOATING:
         return False
     if x.is_cuda:
-        return x.dtype != torch.float64 and _extension.serves_gpu(x.device.index)
+        gpu = x.device.index
+        tried = torch.cuda.get_device_capability(gpu) == _extension.TRIED
+        return tried and x.dtype != torch.float64 and _extension.serves_gpu(gpu)
     return x.is_cpu and _extension.library_error is None
 
 

@@ -91,7 +91,7 @@ class _LightColumns:
         Twice the mean at least: a heavy column has all of its program to itself, which is well
         spent on some that are much longer than the rest, and not on nearly all of them.
         """
-        return max(self.rounds, 2 * triton.cdiv(entries, d_in))
+        return max(self.rounds, 2 * triton.cdiv(entries, max(d_in, 1)))
 
 
 @dataclass(frozen=True)

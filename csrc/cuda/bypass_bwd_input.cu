@@ -9,7 +9,7 @@ namespace {
 // multiprocessors.
 int64_t column_parts(int64_t blocks, const Device& device) {
   const int64_t most = std::clamp<int64_t>(kSplits * kWarp / device.threads, 1, device.multiprocessors);
-  return std::min(ceil_div(device.multiprocessors, blocks), most);
+  return std::clamp<int64_t>(device.multiprocessors / blocks, 1, most);
 }
 
 // More than so many connections, far more than the mean, make a column heavy. Where lanes outnumber columns, warps
@@ -25,7 +25,9 @@ void run(const BypassBwdInput& p, const Device& device, void* stream) {
       choose_tiles("bypass_bwd_input", static_cast<const T*>(p.grad), p.grad_stride, p.tokens, p.d_out, device);
   const int32_t light = light_of(p.d_in, p.live);
   check_width("bypass_bwd_input", p.d_in);
-  check_width("column_entries", ColumnEntries::size(p.d_in, p.live, light) * 2);
+  if (ColumnEntries::size(p.d_in, p.live, light) >= int64_t{1} << 29) {
+    throw std::runtime_error("bypass_bwd_input: scratch for 2^29 connections or more");
+  }
   const ColumnEntries entries{p.ordered, ColumnEntries::positions_of(p.d_in), light};
   launch("column_entries", column_entries_kernel, entries.positions / kWindow, 1, device.threads, 0, stream,
          ColumnEntriesLaunch{entries, p.plan, p.delta, p.d_in, p.live, static_cast<uint32_t>(p.d_out * p.k),

@@ -209,10 +209,9 @@ __global__ void __launch_bounds__(kMaxThreads, 1) bypass_bwd_input_kernel(Bypass
     // All tiles for one round of columns, whose sums a lane keeps, then for the next.
     const int32_t rounds = most_rounds(a);
     for (int32_t round = 0; round < rounds; ++round) {
-      for_each_block<2, 2>(a.tiles, grad, p.grad_stride, p.tokens, begin, end,
-                           [&](int32_t block, const Quad* tile, int32_t first, auto part) {
-                             if (decltype(part)::value == 0)
-                               run_round<T, false>(sum, a, own, round, block, tile, first);
+      for_each_block<1, 2>(a.tiles, grad, p.grad_stride, p.tokens, begin, end,
+                           [&](int32_t block, const Quad* tile, int32_t first, auto) {
+                             run_round<T, false>(sum, a, own, round, block, tile, first);
                            });
     }
   }

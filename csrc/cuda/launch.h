@@ -14,6 +14,7 @@ namespace neuroada::cuda {
 
 inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
+inline bool aligned8(const void* pointer) { return reinterpret_cast<uintptr_t>(pointer) % 8 == 0; }
 inline bool aligned16(const void* pointer) { return reinterpret_cast<uintptr_t>(pointer) % 16 == 0; }
 
 // Rows are addressed from their beginning by bytes in 32 bits.
@@ -40,7 +41,7 @@ Tiles choose_tiles(const char* kernel, const T* x, int64_t row_stride, int64_t t
   tiles.zero = static_cast<int32_t>(width);
   tiles.stride = tiles.zero + 1;
   tiles.count = tokens > kTokens<T> && 2 * (padded + 1) <= quads ? 2 : 1;
-  tiles.vectors = aligned16(x) && (tokens <= 1 || row_stride * static_cast<int64_t>(sizeof(T)) % 16 == 0);
+  tiles.vectors = aligned8(x) && (tokens <= 1 || row_stride * static_cast<int64_t>(sizeof(T)) % 8 == 0);
   return tiles;
 }
 
@@ -56,7 +57,7 @@ struct Shares {
 // `most` is how many rows a CTA may have, `times` how many CTAs share the same rows and tokens.
 inline Shares share_out(int64_t rows, int64_t most, int64_t blocks, int64_t times, const Device& device) {
   constexpr int64_t kMultiple = 16, kLeast = 128;  // of rows: whole octets of both neurons of a pair
-  const int64_t idle = ceil_div(device.multiprocessors, std::max<int64_t>(blocks * times, 1));
+  const int64_t idle = device.multiprocessors / std::max<int64_t>(blocks * times, 1);
   const int64_t parts = std::max(ceil_div(rows, most), std::min(idle, ceil_div(rows, kLeast)));
   Shares shares{};
   shares.rows_a_part = std::min(ceil_div(ceil_div(rows, parts), kMultiple) * kMultiple, most);

@@ -102,7 +102,8 @@ struct Held {
   static constexpr __device__ __forceinline__ int register_of(int s) { return s / kSplit + s % kSplit * kSlots; }
 };
 
-// Slots that are read or written as one, where a neuron's begin at a multiple of so many.
+// Slots that are read or written as one, where a neuron's begin at a multiple of so many. Where a lane holds fewer,
+// k is less, and no multiple.
 constexpr int kSlotVector = 4;
 
 inline bool slots_aligned(int64_t k, const void* a, const void* b) {

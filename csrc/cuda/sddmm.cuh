@@ -136,26 +136,24 @@ __global__ void __launch_bounds__(kMaxThreads, 1) sddmm_kernel(SddmmLaunch a) {
   uint32_t places[kPairs][kHeld] = {};
   float sum[kPairs][kHeld][2] = {}, grad[2][V];
   if (kWhole) load_places(places, a, pairs, slot, slots);
-  PairOf<T> next[V];  // grad of the pair that is read next, on its way
-  constexpr bool kAhead = kWhole;
-  if (kAhead) load_grad(next, a, pairs, 0, int64_t{begin} * V);
+  PairOf<T> next[V];  // grad of the pair that is read next, on its way where a tile has all columns
+  if (kWhole) load_grad(next, a, pairs, 0, int64_t{begin} * V);
   const auto read = [&](int32_t block, const Quad* tile, int32_t first, auto part) {
     constexpr int kPart = decltype(part)::value, kBegin = H::begin(kPart), kFirst = H::first_pair(kPart);
-    const bool last_tile = kWhole || first + a.tiles.width >= a.tiles.columns;
     NEUROADA_UNROLL
     for (int pair = kFirst; pair < kFirst + H::kPairsAPart; ++pair) {
       if (H::begins_pair(kPart)) {
-        if (!kAhead) load_grad(next, a, pairs, pair, int64_t{block} * V);
-        if (kAhead && block + 2 < end) fetch_grad<T>(a, pairs, pair, (int64_t{block} + 2) * V);
+        if (!kWhole) load_grad(next, a, pairs, pair, int64_t{block} * V);
+        if (kWhole && block + 2 < end) fetch_grad<T>(a, pairs, pair, (int64_t{block} + 2) * V);
         NEUROADA_UNROLL
         for (int v = 0; v < V; ++v) {
           grad[0][v] = next[v].value(0);
           grad[1][v] = next[v].value(1);
         }
-        if (kAhead && pair + 1 < kPairs) {
+        if (kWhole && pair + 1 < kPairs) {
           load_grad(next, a, pairs, pair + 1, int64_t{block} * V);
-        } else if (kAhead && (!last_tile || block + 1 < end)) {
-          load_grad(next, a, pairs, 0, int64_t{last_tile ? block + 1 : block} * V);
+        } else if (kWhole && block + 1 < end) {
+          load_grad(next, a, pairs, 0, (int64_t{block} + 1) * V);
         }
       }
       if (!pairs.has(pair, 0)) continue;

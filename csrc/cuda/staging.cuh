@@ -21,7 +21,7 @@ struct Tiles {
   int32_t zero;     // the place of the column of zeros
   int32_t stride;   // from a tile to the next
   int32_t count;    // 1 or 2
-  bool vectors;     // rows are read 16 bytes at a time: they are aligned
+  bool vectors;     // rows are read 8 bytes at a time: they are aligned
 
   __host__ __device__ int64_t bytes() const { return int64_t{count} * stride * 16; }
   __host__ __device__ bool single() const { return width == columns; }

@@ -73,11 +73,9 @@ def wide_product(x: Tensor, weight: Tensor) -> Tensor:
     """
     if 0 in (*x.shape, weight.shape[1]):
         return x.new_zeros(x.shape[0], weight.shape[1], dtype=torch.float32)
-    if x.is_cuda and x.dtype == torch.float32:
-        return torch.mm(x, weight)
-    if x.is_cuda:
-        return torch.mm(x, weight, out_dtype=torch.float32)
-    with torch.autocast("cpu", enabled=False):
+    with torch.autocast(x.device.type, enabled=False):
+        if x.is_cuda and x.dtype != torch.float32:
+            return torch.mm(x, weight, out_dtype=torch.float32)
         return torch.mm(x.float(), weight.float())
 
 

@@ -19,10 +19,8 @@ from neuroada_kernels.plan import make_plan
 
 _SIXTEEN_BITS = {torch.bfloat16, torch.float16}
 _DTYPES = {torch.float32, *_SIXTEEN_BITS}
-#: The compute capability on which the tests have run.
-_TRIED = (9, 0)
 #: Bytes of a product in float32 that a call holds at most, but for the fewest tokens.
-_WIDE_BYTES = 64 << 20
+_WIDE_BYTES = 56 << 20
 #: Tokens of a chunk are a multiple of this, so that the product's tiles are whole.
 _CHUNK_TOKENS = 256
 
@@ -56,12 +54,14 @@ def _no_arch_for(capability: tuple[int, int], archs: tuple[str, ...]) -> tuple[s
 
 
 def _untried(first: Tensor) -> str | None:
-    if not first.is_cuda:
+    return _untried_on(first.device.index) if first.is_cuda else None
+
+
+@functools.cache
+def _untried_on(gpu: int) -> str | None:
+    major, minor = torch.cuda.get_device_capability(gpu)
+    if (major, minor) == _extension.TRIED:
         return None
-    capability = torch.cuda.get_device_capability(first.device.index)
-    if capability == _TRIED:
-        return None
-    major, minor = capability
     return (
         f"its tests have not run on compute capability {major}.{minor}: "
         "NEUROADA_BACKEND=cuda or use_backend('cuda') asks for it"
@@ -127,9 +127,9 @@ def _linear_backward_onto_product(
 
 
 def _chunks(tokens: int, width: int) -> Iterator[slice]:
-    """Tokens in parts whose product ``[tokens, width]`` in float32 fits into its scratch."""
-    step = _WIDE_BYTES // max(4 * width, 1) // _CHUNK_TOKENS * _CHUNK_TOKENS
-    step = max(step, _CHUNK_TOKENS)
+    """Tokens in even parts whose product ``[tokens, width]`` in float32 fits into its scratch."""
+    number = max(1, -(-tokens * 4 * width // _WIDE_BYTES))
+    step = max(1, -(-tokens // (number * _CHUNK_TOKENS))) * _CHUNK_TOKENS
     for first in range(0, tokens, step):
         yield slice(first, min(first + step, tokens))
 
