@@ -47,11 +47,11 @@ cuda::Merge merge_problem(const Problem<T>& p, cuda::MergeMode mode, Matrix<T>& 
 }
 
 template <class T>
-Matrix<float> run_sddmm(const Problem<T>& p, const cuda::Device& device) {
+Matrix<float> run_sddmm(const Problem<T>& p, const cuda::Device& device, int64_t whole_d_in = 0) {
   const Case& c = p.shape;
   Matrix<float> out(c.d_out, c.k, 0, c.lead);
-  cuda::Sddmm args{dtype_of<T>(),   c.tokens,   c.d_in,       c.d_out,        c.k,     p.grad.data(),
-                   p.grad.stride(), p.x.data(), p.x.stride(), p.index.data(), nullptr, out.data()};
+  cuda::Sddmm args{dtype_of<T>(), c.tokens,     c.d_in,         c.d_out, c.k,        p.grad.data(), p.grad.stride(),
+                   p.x.data(),    p.x.stride(), p.index.data(), nullptr, out.data(), whole_d_in};
   const int64_t parts = cuda::sddmm_parts(args, device);
   Matrix<float> partial(parts > 1 ? parts * c.d_out : 0, c.k, 0, c.lead);
   args.partial = partial.data();

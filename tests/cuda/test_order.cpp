@@ -1,5 +1,7 @@
 // Sums are taken in the order that kernels.h promises, whatever the scheduler does: in one order for
 // a shape and a device, parts of the tokens after another.
+#include <set>
+
 #include "cuda/staging.cuh"
 #include "run_cuda.h"
 
@@ -57,6 +59,31 @@ void sddmm_sums_tokens_in_order() {
   });
 }
 
+// Of an x that has only the columns that somebody chose the sums are the whole one's, to the bit, whatever room there
+// is for columns: for all, for those that are chosen, for fewer.
+template <class T>
+void sddmm_of_chosen_columns_has_the_bits_of_the_whole(const Device& device) {
+  Random random(4);
+  // So many neurons that how they are shared out, and with them the tokens, hangs on the room for columns.
+  const Case c{75, 1000, 300, 1, IndexKind::distinct, false, Base::none, 0, Values::real};
+  const Problem<T> whole(c, random);
+  Problem<T> chosen = whole;
+  std::set<int32_t> columns;
+  whole.each_connection([&](int64_t, int64_t, int64_t column) { columns.insert(static_cast<int32_t>(column)); });
+  chosen.shape.d_in = static_cast<int64_t>(columns.size());
+  chosen.x = Matrix<T>(c.tokens, chosen.shape.d_in);
+  int32_t place = 0;
+  for (const int32_t column : columns) {
+    for (int64_t t = 0; t < c.tokens; ++t) chosen.x(t, place) = whole.x(t, column);
+    for (int64_t j = 0; j < c.d_out; ++j) {
+      if (whole.index(j, 0) == column) chosen.index(j, 0) = place;
+    }
+    ++place;
+  }
+  CHECK(run_sddmm(chosen, device, c.d_in).same_bits(run_sddmm(whole, device)),
+        std::string(dtype_name<T>()) + " with room for " + std::to_string(device.shared_bytes / kQuad));
+}
+
 // The planner orders the slots of a neuron for the banks where the kernels stage the columns.
 void the_planner_knows_where_columns_are_staged() {
   for (int32_t column = 0; column < 4096; ++column) {
@@ -74,6 +101,9 @@ int main() {
       runs_repeat_to_the_bit<T>(c, {17 * kQuad, 3, 32, 1 << 20});
     }
     sddmm_adds_parts_in_order<T>();
+    for (int64_t quads : {100, 500, 2000}) {
+      sddmm_of_chosen_columns_has_the_bits_of_the_whole<T>({quads * kQuad, 3, 32, 1 << 20});
+    }
   });
   sddmm_sums_tokens_in_order();
   the_planner_knows_where_columns_are_staged();
