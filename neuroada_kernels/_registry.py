@@ -64,6 +64,11 @@ def available_backends() -> dict[str, str | None]:
     return {name: backend.unavailable() for name, backend in _backends.items()}
 
 
+def untried(name: str, first: Any) -> str | None:
+    """Why the backend ``name`` serves a call with this first tensor only when named, or None."""
+    return _backends[name].untried(first)
+
+
 def experimental_backends() -> set[str]:
     """The names of those that are served only when named."""
     return {name for name, backend in _backends.items() if backend.experimental}

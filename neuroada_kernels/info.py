@@ -16,7 +16,7 @@ from typing import Any
 import torch
 
 from neuroada_kernels import _extension
-from neuroada_kernels._registry import available_backends, experimental_backends
+from neuroada_kernels._registry import available_backends, experimental_backends, untried
 from neuroada_kernels._version import __version__
 from neuroada_kernels.nn.foreign import missing_library
 
@@ -26,7 +26,6 @@ _EXPERIMENTAL = "; experimental, its tests have not run on a GPU: served only wh
 def facts() -> dict[str, Any]:
     """Everything that :func:`main` shows, as plain data."""
     module = _extension.module
-    experimental = experimental_backends()
     return {
         "version": __version__,
         "python": platform.python_version(),
@@ -39,15 +38,23 @@ def facts() -> dict[str, Any]:
         "build": None if module is None else dict(module.build_facts()),
         "cpu_isa": _cpu_isa(),
         "cpu_features": None if module is None else list(module.cpu_features()),
-        "backends": {
-            name: (why or "available") + (_EXPERIMENTAL if name in experimental else "")
-            for name, why in available_backends().items()
-        },
+        "backends": {name: _backend_state(name, why) for name, why in available_backends().items()},
         "other_bases": {
             name: _library_state(name) for name in ("bitsandbytes", "torchao", "transformers")
         },
         "environment": {n: v for n, v in sorted(os.environ.items()) if n.startswith("NEUROADA_")},
     }
+
+
+def _backend_state(name: str, why_not: str | None) -> str:
+    """Whether a backend can run here, and where it serves only when named."""
+    if name in experimental_backends():
+        return (why_not or "available") + _EXPERIMENTAL
+    if why_not is not None or not torch.cuda.is_available():
+        return why_not or "available"
+    dtypes = (torch.bfloat16, torch.float16, torch.float32)
+    reasons = {untried(name, torch.empty(0, dtype=dtype, device="cuda")) for dtype in dtypes}
+    return "; ".join(["available", *sorted(reason for reason in reasons if reason is not None)])
 
 
 def _library_state(name: str) -> str:

@@ -10,7 +10,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from neuroada_kernels import _extension, _registry, plan
+from neuroada_kernels import _extension, _registry, info, plan
 from neuroada_kernels.backends import cuda
 
 CALL = """
@@ -243,10 +243,24 @@ def test_a_library_that_did_not_load_is_the_reason(monkeypatch):
 def test_unnamed_it_serves_where_its_tests_have_run(monkeypatch):
     pretend(monkeypatch)
     assert cuda._untried(on_gpu(BF16)) is None
+    assert cuda._untried(on_gpu(F16)) is None
+    assert "have not run in float32" in cuda._untried(on_gpu(torch.float32))
     cuda._untried_on.cache_clear()
     pretend(monkeypatch, gpu=(8, 0))
     assert "have not run on compute capability 8.0" in cuda._untried(on_gpu(BF16))
     assert cuda._untried(torch.empty(0)) is None, "that it is no tensor of a GPU is said elsewhere"
+
+
+@pytest.mark.parametrize(
+    ("gpu", "where"), [((9, 0), "in float32"), ((8, 0), "on compute capability 8.0")]
+)
+def test_info_tells_where_it_serves_only_when_named(monkeypatch, gpu, where):
+    pretend(monkeypatch, gpu=gpu)
+    monkeypatch.setattr(torch, "empty", lambda *size, dtype, device: on_gpu(dtype))
+    state = info._backend_state("cuda", None)
+    assert state.startswith(f"available; its tests have not run {where}")
+    assert state.count("NEUROADA_BACKEND=cuda") == 1
+    assert info._backend_state("cpu", None) == "available"
 
 
 def test_it_comes_before_triton():

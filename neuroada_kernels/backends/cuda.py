@@ -54,17 +54,20 @@ def _no_arch_for(capability: tuple[int, int], archs: tuple[str, ...]) -> tuple[s
 
 
 def _untried(first: Tensor) -> str | None:
-    return _untried_on(first.device.index) if first.is_cuda else None
+    return _untried_on(first.device.index, first.dtype) if first.is_cuda else None
 
 
 @functools.cache
-def _untried_on(gpu: int) -> str | None:
+def _untried_on(gpu: int, dtype: torch.dtype) -> str | None:
     major, minor = torch.cuda.get_device_capability(gpu)
-    if (major, minor) == _extension.TRIED:
+    if (major, minor) != _extension.TRIED:
+        where = f"on compute capability {major}.{minor}"
+    elif dtype == torch.float32:
+        where = "in float32 since what failed there was changed"
+    else:
         return None
     return (
-        f"its tests have not run on compute capability {major}.{minor}: "
-        "NEUROADA_BACKEND=cuda or use_backend('cuda') asks for it"
+        f"its tests have not run {where}: NEUROADA_BACKEND=cuda or use_backend('cuda') asks for it"
     )
 
 
