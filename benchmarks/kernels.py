@@ -19,8 +19,8 @@ from torch.profiler import ProfilerActivity, profile
 
 from neuroada_kernels.benchmarks.candidates import Run, bench_inputs, prepare, table
 from neuroada_kernels.benchmarks.options import positive
-from neuroada_kernels.benchmarks.shapes import bench_cases, shape_names
-from neuroada_kernels.testing import GPU_BENCH_CASES, MODEL_SHAPES, Case
+from neuroada_kernels.benchmarks.shapes import add_cases, bench_cases
+from neuroada_kernels.testing import GPU_BENCH_CASES, Case
 
 #: Larger than any GPU's second cache.
 _FLUSH_BYTES = 256 << 20
@@ -110,16 +110,7 @@ def _parser() -> argparse.ArgumentParser:
     dtypes = ("bfloat16", "float16", "float32")
     add = parser.add_argument
     add("--device", choices=("cpu", "cuda"), default="cuda", help="default: cuda")
-    add("--cases", nargs="+", metavar="TEXT", help="only cases with one of these in their name")
-    add(
-        "--shapes",
-        nargs="+",
-        type=shape_names,
-        metavar="NAME",
-        help=f"linears of a model ({', '.join(MODEL_SHAPES)}) or one, D_INxD_OUT",
-    )
-    add("--tokens", nargs="+", type=positive, metavar="T", help="default: the table's")
-    add("--k", nargs="+", type=positive, metavar="K", help="bypasses a neuron; default: 1 8 20")
+    add_cases(parser, tokens="the table's")
     add("--dtype", choices=dtypes, default=dtypes[0], help=f"default: {dtypes[0]}")
     add(
         "--candidates",

@@ -47,7 +47,7 @@ from neuroada_kernels.benchmarks.options import (
 )
 from neuroada_kernels.benchmarks.records import Records, RecordsError, Row
 from neuroada_kernels.benchmarks.report import print_environment, print_results, write_png
-from neuroada_kernels.benchmarks.shapes import SWEEP_K, SWEEP_TOKENS, bench_cases, shape_names
+from neuroada_kernels.benchmarks.shapes import SWEEP_K, SWEEP_TOKENS, add_cases, bench_cases
 from neuroada_kernels.benchmarks.timing import (
     MIN_ROUNDS,
     Quartiles,
@@ -57,7 +57,7 @@ from neuroada_kernels.benchmarks.timing import (
     paired_ratio,
 )
 from neuroada_kernels.benchmarks.timing_gpu import measure_on_gpu, reason_not_captured
-from neuroada_kernels.testing import BENCH_CASES, GPU_BENCH_CASES, MODEL_SHAPES, Case, Inputs
+from neuroada_kernels.testing import BENCH_CASES, GPU_BENCH_CASES, Case, Inputs
 
 _DTYPES = ("float32", "bfloat16", "float16", "float64")
 _ROUNDS = 15
@@ -203,16 +203,7 @@ def _parser() -> argparse.ArgumentParser:
     add = parser.add_argument
     add("--device", choices=("cpu", "cuda"), default="cpu", help="default: cpu")
     add("--quick", action="store_true", help=f"two cases, float32, {MIN_ROUNDS} rounds")
-    add("--cases", nargs="+", metavar="TEXT", help="only cases with one of these in their name")
-    add(
-        "--shapes",
-        nargs="+",
-        type=shape_names,
-        metavar="NAME",
-        help=f"linears of a model ({', '.join(MODEL_SHAPES)}) or one, D_INxD_OUT",
-    )
-    add("--tokens", nargs="+", type=positive, metavar="T", help="default: the table's, 512 or 16")
-    add("--k", nargs="+", type=positive, metavar="K", help="bypasses a neuron; default: 1 8 20")
+    add_cases(parser, tokens="the table's, 512 or 16")
     add(
         "--sweep",
         choices=("k", "tokens"),

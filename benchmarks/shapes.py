@@ -7,6 +7,7 @@ import re
 from collections.abc import Sequence
 from dataclasses import replace
 
+from neuroada_kernels.benchmarks.options import positive
 from neuroada_kernels.testing import MODEL_SHAPES, Case, Shape
 
 #: What ``--sweep`` measures where its own option does not say.
@@ -23,6 +24,21 @@ def shape_names(text: str) -> tuple[Shape, ...]:
             f"{text!r}, expected D_INxD_OUT or one of {', '.join(MODEL_SHAPES)}"
         )
     return MODEL_SHAPES[text]
+
+
+def add_cases(parser: argparse.ArgumentParser, tokens: str) -> None:
+    """The options of :func:`bench_cases`; what tokens there are without them is said in words."""
+    add = parser.add_argument
+    add("--cases", nargs="+", metavar="TEXT", help="only cases with one of these in their name")
+    add(
+        "--shapes",
+        nargs="+",
+        type=shape_names,
+        metavar="NAME",
+        help=f"linears of a model ({', '.join(MODEL_SHAPES)}) or one, D_INxD_OUT",
+    )
+    add("--tokens", nargs="+", type=positive, metavar="T", help=f"default: {tokens}")
+    add("--k", nargs="+", type=positive, metavar="K", help="bypasses a neuron; default: 1 8 20")
 
 
 def bench_cases(

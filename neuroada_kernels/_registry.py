@@ -155,5 +155,5 @@ def _reasons(backend: Backend, op: str, args: tuple[Any, ...]) -> list[str]:
     implementation = backend.implementations.get(op)
     if implementation is None:
         return [f"has no {op}"]
-    untried = backend.untried(args[0]) if _named is None else None
-    return implementation.unsupported(*args) or ([] if untried is None else [untried])
+    by_name_only = backend.untried(args[0]) if _named is None else None
+    return implementation.unsupported(*args) or ([] if by_name_only is None else [by_name_only])

@@ -44,6 +44,33 @@ def test_a_wide_product_is_not_rounded_to_its_operands(dtype, sizes):
     torch.testing.assert_close(wide, (x.double() @ weight.double().t()).float())
 
 
+@pytest.mark.parametrize("bias", [None, *SIXTEEN.values()], ids=str)
+@pytest.mark.parametrize("dtype", SIXTEEN)
+def test_what_is_added_to_a_wide_product_joins_before_the_rounding(dtype, bias, monkeypatch):
+    monkeypatch.setattr(_dense, "_WIDE_TOKENS", 8)
+    monkeypatch.setattr(_dense, "_WIDE_BYTES", 1)
+    y, x, weight = (torch.randn(s).to(SIXTEEN[dtype]) for s in ((21, 49), (21, 33), (33, 49)))
+    joins = None if bias is None else torch.randn(49).to(bias)
+    exact = y.double() + x.double() @ weight.double() + (0 if joins is None else joins.double())
+    result = _dense._add_dense_wide(y, x, weight, joins)
+    assert result is y
+    half_a_place = exact.abs() * torch.finfo(y.dtype).eps / 2
+    assert ((y.double() - exact).abs() <= half_a_place + 1e-5).all()
+
+
+@pytest.mark.parametrize("width", [0, 1, 1024, 14336, 15000, 1 << 20])
+@pytest.mark.parametrize("tokens", [0, 1, 255, 1025, 8000, 8192])
+def test_parts_of_a_wide_product_fit_and_are_even(tokens, width):
+    parts = list(_dense.wide_parts(tokens, width))
+    assert [t for part in parts for t in range(part.start, part.stop)] == list(range(tokens))
+    sizes = [part.stop - part.start for part in parts]
+    for size in sizes:
+        assert size <= 256 or 4 * width * size <= 56 << 20
+    assert all(size == sizes[0] and size % 256 == 0 for size in sizes[:-1])
+    most = max(1, (56 << 20) // (4 * max(1, width) * 256)) * 256
+    assert len(parts) <= -(-tokens // most)
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
 def test_a_bias_of_32_bits_and_more_joins_the_bypass_and_one_of_16_the_product(dtype):
     wide, narrow = torch.zeros(4, dtype=dtype), torch.zeros(4, dtype=torch.bfloat16)

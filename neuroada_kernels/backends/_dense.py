@@ -3,13 +3,14 @@
 The bypass goes first so that y is rounded once where the product accumulates: what is rounded
 early is only the small bypass, and an update far below one unit in the last place of y still acts.
 
-Not on a GPU: in 16 bits cuBLAS rounds the product before it adds it onto y, and such an update
-would be lost. There the product goes first, in float32, and the bypass is added to it.
+Not on an NVIDIA GPU: in 16 bits cuBLAS rounds the product before it adds it onto y, and such an
+update would be lost. There the product is taken in float32, and what is added to it is added there.
 """
 
 from __future__ import annotations
 
 import functools
+from collections.abc import Iterator
 
 import torch
 from torch import Tensor
@@ -18,6 +19,10 @@ from torch import Tensor
 _BLOCK_BYTES = 8 << 20
 #: Bytes of float32 weight that the widening product holds: a share of W's, within these bounds.
 _WIDENED_BYTES = (256 << 10, 2 << 20)
+#: Bytes of a product in float32 that a call on a GPU holds at most, but for the fewest tokens.
+_WIDE_BYTES = 56 << 20
+#: Tokens of such a product are a multiple of this, but for the last, so that its tiles are whole.
+_WIDE_TOKENS = 256
 
 
 def bias_for_bypass(bias: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
@@ -33,7 +38,7 @@ def bias_for_bypass(bias: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
 def add_dense(y: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """``y + x @ weight + bias``; ``y`` is consumed.
 
-    Rounded once, but for a 16-bit bias on an accelerator, which is added to the rounded sum.
+    Rounded once, but in 16 bits on an accelerator that is none of NVIDIA's.
 
     Parameters
     ----------
@@ -48,6 +53,8 @@ def add_dense(y: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None = None) 
     """
     if y.numel() == 0:
         return y
+    if y.is_cuda and torch.version.hip is None and y.dtype.itemsize == 2:
+        return _add_dense_wide(y, x, weight, bias)
     if y.dtype in (torch.float32, torch.float64) or not y.is_cpu:
         torch.addmm(y, x, weight, out=y)
         return y if bias is None else y.add_(bias)
@@ -79,6 +86,16 @@ def wide_product(x: Tensor, weight: Tensor) -> Tensor:
         return torch.mm(x.float(), weight.float())
 
 
+def wide_parts(tokens: int, width: int) -> Iterator[slice]:
+    """Tokens in even parts whose product ``[tokens, width]`` in float32 fits into its scratch."""
+    blocks = -(-tokens // _WIDE_TOKENS)
+    most = max(1, _WIDE_BYTES // (4 * max(1, width) * _WIDE_TOKENS))
+    parts = max(1, -(-blocks // most))
+    step = max(1, -(-blocks // parts)) * _WIDE_TOKENS
+    for first in range(0, tokens, step):
+        yield slice(first, min(first + step, tokens))
+
+
 @functools.cache
 def has_product(dtype: torch.dtype) -> bool:
     """Whether oneDNN multiplies matrices of this 16-bit dtype on this processor."""
@@ -87,6 +104,18 @@ def has_product(dtype: torch.dtype) -> bool:
     if dtype == torch.bfloat16:
         return bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
     return bool(torch.ops.mkldnn._is_mkldnn_fp16_supported())
+
+
+def _add_dense_wide(y: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """In float32, by parts of the tokens, and rounded once."""
+
+    def total(part: slice) -> Tensor:
+        sums = wide_product(x[part], weight).add_(y[part])
+        return sums if bias is None else sums.add_(bias)
+
+    for part in wide_parts(*y.shape):
+        y[part] = total(part)
+    return y
 
 
 def _add_dense_with_bias(y: Tensor, x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:

@@ -5,7 +5,6 @@ request, for sm_90a, the product of a weight that is patched on its way to the m
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterator
 
 import torch
 from torch import Tensor
@@ -14,15 +13,11 @@ from neuroada_kernels import _extension
 from neuroada_kernels._extension import cuda_archs, runs_on
 from neuroada_kernels._registry import Backend, register
 from neuroada_kernels.backends import _compiled
-from neuroada_kernels.backends._dense import wide_product
+from neuroada_kernels.backends._dense import wide_parts, wide_product
 from neuroada_kernels.plan import make_plan
 
 _SIXTEEN_BITS = {torch.bfloat16, torch.float16}
 _DTYPES = {torch.float32, *_SIXTEEN_BITS}
-#: Bytes of a product in float32 that a call holds at most, but for the fewest tokens.
-_WIDE_BYTES = 56 << 20
-#: Tokens of a chunk are a multiple of this, so that the product's tiles are whole.
-_CHUNK_TOKENS = 256
 
 
 @functools.cache
@@ -103,7 +98,7 @@ def _linear_onto_product(
     connections = index.contiguous(), _compiled.wide(delta, x)
     bias = None if bias is None else bias.contiguous()
     add_bypass = _compiled.C.bypass_fwd.default
-    for part in _chunks(*y.shape):  # whose products get no name, or two would be held at once
+    for part in wide_parts(*y.shape):  # whose products get no name, or two would be held at once
         add_bypass(x[part], *connections, bias, wide_product(x[part], weight.t()), y[part])
     return y
 
@@ -124,17 +119,9 @@ def _linear_backward_onto_product(
     plan = make_plan(index, weight.shape[1]) if plan is None else plan.contiguous()
     wide_delta = _compiled.wide(delta, grad)
     add_bypass = _compiled.C.bypass_bwd_input.default
-    for part in _chunks(*grad_x.shape):
+    for part in wide_parts(*grad_x.shape):
         add_bypass(grad[part], plan, wide_delta, wide_product(grad[part], weight), grad_x[part])
     return grad_x, grad_delta
-
-
-def _chunks(tokens: int, width: int) -> Iterator[slice]:
-    """Tokens in even parts whose product ``[tokens, width]`` in float32 fits into its scratch."""
-    number = max(1, -(-tokens * 4 * width // _WIDE_BYTES))
-    step = max(1, -(-tokens // (number * _CHUNK_TOKENS))) * _CHUNK_TOKENS
-    for first in range(0, tokens, step):
-        yield slice(first, min(first + step, tokens))
 
 
 def _wants_patched() -> bool:

@@ -9,7 +9,7 @@ import torch
 from host_ops import C
 
 import neuroada_kernels as nk
-from neuroada_kernels.backends import _compiled, cuda
+from neuroada_kernels.backends import _compiled, _dense, cuda
 from neuroada_kernels.plan import chosen_columns, renumber
 from neuroada_kernels.testing import CASES, Case, Inputs, make_inputs, rms_error, tolerance
 
@@ -58,8 +58,8 @@ def test_forward_is_the_formula(case, dtype):
 @every_case
 @every_dtype
 def test_all_is_added_to_the_product_in_float32_and_rounded_once(case, dtype, monkeypatch):
-    monkeypatch.setattr(cuda, "_CHUNK_TOKENS", 8)
-    monkeypatch.setattr(cuda, "_WIDE_BYTES", 1)  # the smallest chunks
+    monkeypatch.setattr(_dense, "_WIDE_TOKENS", 8)
+    monkeypatch.setattr(_dense, "_WIDE_BYTES", 1)  # the smallest chunks
     i = make_inputs(case, dtype)
     truth = exact(i)
     y = cuda._linear_onto_product(i.x, i.weight, i.index, i.delta, i.bias)

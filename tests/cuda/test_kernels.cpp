@@ -56,7 +56,7 @@ void formulas_hold_over_shapes() {
   }
 }
 
-// Rows that can be read 16 bytes at a time, to the last one and with columns left over.
+// Rows that can be read 8 bytes at a time, to the last one and with columns left over.
 void formulas_hold_for_aligned_rows() {
   for (const TestDevice& on : kDevices) {
     check_case({17, 64, 72, 8, IndexKind::ragged, true, Base::separate}, on, 1);
