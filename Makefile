@@ -10,6 +10,8 @@ CTEST := $(BIN)/ctest --parallel $(or $(filter-out 0,$(WORKERS)),1) --output-on-
 BUILD ?= $(or $(NEUROADA_BUILD),auto)
 # With BUILD=cuda nvcc comes from PyPI, pinned, about 100 MB; `NVCC=` takes the one on the PATH.
 NVCC ?= nvidia-cuda-nvcc==13.0.88 nvidia-nvvm==13.0.88 nvidia-cuda-crt==13.0.88 nvidia-cuda-cccl==13.0.85 nvidia-cuda-runtime==13.0.96
+# CUTLASS as well, of which the headers alone are used: what its Python part depends on stays away.
+CUTLASS ?= nvidia-cutlass==4.2.0.0
 # Where setup.py compiles for an editable install: the C++ tests are of the same objects.
 CPP_BUILD := build/cmake
 SOURCES := $(shell find csrc -type f) CMakeLists.txt setup.py pyproject.toml
@@ -41,8 +43,12 @@ $(VENV)/nvcc: $(VENV)/torch
 	$(if $(NVCC),$(BIN)/python -m pip install --quiet $(NVCC))
 	touch $@
 
+$(VENV)/cutlass: $(VENV)/torch
+	$(if $(CUTLASS),$(BIN)/python -m pip install --quiet --no-deps $(CUTLASS))
+	touch $@
+
 # No build isolation: an isolated build would fetch its own, newest torch.
-$(VENV)/installed-$(BUILD): $(VENV)/torch $(if $(filter cuda,$(BUILD)),$(VENV)/nvcc) $(SOURCES)
+$(VENV)/installed-$(BUILD): $(VENV)/torch $(if $(filter cuda,$(BUILD)),$(VENV)/nvcc $(VENV)/cutlass) $(SOURCES)
 	rm -f $(VENV)/installed-* neuroada_kernels/*.so
 	$(BIN)/python -m pip install --quiet 'setuptools>=77' wheel 'pybind11>=2.13' 'cmake>=3.22' ninja
 	PATH="$(CURDIR)/$(BIN):$$PATH" NEUROADA_BUILD=$(BUILD) $(BIN)/python -m pip install --quiet --no-build-isolation --editable '.[dev]'

@@ -73,6 +73,7 @@ py::dict build_facts() {
   facts["instruction_sets"] = NEUROADA_ISAS;
   facts["cuda_archs"] = NEUROADA_CUDA_ARCHS;
   facts["nvcc"] = NEUROADA_NVCC_VERSION;
+  facts["cutlass"] = NEUROADA_CUTLASS_VERSION;
   return facts;
 }
 

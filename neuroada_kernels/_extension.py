@@ -55,6 +55,12 @@ def cuda_archs() -> tuple[str, ...]:
     return () if module is None else tuple(module.build_facts()["cuda_archs"].split())
 
 
+@functools.cache
+def cutlass_version() -> str:
+    """Of the CUTLASS by which the CUDA kernels' product is built; empty where there is none."""
+    return "" if module is None else str(module.build_facts()["cutlass"])
+
+
 def runs_on(arch: str, capability: tuple[int, int]) -> bool:
     """Whether code for ``sm_<arch>`` runs on a GPU of this compute capability.
 

@@ -57,6 +57,13 @@ def _backend_state(name: str, why_not: str | None) -> str:
     return "; ".join(["available", *sorted(reason for reason in reasons if reason is not None)])
 
 
+def _cuda_build(build: dict[str, str]) -> str:
+    if not build["cuda_archs"]:
+        return "none, built without CUDA"
+    cutlass = f"with CUTLASS {build['cutlass']}" if build["cutlass"] else "without CUTLASS"
+    return f"{build['cuda_archs']}, by nvcc {build['nvcc']}, {cutlass}"
+
+
 def _library_state(name: str) -> str:
     """The version of a library with layers of its own, or how it is installed."""
     missing = missing_library(name)
@@ -108,8 +115,7 @@ def _lines(known: dict[str, Any]) -> list[str]:
         lines.append(f"  instruction sets built: {build['instruction_sets']}")
         lines.append(f"  this processor runs: {' '.join(['generic', *known['cpu_features']])}")
         lines.append(f"  its kernels run with: {known['cpu_isa']}")
-        cuda = f"{build['cuda_archs']}, by nvcc {build['nvcc']}" if build["cuda_archs"] else None
-        lines.append(f"  CUDA architectures: {cuda or 'none, built without CUDA'}")
+        lines.append(f"  CUDA architectures: {_cuda_build(build)}")
     lines.append("backends:")
     lines += [f"  {name}: {why}" for name, why in known["backends"].items()]
     lines.append("layers of other libraries, round which the bypass can go:")

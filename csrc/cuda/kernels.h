@@ -95,6 +95,20 @@ struct LinearPatched {
   int64_t out_stride;
 };
 
+// onto = from weight^T + bias + onto, or onto = from weight + onto: all of it is added in float32 and rounded once.
+// On sm_90a, by CUTLASS.
+struct ProductOnto {
+  DType dtype;  // bfloat16 or float16: of from, weight, bias and onto
+  int64_t tokens, d_in, d_out;
+  const void* from;  // x [tokens, d_in], or grad [tokens, d_out]
+  int64_t from_stride;
+  const void* weight;  // [d_out, d_in]
+  int64_t weight_stride;
+  const void* bias;  // [d_out], or null for zero and for grad
+  void* onto;        // [tokens, d_out], or [tokens, d_in]; overlaps nothing else
+  int64_t onto_stride;
+};
+
 // out[j, s] = sum_t grad[t, j] x[t, index[j, s]], and zero in a slot without a connection
 struct Sddmm {
   DType dtype;  // of grad and x
@@ -147,10 +161,12 @@ int64_t bypass_bwd_input_entries(int64_t d_in, int64_t live);
 // In how many parts of the tokens SDDMM sums first.
 int64_t sddmm_parts(const Sddmm&, const Device&);
 
-// These copy their operands by the hardware of sm_90: x, weight and grad are 16-byte aligned, their rows
+// These copy their operands by the hardware of sm_90: x, weight, grad and onto are 16-byte aligned, their rows
 // and sizes along a row multiples of 8 elements, and no size is zero. They check that first.
 void linear_patched_fwd(const LinearPatched&, const Device&, void* stream);
 void linear_patched_bwd_input(const LinearPatched&, const Device&, void* stream);
+void product_onto_fwd(const ProductOnto&, const Device&, void* stream);
+void product_onto_bwd_input(const ProductOnto&, const Device&, void* stream);
 
 // How many offsets they need as scratch.
 int64_t linear_patched_starts(int64_t d_in, int64_t d_out, bool forward);

@@ -1,8 +1,8 @@
 // How the kernels of linear_patched_sm90.cuh are launched: the connections by the pieces of W, then the product.
 #pragma once
 
-#include "launch.h"
 #include "linear_patched_sm90.cuh"
+#include "operand_sm90.h"
 #include "tensor_map_sm90.h"
 
 namespace neuroada::cuda {
@@ -10,29 +10,6 @@ namespace neuroada::cuda {
 // The tile that is compiled for the GPU: the largest whose accumulators two warpgroups hold.
 using HopperTile = ProductTile<2, 256, 4>;
 static_assert(sizeof(ProductShared<BFloat16, HopperTile>) <= 227 << 10, "the shared memory that a CTA may have");
-
-// One operand as it lies in memory.
-struct Operand {
-  const char* name;
-  const void* data;
-  int64_t rows, columns, stride;
-};
-
-inline void check_copyable(const char* kernel, const Operand& operand) {
-  const auto refuse = [&](const std::string& why) {
-    throw std::runtime_error(std::string(kernel) + ": " + operand.name + ": " + why);
-  };
-  if (!aligned16(operand.data)) refuse("not 16-byte aligned");
-  if (operand.rows == 0) refuse("no rows, expected at least one");
-  if (operand.columns == 0 || operand.columns % 8 != 0) {
-    refuse(std::to_string(operand.columns) + " columns, expected a multiple of 8");
-  }
-  if (operand.stride < operand.columns) {
-    refuse("stride " + std::to_string(operand.stride) + ", expected no less than the columns");
-  }
-  if (operand.stride % 8 != 0) refuse("stride " + std::to_string(operand.stride) + ", expected a multiple of 8");
-  if (std::max(operand.rows, operand.columns) > INT32_MAX - 256) refuse("a size of more than 2^31");
-}
 
 template <class Tile>
 Grid grid_of(const Operand& left, int64_t columns) {

@@ -211,6 +211,41 @@ Tensor linear_patched_bwd_input_op(const Tensor& grad, const Tensor& weight, con
   return linear_patched("grad", grad, weight, index, delta, std::nullopt, false);
 }
 
+// onto += from weight^T + bias, or from weight: in float32, and rounded once.
+void product_onto(const char* name, const Tensor& from, const Tensor& weight, const std::optional<Tensor>& bias,
+                  Tensor& onto, bool forward) {
+  const Site site = site_of(name, from);
+  check_matrix(name, from, -1, -1, site);
+  check_weight(weight, forward ? -1 : from.size(1), forward ? from.size(1) : -1, name, from, site);
+  const int64_t tokens = from.size(0), d_out = weight.size(0), d_in = weight.size(1);
+  const DType dtype = dtype_of(name, from);
+  check_matrix("onto", onto, tokens, forward ? d_out : d_in, site);
+  check_same_dtype("onto", onto, dtype, name);
+  if (bias) check_bias(*bias, d_out, dtype, site);
+  if (onto.numel() == 0) return;
+  const CurrentDevice device(site);
+  const ProductOnto args{dtype,
+                         tokens,
+                         d_in,
+                         d_out,
+                         from.const_data_ptr(),
+                         from.stride(0),
+                         weight.const_data_ptr(),
+                         weight.stride(0),
+                         bias ? bias->const_data_ptr() : nullptr,
+                         onto.mutable_data_ptr(),
+                         onto.stride(0)};
+  (forward ? product_onto_fwd : product_onto_bwd_input)(args, device.facts(), device.stream());
+}
+
+void product_onto_fwd_op(const Tensor& x, const Tensor& weight, std::optional<Tensor> bias, Tensor onto) {
+  product_onto("x", x, weight, bias, onto, true);
+}
+
+void product_onto_bwd_input_op(const Tensor& grad, const Tensor& weight, Tensor onto) {
+  product_onto("grad", grad, weight, std::nullopt, onto, false);
+}
+
 // What the four ops on the chosen entries of W share; delta may be missing.
 void run_merge(MergeMode mode, const Tensor& weight, const Tensor& index, const Tensor* delta, const Tensor& original) {
   const Site site = site_of("weight", weight);
@@ -283,6 +318,8 @@ STABLE_TORCH_LIBRARY_IMPL(neuroada_C, CUDA, m) {
   m.impl("sddmm", TORCH_BOX(&sddmm_op));
   m.impl("linear_patched_fwd", TORCH_BOX(&linear_patched_fwd_op));
   m.impl("linear_patched_bwd_input", TORCH_BOX(&linear_patched_bwd_input_op));
+  m.impl("product_onto_fwd", TORCH_BOX(&product_onto_fwd_op));
+  m.impl("product_onto_bwd_input", TORCH_BOX(&product_onto_bwd_input_op));
   m.impl("merge", TORCH_BOX(&merge_op));
   m.impl("gather", TORCH_BOX(&gather_op));
   m.impl("patch", TORCH_BOX(&patch_op));

@@ -30,12 +30,15 @@ def arguments() -> dict[str, Tensor]:
 
 
 def sixteen_bits() -> dict[str, Tensor]:
-    """Arguments of the patched products; the names say so where others have them."""
+    """Arguments of the products for sm_90a; the names say so where others have them."""
     dtype = torch.bfloat16
     return {
         "x16": torch.randn(5, 8, dtype=dtype),
         "weight16": torch.randn(4, 8, dtype=dtype),
         "bias16": torch.randn(4, dtype=dtype),
+        "weight_onto16": torch.randn(8, 8, dtype=dtype),
+        "bias_onto16": torch.randn(8, dtype=dtype),
+        "onto16": torch.full((5, 8), 7.0, dtype=dtype),
         "grad16": torch.randn(5, 8, dtype=dtype),
         "weight_back16": torch.randn(8, 8, dtype=dtype),
         "delta_back": torch.randn(8, 2),
@@ -56,6 +59,12 @@ CALLS: dict[str, Callable[..., object]] = {
     ),
     "linear_patched_bwd_input": lambda a: C.linear_patched_bwd_input(
         *(a[n] for n in ("grad16", "weight_back16", "index_back", "delta_back"))
+    ),
+    "product_onto_fwd": lambda a: C.product_onto_fwd(
+        *(a[n] for n in ("x16", "weight_onto16", "bias_onto16", "onto16"))
+    ),
+    "product_onto_bwd_input": lambda a: C.product_onto_bwd_input(
+        *(a[n] for n in ("grad16", "weight_back16", "onto16"))
     ),
     "merge": lambda a: C.merge(a["weight"], a["index"], a["delta"]),
     "gather": lambda a: C.gather(a["weight"], a["index"]),
@@ -130,6 +139,33 @@ WRONG = [
     ("linear_patched_bwd_input", "weight_back16", lambda t: t.half(), "weight: dtype differs"),
     ("linear_patched_bwd_input", "index_back", lambda t: t[:7], "index: shape [7, 2], expected [8"),
     ("linear_patched_bwd_input", "delta_back", lambda t: t[:, :1], "delta: shape [8, 1], expected"),
+    ("product_onto_fwd", "x16", lambda t: t.float(), "x: dtype float32, expected bfloat16"),
+    ("product_onto_fwd", "x16", lambda t: t[0], "x: shape [8], expected a matrix"),
+    ("product_onto_fwd", "x16", lambda t: t[:, :4], "weight: shape [8, 8], expected [-1, 4]"),
+    ("product_onto_fwd", "x16", lambda t: t[:4], "onto: shape [5, 8], expected [4, 8]"),
+    ("product_onto_fwd", "x16", lambda t: odd(t), "product_onto_fwd: x: stride 9, expected a mult"),
+    ("product_onto_fwd", "weight_onto16", lambda t: odd(t), "weight: stride 9, expected a"),
+    ("product_onto_fwd", "weight_onto16", lambda t: t.half(), "weight: dtype differs from"),
+    ("product_onto_fwd", "weight_onto16", lambda t: t[:4], "onto: shape [5, 8], expected [5, 4]"),
+    ("product_onto_fwd", "bias_onto16", lambda t: t[:4], "bias: shape [4], expected [8]"),
+    ("product_onto_fwd", "bias_onto16", lambda t: t.float(), "bias: dtype differs"),
+    ("product_onto_fwd", "bias_onto16", lambda t: t.repeat(2)[::2], "bias: not contiguous"),
+    ("product_onto_fwd", "onto16", lambda t: t[:4], "onto: shape [4, 8], expected [5, 8]"),
+    ("product_onto_fwd", "onto16", lambda t: t.float(), "onto: dtype differs from that of x"),
+    ("product_onto_fwd", "onto16", lambda t: odd(t), "onto: stride 9, expected a multiple of 8"),
+    ("product_onto_fwd", "onto16", lambda t: t[:1].expand(5, -1), "onto: stride 0, expected no"),
+    (
+        "product_onto_fwd",
+        "onto16",
+        lambda t: t.repeat(1, 2)[:, 4:12],
+        "product_onto_fwd: onto: not 16-byte aligned",
+    ),
+    ("product_onto_bwd_input", "grad16", lambda t: t.float(), "grad: dtype float32, expected"),
+    ("product_onto_bwd_input", "grad16", lambda t: t[:, :4], "weight: shape [8, 8], expected [4"),
+    ("product_onto_bwd_input", "grad16", lambda t: odd(t), "grad: stride 9, expected"),
+    ("product_onto_bwd_input", "weight_back16", lambda t: t[:, :4], "onto: shape [5, 8], "),
+    ("product_onto_bwd_input", "weight_back16", lambda t: t.half(), "weight: dtype differs"),
+    ("product_onto_bwd_input", "onto16", lambda t: t.half(), "onto: dtype differs from"),
     ("merge", "weight", lambda t: t.double(), "weight: dtype float64"),
     ("merge", "weight", lambda t: t.t().contiguous().t(), "weight: stride 4 along a row"),
     ("merge", "delta", lambda t: t.double(), "delta: dtype is not the expected float32"),
@@ -156,7 +192,7 @@ def test_a_wrong_argument_is_named_and_nothing_is_written(op, name, spoil, messa
     with pytest.raises(RuntimeError) as raised:
         CALLS[op](given)
     assert message in str(raised.value)
-    for written in ("out", "grad_x", "weight", "original"):
+    for written in ("out", "grad_x", "weight", "original", "onto16"):
         assert (given[written] == 7).all()
 
 
@@ -169,6 +205,20 @@ def test_a_product_over_nothing_is_refused():
     given |= {name: given[name][:0] for name in ("index_back", "delta_back")}
     with pytest.raises(RuntimeError, match="linear_patched_bwd_input: grad: 0 columns"):
         CALLS["linear_patched_bwd_input"](given)
+    with pytest.raises(RuntimeError, match="product_onto_bwd_input: grad: 0 columns"):
+        CALLS["product_onto_bwd_input"](given)
+    given |= {"weight_onto16": given["weight_onto16"][:, :0]}
+    with pytest.raises(RuntimeError, match="product_onto_fwd: x: 0 columns"):
+        CALLS["product_onto_fwd"](given)
+
+
+def test_sizes_of_which_no_rows_are_whole_vectors_are_refused():
+    given = arguments()
+    given |= {"weight_onto16": given["weight_onto16"][:4], "onto16": given["onto16"][:, :4]}
+    given |= {"bias_onto16": given["bias_onto16"][:4]}
+    with pytest.raises(RuntimeError, match="product_onto_fwd: onto: 4 columns, expected"):
+        CALLS["product_onto_fwd"](given)
+    assert (given["onto16"] == 7).all()
 
 
 @pytest.mark.parametrize("op", CALLS)
@@ -186,6 +236,8 @@ def test_a_freed_storage_is_refused(op):
         "columns": "x",
         "linear_patched_fwd": "weight16",
         "linear_patched_bwd_input": "weight_back16",
+        "product_onto_fwd": "onto16",
+        "product_onto_bwd_input": "onto16",
     }.get(op, "weight")
     given[name].untyped_storage().resize_(0)
     with pytest.raises(RuntimeError, match=f"{name.partition('_')[0].removesuffix('16')}: its"):

@@ -94,20 +94,22 @@ def instructions(arch: str) -> dict[str, set[str]]:
     return found
 
 
-_INSTRUCTIONS = r"(?:(?:LD|ST)[GSL]|HGMMA|UTMALDG|SYNCS|USETMAXREG|WARPGROUP)(?:\.\w+)*"
+_INSTRUCTIONS = r"(?:(?:LD|ST)[GSL]|HGMMA|UTMALDG|UTMASTG|SYNCS|USETMAXREG|WARPGROUP)(?:\.\w+)*"
 
 
-PRODUCT = "linear_patched_sm90_kernel"
+#: The products for sm_90a: ours, whose tiles of W are patched, and CUTLASS's where it is built in.
+PATCHED, ONTO = PRODUCTS = ("linear_patched_sm90_kernel", "product_onto_sm90_kernel")
 
 
 def is_for_sm90(name: str) -> bool:
-    return name.startswith((PRODUCT, "block_entries_kernel"))
+    return name.startswith((*PRODUCTS, "block_entries_kernel"))
 
 
 def test_every_kernel_is_compiled_for_every_arch_that_it_is_for():
     names = {key.partition(" ")[2] for key in resources()}
-    # Staged ones, their helpers, merge, columns; for sm_90a two products and their helper.
-    assert len(names) == 3 * (5 + 5 + 2) + 2 + 3 * 4 + 2 + 2 * 2 + 1
+    # Staged ones, their helpers, merge, columns; for sm_90a products each way and their helper.
+    products = 2 if BUILD["cutlass"] and "90a" in ARCHS else 1
+    assert len(names) == 3 * (5 + 5 + 2) + 2 + 3 * 4 + 2 + products * 2 * 2 + 1
     assert set(resources()) == {
         f"sm_{arch} {name}"
         for arch in ARCHS
@@ -124,35 +126,47 @@ def test_no_kernel_needs_more_than_the_table_says():
         if table["nvcc"] == BUILD["nvcc"]:
             assert used == known, f"{key}: is the table to be written anew?"
     stale = {key for key in table["kernels"] if key.split()[0][3:] in ARCHS} - set(resources())
-    assert not stale
+    assert not {key for key in stale if BUILD["cutlass"] or ONTO not in key}
 
 
 def test_every_kernel_launches_with_the_threads_of_a_cta():
     """A multiprocessor has 65536 registers, a CTA of a product 384 threads, others up to 512."""
     for key, used in resources().items():
-        threads = 384 if key.partition(" ")[2].startswith(PRODUCT) else 512
+        threads = 384 if key.partition(" ")[2].startswith(PRODUCTS) else 512
         assert used["registers"] <= 65536 // threads // 8 * 8, key
 
 
+def product_of(name: str) -> str:
+    """wgmma in the largest shape, with W's rows along the sum in dx."""
+    bfloat16 = ".BF16" if "BFloat16" in name else ""
+    rows_of_w = "" if "false" in name else ".tnspB"
+    return f"HGMMA.64x256x16.F32{bfloat16}{rows_of_w}"
+
+
 @pytest.mark.skipif("90a" not in ARCHS, reason="nvcc does not know sm_90a")
-def test_products_for_sm90_are_made_by_the_hardware_for_them():
-    """TMA, wgmma in the largest shape, mbarriers, registers that move; y in 16 bytes a lane."""
-    kernels = {n: used for n, used in instructions("90a").items() if n.startswith(PRODUCT)}
+@pytest.mark.parametrize("product", PRODUCTS)
+def test_products_for_sm90_are_made_by_the_hardware_for_them(product):
+    """TMA, wgmma, mbarriers, registers that move."""
+    if product == ONTO and not BUILD["cutlass"]:
+        pytest.skip("built without CUTLASS")
+    kernels = {n: used for n, used in instructions("90a").items() if n.startswith(product)}
     assert len(kernels) == 4
     for name, used in kernels.items():
-        (product,) = {i for i in used if i.startswith("HGMMA")}
-        bfloat16 = ".BF16" if "BFloat16" in name else ""
-        rows_of_w = "" if "false" in name else ".tnspB"
-        assert product == f"HGMMA.64x256x16.F32{bfloat16}{rows_of_w}", name
+        assert {i for i in used if i.startswith("HGMMA")} == {product_of(name)}, name
         parts = {i.partition(".")[0] for i in used}
         assert parts >= {"UTMALDG", "SYNCS", "USETMAXREG", "WARPGROUP"}, name
-        assert "STG.E.128" in used, name
+        if product == PATCHED:
+            assert "STG.E.128" in used, "y goes in 16 bytes a lane"
+        else:
+            assert "UTMALDG.3D.MULTICAST" in used, "a pair of CTAs has one copy of a tile of W"
+            assert {i for i in used if i.startswith("UTMASTG")} == {"UTMASTG.3D"}, name
+            assert not [i for i in used if i.startswith("STG")], "y goes by TMA alone"
 
 
 @every_arch
 def test_staged_columns_are_read_and_written_sixteen_bytes_at_a_time(arch):
     staged = {name: used for name, used in instructions(arch).items() if "<" in name}
-    others = ("merge", "columns", PRODUCT)
+    others = ("merge", "columns", *PRODUCTS)
     staged = {name: used for name, used in staged.items() if not name.startswith(others)}
     assert len(staged) == 36
     for name, used in staged.items():

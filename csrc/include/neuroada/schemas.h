@@ -20,6 +20,9 @@ void define_ops(Library& m) {
   // The products of a weight that holds round(W + delta), which only the kernel's copies of W do; on sm_90a alone.
   m.def("linear_patched_fwd(Tensor x, Tensor weight, Tensor index, Tensor delta, Tensor? bias) -> Tensor");
   m.def("linear_patched_bwd_input(Tensor grad, Tensor weight, Tensor index, Tensor delta) -> Tensor");
+  // Onto what is there, added in float32 and rounded once; on sm_90a alone, and built with CUTLASS.
+  m.def("product_onto_fwd(Tensor x, Tensor weight, Tensor? bias, Tensor(a!) onto) -> ()");
+  m.def("product_onto_bwd_input(Tensor grad, Tensor weight, Tensor(a!) onto) -> ()");
   // On the CPU alone; by: 0 value, 1 magnitude, 2 smallest magnitude.
   m.def("largest(Tensor scores, int k, int by) -> Tensor");
   // x[:, columns]; on the CPU a column that x lacks is an error, on a GPU it is zero.

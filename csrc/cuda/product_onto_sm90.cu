@@ -1,0 +1,186 @@
+// onto = from weight^T + bias + onto, or onto = from weight + onto, by CUTLASS for sm_90a: what is there already is
+// added to the float32 sums, and all of it is rounded once. cuBLAS, asked for the same, rounds the product first, and
+// what lies below its last place is lost.
+#include "product_onto_sm90.h"
+
+#ifdef NEUROADA_CUTLASS
+
+#include <cutlass/cutlass.h>
+
+#include <cutlass/epilogue/collective/collective_builder.hpp>
+#include <cutlass/epilogue/fusion/operations.hpp>
+#include <cutlass/gemm/collective/collective_builder.hpp>
+#include <cutlass/gemm/kernel/gemm_universal.hpp>
+
+namespace neuroada::cuda {
+
+template <class T>
+struct CutlassElement;
+template <>
+struct CutlassElement<BFloat16> {
+  using type = cutlass::bfloat16_t;
+};
+template <>
+struct CutlassElement<Half> {
+  using type = cutlass::half_t;
+};
+
+// Two warpgroups share a tile of 128 x 256 sums, and a pair of CTAs one copy of the tile of W: no tile whose sums fit
+// into registers reads fewer bytes a product. Pingpong, where a warpgroup stores its own tile while the other
+// multiplies, halves the tile and reads half as much again from the L2 cache.
+template <class T, bool kRowsOfRight>
+struct OntoProduct {
+  using Element = typename CutlassElement<T>::type;
+  using Tile = cute::Shape<cute::_128, cute::_256, cute::_64>;
+  using Cluster = cute::Shape<cute::_2, cute::_1, cute::_1>;
+  using RowMajor = cutlass::layout::RowMajor;
+  using Right = std::conditional_t<kRowsOfRight, RowMajor, cutlass::layout::ColumnMajor>;
+  static constexpr int kAligned = 8;  // elements, 16 bytes
+
+  // beta * onto + (alpha * sum + bias) in float32, and the only rounding; a null bias is zero. Its elements are read
+  // one by one, so that they may lie anywhere.
+  using Sum = cutlass::epilogue::fusion::LinCombPerColBias<Element, float, Element, Element, float, 1>;
+
+  // onto is C and D at once. A CTA stores a part of its tile, 128 x 32, only after all of that part has been read, no
+  // other CTA reads or writes it, and what is read ahead are other parts. C and D share their shared memory as well
+  // (ReuseSmemC): a part is summed where it was copied to, and copied over only once its store has been read from
+  // there.
+  using Epilogue = typename cutlass::epilogue::collective::CollectiveBuilder<
+      cutlass::arch::Sm90, cutlass::arch::OpClassTensorOp, Tile, Cluster,
+      cutlass::epilogue::collective::EpilogueTileAuto, float, float, Element, RowMajor, kAligned, Element, RowMajor,
+      kAligned, cutlass::epilogue::TmaWarpSpecializedCooperative, Sum>::CollectiveOp;
+  using Stages =
+      cutlass::gemm::collective::StageCountAutoCarveout<static_cast<int>(sizeof(typename Epilogue::SharedStorage))>;
+  using Mainloop = typename cutlass::gemm::collective::CollectiveBuilder<
+      cutlass::arch::Sm90, cutlass::arch::OpClassTensorOp, Element, RowMajor, kAligned, Element, Right, kAligned, float,
+      Tile, Cluster, Stages, cutlass::gemm::KernelTmaWarpSpecializedCooperative>::CollectiveOp;
+
+  using Kernel = cutlass::gemm::kernel::GemmUniversal<cute::Shape<int, int, int, int>, Mainloop, Epilogue,
+                                                      cutlass::gemm::PersistentScheduler>;
+  using Params = typename Kernel::Params;
+  static_assert(Kernel::SharedStorageSize <= 227 << 10, "the shared memory that a CTA may have");
+  static_assert(alignof(typename Kernel::SharedStorage) <= 1024, "what the kernel asks for");
+};
+
+// In place of CUTLASS's own entry point, which has all of its types in its name.
+template <class T, bool kRowsOfRight>
+__global__ void __launch_bounds__(OntoProduct<T, kRowsOfRight>::Kernel::MaxThreadsPerBlock, 1)
+    product_onto_sm90_kernel(const __grid_constant__ typename OntoProduct<T, kRowsOfRight>::Params params) {
+  extern __shared__ __align__(1024) char neuroada_onto_shared[];
+  typename OntoProduct<T, kRowsOfRight>::Kernel()(params, neuroada_onto_shared);
+}
+
+namespace {
+
+// Tiles go in strips of up to 8, so that the CTAs which run at once share both operands in the L2 cache. Sizes that the
+// strips do not divide would be filled up with tiles of zeros, which take as long as any.
+int strip_of(const Operand& onto) {
+  const int64_t row_pairs = ceil_div(onto.rows, 2 * 128), columns = ceil_div(onto.columns, 256);
+  int strip = 8;
+  while (row_pairs % strip != 0 || columns % strip != 0) strip /= 2;
+  return strip;
+}
+
+template <class T, bool kRowsOfRight>
+typename OntoProduct<T, kRowsOfRight>::Kernel::Arguments arguments_of(const OntoOperands& operands, const void* bias,
+                                                                      const Device& device) {
+  using Product = OntoProduct<T, kRowsOfRight>;
+  using Element = typename Product::Element;
+  typename Product::Kernel::StrideA left{};
+  typename Product::Kernel::StrideB right{};
+  typename Product::Kernel::StrideC onto{};
+  cute::get<0>(left) = operands.left.stride;
+  cute::get<kRowsOfRight ? 1 : 0>(right) = operands.weight.stride;
+  cute::get<0>(onto) = operands.onto.stride;
+  const auto* onto_in = static_cast<const Element*>(operands.onto.data);
+
+  typename Product::Kernel::Arguments args{};
+  args.mode = cutlass::gemm::GemmUniversalMode::kGemm;
+  args.problem_shape = {static_cast<int>(operands.onto.rows), static_cast<int>(operands.onto.columns),
+                        static_cast<int>(operands.left.columns), 1};
+  args.mainloop = {static_cast<const Element*>(operands.left.data), left,
+                   static_cast<const Element*>(operands.weight.data), right};
+  args.epilogue = {{}, onto_in, onto, const_cast<Element*>(onto_in), onto};
+  args.epilogue.thread.alpha = 1;
+  args.epilogue.thread.beta = 1;
+  args.epilogue.thread.bias_ptr = static_cast<const Element*>(bias);
+  // Known, so that CUTLASS asks no device.
+  args.hw_info.sm_count = static_cast<int>(device.multiprocessors);
+  args.scheduler.max_swizzle_size = strip_of(operands.onto);
+  return args;
+}
+
+// In pairs of CTAs, which launch.h does not know.
+template <class Params>
+void launch_pairs(const char* name, void (*kernel)(Params), dim3 grid, dim3 threads, int shared, void* stream,
+                  Params& params) {
+  const void* function = reinterpret_cast<const void*>(kernel);
+  check(name, "cudaFuncSetAttribute",
+        cudaFuncSetAttribute(function, cudaFuncAttributeMaxDynamicSharedMemorySize, shared));
+  cudaLaunchAttribute cluster{};
+  cluster.id = cudaLaunchAttributeClusterDimension;
+  cluster.val.clusterDim.x = 2;
+  cluster.val.clusterDim.y = 1;
+  cluster.val.clusterDim.z = 1;
+  cudaLaunchConfig_t config{};
+  config.gridDim = grid;
+  config.blockDim = threads;
+  config.dynamicSmemBytes = static_cast<size_t>(shared);
+  config.stream = static_cast<cudaStream_t>(stream);
+  config.attrs = &cluster;
+  config.numAttrs = 1;
+  void* arguments[] = {&params};
+  check(name, "cudaLaunchKernelExC", cudaLaunchKernelExC(&config, function, arguments));
+}
+
+template <class T, bool kRowsOfRight>
+void run(const char* name, const OntoOperands& operands, const void* bias, const Device& device, void* stream) {
+  using Kernel = typename OntoProduct<T, kRowsOfRight>::Kernel;
+  const auto args = arguments_of<T, kRowsOfRight>(operands, bias, device);
+  if (!Kernel::can_implement(args) || Kernel::get_workspace_size(args) != 0) {
+    throw std::runtime_error(std::string(name) + ": CUTLASS cannot run this product");
+  }
+  // Where the driver cannot encode an operand's layout CUTLASS only prints that: what there is to refuse is checked.
+  auto params = Kernel::to_underlying_arguments(args, nullptr);
+  launch_pairs(name, product_onto_sm90_kernel<T, kRowsOfRight>, Kernel::get_grid_shape(params),
+               Kernel::get_block_shape(), Kernel::SharedStorageSize, stream, params);
+}
+
+}  // namespace
+
+template <bool kForward>
+void product_onto(const char* name, const ProductOnto& p, const Device& device, void* stream) {
+  const OntoOperands operands = checked_onto_operands(name, p, kForward);
+  with_element16(name, p.dtype, [&](auto element) {
+    run<decltype(element), !kForward>(name, operands, kForward ? p.bias : nullptr, device, stream);
+  });
+}
+
+}  // namespace neuroada::cuda
+
+#else
+
+namespace neuroada::cuda {
+
+template <bool kForward>
+void product_onto(const char* name, const ProductOnto& p, const Device&, void*) {
+  checked_onto_operands(name, p, kForward);
+  throw std::runtime_error(std::string(name) + ": built without CUTLASS, expected NEUROADA_CUTLASS or PyPI's " +
+                           "nvidia-cutlass when building");
+}
+
+}  // namespace neuroada::cuda
+
+#endif
+
+namespace neuroada::cuda {
+
+void product_onto_fwd(const ProductOnto& p, const Device& device, void* stream) {
+  product_onto<true>("product_onto_fwd", p, device, stream);
+}
+
+void product_onto_bwd_input(const ProductOnto& p, const Device& device, void* stream) {
+  product_onto<false>("product_onto_bwd_input", p, device, stream);
+}
+
+}  // namespace neuroada::cuda
