@@ -6,17 +6,18 @@
 PHASES=(build environment cuda-smoke cuda-tests tests linear-8192 model linear-1024 model-checkpointed linear-16384
   cuda-memcheck memcheck sweep-k linear-peers sweep-tokens cuda-racecheck racecheck)
 # By name alone.
-MORE=(cuda-initcheck cuda-synccheck linear-patched linear-triton-one-kernel kernels)
+MORE=(cuda-initcheck cuda-synccheck linear-patched linear-onto cuda-onto-tests linear-triton-one-kernel kernels)
 # Percent of the time that a phase may take of what others need more: a kernel may hang.
 declare -A SHARE=([build]=30 [environment]=10 [cuda-smoke]=15 [cuda-tests]=15 [tests]=15 [linear-8192]=30 [model]=35
-  [cuda-memcheck]=20 [memcheck]=20 [linear-patched]=12 [linear-triton-one-kernel]=12)
+  [cuda-memcheck]=20 [memcheck]=20 [linear-patched]=12 [linear-onto]=12 [cuda-onto-tests]=15
+  [linear-triton-one-kernel]=12)
 
 is_phase() {
   [[ " ${PHASES[*]} ${MORE[*]} " == *" $1 "* ]]
 }
 
 needs_cuda() {
-  [[ $1 == cuda-* || $1 == linear-patched ]]
+  [[ $1 == cuda-* || $1 == linear-patched || $1 == linear-onto ]]
 }
 
 # --- what can run here ------------------------------------------------------------------------
@@ -29,6 +30,11 @@ has_cuda() {
 import sys, neuroada_kernels as n
 sys.exit(n.available_backends().get("cuda", "") is not None)' 2>/dev/null && HAS_CUDA=yes || HAS_CUDA=no; }
   [[ $HAS_CUDA == yes ]]
+}
+
+# Where it is missing, other kernels would be measured in place of its own.
+has_cutlass() {
+  "$PYTHON" -c 'import sys, neuroada_kernels._extension as e; sys.exit(not e.cutlass_version())' 2>/dev/null
 }
 
 # STATUSES that say nothing of it: what measures is to go on without the CUDA kernels where these
@@ -76,15 +82,15 @@ tests() { # BACKEND: every test that runs on a backend, and the Triton kernels' 
     -c "$WORK/pytest.ini" --rootdir="$ROOT" -p no:cacheprovider "${files[@]/#/$ROOT/tests/}"
 }
 
-# Each form in a process of its own: where one crashes or hangs, the other is tried all the same. Without
+# Each form in a process of its own: where one crashes or hangs, the others are tried all the same. Without
 # form 0, the default, nothing is to be had of the backend.
 smoke() {
   [[ -z $DRY_RUN ]] || { skip "there is no kernel to try on the CPU"; return; }
-  local each=$(($(limit_of "$PHASE") / 2 - 1)) # so that both forms end before the phase is stopped
+  local each=$(($(limit_of "$PHASE") / 3 - 1)) # so that all forms end before the phase is stopped
   ((each < 30)) || each=30
   # shellcheck disable=SC2016
   run bash -c 'status=0
-    for form in 0 1; do
+    for form in 0 1 2; do
       timeout --foreground --signal=KILL "$1" "$PYTHON" "$ROOT/tests/triton_kernels/smoke_gpu.py" cuda --large --forms $form && continue
       echo "form $form FAILED, status $?"
       ((form == 0)) && status=20 || status=$((status ? status : 1))
@@ -152,13 +158,14 @@ phase() {
       ;;
     tests) tests triton ;;
     cuda-tests) tests cuda ;;
+    cuda-onto-tests | linear-onto) onto "$1" ;;
     cuda-smoke) smoke ;;
     cuda-*) sanitize "${1#cuda-}" cuda ;;
     memcheck | racecheck) sanitize "$1" triton ;;
     # shellcheck disable=SC2046
     linear-peers) bench_linear "$OUT/linear-peers.json" --peers --shapes llama-3-8b --tokens 8192 --k 8 \
       --candidates resident "neuroada-$(backend)" $(sizes --tokens 4 --k 2 --candidates peft-ia3) ;;
-    linear-patched) patched ;;
+    linear-patched) on_request NEUROADA_CUDA_PATCHED ;;
     # shellcheck disable=SC2046
     kernels) run "$PYTHON" -m neuroada_kernels.cli bench kernels --device "$DEVICE" --cases T8192- \
       --candidates "neuroada-$(backend)" $(sizes --shapes 32x48 --tokens 8 --k 2 --cases T8- --steps 1) ;;
@@ -184,10 +191,17 @@ phase() {
   esac
 }
 
-# The kernels for sm_90a that patch W's tiles, with the rounding of resident, where two kernels would be taken.
-patched() {
-  local NEUROADA_CUDA_PATCHED=1
-  export NEUROADA_CUDA_PATCHED
+# CUTLASS's product onto the bypass, where torch's would go first: whether it is right, and its time.
+onto() { # PHASE
+  has_cutlass || { skip "the CUDA kernels were built without CUTLASS"; return; }
+  case $1 in
+    cuda-onto-tests) NEUROADA_CUDA_ONTO=1 tests cuda ;;
+    linear-onto) on_request NEUROADA_CUDA_ONTO ;;
+  esac
+}
+
+# The kernels for sm_90a that a variable asks for, as those that patch W's tiles, with the rounding of resident.
+on_request() { # VARIABLE
+  local -x "$1=1"
   bench_linear "$OUT/$PHASE.json" --cases T8192- --candidates neuroada-cuda
-  unset NEUROADA_CUDA_PATCHED
 }

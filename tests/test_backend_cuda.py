@@ -25,6 +25,7 @@ print(layer(torch.zeros(3, 8)).shape)
 def _asked_anew():
     caches = (
         _extension.cuda_archs,
+        _extension.cutlass_version,
         _extension.serves_gpu,
         cuda._unavailable,
         cuda._arch_reasons,
@@ -37,9 +38,9 @@ def _asked_anew():
         cached.cache_clear()
 
 
-def pretend(monkeypatch, *, archs="80 89 90a 100", gpu=(9, 0), hip=None):
+def pretend(monkeypatch, *, archs="80 89 90a 100", cutlass="4.2.0", gpu=(9, 0), hip=None):
     """A build for these archs, on a machine with a GPU of this compute capability, or none."""
-    facts = SimpleNamespace(build_facts=lambda: {"cuda_archs": archs})
+    facts = SimpleNamespace(build_facts=lambda: {"cuda_archs": archs, "cutlass": cutlass})
     monkeypatch.setattr(_extension, "module", facts)
     monkeypatch.setattr(_extension, "library_error", None)
     monkeypatch.setattr(torch.version, "hip", hip)
@@ -170,50 +171,125 @@ def test_dtypes_of_which_no_tile_is_patched(monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("asked", "dtype", "bias", "mask", "forward", "backward"),
+    ("machine", "weight", "reason"),
     [
-        (None, BF16, BF16, [True, True], "onto product", "onto product"),
-        ("0", F16, BF16, [True, True], "onto product", "onto product"),
-        (None, torch.float32, None, [True, True], "onto product", "onto product"),
-        ("1", torch.float32, None, [True, True], "onto product", "onto product"),
-        ("1", BF16, BF16, [True, True], "patched", "patched"),
-        ("1", BF16, torch.float32, [True, False], "onto product", "patched"),
-        ("1", BF16, None, [False, True], "patched", "bypass alone"),
+        ({}, {}, None),
+        ({"gpu": (8, 0)}, {}, "compute capability 8.0, expected 9.0"),
+        ({"archs": "80 89"}, {}, "no kernels for sm_90a"),
+        ({"cutlass": ""}, {}, "built without CUTLASS"),
+        ({}, {"shape": (6, 8)}, "weight of shape [6, 8], expected multiples of 8"),
+        ({}, {"strides": (12, 1)}, "weight of shape [16, 8] with rows 12 apart"),
+        ({}, {"address": 264}, "weight not 16-byte aligned"),
     ],
 )
-def test_which_kernels_a_call_takes(monkeypatch, asked, dtype, bias, mask, forward, backward):
+def test_what_no_product_goes_onto_the_bypass_for(monkeypatch, machine, weight, reason):
+    pretend(monkeypatch, **machine)
+    weight = on_gpu(BF16, **{"shape": (16, 8), **weight})
+    reasons = cuda._not_onto(on_gpu(BF16), weight)
+    assert len(reasons) == (reason is not None)
+    assert all(found.startswith(reason) for found in reasons)
+
+
+#: How the two variables that ask for other kernels are set.
+DEFAULT, PATCHED, ONTO = {}, {"NEUROADA_CUDA_PATCHED": "1"}, {"NEUROADA_CUDA_ONTO": "1"}
+NEITHER = {"NEUROADA_CUDA_PATCHED": "0", "NEUROADA_CUDA_ONTO": "0"}
+
+
+@pytest.fixture
+def named_kernels(monkeypatch):
+    """Each function that runs a call is its name."""
     pretend(monkeypatch)
-    monkeypatch.delenv("NEUROADA_CUDA_PATCHED", raising=False)
-    if asked is not None:
-        monkeypatch.setenv("NEUROADA_CUDA_PATCHED", asked)
+    for variable in NEITHER:
+        monkeypatch.delenv(variable, raising=False)
     for where, name, kernels in (
         (cuda._compiled, "linear_backward", "bypass alone"),
         (cuda, "_linear_onto_product", "onto product"),
         (cuda, "_linear_backward_onto_product", "onto product"),
         (cuda._compiled, "linear_patched", "patched"),
         (cuda._compiled, "linear_backward_patched", "patched"),
+        (cuda._compiled, "linear_onto_bypass", "onto bypass"),
+        (cuda._compiled, "linear_backward_onto_bypass", "onto bypass"),
     ):
         monkeypatch.setattr(where, name, lambda *args, kernels=kernels: kernels)
-    x = weight = on_gpu(dtype)
+
+
+@pytest.mark.parametrize(
+    ("asked", "dtype", "bias", "mask", "forward", "backward"),
+    [
+        (DEFAULT, BF16, BF16, [True, True], "onto product", "onto product"),
+        (NEITHER, F16, BF16, [True, True], "onto product", "onto product"),
+        (DEFAULT, torch.float32, None, [True, True], "onto product", "onto product"),
+        (PATCHED, torch.float32, None, [True, True], "onto product", "onto product"),
+        (PATCHED, BF16, BF16, [True, True], "patched", "patched"),
+        (PATCHED, BF16, torch.float32, [True, False], "onto product", "patched"),
+        (PATCHED, BF16, None, [False, True], "patched", "bypass alone"),
+        (ONTO, torch.float32, None, [True, True], "onto product", "onto product"),
+        (ONTO, BF16, BF16, [True, True], "onto bypass", "onto bypass"),
+        (ONTO, F16, None, [True, False], "onto bypass", "onto bypass"),
+        (ONTO, BF16, torch.float32, [True, False], "onto product", "onto bypass"),
+        (ONTO, BF16, None, [False, True], "onto bypass", "bypass alone"),
+        (PATCHED | ONTO, BF16, BF16, [True, True], "patched", "patched"),
+    ],
+)
+def test_which_kernels_a_call_takes(
+    monkeypatch, named_kernels, asked, dtype, bias, mask, forward, backward
+):
+    for variable, value in asked.items():
+        monkeypatch.setenv(variable, value)
+    x = weight = on_gpu(dtype, shape=(8, 8))
     assert cuda._linear(x, weight, None, None, bias and on_gpu(bias)) == forward
     assert cuda._linear_backward(x, x, weight, None, None, None, mask) == backward
 
 
-def test_a_call_that_cannot_be_patched_goes_in_two_kernels(monkeypatch):
-    pretend(monkeypatch, gpu=(8, 0))
+@pytest.mark.parametrize("asked", [PATCHED, ONTO, PATCHED | ONTO], ids=str)
+def test_what_those_kernels_do_not_take_goes_as_by_default(monkeypatch, named_kernels, asked):
+    for variable, value in asked.items():
+        monkeypatch.setenv(variable, value)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda index: (8, 0))
+    x = weight = on_gpu(BF16, shape=(8, 8))
+    assert cuda._linear(x, weight, None, None, None) == "onto product"
+    mask = [True, True]
+    assert cuda._linear_backward(x, x, weight, None, None, None, mask) == "onto product"
+
+
+def test_six_outputs_are_patched_but_no_product_goes_onto_them(monkeypatch, named_kernels):
+    weight = on_gpu(BF16, shape=(6, 8))
+    monkeypatch.setenv("NEUROADA_CUDA_ONTO", "1")
+    assert cuda._linear(on_gpu(BF16), weight, None, None, None) == "onto product"
     monkeypatch.setenv("NEUROADA_CUDA_PATCHED", "1")
-    monkeypatch.setattr(cuda, "_linear_onto_product", lambda *args: "two")
-    monkeypatch.setattr(cuda, "_linear_backward_onto_product", lambda *args: "two")
-    x = weight = on_gpu(BF16)
-    assert cuda._linear(x, weight, None, None, None) == "two"
-    assert cuda._linear_backward(x, x, weight, None, None, None, [True, True]) == "two"
+    assert cuda._linear(on_gpu(BF16), weight, None, None, None) == "patched"
 
 
-def test_what_the_environment_says_is_0_or_1(monkeypatch):
+@pytest.mark.parametrize(
+    ("variable", "wants"),
+    [
+        ("NEUROADA_CUDA_PATCHED", cuda._wants_patched),
+        ("NEUROADA_CUDA_ONTO", cuda._wants_onto),
+    ],
+)
+def test_what_the_environment_says_is_0_or_1(monkeypatch, variable, wants):
     for wrong in ("yes", "2", ""):
-        monkeypatch.setenv("NEUROADA_CUDA_PATCHED", wrong)
-        with pytest.raises(ValueError, match=f"NEUROADA_CUDA_PATCHED: '{wrong}', expected 0 or 1"):
-            cuda._wants_patched()
+        monkeypatch.setenv(variable, wrong)
+        with pytest.raises(ValueError, match=f"{variable}: '{wrong}', expected 0 or 1"):
+            wants()
+
+
+@pytest.mark.parametrize(
+    ("build", "said"),
+    [
+        ({"cuda_archs": "", "nvcc": "", "cutlass": ""}, "none, built without CUDA"),
+        (
+            {"cuda_archs": "80 90a", "nvcc": "13.0.88", "cutlass": ""},
+            "80 90a, by nvcc 13.0.88, without CUTLASS",
+        ),
+        (
+            {"cuda_archs": "80 90a", "nvcc": "13.0.88", "cutlass": "4.2.0"},
+            "80 90a, by nvcc 13.0.88, with CUTLASS 4.2.0",
+        ),
+    ],
+)
+def test_info_tells_what_the_cuda_kernels_were_built_by(build, said):
+    assert info._cuda_build(build) == said
 
 
 @pytest.mark.parametrize(

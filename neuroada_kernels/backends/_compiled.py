@@ -90,6 +90,34 @@ def linear_backward_patched(
     return C.linear_patched_bwd_input.default(*args), grad_delta
 
 
+def linear_onto_bypass(
+    x: Tensor, weight: Tensor, index: Tensor, delta: Tensor, bias: Tensor | None
+) -> Tensor:
+    """The op ``linear``: the bypass alone, rounded, then a product that adds to it in float32.
+
+    The bias joins the product: the bypass would be rounded to the bias's last place.
+    """
+    y = x.new_empty(x.shape[0], weight.shape[0])
+    C.bypass_fwd.default(x, index.contiguous(), wide(delta, x), None, None, y)
+    C.product_onto_fwd.default(x, weight, None if bias is None else bias.contiguous(), y)
+    return y
+
+
+def linear_backward_onto_bypass(
+    grad: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    index: Tensor,
+    delta: Tensor,
+    plan: Tensor | None,
+    output_mask: list[bool],
+) -> tuple[Tensor | None, Tensor | None]:
+    """The op ``linear_backward`` where dx is wanted, that of :func:`linear_onto_bypass`."""
+    grad_x, grad_delta = bypass_backward(grad, x, index, delta, plan, output_mask)
+    C.product_onto_bwd_input.default(grad, weight, grad_x)
+    return grad_x, grad_delta
+
+
 def bypass_add(x: Tensor, y: Tensor, index: Tensor, delta: Tensor) -> Tensor:
     """The op ``bypass_add``."""
     out = torch.empty(y.shape, dtype=y.dtype, device=y.device)

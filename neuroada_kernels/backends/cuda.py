@@ -1,5 +1,6 @@
 """The CUDA C++ backend: the bypass by the kernels of ``csrc/cuda`` and the product by torch; on
-request, for sm_90a, the product of a weight that is patched on its way to the multipliers.
+request, for sm_90a, the product of a weight that is patched on its way to the multipliers, or
+CUTLASS's product onto the bypass.
 """
 
 from __future__ import annotations
@@ -10,7 +11,7 @@ import torch
 from torch import Tensor
 
 from neuroada_kernels import _extension
-from neuroada_kernels._extension import cuda_archs, runs_on
+from neuroada_kernels._extension import cuda_archs, cutlass_version, runs_on
 from neuroada_kernels._registry import Backend, register
 from neuroada_kernels.backends import _compiled
 from neuroada_kernels.backends._dense import wide_parts, wide_product
@@ -67,8 +68,11 @@ def _untried_on(gpu: int, dtype: torch.dtype) -> str | None:
 
 
 def _linear(x: Tensor, weight: Tensor, index: Tensor, delta: Tensor, bias: Tensor | None) -> Tensor:
-    patched = _wants_patched() and not _not_patched(x, weight, bias)
-    run = _compiled.linear_patched if patched else _linear_onto_product
+    run = _linear_onto_product
+    if _wants_patched() and not _not_patched(x, weight, bias):
+        run = _compiled.linear_patched
+    elif _wants_onto() and not _not_onto(x, weight, bias):
+        run = _compiled.linear_onto_bypass
     return run(x, weight, index, delta, bias)
 
 
@@ -85,6 +89,8 @@ def _linear_backward(
         run = _compiled.linear_backward
     elif _wants_patched() and not _not_patched(grad, weight):
         run = _compiled.linear_backward_patched
+    elif _wants_onto() and not _not_onto(grad, weight):
+        run = _compiled.linear_backward_onto_bypass
     else:
         run = _linear_backward_onto_product
     return run(grad, x, weight, index, delta, plan, output_mask)
@@ -134,6 +140,16 @@ def _wants_patched() -> bool:
     return _compiled.asked("NEUROADA_CUDA_PATCHED") is True
 
 
+def _wants_onto() -> bool:
+    """Whether ``NEUROADA_CUDA_ONTO=1`` asks for a product that adds to the bypass in float32.
+
+    The bypass goes first, and CUTLASS's product for sm_90a onto it: it rounds once, as by default,
+    without a product in float32 in memory. A call that it does not take goes as by default, and
+    one that could be patched too is, where both are asked for.
+    """
+    return _compiled.asked("NEUROADA_CUDA_ONTO") is True
+
+
 def _not_patched(inputs: Tensor, weight: Tensor, bias: Tensor | None = None) -> list[str]:
     """Why the kernels for sm_90a do not take a product: what their copies cannot read."""
     reasons = _not_sm90(inputs.device.index)
@@ -153,6 +169,16 @@ def _not_patched(inputs: Tensor, weight: Tensor, bias: Tensor | None = None) -> 
             reasons.append(f"{name} with rows that overlap, {tensor.stride(0)} apart")
         if tensor.data_ptr() % 16:
             reasons.append(f"{name} not 16-byte aligned")
+    return reasons
+
+
+def _not_onto(inputs: Tensor, weight: Tensor, bias: Tensor | None = None) -> list[str]:
+    """Why CUTLASS's product does not take a call: where it cannot read or write, or is missing."""
+    reasons = _not_patched(inputs, weight, bias)
+    if not cutlass_version():
+        reasons.append("built without CUTLASS")
+    if weight.shape[0] % 8:
+        reasons.append(f"weight of shape {list(weight.shape)}, expected multiples of 8")
     return reasons
 
 

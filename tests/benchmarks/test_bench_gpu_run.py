@@ -58,9 +58,10 @@ def test_a_dry_run_has_a_phase_of_every_kind_and_leaves_few_valid_files(tmp_path
     assert {fit["over"] for fit in linear["summary"]["fits"]} == {"k"}
 
 
-#: Stands for a python3 with a GPU: each of its calls a line of the file $CALLS.
+#: Stands for a python3 with a GPU: each of its calls a line of the file $CALLS, after the kernels
+#: that it asks for.
 PYTHON = """#!/bin/bash
-echo "$@" >>"$CALLS"
+echo "${NEUROADA_CUDA_PATCHED:+patched }${NEUROADA_CUDA_ONTO:+onto }$@" >>"$CALLS"
 case "$*" in
   *"--forms $BROKEN") exit 139 ;;
   *"--forms "*) [[ -z ${HANGS:-} ]] || sleep 30 ;;
@@ -89,7 +90,35 @@ def test_cuda_kernels_that_break_a_process_are_left_out_and_the_rest_is_measured
     assert "linear-8192 broke with the backend cuda (FAILED, status 139, see log.txt)" in said
 
 
-@pytest.mark.parametrize(("broken", "left"), [("0", False), ("1", True)])
+def test_kernels_that_are_taken_on_request_are_asked_for_in_their_phases(tmp_path: Path):
+    python, calls = tmp_path / "python3", tmp_path / "calls"
+    python.write_text(PYTHON)
+    python.chmod(0o755)
+    environment = {**ENVIRONMENT, "PYTHON": str(python), "CALLS": str(calls)}
+    phases = ["cuda-onto-tests", "linear-onto", "linear-patched", "linear-1024"]
+    subprocess.run([SCRIPT, tmp_path / "out", *phases], env=environment, capture_output=True)
+    suites = [line for line in calls.read_text().splitlines() if " -m " in f" {line}"]
+    assert [line.partition(" -m ")[0] for line in suites[:3]] == ["onto", "onto", "patched"]
+    assert "pytest" in suites[0]
+    assert all(
+        f"/{phase}.json" in line for phase, line in zip(phases[1:3], suites[1:3], strict=True)
+    )
+    assert all(line.startswith("-m ") for line in suites[3:])
+
+
+def test_without_cutlass_nothing_is_measured_in_place_of_its_product(tmp_path: Path):
+    python, calls = tmp_path / "python3", tmp_path / "calls"
+    python.write_text(PYTHON.replace("case ", "[[ $* != *cutlass_version* ]] || exit 1\ncase "))
+    python.chmod(0o755)
+    environment = {**ENVIRONMENT, "PYTHON": str(python), "CALLS": str(calls)}
+    phases = ["cuda-onto-tests", "linear-onto"]
+    subprocess.run([SCRIPT, tmp_path / "out", *phases], env=environment, capture_output=True)
+    reason = "skipped, the CUDA kernels were built without CUTLASS"
+    assert outcomes(tmp_path / "out") == dict.fromkeys(phases, reason)
+    assert " -m " not in calls.read_text()
+
+
+@pytest.mark.parametrize(("broken", "left"), [("0", False), ("1", True), ("2", True)])
 def test_every_form_is_tried_and_without_the_default_one_the_backend_is_left_out(
     broken, left, tmp_path: Path
 ):
@@ -100,7 +129,7 @@ def test_every_form_is_tried_and_without_the_default_one_the_backend_is_left_out
     arguments = [SCRIPT, out, "cuda-smoke", "linear-8192"]  # OUTDIR may be what OUT says already
     done = subprocess.run(arguments, env={**ENVIRONMENT, **named}, capture_output=True)
     assert done.returncode == 1
-    assert calls.read_text().count("smoke_gpu.py cuda --large --forms") == 2
+    assert calls.read_text().count("smoke_gpu.py cuda --large --forms") == 3
     assert f"form {broken} FAILED, status 139" in (out / "log.txt").read_text()
     assert ("neuroada-cuda" in calls.read_text()) == left
 
@@ -112,7 +141,7 @@ def test_forms_that_hang_leave_the_backend_out_before_the_phase_is_stopped(tmp_p
     named = {"PYTHON": str(python), "CALLS": str(calls), "HANGS": "1"}
     arguments = [SCRIPT, tmp_path / "out", "cuda-smoke", "linear-8192", "--minutes", "1"]
     subprocess.run(arguments, env={**ENVIRONMENT, **named}, capture_output=True)
-    assert calls.read_text().count("smoke_gpu.py cuda --large --forms") == 2
+    assert calls.read_text().count("smoke_gpu.py cuda --large --forms") == 3
     assert "neuroada-cuda" not in calls.read_text()
 
 

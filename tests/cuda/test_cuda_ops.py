@@ -7,6 +7,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from host_ops import C
+from torch import Tensor
 
 import neuroada_kernels as nk
 from neuroada_kernels.backends import _compiled, _dense, cuda
@@ -19,6 +20,8 @@ every_case = pytest.mark.parametrize("case", SMALL, ids=lambda case: case.name)
 every_dtype = pytest.mark.parametrize(
     "dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str
 )
+
+every_16_bits = pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 
 
 @pytest.fixture(autouse=True)
@@ -113,7 +116,7 @@ ALIGNED = [
 
 
 @pytest.mark.parametrize("case", ALIGNED, ids=lambda case: case.name)
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@every_16_bits
 def test_patched_tiles_are_a_patched_weight(case, dtype):
     """The rounding of ``resident``: that of the weight, and then once that of the result."""
     inputs = make_inputs(case, dtype)
@@ -138,6 +141,68 @@ def test_a_patched_product_of_nothing_is_nothing():
     both = _compiled.linear_backward_patched(grad, inputs.x, *rest, None, [True, True])
     assert both[0].shape == (0, 64)
     assert both[1].shape == inputs.delta.shape
+    assert not both[1].any()
+
+
+ONTO = [
+    Case(tokens=1, d_in=64, d_out=48, k=8, bias=True),
+    Case(tokens=17, d_in=72, d_out=48, k=2, bias=True, index="ragged"),
+    Case(tokens=17, d_in=40, d_out=136, k=3),
+]
+
+
+@pytest.mark.parametrize("case", ONTO, ids=lambda case: case.name)
+@every_16_bits
+def test_a_product_onto_the_bypass_is_the_formula(case, dtype):
+    """The bypass is rounded, then all of it once more."""
+    inputs = make_inputs(case, dtype)
+    truth, rest = exact(inputs), (inputs.index, inputs.delta)
+    y = _compiled.linear_onto_bypass(inputs.x, inputs.weight, *rest, inputs.bias)
+    assert rms_error(y, truth.linear) <= 2 * tolerance(dtype, case.d_in + case.k)
+    both = _compiled.linear_backward_onto_bypass(
+        inputs.grad_output, inputs.x, inputs.weight, *rest, None, [True, True]
+    )
+    assert rms_error(both[0], truth.linear_grad_x) <= 2 * tolerance(dtype, case.d_out + case.k)
+    assert both[1].equal(C.sddmm(inputs.grad_output, inputs.x, inputs.index))
+
+
+def share(moved: Tensor, expected: Tensor) -> float:
+    """Of the expected move, what was made, by least squares."""
+    return ((moved * expected).sum() / expected.square().sum()).item()
+
+
+@every_16_bits
+@pytest.mark.parametrize("forward", [True, False], ids=["forward", "dx"])
+def test_what_a_product_goes_onto_acts_however_small_it_is(forward, dtype):
+    """One rounding: of the sum, not of the product first and then of the sum again."""
+    generator = torch.Generator().manual_seed(0)
+    x, weight, bias = (
+        torch.randn(*size, generator=generator).to(dtype) for size in ((4096, 64), (64, 64), (64,))
+    )
+    onto = (1e-2 * torch.randn(4096, 64, generator=generator)).to(dtype)
+    product = x.double() @ (weight.double().t() if forward else weight.double())
+    product += bias.double() if forward else 0
+    still, moved = torch.zeros_like(onto), onto.clone()
+    for y in (still, moved):
+        if forward:
+            C.product_onto_fwd(x, weight, bias, y)
+        else:
+            C.product_onto_bwd_input(x, weight, y)
+    expected = onto.double()
+    assert abs(share(moved.double() - still.double(), expected) - 1) < 0.03
+    # Where a float32 sum lies beside the middle of two values it may fall to the other one.
+    once, twice = (product + expected).to(dtype), product.to(dtype) + onto
+    assert (moved != once).double().mean() < 2e-3
+    assert (twice != once).double().mean() > 2e-2, "two roundings would be seen"
+
+
+def test_a_product_of_nothing_goes_onto_nothing():
+    inputs = make_inputs(Case(tokens=0, d_in=64, d_out=48, k=8, bias=True), torch.bfloat16)
+    rest = (inputs.weight, inputs.index, inputs.delta)
+    assert _compiled.linear_onto_bypass(inputs.x, *rest, inputs.bias).shape == (0, 48)
+    grad = inputs.grad_output
+    both = _compiled.linear_backward_onto_bypass(grad, inputs.x, *rest, None, [True, True])
+    assert both[0].shape == (0, 64)
     assert not both[1].any()
 
 

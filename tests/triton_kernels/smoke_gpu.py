@@ -12,10 +12,12 @@ import argparse
 import os
 
 import torch
+from torch import Tensor
 
 import neuroada_kernels as nk
+from neuroada_kernels._extension import cutlass_version
 from neuroada_kernels.plan import chosen_columns, columns_of
-from neuroada_kernels.testing import Case, make_inputs, rms_error, tolerance
+from neuroada_kernels.testing import Case, Inputs, make_inputs, rms_error, tolerance
 
 CASES = (
     Case(tokens=1, d_in=67, d_out=101, k=3, bias=True, index="ragged"),
@@ -26,8 +28,14 @@ CASES = (
 #: More tiles than a GPU has multiprocessors, so that a program that stays for several does.
 LARGE = Case(tokens=2500, d_in=2056, d_out=2056, k=8)
 
-#: What decides which kernels serve a layer; a form is its value.
-SETTINGS = {"triton": "NEUROADA_TRITON_FUSED", "cuda": "NEUROADA_CUDA_PATCHED"}
+#: As a model has it: a multiprocessor has several tiles of each size, one after another.
+LAYER = Case(tokens=8192, d_in=4096, d_out=4096, k=8, bias=True)
+
+#: What asks for other kernels than the default ones, which are form 0: form n is the n-th of these.
+SETTINGS = {
+    "triton": ("NEUROADA_TRITON_FUSED",),
+    "cuda": ("NEUROADA_CUDA_PATCHED", "NEUROADA_CUDA_ONTO"),
+}
 
 
 def check(case: Case, dtype: torch.dtype, device: str) -> None:
@@ -53,27 +61,71 @@ def check(case: Case, dtype: torch.dtype, device: str) -> None:
         assert columns_of(x, columns, dtype).equal(x.detach()[:, columns])
 
 
-def _capability() -> tuple[int, int]:
-    return torch.cuda.get_device_capability()
+def y_and_dx(i: Inputs, delta: Tensor) -> tuple[Tensor, Tensor]:
+    x = i.x.detach().requires_grad_()
+    y = nk.functional.neuroada_linear(x, i.weight, i.index, delta, i.bias)
+    return y.detach(), *torch.autograd.grad(y, x, i.grad_output)
+
+
+def check_rounding(case: Case, dtype: torch.dtype, device: str) -> None:
+    """y and dx err by one rounding, and bypasses far below their last place act all the same."""
+    i = make_inputs(case, dtype, device=device)
+    tiny = torch.full_like(i.delta, 1e-4)
+    weight, x, grad = i.weight.double(), i.x.double(), i.grad_output.double()
+    bypass = nk.reference.merged_weight(torch.zeros_like(weight), i.index, tiny)
+    weight += bypass
+    bias = 0 if i.bias is None else i.bias.double()
+    truth = (x @ weight.t() + bias, grad @ weight)
+    moves = (x @ bypass.t(), grad @ bypass)
+    found, still = (y_and_dx(i, delta) for delta in (tiny, torch.zeros_like(tiny)))
+    for name, *values in zip(("y", "dx"), found, still, truth, moves, strict=True):
+        y, before, exact, move = (value.double() for value in values)
+        share = (((y - before) * move).sum() / move.square().sum()).item()
+        error = ((y - exact).norm() / (exact.to(dtype).double() - exact).norm()).item()
+        words = f"{name} in {dtype}: {share:.3f} of a tiny bypass, {error:.3f} of one rounding"
+        print(words, flush=True)
+        assert abs(share - 1) < 0.05, words
+        assert error < 1.02, words
+
+
+def why_not(backend: str, form: int, device: str) -> str | None:
+    """Why a form cannot be tried here, where another would serve in its place."""
+    if form == 0 or backend != "cuda" or device != "cuda":
+        return None
+    if torch.cuda.get_device_capability() != (9, 0):
+        return "is for compute capability 9.0"
+    if SETTINGS[backend][form - 1] == "NEUROADA_CUDA_ONTO" and not cutlass_version():
+        return "needs CUTLASS, without which this was built"
+    return None
+
+
+def choose(backend: str, form: int) -> None:
+    for number, variable in enumerate(SETTINGS[backend], 1):
+        os.environ[variable] = str(int(number == form))
 
 
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("backend", choices=SETTINGS)
-    parser.add_argument("--forms", default="01", help="of these settings: " + str(SETTINGS))
+    parser.add_argument("--forms", help="their digits, 0 the default: " + str(SETTINGS))
     parser.add_argument("--large", action="store_true", help="also what takes a sanitizer long")
     options = parser.parse_args(argv)
     backend = options.backend
     device = "cuda" if torch.cuda.is_available() else "cpu"
+    every = range(len(SETTINGS[backend]) + 1)
     with nk.use_backend(backend):
-        for form in options.forms:
-            if form != "0" and backend == device == "cuda" and _capability() != (9, 0):
-                print(f"smoke test skipped: form {form} is for compute capability 9.0", flush=True)
+        for form in every if options.forms is None else map(int, options.forms):
+            if reason := why_not(backend, form, device):
+                print(f"smoke test skipped: form {form} {reason}", flush=True)
                 continue
-            os.environ[SETTINGS[backend]] = form
+            choose(backend, form)
             for dtype in (torch.float32, torch.bfloat16):
                 for case in (*CASES, *[LARGE] * options.large):
                     check(case, dtype, device)
+            # A patched weight has a rounding of its own.
+            if options.large and os.environ.get("NEUROADA_CUDA_PATCHED") != "1":
+                for dtype in (torch.bfloat16, torch.float16) if device == "cuda" else ():
+                    check_rounding(LAYER, dtype, device)
             # Said at once: the next form may crash, or never end.
             print(f"smoke test passed: {backend} on {device}, form {form}", flush=True)
 
