@@ -2,7 +2,8 @@
 
 ``NEUROADA_BUILD`` says what to build: ``auto`` (the C++ kernels, and CUDA where nvcc is found),
 ``cpu``, ``cuda`` (fails without nvcc; one from PyPI will do, the Makefile's ``NVCC``) or ``none``
-(a pure-Python install).
+(a pure-Python install). ``NEUROADA_CUTLASS`` names the folder ``include`` of CUTLASS, where that is
+not PyPI's ``nvidia-cutlass`` in this environment; without it one product is left out.
 """
 
 from __future__ import annotations

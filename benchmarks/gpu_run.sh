@@ -13,6 +13,7 @@
 # PYTHON           has torch and Triton; default: python3
 # LIMIT            seconds that a phase may take at most; default: 540
 # NEUROADA_COMMIT  the commit to note where the checkout has come without its .git, or with another commit's
+# NEUROADA_CUTLASS the folder include of CUTLASS to build with, where PyPI's nvidia-cutlass is not installed
 set -uo pipefail
 
 ROOT=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
