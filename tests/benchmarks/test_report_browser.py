@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 
 webdriver = pytest.importorskip("selenium.webdriver")
+wait = pytest.importorskip("selenium.webdriver.support.wait")
 
 BROWSER, DRIVER = shutil.which("chromium"), shutil.which("chromedriver")
 pytestmark = pytest.mark.skipif(
@@ -50,6 +51,9 @@ def _open(browser: Any, url: str, width: int, scheme: str = "light", media: str 
     browser.execute_cdp_cmd("Emulation.setEmulatedMedia", {"features": features, "media": media})
     browser.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", screen)
     browser.get(url)
+    # A busy machine is seen to return from there with half of the page.
+    state = "return document.readyState"
+    wait.WebDriverWait(browser, 60).until(lambda now: now.execute_script(state) == "complete")
 
 
 @pytest.mark.parametrize("scheme", ["light", "dark"])
