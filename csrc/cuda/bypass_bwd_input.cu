@@ -1,50 +1,109 @@
 // The launchers of bypass_bwd_input.cuh.
 #include "bypass_bwd_input.cuh"
 #include "launch.h"
+#include "order_columns.cuh"
 
 namespace neuroada::cuda {
 namespace {
 
 // Each part of the columns stages all of grad, so there is one, but where there are fewer blocks of tokens than
 // multiprocessors.
-int64_t column_parts(int64_t blocks, const Device& device) {
-  const int64_t most = std::clamp<int64_t>(kSplits * kWarp / device.threads, 1, device.multiprocessors);
+int64_t column_parts(int64_t blocks, int64_t threads, const Device& device) {
+  const int64_t most = std::clamp<int64_t>(kSplits * kWarp / threads, 1, device.multiprocessors);
   return std::clamp<int64_t>(device.multiprocessors / blocks, 1, most);
 }
 
 // More than so many connections, far more than the mean, make a column heavy. Where lanes outnumber columns, warps
 // had better read them together.
-int32_t light_of(int64_t d_in, int64_t live) {
+int32_t light_of(int64_t d_in, int64_t live, int64_t multiple) {
   constexpr int64_t kLight = 32, kFewColumns = 2 * kMaxThreads;
-  return static_cast<int32_t>(d_in < kFewColumns ? kLight : std::max(kLight, ceil_div(live, d_in) * 2));
+  const int64_t light = d_in < kFewColumns ? kLight : std::max(kLight, ceil_div(live, d_in) * 2);
+  return static_cast<int32_t>(ceil_div(light, multiple) * multiple);
+}
+
+// As many of the lowest bits as `most` has.
+uint32_t mask_of(int32_t most) {
+  uint32_t mask = 1;
+  while (mask < static_cast<uint32_t>(most)) mask = mask << 1 | 1;
+  return mask;
+}
+
+// Of shared memory that ordering may take: several CTAs run on a multiprocessor. As many connections of a column as fit
+// are far fewer than the 2048 turns that spread_over_banks counts.
+constexpr int64_t kOrderBytes = 48 << 10;
+
+// What is launched, and with how many threads.
+struct Form {
+  Tiles tiles;
+  KernelOf<BypassBwdInputLaunch> kernel;
+  int64_t threads;
+};
+
+template <class T>
+Form form_of(const BypassBwdInput& p, const Device& device) {
+  const T* grad = static_cast<const T*>(p.grad);
+  const Tiles tiles = choose_tiles("bypass_bwd_input", grad, p.grad_stride, p.tokens, p.d_out, device);
+  if constexpr (sizeof(T) == 2) {
+    const Tiles whole = with_bulk_copies(tiles, grad, p.grad_stride, p.tokens, device);
+    // Twice the threads have the registers, since none holds what is on its way.
+    if (whole.stages > 0) return {whole, bypass_bwd_input_bulk_kernel(p, true), 2 * device.threads};
+    const Tiles cut = cut_for_bulk_copies(tiles, grad, p.grad_stride, p.tokens, device);
+    if (cut.stages > 0) return {cut, bypass_bwd_input_bulk_kernel(p, false), device.threads};
+  }
+  return {tiles, tiles.single() ? bypass_bwd_input_kernel<T, true, false> : bypass_bwd_input_kernel<T, false, false>,
+          device.threads};
+}
+
+template <class T>
+ColumnEntries entries_of(const BypassBwdInput& p, const Tiles& tiles) {
+  const int64_t positions = ceil_div(p.d_in, kWindow) * kWindow;
+  const int64_t lists = tiles.stages > 0 ? ceil_div(p.d_out, tiles.width) : 1;
+  const uint32_t place_mask = kPacks<T> && tiles.stages > 0 ? mask_of(tiles.zero) : 0;
+  const int32_t light = light_of(p.d_in, ceil_div(p.live, lists), connections_a_quad(place_mask));
+  return {p.ordered, positions, light, static_cast<int32_t>(lists), place_mask};
 }
 
 template <class T>
 void run(const BypassBwdInput& p, const Device& device, void* stream) {
-  const Tiles tiles =
-      choose_tiles("bypass_bwd_input", static_cast<const T*>(p.grad), p.grad_stride, p.tokens, p.d_out, device);
-  const int32_t light = light_of(p.d_in, p.live);
   check_width("bypass_bwd_input", p.d_in);
-  if (ColumnEntries::size(p.d_in, p.live, light) >= int64_t{1} << 29) {
+  const auto [tiles, kernel, threads] = form_of<T>(p, device);
+  const ColumnEntries entries = entries_of<T>(p, tiles);
+  if (entries.size(p.live) >= int64_t{1} << 29) {
     throw std::runtime_error("bypass_bwd_input: scratch for 2^29 connections or more");
   }
-  const ColumnEntries entries{p.ordered, ColumnEntries::positions_of(p.d_in), light};
-  launch("column_entries", column_entries_kernel, entries.positions / kWindow, 1, device.threads, 0, stream,
-         ColumnEntriesLaunch{entries, p.plan, p.delta, p.d_in, p.live, static_cast<uint32_t>(p.d_out * p.k),
-                             static_cast<uint32_t>(std::max<int64_t>(p.k, 1)), tiles.single() ? tiles.zero : -1,
-                             tiles.single()});
+  const bool places = tiles.single() || tiles.stages > 0;
+  ColumnEntriesLaunch order{entries,
+                            p.plan,
+                            p.delta,
+                            p.d_in,
+                            p.live,
+                            static_cast<uint32_t>(p.d_out * p.k),
+                            static_cast<uint32_t>(std::max<int64_t>(p.k, 1)),
+                            static_cast<int32_t>(entries.tiles == 1 ? p.d_out : tiles.width),
+                            places ? tiles.zero : -1,
+                            places,
+                            tiles.stages > 0};
+  if (order.bytes() > kOrderBytes) order.spread = false;
+  launch("column_entries", column_entries_kernel, entries.positions / kWindow, entries.tiles, device.threads,
+         order.bytes(), stream, order);
   const int64_t blocks = ceil_div(p.tokens, kTokens<T>);
-  const int64_t parts = column_parts(blocks, device);
+  const int64_t parts =
+      entries.tiles > 1 ? ceil_div(entries.positions, threads * kKeptRounds) : column_parts(blocks, threads, device);
   const int64_t token_parts = std::clamp<int64_t>(device.multiprocessors / parts, 1, blocks);
-  const auto kernel = tiles.single() ? bypass_bwd_input_kernel<T, true> : bypass_bwd_input_kernel<T, false>;
-  launch("bypass_bwd_input", kernel, parts, token_parts, device.threads, tiles.bytes(), stream,
+  launch("bypass_bwd_input", kernel, parts, token_parts, threads, tiles.bytes(), stream,
          BypassBwdInputLaunch{p, tiles, blocks, entries});
 }
 
 }  // namespace
 
-int64_t bypass_bwd_input_entries(int64_t d_in, int64_t live) {
-  return d_in == 0 ? 0 : ColumnEntries::size(d_in, live, light_of(d_in, live));
+int64_t bypass_bwd_input_entries(const BypassBwdInput& p, const Device& device) {
+  if (p.tokens == 0 || p.d_in == 0) return 0;
+  int64_t size = 0;
+  with_element("bypass_bwd_input", p.dtype, [&](auto element) {
+    using T = decltype(element);
+    size = entries_of<T>(p, form_of<T>(p, device).tiles).size(p.live);
+  });
+  return size;
 }
 
 void bypass_bwd_input(const BypassBwdInput& p, const Device& device, void* stream) {

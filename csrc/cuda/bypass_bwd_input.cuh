@@ -6,10 +6,11 @@
 // neurons than others may have chosen, the whole warp sums, and adds its lanes' sums in a fixed order.
 #pragma once
 
+#include "bulk_staging.cuh"
 #include "column_entries.cuh"
 #include "kernels.h"
+#include "neuroada/planner.h"
 #include "plan.cuh"
-#include "staging.cuh"
 
 namespace neuroada::cuda {
 
@@ -19,6 +20,17 @@ struct BypassBwdInputLaunch {
   int64_t blocks;  // of tokens
   ColumnEntries entries;
 };
+
+// Where blocks are copied ahead, connections are packed if dx's own rounding is far coarser than theirs.
+template <class T>
+constexpr bool kPacks = std::is_same_v<T, BFloat16>;
+
+// Rounds of 32 columns of which a warp keeps the sums where the neurons come in tiles that are copied ahead.
+constexpr int kKeptRounds = 8;
+
+// The kernel with blocks that are copied ahead, for one tile that holds all neurons or for several: of
+// bypass_bwd_input_sm90.cu.
+KernelOf<BypassBwdInputLaunch> bypass_bwd_input_bulk_kernel(const BypassBwdInput&, bool whole);
 
 // The positions [begin, end) of columns of one of `parts` parts of equal work, at most kSplits.
 struct Columns {
@@ -49,11 +61,12 @@ __device__ __forceinline__ int32_t most_rounds(const BypassBwdInputLaunch& a) {
   return (longest + kWarp - 1) / kWarp;
 }
 
-// sum += delta (the staged neuron), where the entry's neuron is in the staged tile.
-template <class T, bool kWhole>
+// sum += delta (the staged neuron): an entry names its neuron's place in the staged tile, or its neuron, which may be
+// in another one.
+template <class T, bool kPlaces>
 __device__ __forceinline__ void add_entry(float (&sum)[kTokens<T>], const Tiles& tiles, const Quad* tile, int32_t first,
                                           int32_t neuron, float delta) {
-  if constexpr (kWhole) {  // it names its place
+  if constexpr (kPlaces) {
     add_column<T>(sum, delta, tile[neuron]);
   } else {
     bool inside;
@@ -62,29 +75,27 @@ __device__ __forceinline__ void add_entry(float (&sum)[kTokens<T>], const Tiles&
   }
 }
 
-// The connections of a light column, two with a load; the next four are on their way.
-template <class T, bool kWhole>
+// The connections of a light column, 16 bytes with a load; the next two loads are on their way.
+template <class T, bool kPlaces, bool kPacked>
 __device__ __forceinline__ void add_light(float (&sum)[kTokens<T>], const BypassBwdInputLaunch& a, const Quad* tile,
-                                          int32_t first, uint32_t position, int32_t count) {
-  constexpr int kLoads = 2;
-  constexpr uint32_t kNext = 2 * kWarp;
-  uint32_t at = a.entries.two(position, 0);
-  Quad two[kLoads] = {};
+                                          int32_t first, const Quad* from, int32_t count) {
+  constexpr int kLoads = 2, kEach = kPacked ? 4 : 2;
+  Quad held[kLoads] = {};
   NEUROADA_UNROLL
   for (int n = 0; n < kLoads; ++n) {
-    if (2 * n < count) two[n] = load16(in_row(a.entries.scratch, at + n * kNext));
+    if (n * kEach < count) held[n] = load16(from + n * kWarp);
   }
-  for (int32_t i = 0; i < count; i += 2 * kLoads) {
-    at += kLoads * kNext;
+  for (int32_t i = 0; i < count; i += kEach * kLoads) {
+    from += kLoads * kWarp;
     NEUROADA_UNROLL
     for (int n = 0; n < kLoads; ++n) {
-      if (n > 0 && i + 2 * n >= count) break;
-      const Quad now = two[n];
-      if (i + 2 * (n + kLoads) < count) two[n] = load16(in_row(a.entries.scratch, at + n * kNext));
+      if (n > 0 && i + n * kEach >= count) break;
+      const Quad now = held[n];
+      if (i + (n + kLoads) * kEach < count) held[n] = load16(from + n * kWarp);
       NEUROADA_UNROLL
-      for (int q = 0; q < 2; ++q) {
-        add_entry<T, kWhole>(sum, a.tiles, tile, first, static_cast<int32_t>(now.word[2 * q]),
-                             float_of_bits(now.word[2 * q + 1]));
+      for (int q = 0; q < kEach; ++q) {
+        const WeightedNeuron one = connection<kPacked>(now, q, a.entries.place_mask);
+        add_entry<T, kPlaces>(sum, a.tiles, tile, first, one.neuron, one.delta);
       }
     }
   }
@@ -117,23 +128,24 @@ __device__ __forceinline__ void sum_over_warp(float (&values)[N], int lane) {
   for (int i = 0; i < N; ++i) values[i] = __shfl_sync(kAllLanes, total, i * (kWarp / N));
 }
 
-// Adds the connections of every lane's column, in the staged tile, to its sums.
-template <class T, bool kWhole>
+// Adds the connections of every lane's column, in the staged tile, to its sums. `lists` is which tile's they are.
+template <class T, bool kPlaces, bool kPacked>
 __device__ __forceinline__ void add_columns(float (&sum)[kTokens<T>], const BypassBwdInputLaunch& a, const Quad* tile,
-                                            int32_t first, uint32_t position, OrderedColumn own) {
+                                            int32_t first, int32_t lists, uint32_t position, OrderedColumn own) {
   constexpr int V = kTokens<T>;
   const int lane = threadIdx.x % kWarp;
   const bool heavy = own.count > a.entries.light;
-  if (!heavy) add_light<T, kWhole>(sum, a, tile, first, position, own.count);
+  const Quad* from = a.entries.quads(lists, position);
+  if (!heavy) add_light<T, kPlaces, kPacked>(sum, a, tile, first, from, own.count);
   for (unsigned left = __ballot_sync(kAllLanes, heavy); left != 0; left &= left - 1) {
     const int owner = __ffs(static_cast<int>(left)) - 1;
-    const int32_t column = __shfl_sync(kAllLanes, own.column, owner), count = __shfl_sync(kAllLanes, own.count, owner);
-    const uint32_t begin = start_of_column(a.problem.plan, static_cast<int32_t>(a.problem.live), column);
-    const WeightedNeuron* entries = a.entries.scratch + a.entries.heavy(begin);
+    const int32_t count = __shfl_sync(kAllLanes, own.count, owner);
+    const uint32_t begin = __shfl_sync(kAllLanes, heavy ? from->word[0] : 0, owner);
+    const WeightedNeuron* entries = a.entries.heavy(begin);
     float shared[V] = {};
     NEUROADA_ROLLED
     for (int32_t i = lane; i < count; i += kWarp) {
-      add_entry<T, kWhole>(shared, a.tiles, tile, first, entries[i].neuron, entries[i].delta);
+      add_entry<T, kPlaces>(shared, a.tiles, tile, first, entries[i].neuron, entries[i].delta);
     }
     sum_over_warp(shared, lane);
     NEUROADA_UNROLL
@@ -171,50 +183,77 @@ __device__ __forceinline__ void write_column(const float (&sum)[kTokens<T>], con
 }
 
 // Round `round` of the columns of a warp, in the staged tile; the lane's column is written with the last tile.
-template <class T, bool kWhole>
+template <class T, bool kPlaces, bool kPacked>
 __device__ __forceinline__ void run_round(float (&sum)[kTokens<T>], const BypassBwdInputLaunch& a, Columns part,
                                           int32_t round, int32_t block, const Quad* tile, int32_t first) {
   const BypassBwdInput& p = a.problem;
   const int32_t position = part.begin + round * kWarp + static_cast<int32_t>(threadIdx.x % kWarp);
+  const int32_t lists = a.entries.tiles == 1 ? 0 : first / a.tiles.width;
   OrderedColumn own{static_cast<int32_t>(p.d_in), 0};
-  if (position < part.end) own = *a.entries.column(position);
+  if (position < part.end) own = *a.entries.column(lists, position);
   if (first == 0) set_to_base<T>(sum, p, int64_t{block} * kTokens<T>, own.column);
-  add_columns<T, kWhole>(sum, a, tile, first, position, own);
-  if (own.column < p.d_in && (kWhole || first + a.tiles.width >= a.tiles.columns)) {
+  add_columns<T, kPlaces, kPacked>(sum, a, tile, first, lists, position, own);
+  if (own.column < p.d_in && first + a.tiles.width >= a.tiles.columns) {
     write_column<T>(sum, p, int64_t{block} * kTokens<T>, static_cast<uint32_t>(own.column));
   }
 }
 
-template <class T, bool kWhole>
-__global__ void __launch_bounds__(kMaxThreads, 1) bypass_bwd_input_kernel(BypassBwdInputLaunch a) {
+// The blocks [begin, end) of a CTA.
+__device__ __forceinline__ Columns blocks_of(const BypassBwdInputLaunch& a) {
+  return {static_cast<int32_t>(a.blocks * blockIdx.y / gridDim.y),
+          static_cast<int32_t>(a.blocks * (blockIdx.y + 1) / gridDim.y)};
+}
+
+template <class T, bool kWhole, bool kBulk>
+__global__ void __launch_bounds__(kBulk ? 2 * kMaxThreads : kMaxThreads, 1)
+    bypass_bwd_input_kernel(BypassBwdInputLaunch a) {
   const BypassBwdInput& p = a.problem;
   const T* grad = static_cast<const T*>(p.grad);
   const int64_t warps = blockDim.x / kWarp;
   const Columns own = columns_of(a, blockIdx.x * warps + threadIdx.x / kWarp, gridDim.x * warps);
-  const int32_t begin = static_cast<int32_t>(a.blocks * blockIdx.y / gridDim.y);
-  const int32_t end = static_cast<int32_t>(a.blocks * (blockIdx.y + 1) / gridDim.y);
+  const Columns blocks = blocks_of(a);
   float sum[kTokens<T>];
   if constexpr (kWhole) {
     const int32_t rounds = (own.end - own.begin + kWarp - 1) / kWarp;
-    for_each_block<2, 1>(a.tiles, grad, p.grad_stride, p.tokens, begin, end,
-                         [&](int32_t block, const Quad* tile, int32_t first, auto part) {
-                           const int32_t half = rounds - rounds / 2;
-                           const int32_t from = decltype(part)::value == 0 ? 0 : half,
-                                         to = decltype(part)::value == 0 ? half : rounds;
-                           for (int32_t round = from; round < to; ++round) {
-                             run_round<T, true>(sum, a, own, round, block, tile, first);
-                           }
-                         });
+    const auto read = [&](int32_t block, const Quad* tile, int32_t first, auto part) {
+      const int32_t half = rounds - rounds / 2;
+      const int32_t from = decltype(part)::value == 0 ? 0 : half, to = decltype(part)::value == 0 ? half : rounds;
+      for (int32_t round = from; round < to; ++round) {
+        run_round<T, true, kBulk && kPacks<T>>(sum, a, own, round, block, tile, first);
+      }
+    };
+    for_each_staged_block<kBulk, 2, 1>(a.tiles, grad, p.grad_stride, p.tokens, blocks.begin, blocks.end, read);
   } else {
     // All tiles for one round of columns, whose sums a lane keeps, then for the next.
     const int32_t rounds = most_rounds(a);
     for (int32_t round = 0; round < rounds; ++round) {
-      for_each_block<1, 2>(a.tiles, grad, p.grad_stride, p.tokens, begin, end,
+      for_each_block<1, 2>(a.tiles, grad, p.grad_stride, p.tokens, blocks.begin, blocks.end,
                            [&](int32_t block, const Quad* tile, int32_t first, auto) {
-                             run_round<T, false>(sum, a, own, round, block, tile, first);
+                             run_round<T, false, false>(sum, a, own, round, block, tile, first);
                            });
     }
   }
+}
+
+// The neurons in tiles that are copied ahead. A lane keeps the sums of its columns over the tiles of a block, so that
+// each is staged once; a warp has as many columns as any other.
+template <class T>
+__global__ void __launch_bounds__(kMaxThreads, 1) bypass_bwd_input_tiles_kernel(BypassBwdInputLaunch a) {
+  const BypassBwdInput& p = a.problem;
+  constexpr int32_t kEach = kKeptRounds * kWarp;
+  const int32_t positions = static_cast<int32_t>(a.entries.positions);
+  const int32_t begin = static_cast<int32_t>(blockIdx.x * (blockDim.x / kWarp) + threadIdx.x / kWarp) * kEach;
+  const Columns own{begin, begin + kEach < positions ? begin + kEach : positions}, blocks = blocks_of(a);
+  float sum[kKeptRounds][kTokens<T>];
+  const auto read = [&](int32_t block, const Quad* tile, int32_t first, auto) {
+    NEUROADA_UNROLL
+    for (int round = 0; round < kKeptRounds; ++round) {
+      if (own.begin + round * kWarp >= own.end) break;
+      run_round<T, true, kPacks<T>>(sum[round], a, own, round, block, tile, first);
+    }
+  };
+  for_each_block_in_bulk<1>(a.tiles, static_cast<const T*>(p.grad), p.grad_stride, p.tokens, blocks.begin, blocks.end,
+                            read);
 }
 
 }  // namespace neuroada::cuda

@@ -7,7 +7,7 @@ namespace {
 
 template <class T>
 void run(const BypassFwd& p, const Device& device, void* stream) {
-  const Tiles tiles = choose_tiles("bypass_fwd", static_cast<const T*>(p.x), p.x_stride, p.tokens, p.d_in, device);
+  Tiles tiles = choose_tiles("bypass_fwd", static_cast<const T*>(p.x), p.x_stride, p.tokens, p.d_in, device);
   check_width("bypass_fwd", p.d_out);
   const bool held_fit = p.k <= kMostHeld;
   with_held<kMostHeld>(p.d_out, p.k, false, tiles.single() && held_fit, device, [&](auto pairs, auto held, auto whole) {
@@ -16,9 +16,13 @@ void run(const BypassFwd& p, const Device& device, void* stream) {
     const bool base_vectors = p.wide_base ? pairs_aligned(static_cast<const float*>(p.base), p.base_stride, p.tokens)
                                           : pairs_aligned(static_cast<const T*>(p.base), p.base_stride, p.tokens);
     const bool vectors = base_vectors && pairs_aligned(static_cast<const T*>(p.out), p.out_stride, p.tokens);
+    KernelOf<BypassFwdLaunch> kernel = bypass_fwd_kernel<T, pairs, held, whole, false>;
+    if constexpr (sizeof(T) == 2 && whole) {
+      tiles = with_bulk_copies(tiles, static_cast<const T*>(p.x), p.x_stride, p.tokens, device);
+      if (tiles.stages > 0) kernel = bypass_fwd_bulk_kernel(p, device);
+    }
     const BypassFwdLaunch args{p, tiles, blocks, shares.rows_a_part, slots_aligned(p.k, p.index, p.delta), vectors};
-    launch("bypass_fwd", bypass_fwd_kernel<T, pairs, held, whole>, shares.row_parts, shares.token_parts, device.threads,
-           tiles.bytes(), stream, args);
+    launch("bypass_fwd", kernel, shares.row_parts, shares.token_parts, device.threads, tiles.bytes(), stream, args);
   });
 }
 

@@ -20,6 +20,9 @@ struct BypassFwdLaunch {
   bool vectors;  // a pair is written at once, and so is one read from base
 };
 
+// The kernel with blocks that are copied ahead, for what one tile holds: of bypass_fwd_sm90.cu.
+KernelOf<BypassFwdLaunch> bypass_fwd_bulk_kernel(const BypassFwd&, const Device&);
+
 // The connections of slot s of a pair: places in the tile that starts at `first`, and deltas.
 struct Connections {
   uint32_t places;
@@ -102,12 +105,11 @@ template <class T>
 __device__ __forceinline__ void fetch_base(const BypassFwdLaunch& a, const Pairs& pairs, int pair, int64_t t) {
   const BypassFwd& p = a.problem;
   if (!p.wide_base) return;
-  const int rows = rows_of_block<T>(p.tokens, t);
   const float* base = static_cast<const float*>(p.base) + t * p.base_stride;
+  const int rows = rows_of_block<T>(p.tokens, t);
+  if (rows != kTokens<T> || !pairs.has(pair, 0)) return;
   NEUROADA_UNROLL
-  for (int v = 0; v < kTokens<T>; ++v) {
-    if (v < rows) fetch_to_l2(in_row(base + v * p.base_stride, pairs.first(pair)));
-  }
+  for (int v = 0; v < kTokens<T>; ++v) fetch_to_l2(in_row(base + v * p.base_stride, pairs.first(pair)));
 }
 
 // onto = base[t .. t + V, j .. j + 2]
@@ -162,7 +164,7 @@ __device__ __forceinline__ void write_pair(const float (&sum)[2][kTokens<T>], co
   }
 }
 
-template <class T, int kPairs, int kHeld, bool kWhole>
+template <class T, int kPairs, int kHeld, bool kWhole, bool kBulk>
 __global__ void __launch_bounds__(kMaxThreads, 1) bypass_fwd_kernel(BypassFwdLaunch a) {
   constexpr int V = kTokens<T>;
   using H = Held<kPairs, kHeld>;
@@ -201,7 +203,8 @@ __global__ void __launch_bounds__(kMaxThreads, 1) bypass_fwd_kernel(BypassFwdLau
       if (last_tile && H::ends_pair(kPart)) write_pair<T>(sum, a, pairs, pair, int64_t{block} * V);
     }
   };
-  for_each_block<H::kParts, 1>(a.tiles, static_cast<const T*>(p.x), p.x_stride, p.tokens, begin, end, read);
+  for_each_staged_block<kBulk, H::kParts, 1>(a.tiles, static_cast<const T*>(p.x), p.x_stride, p.tokens, begin, end,
+                                             read);
 }
 
 }  // namespace neuroada::cuda

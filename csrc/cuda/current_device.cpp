@@ -29,8 +29,10 @@ Device facts_of(int gpu) {
   const std::lock_guard<std::mutex> lock(mutex);
   const auto found = known.find(gpu);
   if (found != known.end()) return found->second;
-  return known[gpu] = {attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin, gpu),
-                       attribute(cudaDevAttrMultiProcessorCount, gpu)};
+  Device facts{attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin, gpu), attribute(cudaDevAttrMultiProcessorCount, gpu)};
+  facts.bulk_copies = attribute(cudaDevAttrComputeCapabilityMajor, gpu) == 9 &&
+                      attribute(cudaDevAttrComputeCapabilityMinor, gpu) == 0;  // the kernels are for sm_90a
+  return known[gpu] = facts;
 }
 
 // A build of torch for the CPU lacks this part of the stable ABI, so it is no symbol to link against.
@@ -65,6 +67,7 @@ Site site_of(const char* name, const Tensor& tensor) {
 CurrentDevice::CurrentDevice(Site site)
     : guard_(site.gpu), facts_(facts_of(site.gpu)), stream_(current_stream(site.gpu)) {
   check(site.gpu, "cudaSetDevice", cudaSetDevice(site.gpu));
+  facts_.bulk_copies = wants_bulk_copies() && facts_.bulk_copies;
 }
 
 }  // namespace neuroada::cuda

@@ -2,7 +2,9 @@
 // current stream on it.
 #pragma once
 
+#include <cstdlib>
 #include <optional>
+#include <string>
 
 #include "kernels.h"
 #include "neuroada/check.h"
@@ -25,5 +27,14 @@ class CurrentDevice {
   Device facts_;
   void* stream_;
 };
+
+// Whether NEUROADA_CUDA_BULK=1 asks for blocks of tokens that the hardware copies, where it has such copies.
+inline bool wants_bulk_copies() {
+  const char* said = std::getenv("NEUROADA_CUDA_BULK");
+  if (said == nullptr) return false;
+  const std::string text = said;
+  STD_TORCH_CHECK(text == "0" || text == "1", "NEUROADA_CUDA_BULK: '", text, "', expected 0 or 1");
+  return text == "1";
+}
 
 }  // namespace neuroada::cuda

@@ -25,6 +25,10 @@ namespace neuroada::cuda {
 constexpr int kWarp = 32;
 constexpr unsigned kAllLanes = 0xffffffffu;
 
+// A kernel that is launched with Args.
+template <class Args>
+using KernelOf = void (*)(Args);
+
 // Sixteen bytes: what one shared-memory access of a lane serves.
 struct alignas(16) Quad {
   uint32_t word[4];
@@ -53,6 +57,12 @@ inline uint32_t bytes_of(uint32_t low, uint32_t high, uint32_t which) {
   uint32_t word = 0;
   for (int i = 0; i < 4; ++i) word |= static_cast<uint32_t>(both >> 8 * (which >> 4 * i & 7) & 0xff) << 8 * i;
   return word;
+}
+
+// The lesser of two values of 16 bits, for each half of a word.
+inline uint32_t least_of_halves(uint32_t a, uint32_t b) {
+  const uint32_t low = (a & 0xffff) < (b & 0xffff) ? a & 0xffff : b & 0xffff;
+  return (a >> 16 < b >> 16 ? a >> 16 : b >> 16) << 16 | low;
 }
 
 inline void fetch_to_l2(const void*) {}
@@ -122,6 +132,9 @@ __device__ __forceinline__ Half round_to<Half>(float value) {
 __device__ __forceinline__ uint32_t bytes_of(uint32_t low, uint32_t high, uint32_t which) {
   return __byte_perm(low, high, which);
 }
+
+// The lesser of two values of 16 bits, for each half of a word.
+__device__ __forceinline__ uint32_t least_of_halves(uint32_t a, uint32_t b) { return __vminu2(a, b); }
 
 __device__ __forceinline__ uint32_t rounded_words(float first, float second, BFloat16) {
   const __nv_bfloat162 both = __floats2bfloat162_rn(first, second);

@@ -73,6 +73,10 @@ inline void copy_box(void* to, const TensorMap& map, int32_t column, int32_t row
   host_cuda::copy_box(to, map, column, row, barrier.state);
 }
 
+inline void copy_bulk(void* to, const void* from, uint32_t bytes, Barrier& barrier) {
+  host_cuda::copy_bulk(to, from, bytes, barrier.state);
+}
+
 inline void sync_warp() {
   host_cuda::check_fenced();
   host_cuda::exchange(0);
@@ -166,6 +170,14 @@ __device__ __forceinline__ void copy_box(void* to, const TensorMap& map, int32_t
           "r"(shared_address(to)),
       "l"(&map), "r"(column), "r"(row), "r"(shared_address(&barrier))
       : "memory");
+}
+
+// Starts the copy of bytes in a row, as many as a multiple of 16, between places that are multiples of 16.
+__device__ __forceinline__ void copy_bulk(void* to, const void* from, uint32_t bytes, Barrier& barrier) {
+  asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::"r"(
+                   shared_address(to)),
+               "l"(__cvta_generic_to_global(from)), "r"(bytes), "r"(shared_address(&barrier))
+               : "memory");
 }
 
 __device__ __forceinline__ void sync_warp() { __syncwarp(); }

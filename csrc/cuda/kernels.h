@@ -1,6 +1,8 @@
 // The CUDA kernels as plain functions over pointers, sizes and strides. Matrices are row-major with
 // unit stride along a row; strides count elements between rows. Sums are taken in float32, in an
-// order that the shapes and the device fix; no kernel synchronises or allocates.
+// order that the shapes and the device fix; no kernel synchronises or allocates. Where blocks are
+// copied in bulk, dx has another order, and deltas that are rounded for it in bfloat16: whether they
+// are depends on the alignment of grad and its rows too.
 //
 // dtype is float32, bfloat16 or float16. A column outside [0, d_in) marks a slot without a
 // connection: it adds nothing, and nothing is read through it.
@@ -17,8 +19,9 @@ namespace neuroada::cuda {
 struct Device {
   int64_t shared_bytes;  // that one CTA may have
   int64_t multiprocessors;
-  int64_t threads = 512;             // of a CTA, a multiple of 32 and a power of two up to 512
+  int64_t threads = 512;             // of most CTAs, a multiple of 32 and a power of two up to 512
   int64_t scratch_bytes = 32 << 20;  // of SDDMM's partial sums; more where the least is
+  bool bulk_copies = false;          // blocks of tokens are copied by the hardware of sm_90a, in 16 bits
 };
 
 // out[t, j] = base[t, j] + bias[j] + sum_s delta[j, s] x[t, index[j, s]]
@@ -155,8 +158,8 @@ void columns(const ChosenColumns&, const Device&, void* stream);
 void merge(const Merge&, const Device&, void* stream);
 void block_entries(const BlockEntries&, const Device&, void* stream);
 
-// How many connections the scratch of dx's bypass has room for.
-int64_t bypass_bwd_input_entries(int64_t d_in, int64_t live);
+// How many connections its scratch needs room for.
+int64_t bypass_bwd_input_entries(const BypassBwdInput&, const Device&);
 
 // In how many parts of the tokens SDDMM sums first.
 int64_t sddmm_parts(const Sddmm&, const Device&);

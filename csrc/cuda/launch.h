@@ -45,6 +45,43 @@ Tiles choose_tiles(const char* kernel, const T* x, int64_t row_stride, int64_t t
   return tiles;
 }
 
+// Whether the hardware of `device` copies rows of x: in 16 bits, where they begin at multiples of 16 bytes and are
+// multiples of them. How many rows there are is no matter, so that parts of the tokens are all treated alike.
+template <class T>
+bool copies_in_bulk(const T* x, int64_t row_stride, int64_t tokens, int64_t columns, const Device& device) {
+  const auto whole_quads = [](int64_t values) { return values * static_cast<int64_t>(sizeof(T)) % 16 == 0; };
+  const bool aligned = aligned16(x) && (tokens <= 1 || whole_quads(row_stride)) && whole_quads(columns);
+  return device.bulk_copies && sizeof(T) == 2 && columns > 0 && aligned;
+}
+
+// The same tile of all columns, and behind it those of the next blocks, where there is room for one at least.
+template <class T>
+Tiles with_bulk_copies(Tiles tiles, const T* x, int64_t row_stride, int64_t tokens, const Device& device) {
+  if (!tiles.single() || !copies_in_bulk(x, row_stride, tokens, tiles.columns, device)) return tiles;
+  const int64_t left = device.shared_bytes / 16 - tiles.stride - 1;
+  const auto stages = static_cast<int32_t>(std::clamp<int64_t>(left / tiles.columns, 0, kMostStages));
+  if (stages > 0) {
+    tiles.count = 1;
+    tiles.stages = stages;
+  }
+  return tiles;
+}
+
+// Tiles of some of the columns, as few and as even as can be, with room for the next one behind each. They begin at
+// multiples of 64, where a column's bank is what it is in a tile of all columns: slots are in order for that.
+template <class T>
+Tiles cut_for_bulk_copies(Tiles tiles, const T* x, int64_t row_stride, int64_t tokens, const Device& device) {
+  const int64_t fit = (device.shared_bytes / 16 - 2) / 2, multiple = fit >= 64 ? 64 : 8,
+                most = fit / multiple * multiple;
+  if (most == 0 || !copies_in_bulk(x, row_stride, tokens, tiles.columns, device)) return tiles;
+  const int64_t count = ceil_div(tiles.columns, most);
+  tiles.width = static_cast<int32_t>(ceil_div(ceil_div(tiles.columns, count), multiple) * multiple);
+  tiles.zero = tiles.width;
+  tiles.stride = tiles.zero + 1;
+  tiles.count = tiles.stages = 1;
+  return tiles;
+}
+
 template <int N>
 constexpr std::integral_constant<int, N> kNumber{};
 
@@ -66,20 +103,26 @@ inline Shares share_out(int64_t rows, int64_t most, int64_t blocks, int64_t time
   return shares;
 }
 
-// How many connections of how many pairs of neurons a lane holds, and whether a tile has all columns, as
-// template arguments: f(pairs, held, whole). As many pairs as there are registers and neurons for: the more, the
-// fewer CTAs stage the same tokens. kMost is how many of one pair there are registers for; more than 8 of a neuron
-// go in parts if `parts`. Where a tile has not all columns, places change with it and are not held.
+// How many connections of how many pairs of neurons a lane holds, as template arguments: f(pairs, held). As many
+// pairs as there are registers and neurons for: the more, the fewer CTAs stage the same tokens. kMost is how many of
+// one pair there are registers for; more than 8 of a neuron go in parts if `parts`.
 template <int kMost, class F>
-void with_held(int64_t neurons, int64_t k, bool parts, bool whole, const Device& device, F&& f) {
+void with_held(int64_t neurons, int64_t k, bool parts, const Device& device, F&& f) {
   const auto fit = [&](int64_t pairs, int64_t held) {
     return (k <= held || (parts && held == kFewHeld)) && neurons > pairs * device.threads;
   };
+  if (fit(8, 2)) return f(kNumber<8>, kNumber<2>);
+  if (fit(4, 4)) return f(kNumber<4>, kNumber<4>);
+  if (fit(2, kFewHeld)) return f(kNumber<2>, kNumber<kFewHeld>);
+  return f(kNumber<1>, kNumber<kMost>);
+}
+
+// The same, and whether a tile has all columns: f(pairs, held, whole). Where it has not, places change with the tile
+// and are not held.
+template <int kMost, class F>
+void with_held(int64_t neurons, int64_t k, bool parts, bool whole, const Device& device, F&& f) {
   if (!whole) return f(kNumber<1>, kNumber<4>, std::false_type{});
-  if (fit(8, 2)) return f(kNumber<8>, kNumber<2>, std::true_type{});
-  if (fit(4, 4)) return f(kNumber<4>, kNumber<4>, std::true_type{});
-  if (fit(2, kFewHeld)) return f(kNumber<2>, kNumber<kFewHeld>, std::true_type{});
-  return f(kNumber<1>, kNumber<kMost>, std::true_type{});
+  with_held<kMost>(neurons, k, parts, device, [&](auto pairs, auto held) { f(pairs, held, std::true_type{}); });
 }
 
 // Calls f with a value of the element type, for its type alone.
@@ -106,7 +149,7 @@ void with_element16(const char* kernel, DType dtype, F&& f) {
 #ifdef NEUROADA_HOST_CUDA
 
 template <class Args>
-void launch(const char*, void (*kernel)(Args), int64_t grid_x, int64_t grid_y, int64_t threads, int64_t shared, void*,
+void launch(const char*, KernelOf<Args> kernel, int64_t grid_x, int64_t grid_y, int64_t threads, int64_t shared, void*,
             const Args& args) {
   host_cuda::launch({static_cast<unsigned>(grid_x), static_cast<unsigned>(grid_y)}, static_cast<unsigned>(threads),
                     static_cast<size_t>(shared), [&] { kernel(args); });
@@ -122,7 +165,7 @@ inline void check(const char* kernel, const char* call, cudaError_t error) {
 }
 
 template <class Args>
-void launch(const char* name, void (*kernel)(Args), int64_t grid_x, int64_t grid_y, int64_t threads, int64_t shared,
+void launch(const char* name, KernelOf<Args> kernel, int64_t grid_x, int64_t grid_y, int64_t threads, int64_t shared,
             void* stream, const Args& args) {
   constexpr int64_t kGranted = 48 << 10;  // without asking
   const void* function = reinterpret_cast<const void*>(kernel);

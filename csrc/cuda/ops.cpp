@@ -62,12 +62,6 @@ int64_t check_plan(const Tensor& plan, int64_t d_in, const Tensor& delta, Site s
   return live;
 }
 
-// Scratch for the plan's connections, as dx's kernel reads them.
-Tensor new_ordered(const Tensor& delta, int64_t d_in, int64_t live) {
-  constexpr int64_t kWords = sizeof(WeightedNeuron) / sizeof(float);
-  return torch::stable::new_empty(delta, {bypass_bwd_input_entries(d_in, live), kWords});
-}
-
 // Scratch for the connections by blocks of columns.
 Tensor new_entries(const Tensor& index) {
   return torch::stable::new_empty(index, {index.numel(), static_cast<int64_t>(sizeof(BlockEntry) / sizeof(int32_t))});
@@ -117,12 +111,25 @@ void bypass_bwd_input_op(const Tensor& grad, const Tensor& plan, const Tensor& d
     check_dtype("base", *base, ScalarType::Float, "float32");
   }
   const CurrentDevice device(site);
-  Tensor ordered = new_ordered(delta, d_in, live);
-  bypass_bwd_input(
-      {dtype, tokens, d_in, d_out, k, grad.const_data_ptr(), grad.stride(0), int32_values(plan), live,
-       float_values(delta), static_cast<WeightedNeuron*>(ordered.mutable_data_ptr()), out.mutable_data_ptr(),
-       out.stride(0), base ? static_cast<const float*>(base->const_data_ptr()) : nullptr, base ? base->stride(0) : 0},
-      device.facts(), device.stream());
+  BypassBwdInput args{dtype,
+                      tokens,
+                      d_in,
+                      d_out,
+                      k,
+                      grad.const_data_ptr(),
+                      grad.stride(0),
+                      int32_values(plan),
+                      live,
+                      float_values(delta),
+                      nullptr,
+                      out.mutable_data_ptr(),
+                      out.stride(0),
+                      base ? static_cast<const float*>(base->const_data_ptr()) : nullptr,
+                      base ? base->stride(0) : 0};
+  constexpr int64_t kWords = sizeof(WeightedNeuron) / sizeof(float);
+  Tensor ordered = torch::stable::new_empty(delta, {bypass_bwd_input_entries(args, device.facts()), kWords});
+  args.ordered = static_cast<WeightedNeuron*>(ordered.mutable_data_ptr());
+  bypass_bwd_input(args, device.facts(), device.stream());
 }
 
 Tensor sddmm_op(const Tensor& grad, const Tensor& x, const Tensor& index, std::optional<int64_t> whole_d_in) {

@@ -2,7 +2,7 @@
 // so do the places of their columns.
 #pragma once
 
-#include "staging.cuh"
+#include "bulk_staging.cuh"
 
 namespace neuroada::cuda {
 
@@ -65,10 +65,9 @@ __device__ __forceinline__ void load_pairs(PairOf<T> (&to)[kTokens<T>], const T*
 // Asks for what load_pairs reads soon.
 template <class T>
 __device__ __forceinline__ void fetch_pairs(const T* from, int64_t stride, int rows, const Pairs& pairs, int pair) {
+  if (rows != kTokens<T> || !pairs.has(pair, 0)) return;  // a last block waits for its few rows
   NEUROADA_UNROLL
-  for (int v = 0; v < kTokens<T>; ++v) {
-    if (v < rows && pairs.has(pair, 0)) fetch_to_l2(in_row(from + v * stride, pairs.first(pair)));
-  }
+  for (int v = 0; v < kTokens<T>; ++v) fetch_to_l2(in_row(from + v * stride, pairs.first(pair)));
 }
 
 // Whether both neurons of every pair are read at once, from rows of a matrix.
@@ -138,6 +137,42 @@ __device__ __forceinline__ uint32_t places_of(const int32_t (&column)[2], const 
   const int low = place_in_tile(tiles, column[0], first, inside), high = place_in_tile(tiles, column[1], first, inside);
   return static_cast<uint32_t>(low) | static_cast<uint32_t>(high) << 16;
 }
+
+// Where columns come in tiles and a lane holds their places all the same, these have their tile above them, so that
+// one of another tile is more than that of zeros.
+struct TilePlaces {
+  static constexpr uint32_t kNone = 0xffff;  // no connection: no place in any tile
+  static constexpr uint32_t kTwice = 0x10001;
+  int bits;  // of a place
+
+  __host__ __device__ static TilePlaces of(const Tiles& tiles) {
+    int bits = 0;
+    while (tiles.zero >> bits != 0) ++bits;
+    return {bits};
+  }
+  // Whether 16 bits are enough for place and tile.
+  bool fit(const Tiles& tiles) const { return bits <= 16 && (tiles.columns - 1) / tiles.width >> (16 - bits) == 0; }
+
+  // Of both columns of a slot.
+  __device__ __forceinline__ uint32_t operator()(const int32_t (&column)[2], const Tiles& tiles) const {
+    uint32_t both = 0;
+    NEUROADA_UNROLL
+    for (int n = 0; n < 2; ++n) {
+      const bool there = column[n] >= 0 && column[n] < tiles.columns;
+      const int32_t tile = there ? column[n] / tiles.width : 0, offset = column[n] - tile * tiles.width;
+      both |= (there ? static_cast<uint32_t>(tile << bits | place(offset)) : kNone) << 16 * n;
+    }
+    return both;
+  }
+  // What of_tile takes for the tile that begins at column `first`.
+  __device__ __forceinline__ uint32_t tile(const Tiles& tiles, int32_t first) const {
+    return (static_cast<uint32_t>(first / tiles.width) << bits) * kTwice;
+  }
+  // Both places in that tile: those of zeros where the columns are in another.
+  __device__ __forceinline__ static uint32_t in_tile(uint32_t both, uint32_t tile, const Tiles& tiles) {
+    return least_of_halves(both ^ tile, static_cast<uint32_t>(tiles.zero) * kTwice);
+  }
+};
 
 // 0, of which the compiler does not know that it is the same for every block.
 __device__ __forceinline__ uint32_t varying_zero(int32_t block) {

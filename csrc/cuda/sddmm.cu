@@ -1,6 +1,7 @@
 // The launchers of sddmm.cuh.
 #include "launch.h"
 #include "sddmm.cuh"
+#include "sum_parts.cuh"
 
 namespace neuroada::cuda {
 namespace {
@@ -35,7 +36,17 @@ void run(const Sddmm& p, float* partial, const Device& device, void* stream) {
   check_width("sddmm", p.d_out);
   with_held_of<T>(p, device, [&](auto pairs, auto held, auto whole) {
     const SddmmShares all = shares_of<T>(p, pairs, held, device);
-    const Tiles tiles = tiles_of<T>(p, p.d_in, device);
+    Tiles tiles = tiles_of<T>(p, p.d_in, device);
+    KernelOf<SddmmLaunch> kernel = sddmm_kernel<T, pairs, held, whole, false>;
+    if constexpr (sizeof(T) == 2 && whole) {
+      const T* x = static_cast<const T*>(p.x);
+      tiles = with_bulk_copies(tiles, x, p.x_stride, p.tokens, device);
+      if (tiles.stages == 0) {
+        const Tiles cut = cut_for_bulk_copies(tiles, x, p.x_stride, p.tokens, device);
+        if (cut.stages > 0 && TilePlaces::of(cut).fit(cut)) tiles = cut;
+      }
+      if (tiles.stages > 0) kernel = sddmm_bulk_kernel(p, device, tiles.single());
+    }
     const SddmmLaunch args{p,
                            tiles,
                            all.blocks,
@@ -45,8 +56,8 @@ void run(const Sddmm& p, float* partial, const Device& device, void* stream) {
                            partial,
                            pairs_aligned(static_cast<const T*>(p.grad), p.grad_stride, p.tokens),
                            slots_aligned(p.k, p.index, partial) && ceil_div(p.k, all.slot_parts) % kSlotVector == 0};
-    launch("sddmm", sddmm_kernel<T, pairs, held, whole>, all.shares.row_parts * all.slot_parts, all.shares.token_parts,
-           device.threads, tiles.bytes(), stream, args);
+    launch("sddmm", kernel, all.shares.row_parts * all.slot_parts, all.shares.token_parts, device.threads,
+           tiles.bytes(), stream, args);
   });
 }
 

@@ -23,6 +23,9 @@ struct SddmmLaunch {
   bool pair_vectors, slot_vectors;
 };
 
+// The kernel with blocks that are copied ahead, for one tile that holds all columns or for several: of sddmm_sm90.cu.
+KernelOf<SddmmLaunch> sddmm_bulk_kernel(const Sddmm&, const Device&, bool whole);
+
 // Asks for grad[t .. t + V] of a pair.
 template <class T>
 __device__ __forceinline__ void fetch_grad(const SddmmLaunch& a, const Pairs& pairs, int pair, int64_t t) {
@@ -40,14 +43,25 @@ __device__ __forceinline__ void load_grad(PairOf<T> (&grad)[kTokens<T>], const S
              pairs, pair, a.pair_vectors);
 }
 
+// The columns of what a lane's register r is for, -1 where there is none.
 template <int kPairs, int kHeld>
-__device__ __forceinline__ uint32_t place_of_slot(const SddmmLaunch& a, const Pairs& pairs, int pair, int64_t slot,
-                                                  int r, int32_t first) {
+__device__ __forceinline__ void columns_of_slot(int32_t (&column)[2], const SddmmLaunch& a, const Pairs& pairs,
+                                                int pair, int64_t slot, int r) {
   const int64_t s = Held<kPairs, kHeld>::slot(r);
-  int32_t column[2];
   load_columns(column, a.problem.index, a.problem.k, pairs, pair, s < a.slots ? slot + s : a.problem.k);
-  return places_of(column, a.tiles, first);
 }
+
+// The places that a lane holds of both columns of a slot, and what it holds for none: in the tile that has all
+// columns, or among all tiles.
+template <bool kWhole>
+struct HeldPlaces {
+  __device__ __forceinline__ static uint32_t of(const int32_t (&column)[2], const Tiles& tiles) {
+    return kWhole ? places_of(column, tiles, 0) : TilePlaces::of(tiles)(column, tiles);
+  }
+  __device__ __forceinline__ static uint32_t none(const Tiles& tiles) {
+    return kWhole ? static_cast<uint32_t>(tiles.zero) : TilePlaces::kNone;
+  }
+};
 
 template <class T>
 __device__ __forceinline__ float add_dot(float sum, const float (&grad)[kTokens<T>], const Quad& column) {
@@ -56,8 +70,8 @@ __device__ __forceinline__ float add_dot(float sum, const float (&grad)[kTokens<
   return sum;
 }
 
-// The places of all slots of a lane, in the tile that has all columns.
-template <int kPairs, int kHeld>
+// The places of all slots of a lane.
+template <bool kWhole, int kPairs, int kHeld>
 __device__ __forceinline__ void load_places(uint32_t (&places)[kPairs][kHeld], const SddmmLaunch& a, const Pairs& pairs,
                                             int64_t slot, int slots) {
   using H = Held<kPairs, kHeld>;
@@ -65,7 +79,11 @@ __device__ __forceinline__ void load_places(uint32_t (&places)[kPairs][kHeld], c
   for (int pair = 0; pair < kPairs; ++pair) {
     if (!a.slot_vectors) {
       NEUROADA_UNROLL
-      for (int r = 0; r < kHeld; ++r) places[pair][r] = place_of_slot<kPairs, kHeld>(a, pairs, pair, slot, r, 0);
+      for (int r = 0; r < kHeld; ++r) {
+        int32_t column[2];
+        columns_of_slot<kPairs, kHeld>(column, a, pairs, pair, slot, r);
+        places[pair][r] = HeldPlaces<kWhole>::of(column, a.tiles);
+      }
       continue;
     }
     NEUROADA_UNROLL
@@ -78,14 +96,14 @@ __device__ __forceinline__ void load_places(uint32_t (&places)[kPairs][kHeld], c
       }
       NEUROADA_UNROLL
       for (int q = 0; q < kSlotVector; ++q) {
-        places[pair][H::register_of(s + q)] = places_of({column[0][q], column[1][q]}, a.tiles, 0);
+        places[pair][H::register_of(s + q)] = HeldPlaces<kWhole>::of({column[0][q], column[1][q]}, a.tiles);
       }
     }
   }
 }
 
 // The sums of this part of the tokens; a slot without a connection has none.
-template <bool kWhole, int kPairs, int kHeld>
+template <bool kWhole, bool kHolds, int kPairs, int kHeld>
 __device__ __forceinline__ void write_sums(const float (&sum)[kPairs][kHeld][2],
                                            const uint32_t (&places)[kPairs][kHeld], const SddmmLaunch& a,
                                            const Pairs& pairs, int64_t slot, int slots) {
@@ -101,11 +119,11 @@ __device__ __forceinline__ void write_sums(const float (&sum)[kPairs][kHeld][2],
       // The sum of a slot without a connection is not zero where grad is infinite.
       const auto sum_of = [&](int s) {
         const int r = H::register_of(s);
-        const bool connected = kWhole ? place_of(places[pair][r], n, 0) != static_cast<uint32_t>(a.tiles.zero)
+        const bool connected = kHolds ? place_of(places[pair][r], n, 0) != HeldPlaces<kWhole>::none(a.tiles)
                                       : static_cast<uint32_t>(p.index[e + s]) < static_cast<uint32_t>(p.d_in);
         return connected ? sum[pair][r][n] : 0.0f;
       };
-      if (kWhole && a.slot_vectors) {
+      if (kHolds && a.slot_vectors) {
         NEUROADA_UNROLL
         for (int s = 0; s + kSlotVector <= kHeld; s += kSlotVector) {
           const float four[kSlotVector] = {sum_of(s), sum_of(s + 1), sum_of(s + 2), sum_of(s + 3)};
@@ -123,10 +141,15 @@ __device__ __forceinline__ void write_sums(const float (&sum)[kPairs][kHeld][2],
   }
 }
 
-template <class T, int kPairs, int kHeld, bool kWhole>
+// A lane holds its places where a tile has all columns, or where tiles are copied ahead: then a block's tiles follow
+// one another, and its grad comes anew for each.
+template <class T, int kPairs, int kHeld, bool kWhole, bool kBulk>
 __global__ void __launch_bounds__(kMaxThreads, 1) sddmm_kernel(SddmmLaunch a) {
   constexpr int V = kTokens<T>;
+  constexpr bool kHolds = kWhole || kBulk;
   using H = Held<kPairs, kHeld>;
+  // Slots whose columns are read at once: what is copied ahead leaves the registers for two.
+  constexpr int kTogether = kBulk ? 2 : 1;
   const Sddmm& p = a.problem;
   const Pairs pairs = Pairs::of(blockIdx.x / a.slot_parts, a.neurons_a_part, p.d_out);
   const int64_t slot = blockIdx.x % a.slot_parts * a.slots;
@@ -135,32 +158,42 @@ __global__ void __launch_bounds__(kMaxThreads, 1) sddmm_kernel(SddmmLaunch a) {
   const int32_t end = static_cast<int32_t>(a.blocks * (blockIdx.y + 1) / gridDim.y);
   uint32_t places[kPairs][kHeld] = {};
   float sum[kPairs][kHeld][2] = {}, grad[2][V];
-  if (kWhole) load_places(places, a, pairs, slot, slots);
-  PairOf<T> next[V];  // grad of the pair that is read next, on its way where a tile has all columns
-  if (kWhole) load_grad(next, a, pairs, 0, int64_t{begin} * V);
+  const TilePlaces tile_places = TilePlaces::of(a.tiles);
+  if (kHolds) load_places<kWhole>(places, a, pairs, slot, slots);
+  PairOf<T> next[V];  // grad of the pair that is read next, on its way
+  if (kHolds) load_grad(next, a, pairs, 0, int64_t{begin} * V);
   const auto read = [&](int32_t block, const Quad* tile, int32_t first, auto part) {
     constexpr int kPart = decltype(part)::value, kBegin = H::begin(kPart), kFirst = H::first_pair(kPart);
+    const int32_t next_block = kWhole || first + a.tiles.width >= a.tiles.columns ? block + 1 : block;
+    const uint32_t in_tile = kHolds && !kWhole ? tile_places.tile(a.tiles, first) : 0;
     NEUROADA_UNROLL
     for (int pair = kFirst; pair < kFirst + H::kPairsAPart; ++pair) {
       if (H::begins_pair(kPart)) {
-        if (!kWhole) load_grad(next, a, pairs, pair, int64_t{block} * V);
-        if (kWhole && block + 2 < end) fetch_grad<T>(a, pairs, pair, (int64_t{block} + 2) * V);
+        if (!kHolds) load_grad(next, a, pairs, pair, int64_t{block} * V);
+        if (kHolds && first == 0 && block + 2 < end) fetch_grad<T>(a, pairs, pair, (int64_t{block} + 2) * V);
         NEUROADA_UNROLL
         for (int v = 0; v < V; ++v) {
           grad[0][v] = next[v].value(0);
           grad[1][v] = next[v].value(1);
         }
-        if (kWhole && pair + 1 < kPairs) {
+        if (kHolds && pair + 1 < kPairs) {
           load_grad(next, a, pairs, pair + 1, int64_t{block} * V);
-        } else if (kWhole && block + 1 < end) {
-          load_grad(next, a, pairs, 0, (int64_t{block} + 1) * V);
+        } else if (kHolds && next_block < end) {
+          load_grad(next, a, pairs, 0, int64_t{next_block} * V);
         }
       }
       if (!pairs.has(pair, 0)) continue;
       NEUROADA_UNROLL
       for (int r = kBegin; r < kBegin + H::kSlots; ++r) {
-        if (H::slot(r) >= slots) break;
-        const uint32_t both = kWhole ? places[pair][r] : place_of_slot<kPairs, kHeld>(a, pairs, pair, slot, r, first);
+        if ((r - kBegin) % kTogether == 0 && H::slot(r) >= slots) break;
+        uint32_t both = places[pair][r];
+        if constexpr (!kHolds) {
+          int32_t column[2];
+          columns_of_slot<kPairs, kHeld>(column, a, pairs, pair, slot, r);
+          both = places_of(column, a.tiles, first);
+        } else if constexpr (!kWhole) {
+          both = TilePlaces::in_tile(both, in_tile, a.tiles);
+        }
         NEUROADA_UNROLL
         for (int n = 0; n < 2; ++n) {
           const uint32_t at = place_of(both, n, varying_zero(block));
@@ -171,30 +204,9 @@ __global__ void __launch_bounds__(kMaxThreads, 1) sddmm_kernel(SddmmLaunch a) {
       }
     }
   };
-  for_each_block<H::kParts, 1>(a.tiles, static_cast<const T*>(p.x), p.x_stride, p.tokens, begin, end, read);
-  write_sums<kWhole>(sum, places, a, pairs, slot, slots);
-}
-
-struct SumPartsLaunch {
-  const float* partial;  // [parts, count]
-  float* out;            // [count]
-  int64_t parts, count;
-};
-
-// out[e] = sum_p partial[p, e], in the order of p; several are on their way at once.
-__global__ static void sum_parts_kernel(SumPartsLaunch a) {
-  constexpr int kAtOnce = 8;
-  const int64_t e = int64_t{blockIdx.x} * blockDim.x + threadIdx.x;
-  if (e >= a.count) return;
-  float sum = 0;
-  for (int64_t part = 0; part < a.parts; part += kAtOnce) {
-    float value[kAtOnce];
-    NEUROADA_UNROLL
-    for (int i = 0; i < kAtOnce; ++i) value[i] = part + i < a.parts ? a.partial[(part + i) * a.count + e] : 0.0f;
-    NEUROADA_UNROLL
-    for (int i = 0; i < kAtOnce; ++i) sum += value[i];
-  }
-  a.out[e] = sum;
+  for_each_staged_block<kBulk, H::kParts, 1>(a.tiles, static_cast<const T*>(p.x), p.x_stride, p.tokens, begin, end,
+                                             read);
+  write_sums<kWhole, kHolds>(sum, places, a, pairs, slot, slots);
 }
 
 }  // namespace neuroada::cuda

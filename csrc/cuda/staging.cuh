@@ -6,12 +6,15 @@
 
 namespace neuroada::cuda {
 
-// Of a CTA: 128 registers a thread.
+// Of a CTA: 128 registers a thread, or 64 for twice as many.
 constexpr int kMaxThreads = 512;
 
 // V: the tokens of a block, 8 in sixteen bits and 4 in float32.
 template <class T>
 constexpr int kTokens = 16 / static_cast<int>(sizeof(T));
+
+// Blocks that are copied ahead at most, where the hardware copies them.
+constexpr int kMostStages = 2;
 
 // How the columns of a matrix lie in shared memory: in tiles of `width` columns and a column of zeros. Where
 // a tile has all columns and two of them fit, one block is read while the next is staged.
@@ -21,9 +24,13 @@ struct Tiles {
   int32_t zero;     // the place of the column of zeros
   int32_t stride;   // from a tile to the next
   int32_t count;    // 1 or 2
+  int32_t stages;   // of tiles that are copied as they lie behind the one that is read, or 0: bulk_staging.cuh
   bool vectors;     // rows are read 8 bytes at a time: they are aligned
 
-  __host__ __device__ int64_t bytes() const { return int64_t{count} * stride * 16; }
+  // A block has 16 bytes of each column, whatever the dtype; so much have the barriers of all stages.
+  __host__ __device__ int64_t bytes() const {
+    return (int64_t{count} * stride + (stages == 0 ? 0 : 1 + int64_t{stages} * width)) * 16;
+  }
   __host__ __device__ bool single() const { return width == columns; }
 };
 
@@ -169,6 +176,13 @@ template <int N>
 struct Part {
   static constexpr int value = N;
 };
+
+// read(Part<N>) for N from kPart on.
+template <int kPart, int kParts, class Read>
+__device__ __forceinline__ void read_in_turn(Read&& read) {
+  read(Part<kPart>{});
+  if constexpr (kPart + 1 < kParts) read_in_turn<kPart + 1, kParts>(read);
+}
 
 // read(Part<N>) for N from kPart on, and before each the next block's columns are asked for.
 template <int kPart, int kParts, class T, class Read>

@@ -8,6 +8,7 @@
 #pragma once
 
 #include <array>
+#include <atomic>
 #include <chrono>
 #include <condition_variable>
 #include <mutex>
@@ -148,6 +149,19 @@ inline void copy_box(void* to, const TensorMap& map, int32_t column, int32_t row
     }
   }
   complete_bytes(barrier, static_cast<uint32_t>(map.box_rows) * row_bytes);
+}
+
+// How often the hardware was asked for such a copy.
+inline std::atomic<int64_t> bulk_copies = 0;
+
+// Bytes in a row, "cp.async.bulk".
+inline void copy_bulk(void* to, const void* from, uint32_t bytes, uint64_t& barrier) {
+  check_aligned(to, 16);
+  check_aligned(from, 16);
+  if (bytes == 0 || bytes % 16 != 0) stop("a bulk copy of no multiple of 16 bytes");
+  ++bulk_copies;
+  std::memcpy(shared_at(shared_address(to), bytes), from, bytes);
+  complete_bytes(barrier, bytes);
 }
 
 // ---- wgmma

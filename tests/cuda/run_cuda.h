@@ -60,22 +60,56 @@ Matrix<float> run_sddmm(const Problem<T>& p, const cuda::Device& device, int64_t
 }
 
 template <class T>
+void run_bypass_fwd(const Problem<T>& p, Outputs<T>& r, const cuda::Device& device) {
+  const Case& c = p.shape;
+  cuda::bypass_fwd({dtype_of<T>(), c.tokens, c.d_in, c.d_out, c.k, p.x.data(), p.x.stride(), p.index.data(),
+                    p.delta.data(), base_of(p, r), p.base.stride(), bias_of(p), r.out.data(), r.out.stride()},
+                   device, nullptr);
+}
+
+// With scratch of just the size that it needs.
+inline void run_bypass_bwd_input(cuda::BypassBwdInput args, const cuda::Device& device) {
+  Matrix<cuda::WeightedNeuron> ordered(1, cuda::bypass_bwd_input_entries(args, device));
+  args.ordered = ordered.data();
+  cuda::bypass_bwd_input(args, device, nullptr);
+}
+
+template <class T>
 Outputs<T> run(const Problem<T>& p, const cuda::Device& device) {
   const Case& c = p.shape;
   const DType dtype = dtype_of<T>();
   Outputs<T> r = make_outputs(p);
-  cuda::bypass_fwd({dtype, c.tokens, c.d_in, c.d_out, c.k, p.x.data(), p.x.stride(), p.index.data(), p.delta.data(),
-                    base_of(p, r), p.base.stride(), bias_of(p), r.out.data(), r.out.stride()},
-                   device, nullptr);
+  run_bypass_fwd(p, r, device);
   const std::vector<int32_t> plan = make_plan(p.index, c.d_in);
   const int64_t live = static_cast<int64_t>(plan.size()) - plan_size(c.d_in, 0);
-  Matrix<cuda::WeightedNeuron> ordered(1, cuda::bypass_bwd_input_entries(c.d_in, live));
-  cuda::bypass_bwd_input({dtype, c.tokens, c.d_in, c.d_out, c.k, p.grad.data(), p.grad.stride(), plan.data(), live,
-                          p.delta.data(), ordered.data(), r.grad_x.data(), r.grad_x.stride()},
-                         device, nullptr);
+  run_bypass_bwd_input({dtype, c.tokens, c.d_in, c.d_out, c.k, p.grad.data(), p.grad.stride(), plan.data(), live,
+                        p.delta.data(), nullptr, r.grad_x.data(), r.grad_x.stride()},
+                       device);
   r.grad_delta = run_sddmm(p, device);
   cuda::merge(merge_problem(p, cuda::MergeMode::merge, r.weight, r.original), device, nullptr);
   return r;
+}
+
+// The values of a plan are not checked on a GPU: whatever they are, AddressSanitizer sees no access outside the
+// arguments of dx, and nobody waits at a barrier for ever. Ranges of such a plan may overlap, and then several threads
+// write the same values to the same places; ThreadSanitizer is not to look at that.
+template <class T>
+void check_garbage_plans(const Case& c, const TestDevice& on) {
+#ifdef __SANITIZE_THREAD__
+  return;
+#endif
+  Random random(6);
+  const Problem<T> problem(c, random);
+  constexpr int64_t kLive = 50;
+  for (int64_t range : {2, 60, 1 << 30}) {
+    std::vector<int32_t> plan(static_cast<size_t>(plan_size(c.d_in, kLive)));
+    for (int32_t& value : plan) value = static_cast<int32_t>(random.below(2 * range) - range / 4);
+    Matrix<T> out(c.tokens, c.d_in, 3);
+    run_bypass_bwd_input({dtype_of<T>(), c.tokens, c.d_in, c.d_out, c.k, problem.grad.data(), problem.grad.stride(),
+                          plan.data(), kLive, problem.delta.data(), nullptr, out.data(), out.stride()},
+                         on.device);
+    CHECK(out.gaps_untouched(), std::string("a garbage plan on ") + on.name + ": wrote between rows");
+  }
 }
 
 }  // namespace neuroada::testing

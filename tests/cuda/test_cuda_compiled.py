@@ -94,22 +94,34 @@ def instructions(arch: str) -> dict[str, set[str]]:
     return found
 
 
-_INSTRUCTIONS = r"(?:(?:LD|ST)[GSL]|HGMMA|UTMALDG|UTMASTG|SYNCS|USETMAXREG|WARPGROUP)(?:\.\w+)*"
+_INSTRUCTIONS = (
+    r"(?:(?:LD|ST)[GSL]|HGMMA|UTMALDG|UTMASTG|UBLKCP|SYNCS|USETMAXREG|WARPGROUP)(?:\.\w+)*"
+)
 
 
 #: The products for sm_90a: ours, whose tiles of W are patched, and CUTLASS's where it is built in.
 PATCHED, ONTO = PRODUCTS = ("linear_patched_sm90_kernel", "product_onto_sm90_kernel")
 
 
+def has_bulk_copies(name: str) -> bool:
+    """Whether it is a staged kernel whose blocks the hardware copies ahead."""
+    if name.startswith("bypass_bwd_input_tiles_kernel"):
+        return True
+    staged = ("bypass_fwd_kernel", "bypass_bwd_input_kernel", "sddmm_kernel")
+    return name.startswith(staged) and name.endswith(", true>")
+
+
 def is_for_sm90(name: str) -> bool:
-    return name.startswith((*PRODUCTS, "block_entries_kernel"))
+    return name.startswith((*PRODUCTS, "block_entries_kernel")) or has_bulk_copies(name)
 
 
 def test_every_kernel_is_compiled_for_every_arch_that_it_is_for():
     names = {key.partition(" ")[2] for key in resources()}
-    # Staged ones, their helpers, merge, columns; for sm_90a products each way and their helper.
+    # Staged ones, their helpers, merge, columns; for sm_90a staged ones with blocks that are
+    # copied ahead, products each way and their helper.
     products = 2 if BUILD["cutlass"] and "90a" in ARCHS else 1
-    assert len(names) == 3 * (5 + 5 + 2) + 2 + 3 * 4 + 2 + products * 2 * 2 + 1
+    bulk = 2 * (4 + 8 + 2)
+    assert len(names) == 3 * (5 + 5 + 2) + 2 + 3 * 4 + 2 + bulk + products * 2 * 2 + 1
     assert set(resources()) == {
         f"sm_{arch} {name}"
         for arch in ARCHS
@@ -130,9 +142,12 @@ def test_no_kernel_needs_more_than_the_table_says():
 
 
 def test_every_kernel_launches_with_the_threads_of_a_cta():
-    """A multiprocessor has 65536 registers, a CTA of a product 384 threads, others up to 512."""
+    """Of 65536 registers: 384 for a product, 1024 for dx with bulk copies, 512 for any other."""
     for key, used in resources().items():
-        threads = 384 if key.partition(" ")[2].startswith(PRODUCTS) else 512
+        name = key.partition(" ")[2]
+        threads = 384 if name.startswith(PRODUCTS) else 512
+        if name.startswith("bypass_bwd_input_kernel") and has_bulk_copies(name):
+            threads = 1024
         assert used["registers"] <= 65536 // threads // 8 * 8, key
 
 
@@ -168,12 +183,19 @@ def test_staged_columns_are_read_and_written_sixteen_bytes_at_a_time(arch):
     staged = {name: used for name, used in instructions(arch).items() if "<" in name}
     others = ("merge", "columns", *PRODUCTS)
     staged = {name: used for name, used in staged.items() if not name.startswith(others)}
-    assert len(staged) == 36
+    assert len(staged) == 36 + 28 * (arch == "90a")
     for name, used in staged.items():
         shared = {i for i in used if i.startswith(("LDS", "STS"))}
-        assert {i.partition(".")[2].split(".")[0] for i in shared} == {"128"}, name
-        # Rows come by 8 bytes a lane, which leave the registers for what a lane holds.
-        assert "LDG.E.64" in {i.replace(".CONSTANT", "") for i in used}, name
+        bulk = has_bulk_copies(name)
+        # Of what was copied ahead, rows are read by 8 bytes a lane; else they come so from memory,
+        # and leave the registers for what a lane holds.
+        assert {i.partition(".")[0] + i.partition(".")[2].split(".")[0] for i in shared} == {
+            "LDS128",
+            "STS128",
+            *(["LDS64"] if bulk else []),
+        }, name
+        assert bulk or "LDG.E.64" in {i.replace(".CONSTANT", "") for i in used}, name
+        assert bulk == any(i.startswith("UBLKCP") for i in used), name
 
 
 @every_arch

@@ -108,6 +108,41 @@ def test_columns_of_x_alone_have_the_gradient_of_all_of_it_to_the_bit(case, dtyp
         C.sddmm(inputs.grad_output, x, index, 3)
 
 
+BULK = [
+    Case(tokens=17, d_in=64, d_out=48, k=8, bias=True),
+    Case(tokens=65, d_in=72, d_out=264, k=3, index="ragged"),
+    Case(tokens=40, d_in=128, d_out=32, k=20),
+]
+
+
+@pytest.mark.parametrize("case", BULK, ids=lambda case: case.name)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_blocks_that_the_hardware_copies_give_the_same_numbers(case, dtype, monkeypatch):
+    i = make_inputs(case, dtype)
+
+    def run() -> tuple[torch.Tensor, ...]:
+        y = cuda._linear_onto_product(i.x, i.weight, i.index, i.delta, i.bias)
+        rest = (i.grad_output, i.x, i.index, i.delta, None, [True, True])
+        return y, *_compiled.bypass_backward(*rest)
+
+    loaded = run()
+    monkeypatch.setenv("NEUROADA_CUDA_BULK", "1")
+    y, grad_x, grad_delta = run()
+    assert y.equal(loaded[0])
+    assert grad_delta.equal(loaded[2])
+    # dx sums in another order: few sums, in float16, may come out the same.
+    assert not grad_x.equal(loaded[1]) or (dtype == torch.float16 and case.k < 20)
+    assert rms_error(grad_x, exact(i).bypass_grad_x) <= tolerance(dtype, case.d_out * case.k)
+
+
+def test_what_asks_for_bulk_copies_is_0_or_1(monkeypatch):
+    i = make_inputs(BULK[0], torch.bfloat16)
+    for wrong in ("yes", "2", ""):
+        monkeypatch.setenv("NEUROADA_CUDA_BULK", wrong)
+        with pytest.raises(RuntimeError, match=f"NEUROADA_CUDA_BULK: '{wrong}', expected 0 or 1"):
+            C.sddmm(i.grad_output, i.x, i.index)
+
+
 #: Sizes along a row are multiples of 8; 384 threads a CTA.
 ALIGNED = [
     Case(tokens=17, d_in=64, d_out=48, k=8, bias=True),

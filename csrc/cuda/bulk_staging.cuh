@@ -1,0 +1,114 @@
+// Blocks of tokens that the hardware of sm_90a copies into shared memory as they lie (cp.async.bulk), one or two ahead
+// of the block that is read. The threads transpose them from there, so that none waits for memory with its registers
+// full of what it has loaded, and memory has work while they read.
+#pragma once
+
+#include "hopper.cuh"
+#include "staging.cuh"
+
+namespace neuroada::cuda {
+
+// A tile of a block of tokens, from a column on.
+struct Step {
+  int32_t block, first;
+
+  __device__ __forceinline__ void advance(const Tiles& tiles) {
+    first += tiles.width;
+    if (first >= tiles.columns) {
+      first = 0;
+      ++block;
+    }
+  }
+  __device__ __forceinline__ int32_t width(const Tiles& tiles) const {
+    return tiles.columns - first < tiles.width ? tiles.columns - first : tiles.width;
+  }
+};
+
+// Behind the tile: a barrier for each stage, then the stages, a block's columns of one tile each, row by row.
+template <class T>
+struct RawBlocks {
+  static constexpr int V = kTokens<T>;
+  Barrier* full;
+  T* rows;
+  int32_t pitch;
+
+  __device__ __forceinline__ static RawBlocks behind(const Tiles& tiles) {
+    static_assert(kMostStages * sizeof(Barrier) <= sizeof(Quad));
+    Quad* barriers = shared_quads() + tiles.stride;
+    return {reinterpret_cast<Barrier*>(barriers), reinterpret_cast<T*>(barriers + 1), tiles.width};
+  }
+
+#ifdef NEUROADA_HOPPER
+  __device__ __forceinline__ T* stage_rows(int stage) const { return rows + stage * (V * pitch); }
+
+  // Starts the copy of `count` rows of x, by a lane each. All threads have read what it writes over: the fence puts
+  // their reads, which the barrier before it has ended, before the copies, which no barrier knows.
+  __device__ __forceinline__ void copy(int stage, const T* x, int64_t row_stride, int32_t count, int32_t width) const {
+    const int32_t row = static_cast<int32_t>(threadIdx.x);
+    const uint32_t bytes = static_cast<uint32_t>(width) * sizeof(T);
+    if (row < count) fence_operands();
+    if (row == 0) arrive_expecting(full[stage], bytes * static_cast<uint32_t>(count));
+    if (row < count) copy_bulk(stage_rows(stage) + row * pitch, x + row * row_stride, bytes, full[stage]);
+  }
+
+  // tile[place(c)] = the c-th column of a stage, zeros past the last of `count` rows; by the whole CTA.
+  __device__ __forceinline__ void transpose(Quad* tile, int stage, int32_t count, int32_t width) const {
+    constexpr int32_t kColumns = Rows<T, 8>::kColumns;
+    for (int32_t c = static_cast<int32_t>(threadIdx.x) * kColumns; c < width; c += blockDim.x * kColumns) {
+      Rows<T, 8> chunk;
+      chunk.load(stage_rows(stage), pitch, count, c);
+      chunk.store(tile, c);
+    }
+  }
+#endif
+};
+
+// for_each_block with what comes next copied ahead: of rows and tiles of a multiple of 16 bytes.
+template <int kParts, class T, class Read>
+__device__ __forceinline__ void for_each_block_in_bulk(const Tiles& tiles, const T* x, int64_t row_stride,
+                                                       int64_t tokens, int32_t begin, int32_t end, Read&& read) {
+#ifdef NEUROADA_HOPPER
+  constexpr int V = kTokens<T>;
+  Quad* const tile = shared_quads();
+  const RawBlocks<T> raw = RawBlocks<T>::behind(tiles);
+  const auto copy = [&](int stage, const Step& step) {
+    const int64_t t = int64_t{step.block} * V;
+    raw.copy(stage, x + t * row_stride + step.first, row_stride, rows_of_block<T>(tokens, t), step.width(tiles));
+  };
+  if (threadIdx.x == 0) {
+    tile[tiles.zero] = Quad{};
+    for (int i = 0; i < tiles.stages; ++i) init_barrier(raw.full[i], 1);
+    publish_barriers();
+  }
+  __syncthreads();
+  Step ahead{begin, 0};
+  for (int i = 0; i < tiles.stages && ahead.block < end; ++i, ahead.advance(tiles)) copy(i, ahead);
+  int stage = 0;
+  uint32_t parity = 0;
+  for (Step now{begin, 0}; now.block < end; now.advance(tiles)) {
+    wait(raw.full[stage], parity);
+    raw.transpose(tile, stage, rows_of_block<T>(tokens, int64_t{now.block} * V), now.width(tiles));
+    __syncthreads();  // the tile is whole, and all have read the stage
+    if (ahead.block < end) copy(stage, ahead);
+    ahead.advance(tiles);
+    read_in_turn<0, kParts>([&](auto part) { read(now.block, static_cast<const Quad*>(tile), now.first, part); });
+    __syncthreads();  // all have read the tile
+    if (++stage == tiles.stages) {
+      stage = 0;
+      parity ^= 1;
+    }
+  }
+#endif
+}
+
+template <bool kBulk, int kParts, int kAtOnce, class T, class Read>
+__device__ __forceinline__ void for_each_staged_block(const Tiles& tiles, const T* x, int64_t row_stride,
+                                                      int64_t tokens, int32_t begin, int32_t end, Read&& read) {
+  if constexpr (kBulk) {
+    for_each_block_in_bulk<kParts>(tiles, x, row_stride, tokens, begin, end, read);
+  } else {
+    for_each_block<kParts, kAtOnce>(tiles, x, row_stride, tokens, begin, end, read);
+  }
+}
+
+}  // namespace neuroada::cuda

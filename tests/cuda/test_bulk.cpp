@@ -1,0 +1,199 @@
+// With blocks of tokens that the hardware copies ahead, forward and SDDMM have the bits that they have without, and dx,
+// which sums in another order, what the formula says.
+#include <cmath>
+#include <initializer_list>
+#include <limits>
+#include <type_traits>
+#include <utility>
+#include <vector>
+
+#include "cuda/column_entries.cuh"
+#include "cuda/launch.h"
+#include "run_cuda.h"
+
+using namespace neuroada::testing;
+using neuroada::BFloat16;
+using neuroada::Half;
+using neuroada::cuda::Device;
+namespace cuda = neuroada::cuda;
+
+namespace {
+
+// Room for a tile and a number of stages of `columns` columns, and for no more.
+Device device_of(int64_t columns, int64_t stages, bool bulk_copies) {
+  const int64_t quads = columns + 1 + 1 + stages * columns;
+  return {quads * kQuad, 3, 32, 1 << 20, bulk_copies};
+}
+
+// How the hardware is asked for the blocks of a matrix: with no stages where it is not.
+template <class T>
+cuda::Tiles bulk_tiles(const Matrix<T>& matrix, const Device& device, bool cut) {
+  const auto tiles =
+      cuda::choose_tiles("test", matrix.data(), matrix.stride(), matrix.rows(), matrix.columns(), device);
+  const auto copied = cut ? cuda::cut_for_bulk_copies<T> : cuda::with_bulk_copies<T>;
+  return copied(tiles, matrix.data(), matrix.stride(), matrix.rows(), device);
+}
+
+// Whether the hardware was asked for copies.
+template <class F>
+bool copies(F&& f) {
+  const int64_t before = neuroada::host_cuda::bulk_copies;
+  f();
+  return neuroada::host_cuda::bulk_copies != before;
+}
+
+template <class T>
+void check_case(const Case& c, int64_t stages, uint64_t seed, bool copied = true) {
+  Random random(seed);
+  const Problem<T> problem(c, random);
+  const int64_t columns = std::max(c.d_in, c.d_out);
+  const std::string where = std::string(dtype_name<T>()) + ", stages " + std::to_string(stages) + ", " + c.name();
+  const Device device = device_of(columns, stages, true), without = device_of(columns, stages, false);
+  CHECK((bulk_tiles(problem.x, device, false).stages > 0) == copied, where + ": x");
+  CHECK((bulk_tiles(problem.grad, device, false).stages > 0) == copied, where + ": grad");
+  const Outputs<T> found = run(problem, device);
+  if (c.values == Values::grid) check_outputs(found, reference(problem), where);
+  Outputs<T> again = found;
+  CHECK(copies([&] { run_bypass_fwd(problem, again, device); }) == copied, where + ": copies of the forward");
+  CHECK(copies([&] { run_sddmm(problem, device); }) == copied, where + ": copies of SDDMM");
+  CHECK(!copies([&] { run(problem, without); }), where + ": copies though there are none");
+  const Outputs<T> expected = run(problem, without);
+  CHECK(found.out.same_bits(expected.out), where + ": other bits of out");
+  CHECK(found.grad_delta.same_bits(expected.grad_delta), where + ": other bits of grad_delta");
+}
+
+// Tokens below, at and above whole blocks, and so many blocks that stages take turns; rows next to and apart from one
+// another; as many pairs a lane as there may be; real values, whose sums tell an order from another.
+void blocks_that_are_copied_give_the_same_bits() {
+  uint64_t seed = 0;
+  for (int64_t stages : {1, 2}) {
+    for (int64_t tokens : {1, 9, 16, 130}) {
+      for (int64_t k : {1, 3, 8, 20}) {
+        for (Values values : {Values::grid, Values::real}) {
+          ++seed;
+          Case c{tokens, 40, 72, k, static_cast<IndexKind>(seed % 4), seed % 3 == 0};
+          c.base = static_cast<Base>(seed % 3);
+          c.gap = seed % 2 == 0 ? 0 : 8;
+          c.values = values;
+          if (seed % 5 < 3) {
+            check_case<BFloat16>(c, stages, seed);
+          } else {
+            check_case<Half>(c, stages, seed);
+          }
+        }
+      }
+    }
+  }
+}
+
+// More pairs of neurons than a CTA of 32 has lanes for: several a lane.
+void many_neurons_give_the_same_bits() {
+  for (int64_t k : {1, 2, 4, 8, 9}) check_case<BFloat16>({33, 48, 600, k, IndexKind::ragged, true}, 2, 7);
+}
+
+// What the hardware does not copy, threads load: odd rows, rows that begin between 16 bytes, and a row too short.
+void what_cannot_be_copied_is_loaded() {
+  const auto check_loaded = [](const Case& c, int64_t stages) { check_case<BFloat16>(c, stages, 1, false); };
+  check_loaded({33, 41, 67, 3, IndexKind::ragged}, 2);
+  check_loaded({33, 40, 72, 3, IndexKind::ragged, false, Base::none, 4}, 2);
+  check_loaded({33, 40, 72, 3, IndexKind::ragged, false, Base::none, 0, Values::grid, 1}, 2);
+  check_loaded({33, 4, 12, 2, IndexKind::distinct}, 2);
+}
+
+// More neurons than a tile with room behind it can have: dx takes several, and keeps a column's sums from one to the
+// next. Columns of more than one CTA, the last of them with few; a heavy column, and one that is heavy in one tile.
+template <class T>
+void check_tiles(const Case& c, int64_t width, uint64_t seed) {
+  Random random(seed);
+  const Problem<T> problem(c, random);
+  const std::string where = std::string(dtype_name<T>()) + ", tiles of " + std::to_string(width) + ", " + c.name();
+  const Device device = device_of(width, 1, true);
+  CHECK(bulk_tiles(problem.grad, device, false).stages == 0, where + ": one tile holds all");
+  CHECK(bulk_tiles(problem.grad, device, true).width == width, where + ": another width");
+  check_outputs(run(problem, device), reference(problem), where);
+}
+
+void dx_takes_neurons_in_tiles() {
+  uint64_t seed = 0;
+  for (IndexKind index : {IndexKind::distinct, IndexKind::ragged, IndexKind::empty_rows, IndexKind::one_column}) {
+    for (Base base : {Base::none, Base::separate}) {
+      ++seed;
+      check_tiles<BFloat16>({33, 40, 72, 3, index, false, base}, 40, seed);
+      check_tiles<Half>({17, 64, 264, 2, index, false, base}, 64, seed);
+    }
+  }
+  check_tiles<Half>({17, 600, 200, 4, IndexKind::distinct, false, Base::none, 8}, 64, 2);
+  check_tiles<BFloat16>({17, 600, 200, 4, IndexKind::ragged}, 40, 3);
+}
+
+// Of an x that fills a tile, with no room behind it, SDDMM takes columns in tiles, and has the very bits of one tile.
+void sddmm_takes_columns_in_tiles() {
+  struct Wide {
+    int64_t d_in, quads, width;
+  };
+  uint64_t seed = 0;
+  for (const Wide& wide : {Wide{72, 100, 40}, Wide{200, 210, 64}, Wide{64, 65, 24}, Wide{120, 126, 40}}) {
+    for (int64_t k : {1, 3, 8, 20}) {
+      ++seed;
+      Random random(seed);
+      Case c{41, wide.d_in, seed % 2 == 0 ? 72 : 300, k, static_cast<IndexKind>(seed % 4)};
+      c.values = Values::real;
+      const Problem<BFloat16> problem(c, random);
+      const Device device{wide.quads * kQuad, 3, 32, 1 << 20, true};
+      Device without = device;
+      without.bulk_copies = false;
+      const std::string where = "quads " + std::to_string(wide.quads) + ", " + c.name();
+      CHECK(bulk_tiles(problem.x, device, false).stages == 0, where + ": one tile has room behind it");
+      CHECK(bulk_tiles(problem.x, device, true).width == wide.width, where + ": another width");
+      CHECK(copies([&] { run_sddmm(problem, device); }), where + ": no copies");
+      CHECK(run_sddmm(problem, device).same_bits(run_sddmm(problem, without)), where + ": other bits");
+    }
+  }
+}
+
+// An infinite grad meets no zeros that stand for another tile, and an infinite x only those that chose its column.
+void what_is_not_finite_stays_where_it_belongs() {
+  constexpr float kInf = std::numeric_limits<float>::infinity();
+  const Device devices[] = {device_of(72, 2, true), {100 * kQuad, 3, 32, 1 << 20, true}, device_of(40, 1, true)};
+  for (const Device& device : devices) {
+    for (IndexKind index : {IndexKind::distinct, IndexKind::ragged}) {
+      Random random(4);
+      Problem<BFloat16> problem({33, 72, 72, 3, index}, random);
+      for (int64_t j = 0; j < 72; j += 5) neuroada::narrow(j % 2 ? kInf : -kInf, problem.grad(j % 33, j));
+      for (int64_t c = 0; c < 72; c += 7) neuroada::narrow(c % 2 ? kInf : -kInf, problem.x(c % 33, c));
+      const std::string where = std::to_string(device.shared_bytes) + " bytes, " + problem.shape.name();
+      check_outputs(run(problem, device), reference(problem), where);
+    }
+  }
+}
+
+// To nearest, ties to even; what is no number stays none, and what is too large becomes infinite.
+void a_packed_delta_is_rounded_once() {
+  constexpr uint32_t kMask = 0xfff, kPlace = 0xabc;
+  const auto packed = [](uint32_t bits) { return cuda::pack(kPlace, neuroada::float_from_bits(bits), kMask); };
+  const std::pair<uint32_t, uint32_t> cases[] = {
+      {0x3f800000, 0x3f800000}, {0x3f8007ff, 0x3f800000}, {0x3f800800, 0x3f800000}, {0x3f800801, 0x3f801000},
+      {0x3f801800, 0x3f802000}, {0xbf801801, 0xbf802000}, {0x7f7fffff, 0x7f800000}, {0xff800000, 0xff800000},
+      {0x00000801, 0x00001000}, {0x80000000, 0x80000000},
+  };
+  for (const auto& [bits, expected] : cases) CHECK(packed(bits) == (expected | kPlace), std::to_string(bits));
+  for (uint32_t nan : {0x7fc00000u, 0x7fffffffu, 0xffffffffu, 0x7f800001u}) {
+    CHECK(std::isnan(neuroada::float_from_bits(packed(nan) & ~kMask)), std::to_string(nan));
+  }
+}
+
+}  // namespace
+
+int main() {
+  blocks_that_are_copied_give_the_same_bits();
+  many_neurons_give_the_same_bits();
+  what_cannot_be_copied_is_loaded();
+  dx_takes_neurons_in_tiles();
+  sddmm_takes_columns_in_tiles();
+  what_is_not_finite_stays_where_it_belongs();
+  check_garbage_plans<BFloat16>({9, 21, 40, 2}, {"bulk copies", device_of(40, 2, true)});
+  check_garbage_plans<BFloat16>({9, 21, 40, 2}, {"tiles of 24", device_of(24, 1, true)});
+  check_garbage_plans<Half>({9, 200, 40, 2}, {"tiles of 16", device_of(16, 1, true)});
+  a_packed_delta_is_rounded_once();
+  return exit_status();
+}
