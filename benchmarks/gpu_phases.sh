@@ -6,18 +6,28 @@
 PHASES=(build environment cuda-smoke cuda-tests tests linear-8192 model linear-1024 model-checkpointed linear-16384
   cuda-memcheck memcheck sweep-k linear-peers sweep-tokens cuda-racecheck racecheck)
 # By name alone.
-MORE=(cuda-initcheck cuda-synccheck linear-patched linear-onto cuda-onto-tests linear-triton-one-kernel kernels)
+MORE=(cuda-initcheck cuda-synccheck linear-patched linear-onto linear-bulk linear-onto-bulk cuda-onto-tests
+  cuda-bulk-tests linear-triton-one-kernel kernels kernels-bulk)
+# What asks for the kernels that are taken on request, by the part of a phase's name that says which.
+declare -A FORM=([patched]=NEUROADA_CUDA_PATCHED [onto]=NEUROADA_CUDA_ONTO [bulk]=NEUROADA_CUDA_BULK
+  [onto-bulk]='NEUROADA_CUDA_ONTO NEUROADA_CUDA_BULK')
 # Percent of the time that a phase may take of what others need more: a kernel may hang.
 declare -A SHARE=([build]=30 [environment]=10 [cuda-smoke]=15 [cuda-tests]=15 [tests]=15 [linear-8192]=30 [model]=35
-  [cuda-memcheck]=20 [memcheck]=20 [linear-patched]=12 [linear-onto]=12 [cuda-onto-tests]=15
-  [linear-triton-one-kernel]=12)
+  [cuda-memcheck]=20 [memcheck]=20 [linear-patched]=12 [linear-onto]=12 [linear-bulk]=12
+  [linear-onto-bulk]=12 [cuda-onto-tests]=15 [cuda-bulk-tests]=15 [linear-triton-one-kernel]=12)
 
 is_phase() {
   [[ " ${PHASES[*]} ${MORE[*]} " == *" $1 "* ]]
 }
 
+form_of() { # PHASE: which kernels on request it is about
+  local form=${1#*-}
+  form=${form%-tests}
+  [[ -n ${FORM[$form]:-} ]] && echo "$form"
+}
+
 needs_cuda() {
-  [[ $1 == cuda-* || $1 == linear-patched || $1 == linear-onto ]]
+  [[ $1 == cuda-* ]] || form_of "$1" >/dev/null
 }
 
 # --- what can run here ------------------------------------------------------------------------
@@ -76,6 +86,8 @@ tests() { # BACKEND: every test that runs on a backend, and the Triton kernels' 
   has hypothesis && files+=(test_functional.py)
   # Compiling kernels is most of it. A worker that a test kills, or hangs, is replaced.
   has xdist && some+=(-n "$(($(nproc) < 16 ? $(nproc) : 16))")
+  # Of the tests of what shows on a GPU alone, those of the backend.
+  [[ $1 != cuda ]] || { files+=(triton_kernels/test_on_gpu.py); some+=(-k 'cuda or not test_on_gpu'); }
   has pytest_timeout && some+=(--timeout 60 --timeout-method thread)
   [[ -z $DRY_RUN ]] || { files=(ops/test_kept.py); some=(-k 'float32 and T17 and linear and not dispatched'); }
   run env NEUROADA_REQUIRE="$1" TORCHINDUCTOR_COMPILE_THREADS=1 "$PYTHON" -m pytest -v --tb=short -ra -m on_backend "${some[@]}" \
@@ -86,14 +98,15 @@ tests() { # BACKEND: every test that runs on a backend, and the Triton kernels' 
 # form 0, the default, nothing is to be had of the backend.
 smoke() {
   [[ -z $DRY_RUN ]] || { skip "there is no kernel to try on the CPU"; return; }
-  local each=$(($(limit_of "$PHASE") / 3 - 1)) # so that all forms end before the phase is stopped
+  local each=$(($(limit_of "$PHASE") / 4 - 1)) # so that all forms end before the phase is stopped
   ((each < 30)) || each=30
   # shellcheck disable=SC2016
   run bash -c 'status=0
-    for form in 0 1 2; do
+    for form in 0 1 2 3; do
       timeout --foreground --signal=KILL "$1" "$PYTHON" "$ROOT/tests/triton_kernels/smoke_gpu.py" cuda --large --forms $form && continue
-      echo "form $form FAILED, status $?"
-      ((form == 0)) && status=20 || status=$((status ? status : 1))
+      said=$?
+      echo "form $form FAILED, status $said"
+      ((form == 0 && said != 3)) && status=20 || status=$((status ? status : 1)) # 3: right, but rounded twice
     done
     exit $status' smoke "$each"
   ((STATUS == 20)) && left_cuda_out 0
@@ -158,14 +171,13 @@ phase() {
       ;;
     tests) tests triton ;;
     cuda-tests) tests cuda ;;
-    cuda-onto-tests | linear-onto) onto "$1" ;;
+    cuda-*-tests | linear-patched | linear-onto* | linear-bulk | kernels-bulk) on_request "$1" ;;
     cuda-smoke) smoke ;;
     cuda-*) sanitize "${1#cuda-}" cuda ;;
     memcheck | racecheck) sanitize "$1" triton ;;
     # shellcheck disable=SC2046
     linear-peers) bench_linear "$OUT/linear-peers.json" --peers --shapes llama-3-8b --tokens 8192 --k 8 \
       --candidates resident "neuroada-$(backend)" $(sizes --tokens 4 --k 2 --candidates peft-ia3) ;;
-    linear-patched) on_request NEUROADA_CUDA_PATCHED ;;
     # shellcheck disable=SC2046
     kernels) run "$PYTHON" -m neuroada_kernels.cli bench kernels --device "$DEVICE" --cases T8192- \
       --candidates "neuroada-$(backend)" $(sizes --shapes 32x48 --tokens 8 --k 2 --cases T8- --steps 1) ;;
@@ -191,17 +203,19 @@ phase() {
   esac
 }
 
-# CUTLASS's product onto the bypass, where torch's would go first: whether it is right, and its time.
-onto() { # PHASE
-  has_cutlass || { skip "the CUDA kernels were built without CUTLASS"; return; }
+# The kernels for sm_90a that variables ask for: whether they are right, and what they take.
+on_request() { # PHASE
+  local form variable
+  form=$(form_of "$1")
+  [[ $form != *onto* ]] || has_cutlass || { skip "the CUDA kernels were built without CUTLASS"; return; }
+  for variable in ${FORM[$form]}; do local -x "$variable=1"; done
   case $1 in
-    cuda-onto-tests) NEUROADA_CUDA_ONTO=1 tests cuda ;;
-    linear-onto) on_request NEUROADA_CUDA_ONTO ;;
+    cuda-*) tests cuda ;;
+    linear-*)
+      local candidates=(neuroada-cuda)
+      [[ $form != *bulk* ]] || candidates+=(resident) # whose SDDMM is another then
+      bench_linear "$OUT/$1.json" --cases T8192- --candidates "${candidates[@]}"
+      ;;
+    kernels-*) phase kernels ;;
   esac
-}
-
-# The kernels for sm_90a that a variable asks for, as those that patch W's tiles, with the rounding of resident.
-on_request() { # VARIABLE
-  local -x "$1=1"
-  bench_linear "$OUT/$PHASE.json" --cases T8192- --candidates neuroada-cuda
 }

@@ -61,7 +61,8 @@ def test_a_dry_run_has_a_phase_of_every_kind_and_leaves_few_valid_files(tmp_path
 #: Stands for a python3 with a GPU: each of its calls a line of the file $CALLS, after the kernels
 #: that it asks for.
 PYTHON = """#!/bin/bash
-echo "${NEUROADA_CUDA_PATCHED:+patched }${NEUROADA_CUDA_ONTO:+onto }$@" >>"$CALLS"
+asked=${NEUROADA_CUDA_PATCHED:+patched }${NEUROADA_CUDA_ONTO:+onto }${NEUROADA_CUDA_BULK:+bulk }
+echo "$asked$@" >>"$CALLS"
 case "$*" in
   *"--forms $BROKEN") exit 139 ;;
   *"--forms "*) [[ -z ${HANGS:-} ]] || sleep 30 ;;
@@ -95,15 +96,23 @@ def test_kernels_that_are_taken_on_request_are_asked_for_in_their_phases(tmp_pat
     python.write_text(PYTHON)
     python.chmod(0o755)
     environment = {**ENVIRONMENT, "PYTHON": str(python), "CALLS": str(calls)}
-    phases = ["cuda-onto-tests", "linear-onto", "linear-patched", "linear-1024"]
-    subprocess.run([SCRIPT, tmp_path / "out", *phases], env=environment, capture_output=True)
+    asked = {
+        "cuda-onto-tests": "onto",
+        "cuda-bulk-tests": "bulk",
+        "linear-patched": "patched",
+        "linear-onto": "onto",
+        "linear-bulk": "bulk",
+        "linear-onto-bulk": "onto bulk",
+        "kernels-bulk": "bulk",
+        "kernels": "",
+    }
+    subprocess.run([SCRIPT, tmp_path / "out", *asked], env=environment, capture_output=True)
     suites = [line for line in calls.read_text().splitlines() if " -m " in f" {line}"]
-    assert [line.partition(" -m ")[0] for line in suites[:3]] == ["onto", "onto", "patched"]
-    assert "pytest" in suites[0]
-    assert all(
-        f"/{phase}.json" in line for phase, line in zip(phases[1:3], suites[1:3], strict=True)
-    )
-    assert all(line.startswith("-m ") for line in suites[3:])
+    for (phase, variables), line in zip(asked.items(), suites, strict=True):
+        assert line.startswith(f"{variables} -m ".lstrip()), phase
+        assert (" -m pytest " in line) == phase.endswith("-tests")
+        assert (f"/{phase}.json" in line) == phase.startswith("linear-")
+        assert (" resident" in line) == (phase.startswith("linear-") and "bulk" in variables)
 
 
 def test_without_cutlass_nothing_is_measured_in_place_of_its_product(tmp_path: Path):
@@ -111,14 +120,14 @@ def test_without_cutlass_nothing_is_measured_in_place_of_its_product(tmp_path: P
     python.write_text(PYTHON.replace("case ", "[[ $* != *cutlass_version* ]] || exit 1\ncase "))
     python.chmod(0o755)
     environment = {**ENVIRONMENT, "PYTHON": str(python), "CALLS": str(calls)}
-    phases = ["cuda-onto-tests", "linear-onto"]
+    phases = ["cuda-onto-tests", "linear-onto", "linear-onto-bulk"]
     subprocess.run([SCRIPT, tmp_path / "out", *phases], env=environment, capture_output=True)
     reason = "skipped, the CUDA kernels were built without CUTLASS"
     assert outcomes(tmp_path / "out") == dict.fromkeys(phases, reason)
     assert " -m " not in calls.read_text()
 
 
-@pytest.mark.parametrize(("broken", "left"), [("0", False), ("1", True), ("2", True)])
+@pytest.mark.parametrize(("broken", "left"), [("0", False), ("1", True), ("2", True), ("3", True)])
 def test_every_form_is_tried_and_without_the_default_one_the_backend_is_left_out(
     broken, left, tmp_path: Path
 ):
@@ -129,7 +138,7 @@ def test_every_form_is_tried_and_without_the_default_one_the_backend_is_left_out
     arguments = [SCRIPT, out, "cuda-smoke", "linear-8192"]  # OUTDIR may be what OUT says already
     done = subprocess.run(arguments, env={**ENVIRONMENT, **named}, capture_output=True)
     assert done.returncode == 1
-    assert calls.read_text().count("smoke_gpu.py cuda --large --forms") == 3
+    assert calls.read_text().count("smoke_gpu.py cuda --large --forms") == 4
     assert f"form {broken} FAILED, status 139" in (out / "log.txt").read_text()
     assert ("neuroada-cuda" in calls.read_text()) == left
 
@@ -141,7 +150,7 @@ def test_forms_that_hang_leave_the_backend_out_before_the_phase_is_stopped(tmp_p
     named = {"PYTHON": str(python), "CALLS": str(calls), "HANGS": "1"}
     arguments = [SCRIPT, tmp_path / "out", "cuda-smoke", "linear-8192", "--minutes", "1"]
     subprocess.run(arguments, env={**ENVIRONMENT, **named}, capture_output=True)
-    assert calls.read_text().count("smoke_gpu.py cuda --large --forms") == 3
+    assert calls.read_text().count("smoke_gpu.py cuda --large --forms") == 4
     assert "neuroada-cuda" not in calls.read_text()
 
 

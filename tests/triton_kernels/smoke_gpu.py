@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import sys
 
 import torch
 from torch import Tensor
@@ -28,13 +29,23 @@ CASES = (
 #: More tiles than a GPU has multiprocessors, so that a program that stays for several does.
 LARGE = Case(tokens=2500, d_in=2056, d_out=2056, k=8)
 
+#: Rows of which shared memory holds two blocks, with one more on its way for the narrower ones: the
+#: wider ones come in tiles. A column that every neuron chose has its connections in all tiles.
+WIDE = (
+    Case(tokens=17, d_in=7264, d_out=4856, k=8, index="ragged"),
+    Case(tokens=17, d_in=4856, d_out=7264, k=2, index="one_column"),
+)
+
 #: As a model has it: a multiprocessor has several tiles of each size, one after another.
 LAYER = Case(tokens=8192, d_in=4096, d_out=4096, k=8, bias=True)
+
+#: Exit status where numbers are right but for how often they are rounded.
+ROUNDED_TWICE = 3
 
 #: What asks for other kernels than the default ones, which are form 0: form n is the n-th of these.
 SETTINGS = {
     "triton": ("NEUROADA_TRITON_FUSED",),
-    "cuda": ("NEUROADA_CUDA_PATCHED", "NEUROADA_CUDA_ONTO"),
+    "cuda": ("NEUROADA_CUDA_PATCHED", "NEUROADA_CUDA_ONTO", "NEUROADA_CUDA_BULK"),
 }
 
 
@@ -67,8 +78,9 @@ def y_and_dx(i: Inputs, delta: Tensor) -> tuple[Tensor, Tensor]:
     return y.detach(), *torch.autograd.grad(y, x, i.grad_output)
 
 
-def check_rounding(case: Case, dtype: torch.dtype, device: str) -> None:
+def rounds_once(case: Case, dtype: torch.dtype, device: str) -> bool:
     """y and dx err by one rounding, and bypasses far below their last place act all the same."""
+    right = True
     i = make_inputs(case, dtype, device=device)
     tiny = torch.full_like(i.delta, 1e-4)
     weight, x, grad = i.weight.double(), i.x.double(), i.grad_output.double()
@@ -84,8 +96,8 @@ def check_rounding(case: Case, dtype: torch.dtype, device: str) -> None:
         error = ((y - exact).norm() / (exact.to(dtype).double() - exact).norm()).item()
         words = f"{name} in {dtype}: {share:.3f} of a tiny bypass, {error:.3f} of one rounding"
         print(words, flush=True)
-        assert abs(share - 1) < 0.05, words
-        assert error < 1.02, words
+        right &= abs(share - 1) < 0.05 and error < 1.02
+    return right
 
 
 def why_not(backend: str, form: int, device: str) -> str | None:
@@ -113,6 +125,7 @@ def main(argv: list[str] | None = None) -> None:
     backend = options.backend
     device = "cuda" if torch.cuda.is_available() else "cpu"
     every = range(len(SETTINGS[backend]) + 1)
+    rounded = True
     with nk.use_backend(backend):
         for form in every if options.forms is None else map(int, options.forms):
             if reason := why_not(backend, form, device):
@@ -120,14 +133,17 @@ def main(argv: list[str] | None = None) -> None:
                 continue
             choose(backend, form)
             for dtype in (torch.float32, torch.bfloat16):
-                for case in (*CASES, *[LARGE] * options.large):
+                wide = WIDE if backend == "cuda" else ()
+                for case in (*CASES, *wide, *[LARGE] * options.large):
                     check(case, dtype, device)
             # A patched weight has a rounding of its own.
             if options.large and os.environ.get("NEUROADA_CUDA_PATCHED") != "1":
                 for dtype in (torch.bfloat16, torch.float16) if device == "cuda" else ():
-                    check_rounding(LAYER, dtype, device)
+                    rounded &= rounds_once(LAYER, dtype, device)
             # Said at once: the next form may crash, or never end.
             print(f"smoke test passed: {backend} on {device}, form {form}", flush=True)
+    if not rounded:
+        sys.exit(ROUNDED_TWICE)
 
 
 if __name__ == "__main__":
