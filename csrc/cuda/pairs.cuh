@@ -76,7 +76,8 @@ inline bool pairs_aligned(const T* matrix, int64_t stride, int64_t rows) {
   return reinterpret_cast<uintptr_t>(matrix) % (2 * sizeof(T)) == 0 && (rows <= 1 || stride % 2 == 0);
 }
 
-// Connections of a neuron that a lane holds at most: with sums of their own, or of one pair without.
+// Connections of a neuron that a lane holds at most: with sums of their own, or of one pair without, or with, where
+// what is copied ahead leaves the registers.
 constexpr int kFewHeld = 8, kMostHeld = 20;
 
 // How what a lane holds, kHeld slots of each of kPairs pairs, is shared out to the parts of the work on a block:

@@ -11,10 +11,20 @@ struct SddmmShares {
   int64_t blocks, slot_parts;
 };
 
+// Where blocks are copied ahead, a lane may hold more slots of one pair: as many neurons to a CTA, none of them twice.
+// It is the device and the sizes that decide, as of all that is shared out: the same x has the same bits, whether it
+// can be copied or not.
 template <class T>
-SddmmShares shares_of(const Sddmm& p, int64_t pairs, int64_t held, const Device& device) {
-  const int64_t blocks = ceil_div(p.tokens, kTokens<T>), slot_parts = ceil_div(p.k, held);
-  Shares shares = share_out(p.d_out, 2 * pairs * device.threads, blocks, slot_parts, device);
+bool holds_all_slots(const Sddmm& p, bool whole, const Device& device) {
+  return device.bulk_copies && sizeof(T) == 2 && whole && p.k > kFewHeld && p.k <= kMostHeld;
+}
+
+template <class T>
+SddmmShares shares_of(const Sddmm& p, int64_t pairs, int64_t held, bool whole, const Device& device) {
+  const int64_t blocks = ceil_div(p.tokens, kTokens<T>);
+  const bool all_slots = holds_all_slots<T>(p, whole, device);
+  const int64_t slot_parts = all_slots ? 1 : ceil_div(p.k, held);
+  Shares shares = share_out(p.d_out, 2 * (all_slots ? 1 : pairs) * device.threads, blocks, slot_parts, device);
   const int64_t bytes = p.d_out * p.k * static_cast<int64_t>(sizeof(float));
   shares.token_parts = std::min(shares.token_parts, std::max<int64_t>(device.scratch_bytes / bytes, 1));
   return {shares, blocks, slot_parts};
@@ -35,7 +45,8 @@ template <class T>
 void run(const Sddmm& p, float* partial, const Device& device, void* stream) {
   check_width("sddmm", p.d_out);
   with_held_of<T>(p, device, [&](auto pairs, auto held, auto whole) {
-    const SddmmShares all = shares_of<T>(p, pairs, held, device);
+    const SddmmShares all = shares_of<T>(p, pairs, held, whole, device);
+    int64_t slot_parts = ceil_div(p.k, held);
     Tiles tiles = tiles_of<T>(p, p.d_in, device);
     KernelOf<SddmmLaunch> kernel = sddmm_kernel<T, pairs, held, whole, false>;
     if constexpr (sizeof(T) == 2 && whole) {
@@ -45,19 +56,22 @@ void run(const Sddmm& p, float* partial, const Device& device, void* stream) {
         const Tiles cut = cut_for_bulk_copies(tiles, x, p.x_stride, p.tokens, device);
         if (cut.stages > 0 && TilePlaces::of(cut).fit(cut)) tiles = cut;
       }
-      if (tiles.stages > 0) kernel = sddmm_bulk_kernel(p, device, tiles.single());
+      if (tiles.stages > 0) {
+        kernel = sddmm_bulk_kernel(p, device, tiles.single());
+        slot_parts = all.slot_parts;
+      }
     }
     const SddmmLaunch args{p,
                            tiles,
                            all.blocks,
                            all.shares.rows_a_part,
-                           all.slot_parts,
-                           ceil_div(p.k, all.slot_parts),
+                           slot_parts,
+                           ceil_div(p.k, slot_parts),
                            partial,
                            pairs_aligned(static_cast<const T*>(p.grad), p.grad_stride, p.tokens),
-                           slots_aligned(p.k, p.index, partial) && ceil_div(p.k, all.slot_parts) % kSlotVector == 0};
-    launch("sddmm", kernel, all.shares.row_parts * all.slot_parts, all.shares.token_parts, device.threads,
-           tiles.bytes(), stream, args);
+                           slots_aligned(p.k, p.index, partial) && ceil_div(p.k, slot_parts) % kSlotVector == 0};
+    launch("sddmm", kernel, all.shares.row_parts * slot_parts, all.shares.token_parts, device.threads, tiles.bytes(),
+           stream, args);
   });
 }
 
@@ -68,8 +82,8 @@ int64_t sddmm_parts(const Sddmm& p, const Device& device) {
   if (p.tokens == 0 || p.d_in == 0 || p.d_out * p.k == 0) return parts;
   with_element("sddmm", p.dtype, [&](auto element) {
     using T = decltype(element);
-    with_held_of<T>(p, device, [&](auto pairs, auto held, auto) {
-      parts = shares_of<T>(p, pairs, held, device).shares.token_parts;
+    with_held_of<T>(p, device, [&](auto pairs, auto held, auto whole) {
+      parts = shares_of<T>(p, pairs, held, whole, device).shares.token_parts;
     });
   });
   return parts;

@@ -129,7 +129,11 @@ def test_blocks_that_the_hardware_copies_give_the_same_numbers(case, dtype, monk
     monkeypatch.setenv("NEUROADA_CUDA_BULK", "1")
     y, grad_x, grad_delta = run()
     assert y.equal(loaded[0])
-    assert grad_delta.equal(loaded[2])
+    # Of 9 to 20 connections a lane holds all, and tokens are shared out in another way.
+    assert grad_delta.equal(loaded[2]) or case.k == 20
+    assert rms_error(grad_delta, exact(i).grad_delta) <= tolerance(
+        dtype, case.tokens, torch.float32
+    )
     # dx sums in another order: few sums, in float16, may come out the same.
     assert not grad_x.equal(loaded[1]) or (dtype == torch.float16 and case.k < 20)
     assert rms_error(grad_x, exact(i).bypass_grad_x) <= tolerance(dtype, case.d_out * case.k)
