@@ -63,52 +63,74 @@ struct RawBlocks {
 #endif
 };
 
-// for_each_block with what comes next copied ahead: of rows and tiles of a multiple of 16 bytes.
-template <int kParts, class T, class Read>
-__device__ __forceinline__ void for_each_block_in_bulk(const Tiles& tiles, const T* x, int64_t row_stride,
-                                                       int64_t tokens, int32_t begin, int32_t end, Read&& read) {
+// The blocks [begin, end) of x, which a CTA stages one after another: loaded by its threads (staging.cuh), or copied
+// ahead, of rows and tiles of a multiple of 16 bytes.
+template <class T, bool kBulk>
+struct StagedBlocks {
+  const Tiles& tiles;
+  const T* x;
+  int64_t row_stride, tokens;
+  int32_t begin, end;
+
+  // Has the first of them on their way, so that a thread may load what it holds meanwhile.
+  __device__ __forceinline__ void start() const {
 #ifdef NEUROADA_HOPPER
-  constexpr int V = kTokens<T>;
-  Quad* const tile = shared_quads();
-  const RawBlocks<T> raw = RawBlocks<T>::behind(tiles);
-  const auto copy = [&](int stage, const Step& step) {
-    const int64_t t = int64_t{step.block} * V;
-    raw.copy(stage, x + t * row_stride + step.first, row_stride, rows_of_block<T>(tokens, t), step.width(tiles));
-  };
-  if (threadIdx.x == 0) {
-    tile[tiles.zero] = Quad{};
-    for (int i = 0; i < tiles.stages; ++i) init_barrier(raw.full[i], 1);
-    publish_barriers();
+    if constexpr (kBulk) {
+      const RawBlocks<T> raw = RawBlocks<T>::behind(tiles);
+      if (threadIdx.x == 0) {
+        shared_quads()[tiles.zero] = Quad{};
+        for (int i = 0; i < tiles.stages; ++i) init_barrier(raw.full[i], 1);
+        publish_barriers();
+      }
+      __syncthreads();
+      Step step{begin, 0};
+      for (int i = 0; i < tiles.stages && step.block < end; ++i, step.advance(tiles)) copy(raw, i, step);
+    }
+#endif
   }
-  __syncthreads();
-  Step ahead{begin, 0};
-  for (int i = 0; i < tiles.stages && ahead.block < end; ++i, ahead.advance(tiles)) copy(i, ahead);
-  int stage = 0;
-  uint32_t parity = 0;
-  for (Step now{begin, 0}; now.block < end; now.advance(tiles)) {
-    wait(raw.full[stage], parity);
-    raw.transpose(tile, stage, rows_of_block<T>(tokens, int64_t{now.block} * V), now.width(tiles));
-    __syncthreads();  // the tile is whole, and all have read the stage
-    if (ahead.block < end) copy(stage, ahead);
-    ahead.advance(tiles);
-    read_in_turn<0, kParts>([&](auto part) { read(now.block, static_cast<const Quad*>(tile), now.first, part); });
-    __syncthreads();  // all have read the tile
-    if (++stage == tiles.stages) {
-      stage = 0;
-      parity ^= 1;
+
+  // As for_each_block.
+  template <int kParts, int kAtOnce, class Read>
+  __device__ __forceinline__ void for_each(Read&& read) const {
+    if constexpr (kBulk) {
+      for_each_copied<kParts>(read);
+    } else {
+      for_each_block<kParts, kAtOnce>(tiles, x, row_stride, tokens, begin, end, read);
     }
   }
-#endif
-}
 
-template <bool kBulk, int kParts, int kAtOnce, class T, class Read>
-__device__ __forceinline__ void for_each_staged_block(const Tiles& tiles, const T* x, int64_t row_stride,
-                                                      int64_t tokens, int32_t begin, int32_t end, Read&& read) {
-  if constexpr (kBulk) {
-    for_each_block_in_bulk<kParts>(tiles, x, row_stride, tokens, begin, end, read);
-  } else {
-    for_each_block<kParts, kAtOnce>(tiles, x, row_stride, tokens, begin, end, read);
+ private:
+#ifdef NEUROADA_HOPPER
+  __device__ __forceinline__ void copy(const RawBlocks<T>& raw, int stage, const Step& step) const {
+    const int64_t t = int64_t{step.block} * kTokens<T>;
+    raw.copy(stage, x + t * row_stride + step.first, row_stride, rows_of_block<T>(tokens, t), step.width(tiles));
   }
-}
+#endif
+
+  template <int kParts, class Read>
+  __device__ __forceinline__ void for_each_copied(Read&& read) const {
+#ifdef NEUROADA_HOPPER
+    Quad* const tile = shared_quads();
+    const RawBlocks<T> raw = RawBlocks<T>::behind(tiles);
+    Step ahead{begin, 0};
+    for (int i = 0; i < tiles.stages; ++i) ahead.advance(tiles);
+    int stage = 0;
+    uint32_t parity = 0;
+    for (Step now{begin, 0}; now.block < end; now.advance(tiles)) {
+      wait(raw.full[stage], parity);
+      raw.transpose(tile, stage, rows_of_block<T>(tokens, int64_t{now.block} * kTokens<T>), now.width(tiles));
+      __syncthreads();  // the tile is whole, and all have read the stage
+      if (ahead.block < end) copy(raw, stage, ahead);
+      ahead.advance(tiles);
+      read_in_turn<0, kParts>([&](auto part) { read(now.block, static_cast<const Quad*>(tile), now.first, part); });
+      __syncthreads();  // all have read the tile
+      if (++stage == tiles.stages) {
+        stage = 0;
+        parity ^= 1;
+      }
+    }
+#endif
+  }
+};
 
 }  // namespace neuroada::cuda

@@ -198,39 +198,42 @@ __device__ __forceinline__ void run_round(float (&sum)[kTokens<T>], const Bypass
   }
 }
 
-// The blocks [begin, end) of a CTA.
-__device__ __forceinline__ Columns blocks_of(const BypassBwdInputLaunch& a) {
-  return {static_cast<int32_t>(a.blocks * blockIdx.y / gridDim.y),
+// The blocks of grad that a CTA has.
+template <class T, bool kBulk>
+__device__ __forceinline__ StagedBlocks<T, kBulk> blocks_of(const BypassBwdInputLaunch& a) {
+  const BypassBwdInput& p = a.problem;
+  return {a.tiles,
+          static_cast<const T*>(p.grad),
+          p.grad_stride,
+          p.tokens,
+          static_cast<int32_t>(a.blocks * blockIdx.y / gridDim.y),
           static_cast<int32_t>(a.blocks * (blockIdx.y + 1) / gridDim.y)};
 }
 
 template <class T, bool kWhole, bool kBulk>
 __global__ void __launch_bounds__(kBulk ? 2 * kMaxThreads : kMaxThreads, 1)
     bypass_bwd_input_kernel(BypassBwdInputLaunch a) {
-  const BypassBwdInput& p = a.problem;
-  const T* grad = static_cast<const T*>(p.grad);
+  const StagedBlocks<T, kBulk> blocks = blocks_of<T, kBulk>(a);
+  blocks.start();
   const int64_t warps = blockDim.x / kWarp;
   const Columns own = columns_of(a, blockIdx.x * warps + threadIdx.x / kWarp, gridDim.x * warps);
-  const Columns blocks = blocks_of(a);
   float sum[kTokens<T>];
   if constexpr (kWhole) {
     const int32_t rounds = (own.end - own.begin + kWarp - 1) / kWarp;
-    const auto read = [&](int32_t block, const Quad* tile, int32_t first, auto part) {
+    blocks.template for_each<2, 1>([&](int32_t block, const Quad* tile, int32_t first, auto part) {
       const int32_t half = rounds - rounds / 2;
       const int32_t from = decltype(part)::value == 0 ? 0 : half, to = decltype(part)::value == 0 ? half : rounds;
       for (int32_t round = from; round < to; ++round) {
         run_round<T, true, kBulk && kPacks<T>>(sum, a, own, round, block, tile, first);
       }
-    };
-    for_each_staged_block<kBulk, 2, 1>(a.tiles, grad, p.grad_stride, p.tokens, blocks.begin, blocks.end, read);
+    });
   } else {
     // All tiles for one round of columns, whose sums a lane keeps, then for the next.
     const int32_t rounds = most_rounds(a);
     for (int32_t round = 0; round < rounds; ++round) {
-      for_each_block<1, 2>(a.tiles, grad, p.grad_stride, p.tokens, blocks.begin, blocks.end,
-                           [&](int32_t block, const Quad* tile, int32_t first, auto) {
-                             run_round<T, false, false>(sum, a, own, round, block, tile, first);
-                           });
+      blocks.template for_each<1, 2>([&](int32_t block, const Quad* tile, int32_t first, auto) {
+        run_round<T, false, false>(sum, a, own, round, block, tile, first);
+      });
     }
   }
 }
@@ -239,21 +242,20 @@ __global__ void __launch_bounds__(kBulk ? 2 * kMaxThreads : kMaxThreads, 1)
 // each is staged once; a warp has as many columns as any other.
 template <class T>
 __global__ void __launch_bounds__(kMaxThreads, 1) bypass_bwd_input_tiles_kernel(BypassBwdInputLaunch a) {
-  const BypassBwdInput& p = a.problem;
   constexpr int32_t kEach = kKeptRounds * kWarp;
+  const StagedBlocks<T, true> blocks = blocks_of<T, true>(a);
+  blocks.start();
   const int32_t positions = static_cast<int32_t>(a.entries.positions);
   const int32_t begin = static_cast<int32_t>(blockIdx.x * (blockDim.x / kWarp) + threadIdx.x / kWarp) * kEach;
-  const Columns own{begin, begin + kEach < positions ? begin + kEach : positions}, blocks = blocks_of(a);
+  const Columns own{begin, begin + kEach < positions ? begin + kEach : positions};
   float sum[kKeptRounds][kTokens<T>];
-  const auto read = [&](int32_t block, const Quad* tile, int32_t first, auto) {
+  blocks.template for_each<1, 1>([&](int32_t block, const Quad* tile, int32_t first, auto) {
     NEUROADA_UNROLL
     for (int round = 0; round < kKeptRounds; ++round) {
       if (own.begin + round * kWarp >= own.end) break;
       run_round<T, true, kPacks<T>>(sum[round], a, own, round, block, tile, first);
     }
-  };
-  for_each_block_in_bulk<1>(a.tiles, static_cast<const T*>(p.grad), p.grad_stride, p.tokens, blocks.begin, blocks.end,
-                            read);
+  });
 }
 
 }  // namespace neuroada::cuda

@@ -172,6 +172,8 @@ __global__ void __launch_bounds__(kMaxThreads, 1) bypass_fwd_kernel(BypassFwdLau
   const Pairs pairs = Pairs::of(blockIdx.x, a.neurons_a_part, p.d_out);
   const int32_t begin = static_cast<int32_t>(a.blocks * blockIdx.y / gridDim.y);
   const int32_t end = static_cast<int32_t>(a.blocks * (blockIdx.y + 1) / gridDim.y);
+  const StagedBlocks<T, kBulk> blocks{a.tiles, static_cast<const T*>(p.x), p.x_stride, p.tokens, begin, end};
+  blocks.start();
   Connections own[kPairs][kHeld];
   if (kWhole) load_connections(own, a, pairs);
   const int k = static_cast<int>(p.k < kHeld ? p.k : kHeld);
@@ -203,8 +205,7 @@ __global__ void __launch_bounds__(kMaxThreads, 1) bypass_fwd_kernel(BypassFwdLau
       if (last_tile && H::ends_pair(kPart)) write_pair<T>(sum, a, pairs, pair, int64_t{block} * V);
     }
   };
-  for_each_staged_block<kBulk, H::kParts, 1>(a.tiles, static_cast<const T*>(p.x), p.x_stride, p.tokens, begin, end,
-                                             read);
+  blocks.template for_each<H::kParts, 1>(read);
 }
 
 }  // namespace neuroada::cuda

@@ -156,6 +156,8 @@ __global__ void __launch_bounds__(kMaxThreads, 1) sddmm_kernel(SddmmLaunch a) {
   const int slots = static_cast<int>(p.k - slot < a.slots ? p.k - slot : a.slots);
   const int32_t begin = static_cast<int32_t>(a.blocks * blockIdx.y / gridDim.y);
   const int32_t end = static_cast<int32_t>(a.blocks * (blockIdx.y + 1) / gridDim.y);
+  const StagedBlocks<T, kBulk> blocks{a.tiles, static_cast<const T*>(p.x), p.x_stride, p.tokens, begin, end};
+  blocks.start();
   uint32_t places[kPairs][kHeld] = {};
   float sum[kPairs][kHeld][2] = {}, grad[2][V];
   const TilePlaces tile_places = TilePlaces::of(a.tiles);
@@ -204,8 +206,7 @@ __global__ void __launch_bounds__(kMaxThreads, 1) sddmm_kernel(SddmmLaunch a) {
       }
     }
   };
-  for_each_staged_block<kBulk, H::kParts, 1>(a.tiles, static_cast<const T*>(p.x), p.x_stride, p.tokens, begin, end,
-                                             read);
+  blocks.template for_each<H::kParts, 1>(read);
   write_sums<kWhole, kHolds>(sum, places, a, pairs, slot, slots);
 }
 
