@@ -75,6 +75,7 @@ Tiles cut_for_bulk_copies(Tiles tiles, const T* x, int64_t row_stride, int64_t t
                 most = fit / multiple * multiple;
   if (most == 0 || !copies_in_bulk(x, row_stride, tokens, tiles.columns, device)) return tiles;
   const int64_t count = ceil_div(tiles.columns, most);
+  if (count < 2) return tiles;
   tiles.width = static_cast<int32_t>(ceil_div(ceil_div(tiles.columns, count), multiple) * multiple);
   tiles.zero = tiles.width;
   tiles.stride = tiles.zero + 1;

@@ -165,7 +165,7 @@ struct TilePlaces {
     }
     return both;
   }
-  // What of_tile takes for the tile that begins at column `first`.
+  // What in_tile takes for the tile that begins at column `first`.
   __device__ __forceinline__ uint32_t tile(const Tiles& tiles, int32_t first) const {
     return (static_cast<uint32_t>(first / tiles.width) << bits) * kTwice;
   }

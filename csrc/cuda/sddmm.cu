@@ -6,28 +6,31 @@
 namespace neuroada::cuda {
 namespace {
 
+// Rows of neurons, their slots and the tokens, shared out.
 struct SddmmShares {
   Shares shares;
   int64_t blocks, slot_parts;
 };
 
-// Where blocks are copied ahead, a lane may hold more slots of one pair: as many neurons to a CTA, none of them twice.
-// It is the device and the sizes that decide, as of all that is shared out: the same x has the same bits, whether it
-// can be copied or not.
 template <class T>
-bool holds_all_slots(const Sddmm& p, bool whole, const Device& device) {
-  return device.bulk_copies && sizeof(T) == 2 && whole && p.k > kFewHeld && p.k <= kMostHeld;
-}
-
-template <class T>
-SddmmShares shares_of(const Sddmm& p, int64_t pairs, int64_t held, bool whole, const Device& device) {
-  const int64_t blocks = ceil_div(p.tokens, kTokens<T>);
-  const bool all_slots = holds_all_slots<T>(p, whole, device);
-  const int64_t slot_parts = all_slots ? 1 : ceil_div(p.k, held);
-  Shares shares = share_out(p.d_out, 2 * (all_slots ? 1 : pairs) * device.threads, blocks, slot_parts, device);
+SddmmShares share_out(const Sddmm& p, int64_t pairs, int64_t held, const Device& device) {
+  const int64_t blocks = ceil_div(p.tokens, kTokens<T>), slot_parts = ceil_div(p.k, held);
+  Shares shares = cuda::share_out(p.d_out, 2 * pairs * device.threads, blocks, slot_parts, device);
   const int64_t bytes = p.d_out * p.k * static_cast<int64_t>(sizeof(float));
   shares.token_parts = std::min(shares.token_parts, std::max<int64_t>(device.scratch_bytes / bytes, 1));
   return {shares, blocks, slot_parts};
+}
+
+// In how many parts the tokens go, and so every bit, is for the device and the sizes to decide: the same x has the same
+// bits, whether it can be copied ahead or not.
+template <class T>
+SddmmShares shares_of(const Sddmm& p, int64_t pairs, int64_t held, bool whole, bool copied, const Device& device) {
+  SddmmShares own = share_out<T>(p, pairs, held, device);
+  if (!device.bulk_copies || sizeof(T) != 2 || !whole || !holds_all_slots(p.k)) return own;
+  const SddmmShares all_slots = share_out<T>(p, 1, kMostHeld, device);
+  if (copied) return all_slots;
+  own.shares.token_parts = all_slots.shares.token_parts;
+  return own;
 }
 
 template <class T>
@@ -45,8 +48,6 @@ template <class T>
 void run(const Sddmm& p, float* partial, const Device& device, void* stream) {
   check_width("sddmm", p.d_out);
   with_held_of<T>(p, device, [&](auto pairs, auto held, auto whole) {
-    const SddmmShares all = shares_of<T>(p, pairs, held, whole, device);
-    int64_t slot_parts = ceil_div(p.k, held);
     Tiles tiles = tiles_of<T>(p, p.d_in, device);
     KernelOf<SddmmLaunch> kernel = sddmm_kernel<T, pairs, held, whole, false>;
     if constexpr (sizeof(T) == 2 && whole) {
@@ -56,22 +57,21 @@ void run(const Sddmm& p, float* partial, const Device& device, void* stream) {
         const Tiles cut = cut_for_bulk_copies(tiles, x, p.x_stride, p.tokens, device);
         if (cut.stages > 0 && TilePlaces::of(cut).fit(cut)) tiles = cut;
       }
-      if (tiles.stages > 0) {
-        kernel = sddmm_bulk_kernel(p, device, tiles.single());
-        slot_parts = all.slot_parts;
-      }
+      if (tiles.stages > 0) kernel = sddmm_bulk_kernel(p, device, tiles.single());
     }
+    const SddmmShares all = shares_of<T>(p, pairs, held, whole, tiles.stages > 0, device);
+    const int64_t slots = ceil_div(p.k, all.slot_parts);
     const SddmmLaunch args{p,
                            tiles,
                            all.blocks,
                            all.shares.rows_a_part,
-                           slot_parts,
-                           ceil_div(p.k, slot_parts),
+                           all.slot_parts,
+                           slots,
                            partial,
                            pairs_aligned(static_cast<const T*>(p.grad), p.grad_stride, p.tokens),
-                           slots_aligned(p.k, p.index, partial) && ceil_div(p.k, slot_parts) % kSlotVector == 0};
-    launch("sddmm", kernel, all.shares.row_parts * slot_parts, all.shares.token_parts, device.threads, tiles.bytes(),
-           stream, args);
+                           slots_aligned(p.k, p.index, partial) && slots % kSlotVector == 0};
+    launch("sddmm", kernel, all.shares.row_parts * all.slot_parts, all.shares.token_parts, device.threads,
+           tiles.bytes(), stream, args);
   });
 }
 
@@ -83,7 +83,7 @@ int64_t sddmm_parts(const Sddmm& p, const Device& device) {
   with_element("sddmm", p.dtype, [&](auto element) {
     using T = decltype(element);
     with_held_of<T>(p, device, [&](auto pairs, auto held, auto whole) {
-      parts = shares_of<T>(p, pairs, held, whole, device).shares.token_parts;
+      parts = shares_of<T>(p, pairs, held, whole, false, device).shares.token_parts;
     });
   });
   return parts;

@@ -23,6 +23,10 @@ struct SddmmLaunch {
   bool pair_vectors, slot_vectors;
 };
 
+// Whether a lane of such a kernel holds all slots of one pair instead of 8 of up to two: as many neurons to a CTA, none
+// of them twice.
+inline bool holds_all_slots(int64_t k) { return k > kFewHeld && k <= kMostHeld; }
+
 // The kernel with blocks that are copied ahead, for one tile that holds all columns or for several: of sddmm_sm90.cu.
 KernelOf<SddmmLaunch> sddmm_bulk_kernel(const Sddmm&, const Device&, bool whole);
 

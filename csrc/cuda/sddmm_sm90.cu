@@ -16,7 +16,7 @@ KernelOf<SddmmLaunch> sddmm_bulk_kernel(const Sddmm& p, const Device& device, bo
   KernelOf<SddmmLaunch> kernel = nullptr;
   with_element16("sddmm", p.dtype, [&](auto element) {
     using T = decltype(element);
-    if (p.k > kFewHeld && p.k <= kMostHeld) {
+    if (holds_all_slots(p.k)) {
       kernel = kernel_of<T, 1, kMostHeld>(whole);
       return;
     }

@@ -154,6 +154,55 @@ void an_x_that_cannot_be_copied_has_the_same_gradient() {
   }
 }
 
+// The columns of x that some neuron chose, and what the index calls them there; `more` of them that none chose.
+Problem<BFloat16> of_chosen_columns(const Problem<BFloat16>& whole, int64_t more) {
+  std::vector<int32_t> renamed(static_cast<size_t>(whole.shape.d_in), -1);
+  Problem<BFloat16> chosen = whole;
+  int32_t count = 0;
+  whole.each_connection([&](int64_t, int64_t, int64_t column) {
+    int32_t& name = renamed[static_cast<size_t>(column)];
+    if (name < 0) name = count++;
+  });
+  chosen.shape.d_in = count + more;
+  chosen.x = Matrix<BFloat16>(whole.shape.tokens, chosen.shape.d_in);
+  for (int64_t t = 0; t < whole.shape.tokens; ++t) {
+    for (int64_t c = 0; c < chosen.shape.d_in; ++c) neuroada::narrow(0.0f, chosen.x(t, c));
+    for (int64_t c = 0; c < whole.shape.d_in; ++c) {
+      const int32_t name = renamed[static_cast<size_t>(c)];
+      if (name >= 0) chosen.x(t, name) = whole.x(t, c);
+    }
+  }
+  for (int64_t j = 0; j < whole.shape.d_out; ++j) {
+    for (int64_t s = 0; s < whole.shape.k; ++s) {
+      const int32_t column = whole.index(j, s);
+      chosen.index(j, s) = column < 0 ? -1 : renamed[static_cast<size_t>(column)];
+    }
+  }
+  return chosen;
+}
+
+// x as a layer keeps it, some of its columns, has the gradient of all of it: of an x in one tile, in several, and of
+// one that no tile holds; kept in rows that can be copied, and in others.
+void chosen_columns_have_the_gradient_of_all() {
+  uint64_t seed = 200;
+  for (int64_t quads : {500, 210, 150}) {
+    for (int64_t k : {1, 8, 9, 20, 21}) {
+      for (int64_t more : {0, 1, 2, 3, 4, 5, 6, 7}) {
+        ++seed;
+        Random random(seed);
+        Case c{41, 200, more % 2 == 0 ? 20 : 5, k, IndexKind::distinct};
+        if (k > 1 && c.d_out * k > 140) c.d_out = 3;
+        c.values = Values::real;
+        const Problem<BFloat16> whole(c, random);
+        const Problem<BFloat16> chosen = of_chosen_columns(whole, more);
+        const Device device{quads * kQuad, 7, 32, 1 << 20, true};
+        const std::string where = "quads " + std::to_string(quads) + ", " + chosen.shape.name();
+        CHECK(run_sddmm(chosen, device, c.d_in).same_bits(run_sddmm(whole, device)), where + ": other bits");
+      }
+    }
+  }
+}
+
 // Of an x that fills a tile, with no room behind it, SDDMM takes columns in tiles, and has the very bits of one tile.
 void sddmm_takes_columns_in_tiles() {
   struct Wide {
@@ -216,6 +265,7 @@ int main() {
   what_cannot_be_copied_is_loaded();
   dx_takes_neurons_in_tiles();
   an_x_that_cannot_be_copied_has_the_same_gradient();
+  chosen_columns_have_the_gradient_of_all();
   sddmm_takes_columns_in_tiles();
   what_is_not_finite_stays_where_it_belongs();
   check_garbage_plans<BFloat16>({9, 21, 40, 2}, {"bulk copies", device_of(40, 2, true)});
