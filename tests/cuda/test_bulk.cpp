@@ -1,5 +1,5 @@
-// With blocks of tokens that the hardware copies ahead, forward and SDDMM have the bits that they have without, and dx,
-// which sums in another order, what the formula says.
+// With blocks of tokens that the hardware copies ahead, forward and SDDMM have the bits that they have without, but for
+// SDDMM where a lane holds more slots; that, and dx, which sums in another order, have what the formula says.
 #include <cmath>
 #include <initializer_list>
 #include <limits>
