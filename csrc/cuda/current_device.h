@@ -28,10 +28,10 @@ class CurrentDevice {
   void* stream_;
 };
 
-// Whether NEUROADA_CUDA_BULK=1 asks for blocks of tokens that the hardware copies, where it has such copies.
+// Whether the hardware may copy blocks of tokens ahead, where it can: unless NEUROADA_CUDA_BULK=0 forbids it.
 inline bool wants_bulk_copies() {
   const char* said = std::getenv("NEUROADA_CUDA_BULK");
-  if (said == nullptr) return false;
+  if (said == nullptr) return true;
   const std::string text = said;
   STD_TORCH_CHECK(text == "0" || text == "1", "NEUROADA_CUDA_BULK: '", text, "', expected 0 or 1");
   return text == "1";

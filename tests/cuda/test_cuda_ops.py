@@ -27,6 +27,17 @@ every_16_bits = pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16]
 @pytest.fixture(autouse=True)
 def _on_host(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(_compiled, "C", C)
+    monkeypatch.delenv("NEUROADA_CUDA_BULK", raising=False)
+
+
+@pytest.fixture(params=["copied", "loaded"])
+def _staging(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In 16 bits blocks of tokens are copied ahead, as on sm_90a, or loaded, as everywhere else."""
+    if request.param == "loaded":
+        monkeypatch.setenv("NEUROADA_CUDA_BULK", "0")
+
+
+both_stagings = pytest.mark.usefixtures("_staging")
 
 
 def exact(inputs: Inputs) -> SimpleNamespace:
@@ -45,6 +56,7 @@ def exact(inputs: Inputs) -> SimpleNamespace:
     )
 
 
+@both_stagings
 @every_case
 @every_dtype
 def test_forward_is_the_formula(case, dtype):
@@ -58,6 +70,7 @@ def test_forward_is_the_formula(case, dtype):
     assert rms_error(y, truth.bypass + onto.double()) <= tolerance(dtype, case.k + 1)
 
 
+@both_stagings
 @every_case
 @every_dtype
 def test_all_is_added_to_the_product_in_float32_and_rounded_once(case, dtype, monkeypatch):
@@ -74,6 +87,7 @@ def test_all_is_added_to_the_product_in_float32_and_rounded_once(case, dtype, mo
     assert rms_error(grad_delta, truth.grad_delta) <= tolerance(dtype, case.tokens, torch.float32)
 
 
+@both_stagings
 @every_case
 @every_dtype
 @pytest.mark.parametrize("planned", [True, False], ids=["planned", "unplanned"])
@@ -95,6 +109,7 @@ def test_backward_is_the_formula(case, dtype, planned):
 WIDE = Case(tokens=40, d_in=8000, d_out=12, k=2, index="ragged")
 
 
+@both_stagings
 @pytest.mark.parametrize("case", [SMALL[0], WIDE], ids=lambda case: case.name)
 @every_dtype
 def test_columns_of_x_alone_have_the_gradient_of_all_of_it_to_the_bit(case, dtype):
@@ -125,9 +140,12 @@ def test_blocks_that_the_hardware_copies_give_the_same_numbers(case, dtype, monk
         rest = (i.grad_output, i.x, i.index, i.delta, None, [True, True])
         return y, *_compiled.bypass_backward(*rest)
 
-    loaded = run()
-    monkeypatch.setenv("NEUROADA_CUDA_BULK", "1")
     y, grad_x, grad_delta = run()
+    monkeypatch.setenv("NEUROADA_CUDA_BULK", "1")
+    for asked, by_default in zip(run(), (y, grad_x, grad_delta), strict=True):
+        assert asked.equal(by_default)
+    monkeypatch.setenv("NEUROADA_CUDA_BULK", "0")
+    loaded = run()
     assert y.equal(loaded[0])
     # Of 9 to 20 connections a lane holds all, and tokens are shared out in another way.
     assert grad_delta.equal(loaded[2]) or case.k == 20
@@ -139,7 +157,7 @@ def test_blocks_that_the_hardware_copies_give_the_same_numbers(case, dtype, monk
     assert rms_error(grad_x, exact(i).bypass_grad_x) <= tolerance(dtype, case.d_out * case.k)
 
 
-def test_what_asks_for_bulk_copies_is_0_or_1(monkeypatch):
+def test_what_is_said_of_bulk_copies_is_0_or_1(monkeypatch):
     i = make_inputs(BULK[0], torch.bfloat16)
     for wrong in ("yes", "2", ""):
         monkeypatch.setenv("NEUROADA_CUDA_BULK", wrong)
