@@ -44,6 +44,15 @@ def test_a_wide_product_is_not_rounded_to_its_operands(dtype, sizes):
     torch.testing.assert_close(wide, (x.double() @ weight.double().t()).float())
 
 
+@pytest.mark.parametrize("sizes", [(5, 33, 7), (0, 33, 7), (5, 0, 7), (5, 33, 0)], ids=str)
+def test_a_float32_product_with_a_bias_is_that_of_a_linear(sizes):
+    tokens, m, n = sizes
+    x, weight, bias = torch.randn(tokens, m), torch.randn(n, m), torch.randn(n)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        found = _dense.wide_product(x, weight.t(), bias)
+    assert found.equal(torch.nn.functional.linear(x, weight, bias))
+
+
 @pytest.mark.parametrize("bias", [None, *SIXTEEN.values()], ids=str)
 @pytest.mark.parametrize("dtype", SIXTEEN)
 def test_what_is_added_to_a_wide_product_joins_before_the_rounding(dtype, bias, monkeypatch):

@@ -65,8 +65,8 @@ def add_dense(y: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None = None) 
     return _add_dense_with_bias(y, x, weight, bias)
 
 
-def wide_product(x: Tensor, weight: Tensor) -> Tensor:
-    """``x @ weight`` in float32, not rounded to the operands' 16 bits.
+def wide_product(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """``x @ weight``, or with ``bias`` added, in float32: not rounded to the operands' 16 bits.
 
     For what is added to the product before it is rounded: cuBLAS rounds a 16-bit product before it
     adds it to a y, and again after.
@@ -77,10 +77,16 @@ def wide_product(x: Tensor, weight: Tensor) -> Tensor:
         Shape ``[tokens, m]``, bfloat16, float16 or float32.
     weight : Tensor
         Shape ``[m, n]``, dtype of ``x``, any strides.
+    bias : Tensor, optional
+        Shape ``[n]``, of float32 as ``x`` is: the call is ``F.linear``'s then, and as exact. cuBLAS
+        may split a sum for one with a bias and not for one without, whose error is the larger.
     """
     if 0 in (*x.shape, weight.shape[1]):
-        return x.new_zeros(x.shape[0], weight.shape[1], dtype=torch.float32)
+        zeros = x.new_zeros(x.shape[0], weight.shape[1], dtype=torch.float32)
+        return zeros if bias is None else zeros.add_(bias)
     with torch.autocast(x.device.type, enabled=False):
+        if bias is not None:
+            return torch.addmm(bias, x, weight)
         if x.is_cuda and x.dtype != torch.float32:
             return torch.mm(x, weight, out_dtype=torch.float32)
         return torch.mm(x.float(), weight.float())

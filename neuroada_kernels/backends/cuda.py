@@ -14,7 +14,7 @@ from neuroada_kernels import _extension
 from neuroada_kernels._extension import cuda_archs, cutlass_version, runs_on
 from neuroada_kernels._registry import Backend, register
 from neuroada_kernels.backends import _compiled
-from neuroada_kernels.backends._dense import wide_parts, wide_product
+from neuroada_kernels.backends._dense import bias_for_bypass, wide_parts, wide_product
 from neuroada_kernels.plan import make_plan
 
 _SIXTEEN_BITS = {torch.bfloat16, torch.float16}
@@ -99,13 +99,17 @@ def _linear_backward(
 def _linear_onto_product(
     x: Tensor, weight: Tensor, index: Tensor, delta: Tensor, bias: Tensor | None
 ) -> Tensor:
-    """The op ``linear``: the product in float32, then a kernel adds and rounds once."""
+    """The op ``linear``: the product in float32, then a kernel adds and rounds once.
+
+    A float32 bias joins the product, as in ``F.linear``; one of 16 bits the bypass, in float32.
+    """
     y = x.new_empty(x.shape[0], weight.shape[0])
     connections = index.contiguous(), _compiled.wide(delta, x)
-    bias = None if bias is None else bias.contiguous()
+    early, late = bias_for_bypass(None if bias is None else bias.contiguous())
     add_bypass = _compiled.C.bypass_fwd.default
     for part in wide_parts(*y.shape):  # whose products get no name, or two would be held at once
-        add_bypass(x[part], *connections, bias, wide_product(x[part], weight.t()), y[part])
+        rows = x[part]
+        add_bypass(rows, *connections, late, wide_product(rows, weight.t(), early), y[part])
     return y
 
 
