@@ -29,6 +29,7 @@ def _asked_anew():
         _extension.serves_gpu,
         cuda._unavailable,
         cuda._arch_reasons,
+        cuda._not_sm90,
         cuda._untried_on,
     )
     for cached in caches:
@@ -190,9 +191,10 @@ def test_what_no_product_goes_onto_the_bypass_for(monkeypatch, machine, weight, 
     assert all(found.startswith(reason) for found in reasons)
 
 
-#: How the two variables that ask for other kernels are set.
+#: How the two variables that choose among the kernels are set.
 DEFAULT, PATCHED, ONTO = {}, {"NEUROADA_CUDA_PATCHED": "1"}, {"NEUROADA_CUDA_ONTO": "1"}
-NEITHER = {"NEUROADA_CUDA_PATCHED": "0", "NEUROADA_CUDA_ONTO": "0"}
+NOT_ONTO = {"NEUROADA_CUDA_ONTO": "0"}
+NEITHER = {"NEUROADA_CUDA_PATCHED": "0", **NOT_ONTO}
 
 
 @pytest.fixture
@@ -216,19 +218,22 @@ def named_kernels(monkeypatch):
 @pytest.mark.parametrize(
     ("asked", "dtype", "bias", "mask", "forward", "backward"),
     [
-        (DEFAULT, BF16, BF16, [True, True], "onto product", "onto product"),
-        (NEITHER, F16, BF16, [True, True], "onto product", "onto product"),
+        (DEFAULT, BF16, BF16, [True, True], "onto bypass", "onto bypass"),
+        (DEFAULT, F16, None, [True, False], "onto bypass", "onto bypass"),
+        (DEFAULT, BF16, torch.float32, [True, False], "onto product", "onto bypass"),
+        (DEFAULT, BF16, None, [False, True], "onto bypass", "bypass alone"),
         (DEFAULT, torch.float32, None, [True, True], "onto product", "onto product"),
+        (ONTO, BF16, BF16, [True, True], "onto bypass", "onto bypass"),
+        (ONTO, torch.float32, None, [True, True], "onto product", "onto product"),
+        (NOT_ONTO, BF16, BF16, [True, True], "onto product", "onto product"),
+        (NOT_ONTO, BF16, None, [False, True], "onto product", "bypass alone"),
+        (NEITHER, F16, BF16, [True, True], "onto product", "onto product"),
         (PATCHED, torch.float32, None, [True, True], "onto product", "onto product"),
         (PATCHED, BF16, BF16, [True, True], "patched", "patched"),
         (PATCHED, BF16, torch.float32, [True, False], "onto product", "patched"),
         (PATCHED, BF16, None, [False, True], "patched", "bypass alone"),
-        (ONTO, torch.float32, None, [True, True], "onto product", "onto product"),
-        (ONTO, BF16, BF16, [True, True], "onto bypass", "onto bypass"),
-        (ONTO, F16, None, [True, False], "onto bypass", "onto bypass"),
-        (ONTO, BF16, torch.float32, [True, False], "onto product", "onto bypass"),
-        (ONTO, BF16, None, [False, True], "onto bypass", "bypass alone"),
         (PATCHED | ONTO, BF16, BF16, [True, True], "patched", "patched"),
+        (PATCHED | NOT_ONTO, BF16, BF16, [True, True], "patched", "patched"),
     ],
 )
 def test_which_kernels_a_call_takes(
@@ -241,8 +246,8 @@ def test_which_kernels_a_call_takes(
     assert cuda._linear_backward(x, x, weight, None, None, None, mask) == backward
 
 
-@pytest.mark.parametrize("asked", [PATCHED, ONTO, PATCHED | ONTO], ids=str)
-def test_what_those_kernels_do_not_take_goes_as_by_default(monkeypatch, named_kernels, asked):
+@pytest.mark.parametrize("asked", [DEFAULT, PATCHED, ONTO, PATCHED | ONTO], ids=str)
+def test_what_kernels_for_sm90_do_not_take_goes_product_first(monkeypatch, named_kernels, asked):
     for variable, value in asked.items():
         monkeypatch.setenv(variable, value)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda index: (8, 0))
@@ -252,9 +257,19 @@ def test_what_those_kernels_do_not_take_goes_as_by_default(monkeypatch, named_ke
     assert cuda._linear_backward(x, x, weight, None, None, None, mask) == "onto product"
 
 
+@pytest.mark.parametrize("asked", [DEFAULT, ONTO], ids=str)
+def test_without_cutlass_the_product_goes_first(monkeypatch, named_kernels, asked):
+    for variable, value in asked.items():
+        monkeypatch.setenv(variable, value)
+    pretend(monkeypatch, cutlass="")
+    x = weight = on_gpu(BF16, shape=(8, 8))
+    assert cuda._linear(x, weight, None, None, None) == "onto product"
+    mask = [True, True]
+    assert cuda._linear_backward(x, x, weight, None, None, None, mask) == "onto product"
+
+
 def test_six_outputs_are_patched_but_no_product_goes_onto_them(monkeypatch, named_kernels):
     weight = on_gpu(BF16, shape=(6, 8))
-    monkeypatch.setenv("NEUROADA_CUDA_ONTO", "1")
     assert cuda._linear(on_gpu(BF16), weight, None, None, None) == "onto product"
     monkeypatch.setenv("NEUROADA_CUDA_PATCHED", "1")
     assert cuda._linear(on_gpu(BF16), weight, None, None, None) == "patched"

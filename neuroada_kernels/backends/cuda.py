@@ -1,6 +1,6 @@
-"""The CUDA C++ backend: the bypass by the kernels of ``csrc/cuda`` and the product by torch; on
-request, for sm_90a, the product of a weight that is patched on its way to the multipliers, or
-CUTLASS's product onto the bypass.
+"""The CUDA C++ backend: the bypass by the kernels of ``csrc/cuda`` and the product by torch, or for
+sm_90a by CUTLASS onto the bypass; on request, there, the product of a weight that is patched on its
+way to the multipliers.
 """
 
 from __future__ import annotations
@@ -139,24 +139,25 @@ def _wants_patched() -> bool:
 
     A kernel for sm_90a patches them where they lie in shared memory, so its rounding is that of
     the strategy ``resident``. A call that it does not take, for its dtypes, shapes or strides,
-    goes in two kernels as by default. ``docs/kernels.md`` has the figures.
+    goes as by default. ``docs/kernels.md`` has the figures.
     """
     return _compiled.asked("NEUROADA_CUDA_PATCHED") is True
 
 
 def _wants_onto() -> bool:
-    """Whether ``NEUROADA_CUDA_ONTO=1`` asks for a product that adds to the bypass in float32.
+    """Whether a product may add to the bypass: unless ``NEUROADA_CUDA_ONTO=0`` forbids it.
 
-    The bypass goes first, and CUTLASS's product for sm_90a onto it: it rounds once, as by default,
-    without a product in float32 in memory. A call that it does not take goes as by default, and
-    one that could be patched too is, where both are asked for.
+    The bypass goes first, and CUTLASS's product for sm_90a onto it, in float32: it rounds once, as
+    torch's product into float32 and a bypass that is added to it do, and holds no such product in
+    memory. A call that it does not take goes product first, and one that is to be patched and can
+    be is.
     """
-    return _compiled.asked("NEUROADA_CUDA_ONTO") is True
+    return _compiled.asked("NEUROADA_CUDA_ONTO") is not False
 
 
 def _not_patched(inputs: Tensor, weight: Tensor, bias: Tensor | None = None) -> list[str]:
     """Why the kernels for sm_90a do not take a product: what their copies cannot read."""
-    reasons = _not_sm90(inputs.device.index)
+    reasons = [*_not_sm90(inputs.device.index)]
     if inputs.dtype not in _SIXTEEN_BITS:
         reasons.append(f"dtype {inputs.dtype}, expected bfloat16 or float16")
     if bias is not None and bias.dtype != inputs.dtype:
@@ -186,11 +187,12 @@ def _not_onto(inputs: Tensor, weight: Tensor, bias: Tensor | None = None) -> lis
     return reasons
 
 
-def _not_sm90(gpu: int) -> list[str]:
+@functools.cache
+def _not_sm90(gpu: int) -> tuple[str, ...]:
     major, minor = torch.cuda.get_device_capability(gpu)
     if (major, minor) != (9, 0):
-        return [f"compute capability {major}.{minor}, expected 9.0"]
-    return [] if "90a" in cuda_archs() else ["no kernels for sm_90a"]
+        return (f"compute capability {major}.{minor}, expected 9.0",)
+    return () if "90a" in cuda_archs() else ("no kernels for sm_90a",)
 
 
 def _unsupported(first: Tensor, *rest: object) -> list[str]:
