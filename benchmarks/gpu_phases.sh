@@ -6,21 +6,21 @@
 PHASES=(build environment cuda-smoke cuda-tests tests linear-8192 model linear-1024 model-checkpointed linear-16384
   cuda-memcheck memcheck sweep-k linear-peers sweep-tokens cuda-racecheck racecheck)
 # By name alone.
-MORE=(cuda-initcheck cuda-synccheck linear-patched linear-onto linear-bulk linear-onto-bulk cuda-onto-tests
-  cuda-bulk-tests linear-triton-one-kernel kernels kernels-bulk)
-# What asks for the kernels that are taken on request, by the part of a phase's name that says which.
-declare -A FORM=([patched]=NEUROADA_CUDA_PATCHED [onto]=NEUROADA_CUDA_ONTO [bulk]=NEUROADA_CUDA_BULK
-  [onto-bulk]='NEUROADA_CUDA_ONTO NEUROADA_CUDA_BULK')
+MORE=(cuda-initcheck cuda-synccheck linear-patched linear-no-onto linear-no-bulk linear-plain cuda-no-onto-tests
+  cuda-plain-tests linear-triton-one-kernel kernels kernels-plain)
+# What sets other kernels for sm_90a than the default ones, by the part of a phase's name that says which.
+declare -A FORM=([patched]=NEUROADA_CUDA_PATCHED=1 [no-onto]=NEUROADA_CUDA_ONTO=0 [no-bulk]=NEUROADA_CUDA_BULK=0
+  [plain]='NEUROADA_CUDA_ONTO=0 NEUROADA_CUDA_BULK=0')
 # Percent of the time that a phase may take of what others need more: a kernel may hang.
 declare -A SHARE=([build]=30 [environment]=10 [cuda-smoke]=15 [cuda-tests]=15 [tests]=15 [linear-8192]=30 [model]=35
-  [cuda-memcheck]=20 [memcheck]=20 [linear-patched]=12 [linear-onto]=12 [linear-bulk]=12
-  [linear-onto-bulk]=12 [cuda-onto-tests]=15 [cuda-bulk-tests]=15 [linear-triton-one-kernel]=12)
+  [cuda-memcheck]=20 [memcheck]=20 [linear-patched]=12 [linear-no-onto]=12 [linear-no-bulk]=12
+  [linear-plain]=12 [cuda-no-onto-tests]=15 [cuda-plain-tests]=15 [linear-triton-one-kernel]=12)
 
 is_phase() {
   [[ " ${PHASES[*]} ${MORE[*]} " == *" $1 "* ]]
 }
 
-form_of() { # PHASE: which kernels on request it is about
+form_of() { # PHASE: which other kernels than the default ones it is about
   local form=${1#*-}
   form=${form%-tests}
   [[ -n ${FORM[$form]:-} ]] && echo "$form"
@@ -42,7 +42,7 @@ sys.exit(n.available_backends().get("cuda", "") is not None)' 2>/dev/null && HAS
   [[ $HAS_CUDA == yes ]]
 }
 
-# Where it is missing, other kernels would be measured in place of its own.
+# Where it is missing, its product is in no form, and two of them are the same.
 has_cutlass() {
   "$PYTHON" -c 'import sys, neuroada_kernels._extension as e; sys.exit(not e.cutlass_version())' 2>/dev/null
 }
@@ -171,7 +171,7 @@ phase() {
       ;;
     tests) tests triton ;;
     cuda-tests) tests cuda ;;
-    cuda-*-tests | linear-patched | linear-onto* | linear-bulk | kernels-bulk) on_request "$1" ;;
+    cuda-*-tests | linear-patched | linear-no-* | linear-plain | kernels-plain) another_form "$1" ;;
     cuda-smoke) smoke ;;
     cuda-*) sanitize "${1#cuda-}" cuda ;;
     memcheck | racecheck) sanitize "$1" triton ;;
@@ -203,17 +203,17 @@ phase() {
   esac
 }
 
-# The kernels for sm_90a that variables ask for: whether they are right, and what they take.
-on_request() { # PHASE
-  local form variable
+# The kernels for sm_90a that variables choose: whether they are right, and what they take.
+another_form() { # PHASE
+  local form setting
   form=$(form_of "$1")
-  [[ $form != *onto* ]] || has_cutlass || { skip "the CUDA kernels were built without CUTLASS"; return; }
-  for variable in ${FORM[$form]}; do local -x "$variable=1"; done
+  [[ $form != no-* ]] || has_cutlass || { skip "the CUDA kernels were built without CUTLASS"; return; }
+  for setting in ${FORM[$form]}; do local -x "${setting?}"; done
   case $1 in
     cuda-*) tests cuda ;;
     linear-*)
       local candidates=(neuroada-cuda)
-      [[ $form != *bulk* ]] || candidates+=(resident) # whose SDDMM is another then
+      [[ ${FORM[$form]} != *BULK* ]] || candidates+=(resident) # whose SDDMM is another then
       bench_linear "$OUT/$1.json" --cases T8192- --candidates "${candidates[@]}"
       ;;
     kernels-*) phase kernels ;;

@@ -58,11 +58,13 @@ def test_a_dry_run_has_a_phase_of_every_kind_and_leaves_few_valid_files(tmp_path
     assert {fit["over"] for fit in linear["summary"]["fits"]} == {"k"}
 
 
-#: Stands for a python3 with a GPU: each of its calls a line of the file $CALLS, after the kernels
-#: that it asks for.
+#: Stands for a python3 with a GPU: each of its calls a line of the file $CALLS, after what is said
+#: of the kernels that it takes.
 PYTHON = """#!/bin/bash
-asked=${NEUROADA_CUDA_PATCHED:+patched }${NEUROADA_CUDA_ONTO:+onto }${NEUROADA_CUDA_BULK:+bulk }
-echo "$asked$@" >>"$CALLS"
+patched=${NEUROADA_CUDA_PATCHED:+patched=$NEUROADA_CUDA_PATCHED }
+onto=${NEUROADA_CUDA_ONTO:+onto=$NEUROADA_CUDA_ONTO }
+bulk=${NEUROADA_CUDA_BULK:+bulk=$NEUROADA_CUDA_BULK }
+echo "$patched$onto$bulk$@" >>"$CALLS"
 case "$*" in
   *"--forms $BROKEN") exit 139 ;;
   *"--forms "*) [[ -z ${HANGS:-} ]] || sleep 30 ;;
@@ -91,36 +93,36 @@ def test_cuda_kernels_that_break_a_process_are_left_out_and_the_rest_is_measured
     assert "linear-8192 broke with the backend cuda (FAILED, status 139, see log.txt)" in said
 
 
-def test_kernels_that_are_taken_on_request_are_asked_for_in_their_phases(tmp_path: Path):
+def test_other_kernels_than_the_default_ones_are_set_in_their_phases(tmp_path: Path):
     python, calls = tmp_path / "python3", tmp_path / "calls"
     python.write_text(PYTHON)
     python.chmod(0o755)
     environment = {**ENVIRONMENT, "PYTHON": str(python), "CALLS": str(calls)}
-    asked = {
-        "cuda-onto-tests": "onto",
-        "cuda-bulk-tests": "bulk",
-        "linear-patched": "patched",
-        "linear-onto": "onto",
-        "linear-bulk": "bulk",
-        "linear-onto-bulk": "onto bulk",
-        "kernels-bulk": "bulk",
+    said = {
+        "cuda-no-onto-tests": "onto=0",
+        "cuda-plain-tests": "onto=0 bulk=0",
+        "linear-patched": "patched=1",
+        "linear-no-onto": "onto=0",
+        "linear-no-bulk": "bulk=0",
+        "linear-plain": "onto=0 bulk=0",
+        "kernels-plain": "onto=0 bulk=0",
         "kernels": "",
     }
-    subprocess.run([SCRIPT, tmp_path / "out", *asked], env=environment, capture_output=True)
+    subprocess.run([SCRIPT, tmp_path / "out", *said], env=environment, capture_output=True)
     suites = [line for line in calls.read_text().splitlines() if " -m " in f" {line}"]
-    for (phase, variables), line in zip(asked.items(), suites, strict=True):
+    for (phase, variables), line in zip(said.items(), suites, strict=True):
         assert line.startswith(f"{variables} -m ".lstrip()), phase
         assert (" -m pytest " in line) == phase.endswith("-tests")
         assert (f"/{phase}.json" in line) == phase.startswith("linear-")
         assert (" resident" in line) == (phase.startswith("linear-") and "bulk" in variables)
 
 
-def test_without_cutlass_nothing_is_measured_in_place_of_its_product(tmp_path: Path):
+def test_without_cutlass_no_two_forms_that_are_the_same_are_measured(tmp_path: Path):
     python, calls = tmp_path / "python3", tmp_path / "calls"
     python.write_text(PYTHON.replace("case ", "[[ $* != *cutlass_version* ]] || exit 1\ncase "))
     python.chmod(0o755)
     environment = {**ENVIRONMENT, "PYTHON": str(python), "CALLS": str(calls)}
-    phases = ["cuda-onto-tests", "linear-onto", "linear-onto-bulk"]
+    phases = ["cuda-no-onto-tests", "linear-no-onto", "linear-no-bulk"]
     subprocess.run([SCRIPT, tmp_path / "out", *phases], env=environment, capture_output=True)
     reason = "skipped, the CUDA kernels were built without CUTLASS"
     assert outcomes(tmp_path / "out") == dict.fromkeys(phases, reason)

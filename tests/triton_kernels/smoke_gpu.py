@@ -42,10 +42,14 @@ LAYER = Case(tokens=8192, d_in=4096, d_out=4096, k=8, bias=True)
 #: Exit status where numbers are right but for how often they are rounded.
 ROUNDED_TWICE = 3
 
-#: What asks for other kernels than the default ones, which are form 0: form n is the n-th of these.
+#: What chooses other kernels than the default ones, which are form 0: form n is the n-th of these.
 SETTINGS = {
-    "triton": ("NEUROADA_TRITON_FUSED",),
-    "cuda": ("NEUROADA_CUDA_PATCHED", "NEUROADA_CUDA_ONTO", "NEUROADA_CUDA_BULK"),
+    "triton": (("NEUROADA_TRITON_FUSED", "1"),),
+    "cuda": (
+        ("NEUROADA_CUDA_PATCHED", "1"),
+        ("NEUROADA_CUDA_ONTO", "0"),
+        ("NEUROADA_CUDA_BULK", "0"),
+    ),
 }
 
 
@@ -106,14 +110,14 @@ def why_not(backend: str, form: int, device: str) -> str | None:
         return None
     if torch.cuda.get_device_capability() != (9, 0):
         return "is for compute capability 9.0"
-    if SETTINGS[backend][form - 1] == "NEUROADA_CUDA_ONTO" and not cutlass_version():
-        return "needs CUTLASS, without which this was built"
+    if SETTINGS[backend][form - 1][0] == "NEUROADA_CUDA_ONTO" and not cutlass_version():
+        return "is the default one, as this was built without CUTLASS"
     return None
 
 
 def choose(backend: str, form: int) -> None:
-    for number, variable in enumerate(SETTINGS[backend], 1):
-        os.environ[variable] = str(int(number == form))
+    for number, (variable, other) in enumerate(SETTINGS[backend], 1):
+        os.environ[variable] = other if number == form else str(1 - int(other))
 
 
 def main(argv: list[str] | None = None) -> None:
