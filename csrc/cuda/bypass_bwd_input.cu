@@ -28,9 +28,9 @@ uint32_t mask_of(int32_t most) {
   return mask;
 }
 
-// Of shared memory that ordering may take: several CTAs run on a multiprocessor. As many connections of a column as fit
-// are far fewer than the 2048 turns that spread_over_banks counts.
-constexpr int64_t kOrderBytes = 48 << 10;
+// Of shared memory that ordering may take: two CTAs run on a multiprocessor. As many connections of a column as fit are
+// far fewer than the 2048 turns that spread_over_banks counts.
+constexpr int64_t kOrderBytes = 96 << 10;
 
 // What is launched, and with how many threads.
 struct Form {
@@ -60,7 +60,7 @@ ColumnEntries entries_of(const BypassBwdInput& p, const Tiles& tiles) {
   const int64_t lists = tiles.stages > 0 ? ceil_div(p.d_out, tiles.width) : 1;
   const uint32_t place_mask = kPacks<T> && tiles.stages > 0 ? mask_of(tiles.zero) : 0;
   const int32_t light = light_of(p.d_in, ceil_div(p.live, lists), connections_a_quad(place_mask));
-  return {p.ordered, positions, light, static_cast<int32_t>(lists), place_mask};
+  return {p.ordered, positions, light, static_cast<int32_t>(lists), place_mask, kWindow};
 }
 
 template <class T>
@@ -83,9 +83,9 @@ void run(const BypassBwdInput& p, const Device& device, void* stream) {
                             places ? tiles.zero : -1,
                             places,
                             tiles.stages > 0};
-  if (order.bytes() > kOrderBytes) order.spread = false;
+  if (order.bytes(device.threads) > kOrderBytes) order.spread = false;
   launch("column_entries", column_entries_kernel, entries.positions / kWindow, entries.tiles, device.threads,
-         order.bytes(), stream, order);
+         order.bytes(device.threads), stream, order);
   const int64_t blocks = ceil_div(p.tokens, kTokens<T>);
   const int64_t parts =
       entries.tiles > 1 ? ceil_div(entries.positions, threads * kKeptRounds) : column_parts(blocks, threads, device);

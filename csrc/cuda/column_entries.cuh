@@ -1,12 +1,14 @@
-// The plan's connections as dx's kernel reads them. Within windows of 64 columns those with the most connections
-// come first, so that the lanes of a warp, which has 32 columns at a time, are done at about the same time; of these
-// the i-th connections lie side by side, 16 bytes of each column at a time, so that the lanes load theirs together.
+// The plan's connections as dx's kernel reads them. Within windows those columns with the most connections come first,
+// so that the lanes of a warp, which has 32 columns at a time, are done at about the same time; of these the i-th
+// connections lie side by side, 16 bytes of each column at a time, so that the lanes load theirs together. A window has
+// 64 columns where lanes write what they sum, which had better be neighbours; else as many as are written together.
 //
 // A connection is a neuron and its delta, or packed into 4 bytes: the neuron's place in the lowest bits of the delta,
 // which is rounded to the others. bfloat16 has 7 bits of mantissa, the packed delta at least 10.
 //
-// A column of more than `light` connections is heavy: it has its own in a row, for a warp to read together. Where the
-// neurons come in tiles, each tile has such columns of its own, in the same order.
+// A column of more than `light` connections is heavy: it has its own in a row, for a warp to read together. Heavy
+// columns are shared out evenly over the window's 32s. Where the neurons come in tiles, each tile has such columns of
+// its own, in the same order.
 #pragma once
 
 #include "kernels.h"
@@ -14,7 +16,7 @@
 
 namespace neuroada::cuda {
 
-constexpr int kWindow = 2 * kWarp;
+constexpr int kWindow = 2 * kWarp;  // of columns, or a multiple of it
 
 // The column at a position of the order, d_in where there is none, and how many connections it has.
 struct alignas(8) OrderedColumn {
@@ -29,10 +31,11 @@ __host__ __device__ inline int32_t connections_a_quad(uint32_t place_mask) { ret
 // them connections of the heavy ones, as in the plan.
 struct ColumnEntries {
   WeightedNeuron* scratch;
-  int64_t positions;    // of columns, whole windows
+  int64_t positions;    // of columns, a multiple of kWindow
   int32_t light;        // a multiple of connections_a_quad
   int32_t tiles;        // of the neurons
   uint32_t place_mask;  // where connections of light columns are packed, the bits of a place; or 0
+  int32_t window;       // of columns that are in order, a multiple of kWindow; the last may have fewer
 
   __host__ __device__ int64_t tile_size() const { return positions * (1 + light); }
   __host__ __device__ int64_t size(int64_t live) const { return tiles * tile_size() + live; }
@@ -46,9 +49,16 @@ struct ColumnEntries {
   // The first 16 bytes of a light column's connections; the next are kWarp further on. A heavy column has there
   // which of the heavy connections are its own.
   __device__ __forceinline__ Quad* quads(int32_t tile, uint32_t position) const {
-    const uint32_t first = static_cast<uint32_t>(positions) / 2;
-    const uint32_t of_warp = kWarp * static_cast<uint32_t>(light / connections_a_quad(place_mask));
-    return in_row(reinterpret_cast<Quad*>(of_tile(tile)), first + position / kWarp * of_warp + position % kWarp);
+    return place_mask == 0 ? quads<false>(tile, position / kWarp, position % kWarp)
+                           : quads<true>(tile, position / kWarp, position % kWarp);
+  }
+  // The same of the lane's position among 32.
+  template <bool kPacked>
+  __device__ __forceinline__ Quad* quads(int32_t tile, uint32_t round, uint32_t lane) const {
+    constexpr uint32_t kEach = kPacked ? 4 : 2;  // connections_a_quad
+    const uint32_t first = static_cast<uint32_t>(positions) / 2,
+                   of_round = kWarp * (static_cast<uint32_t>(light) / kEach);
+    return in_row(reinterpret_cast<Quad*>(of_tile(tile)), first + lane + round * of_round);
   }
   __device__ __forceinline__ WeightedNeuron* heavy(uint32_t i) const { return of_tile(tiles) + i; }
 };

@@ -4,6 +4,7 @@
 #include "column_entries.cuh"
 #include "neuroada/planner.h"
 #include "plan.cuh"
+#include "sort_columns.cuh"
 
 namespace neuroada::cuda {
 
@@ -18,22 +19,11 @@ struct ColumnEntriesLaunch {
   bool places;     // in their tile, instead of neurons
   bool spread;     // light columns' connections are spread over the banks
 
-  // Of shared memory: a turn for each connection of a window.
-  int64_t bytes() const { return spread ? int64_t{kWindow} * to.light * static_cast<int64_t>(sizeof(uint16_t)) : 0; }
-};
-
-// How many of the window's columns come before the lane's own two: those with more connections, and of as many
-// those further left. `key` are the lane's columns, `lane` and `lane + 32` of the window.
-__device__ __forceinline__ void rank_columns(const int32_t (&key)[2], int (&rank)[2]) {
-  const int lane = threadIdx.x % kWarp;
-  rank[0] = rank[1] = 0;
-  NEUROADA_ROLLED
-  for (int other = 0; other < kWarp; ++other) {
-    const int32_t left = __shfl_sync(kAllLanes, key[0], other), right = __shfl_sync(kAllLanes, key[1], other);
-    rank[0] += (left > key[0] || (left == key[0] && other < lane)) + (right > key[0]);
-    rank[1] += (left >= key[1]) + (right > key[1] || (right == key[1] && other < lane));
+  // Of shared memory: for each connection of a CTA's columns a bank and a turn.
+  int64_t bytes(int64_t threads) const {
+    return SortedColumns::bytes(threads) + (spread ? int64_t{kWindow} * to.light * 2 * int64_t{sizeof(uint16_t)} : 0);
   }
-}
+};
 
 // The first of the connections [begin, end) of a column, in rising order, that is at least `least`.
 __device__ __forceinline__ int32_t first_at_least(const int32_t* entry, int32_t begin, int32_t end, int64_t least) {
@@ -68,91 +58,107 @@ __device__ __forceinline__ WeightedNeuron connection_of(const ColumnEntriesLaunc
   return {a.places ? place(offset) : neuron, a.delta[e]};
 }
 
-// Turns the banks of a column's connections into the order in which its lane reads them. The lanes of an octet read
-// together, so each begins at a bank of its own and goes on to the next: where all have every bank equally often, no
-// two meet. What is left when a bank has no turns left takes those that others leave.
+// Turns for a column's connections, by their banks: the order in which its lane reads them. The lanes of an octet read
+// together, so each begins at a bank of its own, the column's is `first`, and goes on to the next: where all have every
+// bank equally often, no two meet. What is left when a bank has no turns left takes those that others leave.
 //
-// A column's are kWindow apart, so that lanes have banks of their own here too.
-__device__ __forceinline__ void spread_over_banks(uint16_t* own, int32_t count, int lane) {
-  constexpr uint16_t kLeft = 0xffff;
-  uint64_t taken = 0;  // of the turns of each bank, 8 bits
-  for (int32_t i = 0; i < count; ++i) {
-    const int bank = (own[i * kWindow] - lane) & (kBanks - 1);
-    const int32_t turn = bank + kBanks * static_cast<int32_t>(taken >> 8 * bank & 0xff);
-    own[i * kWindow] = turn < count ? static_cast<uint16_t>(turn) : kLeft;
-    taken += uint64_t{turn < count} << 8 * bank;
+// Eight lanes do so for a column, each for the connections of one bank: their turns are every eighth.
+__device__ __forceinline__ void spread_over_banks(const uint16_t* bank, uint16_t* turn, int32_t count, int32_t first) {
+  const int own = threadIdx.x % kBanks, octet = static_cast<int>(threadIdx.x % kWarp) - own;
+  const auto is_own = [&](int32_t i) { return ((bank[i * kWindow] - first) & (kBanks - 1)) == own; };
+  const auto turns_of = [&](int b) { return (count + kBanks - 1 - b) / kBanks; };
+  int32_t have = 0;
+  for (int32_t i = 0; i < count; ++i) have += is_own(i);
+  const int32_t taken = have < turns_of(own) ? have : turns_of(own);
+  uint64_t taken_of = 0;  // by each bank, 8 bits: bytes(), of which kOrderBytes is the most, bounds them
+  int32_t skipped = 0;    // turns that lanes before this one take of what banks leave
+  for (int b = 0; b < kBanks; ++b) {
+    taken_of |= uint64_t(__shfl_sync(kAllLanes, static_cast<uint32_t>(taken), octet + b)) << 8 * b;
+    const int32_t left = __shfl_sync(kAllLanes, have - taken, octet + b);
+    skipped += b < own ? left : 0;
   }
-  int32_t free = 0;
+  int32_t nth = 0;
+  int other = 0;
   for (int32_t i = 0; i < count; ++i) {
-    if (own[i * kWindow] != kLeft) continue;
-    while (free / kBanks < static_cast<int32_t>(taken >> 8 * (free % kBanks) & 0xff)) ++free;
-    own[i * kWindow] = static_cast<uint16_t>(free++);
+    if (!is_own(i)) continue;
+    int32_t place_in_order = own + kBanks * nth;
+    if (nth >= taken) {
+      const auto taken_by = [&](int b) { return static_cast<int32_t>(taken_of >> 8 * b & 0xff); };
+      for (; skipped >= turns_of(other) - taken_by(other); ++other) skipped -= turns_of(other) - taken_by(other);
+      place_in_order = other + kBanks * (taken_by(other) + skipped++);
+    }
+    turn[i * kWindow] = static_cast<uint16_t>(place_in_order);
+    ++nth;
   }
 }
 
-// The columns `lane` and `lane + 32` of a window, and their connections in a tile of the neurons.
-struct WindowColumns {
-  int32_t begin[2], count[2];
-  int rank[2];
-
-  __device__ __forceinline__ void find(const ColumnEntriesLaunch& a, int64_t window, int32_t first) {
-    const int lane = threadIdx.x % kWarp;
-    const int32_t live = static_cast<int32_t>(a.live);
-    const int32_t* entry = a.plan + a.d_in + 1 + kSplits + 1;
-    int32_t key[2];
-    NEUROADA_UNROLL
-    for (int h = 0; h < 2; ++h) {
-      const int64_t column = window + h * kWarp + lane;
-      begin[h] = column < a.d_in ? start_of_column(a.plan, live, column) : 0;
-      int32_t end = column < a.d_in ? start_of_column(a.plan, live, column + 1) : -1;
-      key[h] = end - begin[h];  // what is no column comes last; the same order in all tiles
-      if (key[h] > a.to.light * a.to.tiles) key[h] = 0;
-      if (a.to.tiles > 1 && end >= begin[h]) {
-        end = first_at_least(entry, begin[h], end, (int64_t{first} + a.width) * a.k);
-        begin[h] = first_at_least(entry, begin[h], end, int64_t{first} * a.k);
-      }
-      count[h] = end - begin[h];
-    }
-    rank_columns(key, rank);
+// Turns for all columns of the CTA: `bank` and behind it `turn`, a column's kWindow apart.
+__device__ __forceinline__ void spread_columns(const SortedColumns& columns, uint32_t position, int32_t light,
+                                               const uint16_t* bank, uint16_t* turn) {
+  const int32_t octets = blockDim.x / kBanks;
+  for (int32_t from = 0; from < kWindow; from += octets) {
+    const int32_t at = from + static_cast<int32_t>(threadIdx.x / kBanks);
+    const int32_t own = at < kWindow ? at : 0, count = columns.of[own].count();
+    const bool spread = at < kWindow && count > 0 && count <= light;
+    spread_over_banks(bank + own, turn + own, spread ? count : 0, static_cast<int32_t>(position + own) % kBanks);
   }
-};
+}
 
-// A CTA has a window and a tile of the neurons, and a warp every so many-th connection of its columns.
+// Leaves of each column what lies in a tile of the neurons.
+__device__ __forceinline__ void keep_tile(const ColumnEntriesLaunch& a, const SortedColumns& columns, int32_t first) {
+  const int32_t* entry = a.plan + a.d_in + 1 + kSplits + 1;
+  for (int32_t at = threadIdx.x; at < kWindow; at += blockDim.x) {
+    SortedColumn& own = columns.of[at];
+    if (own.end < own.begin) continue;
+    own.end = first_at_least(entry, own.begin, own.end, (int64_t{first} + a.width) * a.k);
+    own.begin = first_at_least(entry, own.begin, own.end, int64_t{first} * a.k);
+  }
+  __syncthreads();
+}
+
+// A CTA has kWindow positions and a tile of the neurons, and a warp every so many-th connection of its columns.
 __global__ static void column_entries_kernel(ColumnEntriesLaunch a) {
   const int lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp, warps = blockDim.x / kWarp;
-  const int64_t window = int64_t{blockIdx.x} * kWindow;
+  const int32_t from = static_cast<int32_t>(blockIdx.x) * kWindow;
   const int32_t tile = static_cast<int32_t>(blockIdx.y), first = tile * a.width;
   const int32_t* entry = a.plan + a.d_in + 1 + kSplits + 1;
-  WindowColumns own;
-  own.find(a, window, first);
-  const auto connection = [&](int h, int32_t i) {
-    return connection_of(a, i < own.count[h] ? static_cast<uint32_t>(entry[own.begin[h] + i]) : a.entries, first);
+  const SortedColumns columns = SortedColumns::in_shared();
+  sort_columns({a.plan, a.d_in, static_cast<int32_t>(a.live)}, a.to, from, columns);
+  if (a.to.tiles > 1) keep_tile(a, columns, first);
+  const auto connection = [&](const SortedColumn& of, int32_t i) {
+    return connection_of(a, i < of.count() ? static_cast<uint32_t>(entry[of.begin + i]) : a.entries, first);
   };
-  NEUROADA_UNROLL
-  for (int h = 0; h < 2; ++h) {
-    const uint32_t position = static_cast<uint32_t>(window + own.rank[h]);
-    const int64_t column = window + h * kWarp + lane;
-    const int32_t count = own.count[h];
-    const bool heavy = count > a.to.light;
-    uint16_t* turns = reinterpret_cast<uint16_t*>(shared_quads()) + h * kWarp + lane;
-    if (a.spread) {
-      for (int32_t i = warp; i < count && !heavy; i += warps) {
-        turns[i * kWindow] = static_cast<uint16_t>(connection(h, i).neuron & (kBanks - 1));
+  uint16_t* const bank = columns.behind();
+  uint16_t* const turn = bank + kWindow * a.to.light;
+  if (a.spread) {
+    NEUROADA_UNROLL
+    for (int at = lane; at < kWindow; at += kWarp) {
+      const SortedColumn own = columns.of[at];
+      for (int32_t i = warp; i < own.count() && own.count() <= a.to.light; i += warps) {
+        bank[i * kWindow + at] = static_cast<uint16_t>(connection(own, i).neuron & (kBanks - 1));
       }
-      __syncthreads();
-      if (warp == 0 && !heavy) spread_over_banks(turns, count, own.rank[h] % kBanks);
-      __syncthreads();
     }
-    if (warp == 0) *a.to.column(tile, position) = {static_cast<int32_t>(column < a.d_in ? column : a.d_in), count};
-    if (warp == 0 && heavy) a.to.quads(tile, position)->word[0] = static_cast<uint32_t>(own.begin[h]);
+    __syncthreads();
+    spread_columns(columns, static_cast<uint32_t>(from), a.to.light, bank, turn);
+    __syncthreads();
+  }
+  NEUROADA_UNROLL
+  for (int at = lane; at < kWindow; at += kWarp) {
+    const uint32_t position = static_cast<uint32_t>(from + at);
+    const SortedColumn own = columns.of[at];
+    const int32_t count = own.count();
+    const bool heavy = count > a.to.light;
+    if (warp == 0) *a.to.column(tile, position) = {own.column, count};
+    if (warp == 0 && heavy) a.to.quads(tile, position)->word[0] = static_cast<uint32_t>(own.begin);
     const int32_t each = connections_a_quad(a.to.place_mask);
     const int32_t padded = heavy || count < 0 ? count : (count + each - 1) / each * each;
     for (int32_t i = warp; i < padded; i += warps) {
-      const WeightedNeuron one = connection(h, i);
+      const WeightedNeuron one = connection(own, i);
       if (heavy) {
-        *a.to.heavy(static_cast<uint32_t>(own.begin[h] + i)) = one;
+        *a.to.heavy(static_cast<uint32_t>(own.begin + i)) = one;
       } else {
-        write_light(a.to, tile, position, static_cast<uint32_t>(a.spread && i < count ? turns[i * kWindow] : i), one);
+        const bool spread = a.spread && i < count;
+        write_light(a.to, tile, position, static_cast<uint32_t>(spread ? turn[i * kWindow + at] : i), one);
       }
     }
   }

@@ -153,5 +153,22 @@ inline unsigned __ballot_sync(unsigned, bool predicate) {
   return mask;
 }
 
+// The lanes that have the same value.
+inline unsigned __match_any_sync(unsigned, int value) {
+  const uint32_t* given = neuroada::host_cuda::exchange(static_cast<uint32_t>(value));
+  unsigned mask = 0;
+  for (int lane = 0; lane < neuroada::host_cuda::kLanes; ++lane) {
+    mask |= unsigned{given[lane] == static_cast<uint32_t>(value)} << lane;
+  }
+  return mask;
+}
+
+inline void __syncwarp() { neuroada::host_cuda::exchange(0); }
+
+template <class T>
+T atomicAdd(T* to, T value) {
+  return __atomic_fetch_add(to, value, __ATOMIC_RELAXED);
+}
+
 inline int __popc(unsigned mask) { return __builtin_popcount(mask); }
 inline int __ffs(int mask) { return __builtin_ffs(mask); }

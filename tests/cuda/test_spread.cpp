@@ -23,10 +23,12 @@ struct Shape {
   int64_t d_in, d_out, k;
   int32_t light, width;
   bool packed;
+  int32_t window = 64;
 
   std::string name() const {
     return "d_in " + std::to_string(d_in) + ", d_out " + std::to_string(d_out) + ", k " + std::to_string(k) +
-           ", light " + std::to_string(light) + ", width " + std::to_string(width) + (packed ? ", packed" : "");
+           ", light " + std::to_string(light) + ", width " + std::to_string(width) + (packed ? ", packed" : "") +
+           ", window " + std::to_string(window);
   }
 };
 
@@ -58,7 +60,7 @@ struct Ordered {
     const int64_t positions = (shape.d_in + 63) / 64 * 64;
     const int64_t tiles = (shape.d_out + shape.width - 1) / shape.width;
     zero = shape.width;
-    entries = {nullptr, positions, shape.light, static_cast<int32_t>(tiles), shape.packed ? 1023u : 0u};
+    entries = {nullptr, positions, shape.light, static_cast<int32_t>(tiles), shape.packed ? 1023u : 0u, shape.window};
     scratch = Matrix<WeightedNeuron>(1, entries.size(live));
     entries.scratch = scratch.data();
     std::vector<float> delta(static_cast<size_t>(live));
@@ -74,7 +76,8 @@ struct Ordered {
                                          zero,
                                          true,
                                          spread};
-    cuda::launch("column_entries", cuda::column_entries_kernel, positions / 64, tiles, 64, args.bytes(), nullptr, args);
+    cuda::launch("column_entries", cuda::column_entries_kernel, positions / 64, tiles, 64, args.bytes(64), nullptr,
+                 args);
   }
 
   cuda::OrderedColumn column(int32_t tile, int64_t position) const {
@@ -116,6 +119,31 @@ void check_complete(const Ordered& o, const std::string& where) {
   }
 }
 
+// Within a window light columns have ever fewer connections, or nearly where they may have very many; what is no column
+// comes last, and each 32 have as many heavy ones as any others, but for one.
+void check_order(const Ordered& o, const std::string& where) {
+  for (int64_t window = 0; window < o.entries.positions; window += o.shape.window) {
+    const int64_t end = std::min<int64_t>(o.entries.positions, window + o.shape.window);
+    const int32_t coarse = o.shape.light / 126;
+    int32_t last = o.shape.light;
+    int least = 32, most = 0;
+    for (int64_t round = window; round < end; round += 32) {
+      int heavy = 0;
+      for (int64_t position = round; position < round + 32; ++position) {
+        const cuda::OrderedColumn column = o.column(0, position);
+        CHECK(column.column < o.shape.d_in || column.count < 0, where + ": connections of no column");
+        heavy += column.count > o.shape.light;
+        if (column.count > o.shape.light) continue;
+        CHECK(column.count <= last + coarse, where + ", position " + std::to_string(position) + ": more connections");
+        last = column.count;
+      }
+      least = std::min(least, heavy);
+      most = std::max(most, heavy);
+    }
+    CHECK(most - least <= 1, where + ": heavy columns in one place");
+  }
+}
+
 // How often shared memory is read for the light columns: of each octet's step, the most different places of a bank.
 int64_t reads(const Ordered& o) {
   int64_t sum = 0;
@@ -140,11 +168,29 @@ void every_connection_is_there_once() {
   Random random(1);
   for (const Shape& shape :
        {Shape{70, 40, 3, 32, 40, true}, Shape{256, 500, 8, 32, 504, false}, Shape{256, 500, 8, 32, 504, true},
-        Shape{130, 300, 8, 12, 104, true}, Shape{64, 200, 1, 8, 72, false}}) {
+        Shape{130, 300, 8, 12, 104, true}, Shape{64, 200, 1, 8, 72, false}, Shape{500, 900, 3, 8, 904, true, 512},
+        Shape{500, 900, 3, 8, 904, false, 192}, Shape{230, 900, 8, 32, 904, true, 128},
+        Shape{33, 900, 8, 200, 904, true, 64}, Shape{260, 700, 6, 12, 240, true, 320}}) {
     const std::vector<int32_t> index = draw_index(shape, random);
     for (bool spread : {false, true}) {
-      check_complete(Ordered(shape, index, spread), shape.name() + (spread ? ", spread" : ""));
+      const Ordered ordered(shape, index, spread);
+      const std::string where = shape.name() + (spread ? ", spread" : "");
+      check_complete(ordered, where);
+      if (ordered.entries.tiles == 1) check_order(ordered, where);
     }
+  }
+}
+
+// All columns, every second one, or every 32nd are heavy.
+void heavy_columns_are_shared_out() {
+  for (int32_t every : {1, 2, 32}) {
+    const Shape shape{200, 200 * 10, 1, 8, 2000, true, 256};
+    std::vector<int32_t> index;
+    for (int32_t j = 0; j < 2000; ++j) index.push_back(j % 200 / every * every);
+    const Ordered ordered(shape, index, true);
+    const std::string where = "every " + std::to_string(every);
+    check_complete(ordered, where);
+    check_order(ordered, where);
   }
 }
 
@@ -152,7 +198,8 @@ void every_connection_is_there_once() {
 void spread_connections_take_fewer_reads() {
   Random random(2);
   const Shape of_8{512, 512, 8, 32, 512, false}, of_20{512, 512, 20, 48, 512, false};
-  for (const auto& [shape, most] : {std::pair{of_8, 0.9}, std::pair{of_20, 0.8}}) {
+  const Shape wide{512, 512, 8, 32, 512, false, 512};
+  for (const auto& [shape, most] : {std::pair{of_8, 0.9}, std::pair{of_20, 0.8}, std::pair{wide, 0.9}}) {
     const std::vector<int32_t> index = draw_index(shape, random);
     const int64_t before = reads(Ordered(shape, index, false)), after = reads(Ordered(shape, index, true));
     CHECK(static_cast<double>(after) <= most * static_cast<double>(before),
@@ -166,6 +213,7 @@ void spread_connections_take_fewer_reads() {
 
 int main() {
   every_connection_is_there_once();
+  heavy_columns_are_shared_out();
   spread_connections_take_fewer_reads();
   return exit_status();
 }
