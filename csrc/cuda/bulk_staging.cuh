@@ -93,10 +93,18 @@ struct StagedBlocks {
   template <int kParts, int kAtOnce, class Read>
   __device__ __forceinline__ void for_each(Read&& read) const {
     if constexpr (kBulk) {
-      for_each_copied<kParts>(read);
+      for_each_copied<kParts>(read, [](int32_t) {});
     } else {
       for_each_block<kParts, kAtOnce>(tiles, x, row_stride, tokens, begin, end, read);
     }
+  }
+
+  // The same of blocks that are copied, and before a block is staged `between(block)`: all have read the block before,
+  // and none reads this one.
+  template <class Read, class Between>
+  __device__ __forceinline__ void for_each_and_between(Read&& read, Between&& between) const {
+    static_assert(kBulk);
+    for_each_copied<1>(read, between);
   }
 
  private:
@@ -107,8 +115,8 @@ struct StagedBlocks {
   }
 #endif
 
-  template <int kParts, class Read>
-  __device__ __forceinline__ void for_each_copied(Read&& read) const {
+  template <int kParts, class Read, class Between>
+  __device__ __forceinline__ void for_each_copied(Read&& read, Between&& between) const {
 #ifdef NEUROADA_HOPPER
     Quad* const tile = shared_quads();
     const RawBlocks<T> raw = RawBlocks<T>::behind(tiles);
@@ -117,6 +125,7 @@ struct StagedBlocks {
     int stage = 0;
     uint32_t parity = 0;
     for (Step now{begin, 0}; now.block < end; now.advance(tiles)) {
+      between(now.block);
       wait(raw.full[stage], parity);
       raw.transpose(tile, stage, rows_of_block<T>(tokens, int64_t{now.block} * kTokens<T>), now.width(tiles));
       __syncthreads();  // the tile is whole, and all have read the stage

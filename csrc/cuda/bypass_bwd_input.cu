@@ -37,7 +37,25 @@ struct Form {
   Tiles tiles;
   KernelOf<BypassBwdInputLaunch> kernel;
   int64_t threads;
+  OutTile out{};
+
+  int64_t bytes() const { return tiles.bytes() + (out.width > 0 ? out.bytes() + 16 : 0); }  // and the shared rounds
 };
+
+// Groups of columns whose sums fit behind the tile of all neurons and one stage: as few and as even as can be. A
+// float32 base is read by lanes whose columns are neighbours, and groups of fewer columns than threads leave warps with
+// nothing to do: for these there is none.
+Form with_groups(Form form, const BypassBwdInput& p, const Device& device) {
+  const int64_t quads = device.shared_bytes / 16 - form.tiles.stride - 1 - 1, columns = form.tiles.columns;
+  const int64_t positions = ceil_div(p.d_in, kWindow) * kWindow, room = (quads - columns) / kWindow * kWindow;
+  if (p.base != nullptr || room < std::min(positions, form.threads)) return form;
+  const int64_t width = ceil_div(ceil_div(positions, ceil_div(positions, room)), kWindow) * kWindow;
+  form.out.width = static_cast<int32_t>(width);
+  form.out.vectors = aligned8(p.out) && (p.tokens <= 1 || p.out_stride % 4 == 0);
+  form.tiles.stages = static_cast<int32_t>(std::clamp<int64_t>((quads - width) / columns, 1, kMostStages));
+  form.kernel = bypass_bwd_input_bulk_kernel(p, BulkForm::groups);
+  return form;
+}
 
 template <class T>
 Form form_of(const BypassBwdInput& p, const Device& device) {
@@ -46,28 +64,41 @@ Form form_of(const BypassBwdInput& p, const Device& device) {
   if constexpr (sizeof(T) == 2) {
     const Tiles whole = with_bulk_copies(tiles, grad, p.grad_stride, p.tokens, device);
     // Twice the threads have the registers, since none holds what is on its way.
-    if (whole.stages > 0) return {whole, bypass_bwd_input_bulk_kernel(p, true), 2 * device.threads};
+    const int64_t threads = 2 * device.threads;
+    if (whole.stages > 0) {
+      return with_groups({whole, bypass_bwd_input_bulk_kernel(p, BulkForm::whole), threads}, p, device);
+    }
     const Tiles cut = cut_for_bulk_copies(tiles, grad, p.grad_stride, p.tokens, device);
-    if (cut.stages > 0) return {cut, bypass_bwd_input_bulk_kernel(p, false), device.threads};
+    if (cut.stages > 0) return {cut, bypass_bwd_input_bulk_kernel(p, BulkForm::tiles), device.threads};
   }
   return {tiles, tiles.single() ? bypass_bwd_input_kernel<T, true, false> : bypass_bwd_input_kernel<T, false, false>,
           device.threads};
 }
 
 template <class T>
-ColumnEntries entries_of(const BypassBwdInput& p, const Tiles& tiles) {
+ColumnEntries entries_of(const BypassBwdInput& p, const Form& form) {
+  const Tiles& tiles = form.tiles;
   const int64_t positions = ceil_div(p.d_in, kWindow) * kWindow;
   const int64_t lists = tiles.stages > 0 ? ceil_div(p.d_out, tiles.width) : 1;
   const uint32_t place_mask = kPacks<T> && tiles.stages > 0 ? mask_of(tiles.zero) : 0;
   const int32_t light = light_of(p.d_in, ceil_div(p.live, lists), connections_a_quad(place_mask));
-  return {p.ordered, positions, light, static_cast<int32_t>(lists), place_mask, kWindow};
+  const int32_t window = form.out.width > 0 ? form.out.width : kWindow;
+  return {p.ordered, positions, light, static_cast<int32_t>(lists), place_mask, window};
+}
+
+// CTAs that share the columns.
+int64_t parts_of(const Form& form, const ColumnEntries& entries, int64_t blocks, const Device& device) {
+  if (entries.tiles > 1) return ceil_div(entries.positions, form.threads * kKeptRounds);
+  const int64_t parts = column_parts(blocks, form.threads, device);
+  return form.out.width > 0 ? std::min(parts, ceil_div(entries.positions, form.out.width)) : parts;
 }
 
 template <class T>
 void run(const BypassBwdInput& p, const Device& device, void* stream) {
   check_width("bypass_bwd_input", p.d_in);
-  const auto [tiles, kernel, threads] = form_of<T>(p, device);
-  const ColumnEntries entries = entries_of<T>(p, tiles);
+  const Form form = form_of<T>(p, device);
+  const Tiles& tiles = form.tiles;
+  const ColumnEntries entries = entries_of<T>(p, form);
   if (entries.size(p.live) >= int64_t{1} << 29) {
     throw std::runtime_error("bypass_bwd_input: scratch for 2^29 connections or more");
   }
@@ -86,12 +117,10 @@ void run(const BypassBwdInput& p, const Device& device, void* stream) {
   if (order.bytes(device.threads) > kOrderBytes) order.spread = false;
   launch("column_entries", column_entries_kernel, entries.positions / kWindow, entries.tiles, device.threads,
          order.bytes(device.threads), stream, order);
-  const int64_t blocks = ceil_div(p.tokens, kTokens<T>);
-  const int64_t parts =
-      entries.tiles > 1 ? ceil_div(entries.positions, threads * kKeptRounds) : column_parts(blocks, threads, device);
+  const int64_t blocks = ceil_div(p.tokens, kTokens<T>), parts = parts_of(form, entries, blocks, device);
   const int64_t token_parts = std::clamp<int64_t>(device.multiprocessors / parts, 1, blocks);
-  launch("bypass_bwd_input", kernel, parts, token_parts, threads, tiles.bytes(), stream,
-         BypassBwdInputLaunch{p, tiles, blocks, entries});
+  launch("bypass_bwd_input", form.kernel, parts, token_parts, form.threads, form.bytes(), stream,
+         BypassBwdInputLaunch{p, tiles, blocks, entries, form.out});
 }
 
 }  // namespace
@@ -101,7 +130,7 @@ int64_t bypass_bwd_input_entries(const BypassBwdInput& p, const Device& device) 
   int64_t size = 0;
   with_element("bypass_bwd_input", p.dtype, [&](auto element) {
     using T = decltype(element);
-    size = entries_of<T>(p, form_of<T>(p, device).tiles).size(p.live);
+    size = entries_of<T>(p, form_of<T>(p, device)).size(p.live);
   });
   return size;
 }

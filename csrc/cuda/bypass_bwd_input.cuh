@@ -4,12 +4,15 @@
 // and a part of the tokens. It stages block after block of grad as [neuron][V tokens], and each warp has columns
 // of about equal work, by the plan's splits. A lane sums a light column alone; at a heavy one, which far more
 // neurons than others may have chosen, the whole warp sums, and adds its lanes' sums in a fixed order.
+//
+// Here a lane writes what it sums; bypass_bwd_input_groups.cuh gathers it in shared memory first.
 #pragma once
 
 #include "bulk_staging.cuh"
 #include "column_entries.cuh"
 #include "kernels.h"
 #include "neuroada/planner.h"
+#include "out_tile.cuh"
 #include "plan.cuh"
 
 namespace neuroada::cuda {
@@ -19,6 +22,7 @@ struct BypassBwdInputLaunch {
   Tiles tiles;     // of the neurons
   int64_t blocks;  // of tokens
   ColumnEntries entries;
+  OutTile out;
 };
 
 // Where blocks are copied ahead, connections are packed if dx's own rounding is far coarser than theirs.
@@ -28,9 +32,10 @@ constexpr bool kPacks = std::is_same_v<T, BFloat16>;
 // Rounds of 32 columns of which a warp keeps the sums where the neurons come in tiles that are copied ahead.
 constexpr int kKeptRounds = 8;
 
-// The kernel with blocks that are copied ahead, for one tile that holds all neurons or for several: of
-// bypass_bwd_input_sm90.cu.
-KernelOf<BypassBwdInputLaunch> bypass_bwd_input_bulk_kernel(const BypassBwdInput&, bool whole);
+// The kernel with blocks that are copied ahead: for one tile that holds all neurons, and room for what is summed
+// behind it or none, or for several tiles. Of bypass_bwd_input_sm90.cu.
+enum class BulkForm { groups, whole, tiles };
+KernelOf<BypassBwdInputLaunch> bypass_bwd_input_bulk_kernel(const BypassBwdInput&, BulkForm);
 
 // The positions [begin, end) of columns of one of `parts` parts of equal work, at most kSplits.
 struct Columns {
@@ -75,28 +80,39 @@ __device__ __forceinline__ void add_entry(float (&sum)[kTokens<T>], const Tiles&
   }
 }
 
-// The connections of a light column, 16 bytes with a load; the next two loads are on their way.
-template <class T, bool kPlaces, bool kPacked>
-__device__ __forceinline__ void add_light(float (&sum)[kTokens<T>], const BypassBwdInputLaunch& a, const Quad* tile,
-                                          int32_t first, const Quad* from, int32_t count) {
-  constexpr int kLoads = 2, kEach = kPacked ? 4 : 2;
-  Quad held[kLoads] = {};
-  NEUROADA_UNROLL
-  for (int n = 0; n < kLoads; ++n) {
-    if (n * kEach < count) held[n] = load16(from + n * kWarp);
+// The first connections of a light column, 16 bytes with a load, on their way.
+struct FirstLoads {
+  static constexpr int kLoads = 2;
+  Quad quad[kLoads];
+
+  // Where there are fewer it loads what is not used.
+  __device__ __forceinline__ void load(const Quad* from) {
+    NEUROADA_UNROLL
+    for (int n = 0; n < kLoads; ++n) quad[n] = load16(from + n * kWarp);
   }
-  for (int32_t i = 0; i < count; i += kEach * kLoads) {
+};
+
+// The connections of a light column, the next loads on their way: two of them, and before a load is read a third, if
+// there are the registers for it. What is left at the end of a load are none.
+template <class T, bool kPlaces, bool kPacked, bool kThird>
+__device__ __forceinline__ void add_light(float (&sum)[kTokens<T>], const BypassBwdInputLaunch& a, const Quad* tile,
+                                          int32_t first, const Quad* from, int32_t count, FirstLoads& held) {
+  constexpr int kLoads = FirstLoads::kLoads, kEach = kPacked ? 4 : 2;
+  for (int32_t left = count; left > 0; left -= kEach * kLoads) {
     from += kLoads * kWarp;
     NEUROADA_UNROLL
     for (int n = 0; n < kLoads; ++n) {
-      if (n > 0 && i + n * kEach >= count) break;
-      const Quad now = held[n];
-      if (i + (n + kLoads) * kEach < count) held[n] = load16(from + n * kWarp);
+      if (n > 0 && left <= n * kEach) break;
+      const Quad now = held.quad[n];
+      const bool more = left > (n + kLoads) * kEach;
+      if (kThird && more) held.quad[n] = load16(from + n * kWarp);
       NEUROADA_UNROLL
       for (int q = 0; q < kEach; ++q) {
+        if (q == 2 && left <= n * kEach + 2) break;
         const WeightedNeuron one = connection<kPacked>(now, q, a.entries.place_mask);
         add_entry<T, kPlaces>(sum, a.tiles, tile, first, one.neuron, one.delta);
       }
+      if (!kThird && more) held.quad[n] = load16(from + n * kWarp);
     }
   }
 }
@@ -128,20 +144,21 @@ __device__ __forceinline__ void sum_over_warp(float (&values)[N], int lane) {
   for (int i = 0; i < N; ++i) values[i] = __shfl_sync(kAllLanes, total, i * (kWarp / N));
 }
 
-// Adds the connections of every lane's column, in the staged tile, to its sums. `lists` is which tile's they are.
-template <class T, bool kPlaces, bool kPacked>
-__device__ __forceinline__ void add_columns(float (&sum)[kTokens<T>], const BypassBwdInputLaunch& a, const Quad* tile,
-                                            int32_t first, int32_t lists, uint32_t position, OrderedColumn own) {
+// The connections of the columns of the lanes that say so, by the whole warp, each to its lane's sums. Which they are
+// is read anew: heavy columns are few.
+template <class T, bool kPlaces>
+__device__ __forceinline__ void add_heavy(float (&sum)[kTokens<T>], const BypassBwdInputLaunch& a, const Quad* tile,
+                                          int32_t first, int32_t lists, uint32_t position, bool heavy) {
   constexpr int V = kTokens<T>;
   const int lane = threadIdx.x % kWarp;
-  const bool heavy = own.count > a.entries.light;
-  const Quad* from = a.entries.quads(lists, position);
-  if (!heavy) add_light<T, kPlaces, kPacked>(sum, a, tile, first, from, own.count);
-  for (unsigned left = __ballot_sync(kAllLanes, heavy); left != 0; left &= left - 1) {
+  unsigned left = __ballot_sync(kAllLanes, heavy);
+  if (left == 0) return;
+  const int32_t own_count = heavy ? a.entries.column(lists, position)->count : 0;
+  const uint32_t own_begin = heavy ? a.entries.quads(lists, position)->word[0] : 0;
+  for (; left != 0; left &= left - 1) {
     const int owner = __ffs(static_cast<int>(left)) - 1;
-    const int32_t count = __shfl_sync(kAllLanes, own.count, owner);
-    const uint32_t begin = __shfl_sync(kAllLanes, heavy ? from->word[0] : 0, owner);
-    const WeightedNeuron* entries = a.entries.heavy(begin);
+    const int32_t count = __shfl_sync(kAllLanes, own_count, owner);
+    const WeightedNeuron* entries = a.entries.heavy(__shfl_sync(kAllLanes, own_begin, owner));
     float shared[V] = {};
     NEUROADA_ROLLED
     for (int32_t i = lane; i < count; i += kWarp) {
@@ -151,6 +168,24 @@ __device__ __forceinline__ void add_columns(float (&sum)[kTokens<T>], const Bypa
     NEUROADA_UNROLL
     for (int v = 0; v < V; ++v) sum[v] += lane == owner ? shared[v] : 0.0f;
   }
+}
+
+// Adds the connections of every lane's column, in the staged tile, to its sums. `lists` is which tile's they are.
+template <class T, bool kPlaces, bool kPacked>
+__device__ __forceinline__ void add_columns(float (&sum)[kTokens<T>], const BypassBwdInputLaunch& a, const Quad* tile,
+                                            int32_t first, int32_t lists, uint32_t position, OrderedColumn own) {
+  constexpr int kEach = kPacked ? 4 : 2;
+  const bool heavy = own.count > a.entries.light;
+  if (!heavy) {
+    const Quad* from = a.entries.quads<kPacked>(lists, position / kWarp, position % kWarp);
+    FirstLoads held{};
+    NEUROADA_UNROLL
+    for (int n = 0; n < FirstLoads::kLoads; ++n) {
+      if (n * kEach < own.count) held.quad[n] = load16(from + n * kWarp);
+    }
+    add_light<T, kPlaces, kPacked, true>(sum, a, tile, first, from, own.count, held);
+  }
+  add_heavy<T, kPlaces>(sum, a, tile, first, lists, position, heavy);
 }
 
 // What the sums of a column begin with, so that it is on its way while the first connections are.

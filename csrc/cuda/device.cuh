@@ -93,6 +93,9 @@ template <class T>
 T* in_row(T* row, uint32_t at) {
   return row + at;
 }
+// The value before.
+inline uint32_t count_up(uint32_t* counter) { return atomicAdd(counter, 1u); }
+
 // Two values rounded to T, as they lie in memory.
 template <class T>
 void round_pair(float first, float second, uint32_t (&word)[sizeof(T) / 2]) {
@@ -180,6 +183,18 @@ __device__ __forceinline__ T* in_row(T* row, uint32_t at) {
   using Byte = std::conditional_t<std::is_const_v<T>, const char, char>;
   return reinterpret_cast<T*>(reinterpret_cast<Byte*>(row) + static_cast<uint32_t>(at * sizeof(T)));
 }
+// The value before, of a counter in shared memory. What is the same as adding, as with a limit of 2^32 - 1, the
+// compiler sums over the lanes first, of which it does not know that there is one.
+__device__ __forceinline__ uint32_t count_up(uint32_t* counter) {
+  constexpr uint32_t kLimit = 0xfffffffe;
+  uint32_t before;
+  asm volatile("atom.shared.inc.u32 %0, [%1], %2;"
+               : "=r"(before)
+               : "r"(static_cast<uint32_t>(__cvta_generic_to_shared(counter))), "r"(kLimit)
+               : "memory");
+  return before;
+}
+
 // Two values rounded to T, as they lie in memory.
 template <class T>
 __device__ __forceinline__ void round_pair(float first, float second, uint32_t (&word)[sizeof(T) / 2]) {

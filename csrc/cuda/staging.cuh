@@ -28,9 +28,8 @@ struct Tiles {
   bool vectors;     // rows are read 8 bytes at a time: they are aligned
 
   // A block has 16 bytes of each column, whatever the dtype; so much have the barriers of all stages.
-  __host__ __device__ int64_t bytes() const {
-    return (int64_t{count} * stride + (stages == 0 ? 0 : 1 + int64_t{stages} * width)) * 16;
-  }
+  __host__ __device__ int32_t quads() const { return count * stride + (stages == 0 ? 0 : 1 + stages * width); }
+  __host__ __device__ int64_t bytes() const { return int64_t{quads()} * 16; }
   __host__ __device__ bool single() const { return width == columns; }
 };
 

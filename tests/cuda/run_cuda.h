@@ -75,16 +75,20 @@ inline void run_bypass_bwd_input(cuda::BypassBwdInput args, const cuda::Device& 
 }
 
 template <class T>
-Outputs<T> run(const Problem<T>& p, const cuda::Device& device) {
+void run_bypass_bwd_input(const Problem<T>& p, Outputs<T>& r, const cuda::Device& device) {
   const Case& c = p.shape;
-  const DType dtype = dtype_of<T>();
-  Outputs<T> r = make_outputs(p);
-  run_bypass_fwd(p, r, device);
   const std::vector<int32_t> plan = make_plan(p.index, c.d_in);
   const int64_t live = static_cast<int64_t>(plan.size()) - plan_size(c.d_in, 0);
-  run_bypass_bwd_input({dtype, c.tokens, c.d_in, c.d_out, c.k, p.grad.data(), p.grad.stride(), plan.data(), live,
-                        p.delta.data(), nullptr, r.grad_x.data(), r.grad_x.stride()},
+  run_bypass_bwd_input({dtype_of<T>(), c.tokens, c.d_in, c.d_out, c.k, p.grad.data(), p.grad.stride(), plan.data(),
+                        live, p.delta.data(), nullptr, r.grad_x.data(), r.grad_x.stride()},
                        device);
+}
+
+template <class T>
+Outputs<T> run(const Problem<T>& p, const cuda::Device& device) {
+  Outputs<T> r = make_outputs(p);
+  run_bypass_fwd(p, r, device);
+  run_bypass_bwd_input(p, r, device);
   r.grad_delta = run_sddmm(p, device);
   cuda::merge(merge_problem(p, cuda::MergeMode::merge, r.weight, r.original), device, nullptr);
   return r;

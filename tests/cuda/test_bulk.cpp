@@ -128,6 +128,56 @@ void dx_takes_neurons_in_tiles() {
   check_tiles<BFloat16>({17, 600, 200, 4, IndexKind::ragged}, 40, 3);
 }
 
+// Room for a tile of all neurons, a stage, and groups of `columns` columns that are written together.
+Device device_with_groups(int64_t neurons, int64_t columns, int64_t multiprocessors = 3) {
+  const int64_t quads = neurons + 1 + 1 + neurons + columns + 1;
+  return {quads * kQuad, multiprocessors, 32, 1 << 20, true};
+}
+
+// A dx of which some columns are as many as all others together, and which has the very bits whatever CTAs there are.
+template <class T>
+void check_groups(const Case& c, int64_t columns, uint64_t seed) {
+  Random random(seed);
+  Problem<T> problem(c, random);
+  for (int64_t j = 0; j < c.d_out && c.index == IndexKind::distinct && seed % 2 == 0; ++j) {
+    problem.index(j, 0) = static_cast<int32_t>(j % 3 * (c.d_in / 3));
+    for (int64_t s = 1; s < c.k; ++s) problem.index(j, s) = static_cast<int32_t>(c.d_in - s);
+  }
+  const std::string where = std::string(dtype_name<T>()) + ", groups of " + std::to_string(columns) + ", " + c.name();
+  const Device one = device_with_groups(c.d_out, columns, 1);
+  CHECK(bulk_tiles(problem.grad, one, false).stages >= 1, where + ": no stage");
+  const Outputs<T> found = run(problem, one);
+  if (c.values == Values::grid) check_outputs(found, reference(problem), where);
+  for (int64_t multiprocessors : {3, 16}) {
+    Outputs<T> other = found;
+    run_bypass_bwd_input(problem, other, device_with_groups(c.d_out, columns, multiprocessors));
+    CHECK(found.grad_x.same_bits(other.grad_x), where + ": other bits");
+  }
+}
+
+// One group, several, a last one of fewer columns or hardly any; columns of no multiple of anything; rows that are
+// written 8 bytes at a time and others; tokens below, at and above whole blocks; rounds for some warps alone.
+void dx_writes_columns_in_groups() {
+  uint64_t seed = 0;
+  for (int64_t d_in : {5, 64, 65, 200, 333, 388}) {
+    for (int64_t tokens : {1, 9, 16, 33}) {
+      for (int64_t columns : {64, 200}) {
+        ++seed;
+        Case c{tokens, d_in, 72, 3, static_cast<IndexKind>(seed % 4)};
+        c.gap = seed % 3 == 0 ? 8 : 0;
+        c.values = seed % 5 == 0 ? Values::real : Values::grid;
+        if (seed % 5 < 3) {
+          check_groups<BFloat16>(c, columns, seed);
+        } else {
+          check_groups<Half>(c, columns, seed);
+        }
+      }
+    }
+  }
+  check_groups<BFloat16>({130, 700, 200, 8, IndexKind::distinct}, 320, 2);
+  check_groups<BFloat16>({50, 260, 600, 9, IndexKind::ragged}, 320, 1);
+}
+
 // The gradient of the same problem, whose x lies so that it cannot be copied.
 Matrix<float> loaded_sddmm(Case c, uint64_t seed, const Device& device) {
   Random random(seed);
@@ -229,7 +279,8 @@ void sddmm_takes_columns_in_tiles() {
 // An infinite grad meets no zeros that stand for another tile, and an infinite x only those that chose its column.
 void what_is_not_finite_stays_where_it_belongs() {
   constexpr float kInf = std::numeric_limits<float>::infinity();
-  const Device devices[] = {device_of(72, 2, true), {100 * kQuad, 3, 32, 1 << 20, true}, device_of(40, 1, true)};
+  const Device devices[] = {
+      device_of(72, 2, true), {100 * kQuad, 3, 32, 1 << 20, true}, device_of(40, 1, true), device_with_groups(72, 64)};
   for (const Device& device : devices) {
     for (IndexKind index : {IndexKind::distinct, IndexKind::ragged}) {
       Random random(4);
@@ -264,6 +315,7 @@ int main() {
   many_neurons_give_the_same_bits();
   what_cannot_be_copied_is_loaded();
   dx_takes_neurons_in_tiles();
+  dx_writes_columns_in_groups();
   an_x_that_cannot_be_copied_has_the_same_gradient();
   chosen_columns_have_the_gradient_of_all();
   sddmm_takes_columns_in_tiles();
@@ -271,6 +323,7 @@ int main() {
   check_garbage_plans<BFloat16>({9, 21, 40, 2}, {"bulk copies", device_of(40, 2, true)});
   check_garbage_plans<BFloat16>({9, 21, 40, 2}, {"tiles of 24", device_of(24, 1, true)});
   check_garbage_plans<Half>({9, 200, 40, 2}, {"tiles of 16", device_of(16, 1, true)});
+  check_garbage_plans<BFloat16>({9, 200, 40, 2}, {"groups of 64", device_with_groups(40, 64)});
   a_packed_delta_is_rounded_once();
   return exit_status();
 }

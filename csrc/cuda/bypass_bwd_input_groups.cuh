@@ -1,0 +1,120 @@
+// The transposed product of bypass_bwd_input.cuh where blocks are copied ahead, a tile has all neurons, and shared
+// memory has room behind it for what is summed: a group of columns waits there for the CTA to write it. So a lane may
+// have any column of the group, and the group is one window: lanes have about as many connections as their neighbours.
+#pragma once
+
+#include "bypass_bwd_input.cuh"
+
+namespace neuroada::cuda {
+
+// The columns of a warp, 32 side by side, a lane's own, and its first connections, on their way before they are summed.
+template <bool kPacked>
+struct Round {
+  int32_t number;
+  OrderedColumn own;
+  FirstLoads held;
+
+  // Whether there are so many connections is not known: room for them there is.
+  __device__ __forceinline__ void load(const ColumnEntries& entries, int32_t wanted) {
+    number = wanted;
+    own = *entries.column(0, position());
+    held.load(from(entries));
+  }
+  __device__ __forceinline__ const Quad* from(const ColumnEntries& entries) const {
+    return entries.quads<kPacked>(0, static_cast<uint32_t>(number), threadIdx.x % kWarp);
+  }
+  __device__ __forceinline__ uint32_t position() const {
+    return static_cast<uint32_t>(number * kWarp) + threadIdx.x % kWarp;
+  }
+};
+
+// The rounds of a group, which warps share: a warp begins with the one of its own number, and then takes the next that
+// none has. Those with the most connections go first. Which warp has a round changes no bit of its sums.
+struct SharedRounds {
+  uint32_t* taken;  // by all warps in all groups so far: a group of n rounds takes n
+  uint32_t before;  // in groups before this one
+
+  __device__ __forceinline__ int32_t next() const {
+    uint32_t ticket = 0;
+    if (threadIdx.x % kWarp == 0) ticket = count_up(taken);
+    return static_cast<int32_t>(blockDim.x / kWarp + (__shfl_sync(kAllLanes, ticket, 0) - before));
+  }
+};
+
+// Columns that are written together, by their rounds.
+struct Group {
+  int32_t begin, end;
+
+  // Of the warp; it may have none.
+  __device__ __forceinline__ int32_t first() const { return begin + static_cast<int32_t>(threadIdx.x / kWarp); }
+};
+
+// Sums all columns of a group over a block, and leaves them in the tile for what is written. Before the last are
+// summed, the first of the next group are on their way.
+template <class T, bool kPacked>
+__device__ __forceinline__ void sum_group(const BypassBwdInputLaunch& a, const Quad* tile, Quad* out, Group group,
+                                          Group next, const SharedRounds& shared, Round<kPacked>& round) {
+  const int32_t d_in = static_cast<int32_t>(a.problem.d_in), first_column = group.begin * kWarp;
+  int32_t number = group.first();
+  if (number >= group.end) return;
+  if (round.number != number) round.load(a.entries, number);  // there was none for the warp in the group before
+  const int32_t first_of_next = next.first() < next.end ? next.first() : next.begin;
+  do {
+    // Nothing of the round but this is needed once its loads are those of the next: no copy waits for them.
+    const int32_t to = made_anew(round.own.column < d_in ? place(round.own.column - first_column) : -1);
+    const uint32_t position = round.position();
+    const bool heavy = round.own.count > a.entries.light;
+    float sum[kTokens<T>] = {};
+    if (!heavy) add_light<T, true, kPacked, false>(sum, a, tile, 0, round.from(a.entries), round.own.count, round.held);
+    number = group.begin + shared.next();
+    round.load(a.entries, number < group.end ? number : first_of_next);
+    add_heavy<T, true>(sum, a, tile, 0, 0, position, heavy);
+    if (to >= 0) out[to] = rounded_quad<T>(sum);
+  } while (number < group.end);
+}
+
+// A CTA has some of the groups and some of the blocks.
+template <class T>
+__global__ void __launch_bounds__(2 * kMaxThreads, 1) bypass_bwd_input_groups_kernel(BypassBwdInputLaunch a) {
+  constexpr bool kPacked = kPacks<T>;
+  const BypassBwdInput& p = a.problem;
+  Quad* const out = shared_quads() + a.tiles.quads();
+  SharedRounds shared{reinterpret_cast<uint32_t*>(out + a.out.width), 0};
+  if (threadIdx.x == 0) out[a.out.width] = Quad{};  // of `taken`; start() shows it to all
+  const StagedBlocks<T, true> blocks = blocks_of<T, true>(a);
+  blocks.start();
+  const int32_t positions = static_cast<int32_t>(a.entries.positions), width = a.out.width;
+  const int32_t groups = (positions + width - 1) / width;
+  const int32_t begin = groups * static_cast<int32_t>(blockIdx.x) / static_cast<int32_t>(gridDim.x),
+                end = groups * static_cast<int32_t>(blockIdx.x + 1) / static_cast<int32_t>(gridDim.x);
+  const auto group_of = [&](int32_t g) {
+    const int32_t upto = (g + 1) * width;
+    return Group{g * width / kWarp, (upto < positions ? upto : positions) / kWarp};
+  };
+  const auto write_group = [&](int32_t block, int32_t g) {
+    const int32_t d_in = static_cast<int32_t>(p.d_in), left = d_in - g * width;
+    const int64_t t = int64_t{block} * kTokens<T>;
+    write_tile(out, a.out, static_cast<T*>(p.out) + t * p.out_stride + g * width, p.out_stride,
+               rows_of_block<T>(p.tokens, t), left < width ? left : width);
+  };
+  Round<kPacked> round{-1, {}, {}};
+  blocks.for_each_and_between(
+      [&](int32_t block, const Quad* tile, int32_t, auto) {
+        for (int32_t g = begin; g < end; ++g) {
+          if (g > begin) {
+            __syncthreads();  // the group before is whole
+            write_group(block, g - 1);
+            __syncthreads();  // it is written, and its place is free
+          }
+          const Group group = group_of(g), next = group_of(g + 1 < end ? g + 1 : begin);
+          sum_group<T, kPacked>(a, tile, out, group, next, shared, round);
+          shared.before += static_cast<uint32_t>(group.end - group.begin);
+        }
+      },
+      [&](int32_t block) {
+        if (block > blocks.begin) write_group(block - 1, end - 1);
+      });
+  if (blocks.begin < blocks.end) write_group(blocks.end - 1, end - 1);
+}
+
+}  // namespace neuroada::cuda

@@ -1,0 +1,70 @@
+// What a block's sums wait in, in shared memory, until the CTA writes them along their rows: lanes that sum have
+// columns from anywhere, and would write 2 bytes of a sector each.
+#pragma once
+
+#include "staging.cuh"
+
+namespace neuroada::cuda {
+
+// Of a group of columns, as [column][V tokens], at their places.
+struct OutTile {
+  int32_t width;  // columns of a group, a multiple of 64; 0 where lanes write what they sum
+  bool vectors;   // rows are written 8 bytes at a time: they are aligned
+
+  __host__ __device__ int64_t bytes() const { return int64_t{width} * 16; }
+};
+
+template <class T>
+__device__ __forceinline__ Quad rounded_quad(const float (&sum)[kTokens<T>]) {
+  static_assert(sizeof(T) == 2);
+  Quad quad;
+  NEUROADA_UNROLL
+  for (int w = 0; w < 4; ++w) {
+    uint32_t word[1];
+    round_pair<T>(sum[2 * w], sum[2 * w + 1], word);
+    quad.word[w] = word[0];
+  }
+  return quad;
+}
+
+// Four neighbouring columns of the tile to 8 bytes of each of `rows` rows, from `out` on.
+template <class T>
+__device__ __forceinline__ void write_four(const Quad* tile, int32_t column, T* out, int64_t row_stride, int32_t rows) {
+  const int32_t first = place(column);  // a multiple of 4, as column is
+  Quad quad[4];
+  NEUROADA_UNROLL
+  for (int q = 0; q < 4; ++q) quad[q] = tile[first ^ q];
+  NEUROADA_UNROLL
+  for (int v = 0; v < kTokens<T>; ++v, out += row_stride) {
+    const uint32_t which = v % 2 ? 0x7632 : 0x5410;
+    const uint32_t word[2] = {bytes_of(quad[0].word[v / 2], quad[1].word[v / 2], which),
+                              bytes_of(quad[2].word[v / 2], quad[3].word[v / 2], which)};
+    if (v < rows) store_words(out, word);
+  }
+}
+
+// out[v, c] = the v-th token of column c of the tile, for c < width, by the whole CTA. Stores run along the columns.
+template <class T>
+__device__ __forceinline__ void write_tile(const Quad* tile, const OutTile& shape, T* out, int64_t row_stride,
+                                           int32_t rows, int32_t width) {
+  const int32_t fours = shape.vectors ? width / 4 * 4 : 0;
+  for (int32_t c = static_cast<int32_t>(threadIdx.x) * 4; c < fours; c += blockDim.x * 4) {
+    T* const to = in_row(out, static_cast<uint32_t>(c));
+    if (rows >= kTokens<T>) {  // nearly always
+      write_four(tile, c, to, row_stride, kTokens<T>);
+    } else {
+      write_four(tile, c, to, row_stride, rows);
+    }
+  }
+  for (int32_t c = fours + static_cast<int32_t>(threadIdx.x); c < width; c += blockDim.x) {
+    const Quad quad = tile[place(c)];
+    T* to = in_row(out, static_cast<uint32_t>(c));
+    NEUROADA_UNROLL
+    for (int v = 0; v < kTokens<T>; ++v, to += row_stride) {
+      const uint16_t bits = static_cast<uint16_t>(quad.word[v / 2] >> (v % 2 * 16));
+      if (v < rows) *to = T{bits};
+    }
+  }
+}
+
+}  // namespace neuroada::cuda
