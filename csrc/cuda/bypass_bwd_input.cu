@@ -48,7 +48,7 @@ struct Form {
 Form with_groups(Form form, const BypassBwdInput& p, const Device& device) {
   const int64_t quads = device.shared_bytes / 16 - form.tiles.stride - 1 - 1, columns = form.tiles.columns;
   const int64_t positions = ceil_div(p.d_in, kWindow) * kWindow, room = (quads - columns) / kWindow * kWindow;
-  if (p.base != nullptr || room < std::min(positions, form.threads)) return form;
+  if (p.base != nullptr || room < std::min(positions, 2 * form.threads)) return form;
   const int64_t width = ceil_div(ceil_div(positions, ceil_div(positions, room)), kWindow) * kWindow;
   form.out.width = static_cast<int32_t>(width);
   form.out.vectors = aligned8(p.out) && (p.tokens <= 1 || p.out_stride % 4 == 0);

@@ -12,16 +12,18 @@ template <bool kPacked>
 struct Round {
   int32_t number;
   OrderedColumn own;
+  uint32_t first;  // of the quads in the scratch
   FirstLoads held;
 
   // Whether there are so many connections is not known: room for them there is.
   __device__ __forceinline__ void load(const ColumnEntries& entries, int32_t wanted) {
     number = wanted;
     own = *entries.column(0, position());
+    first = entries.first_quad<kPacked>(static_cast<uint32_t>(number), threadIdx.x % kWarp);
     held.load(from(entries));
   }
   __device__ __forceinline__ const Quad* from(const ColumnEntries& entries) const {
-    return entries.quads<kPacked>(0, static_cast<uint32_t>(number), threadIdx.x % kWarp);
+    return in_row(reinterpret_cast<const Quad*>(entries.scratch), first);
   }
   __device__ __forceinline__ uint32_t position() const {
     return static_cast<uint32_t>(number * kWarp) + threadIdx.x % kWarp;
@@ -97,7 +99,8 @@ __global__ void __launch_bounds__(2 * kMaxThreads, 1) bypass_bwd_input_groups_ke
     write_tile(out, a.out, static_cast<T*>(p.out) + t * p.out_stride + g * width, p.out_stride,
                rows_of_block<T>(p.tokens, t), left < width ? left : width);
   };
-  Round<kPacked> round{-1, {}, {}};
+  Round<kPacked> round{};
+  round.number = -1;  // none is on its way
   blocks.for_each_and_between(
       [&](int32_t block, const Quad* tile, int32_t, auto) {
         for (int32_t g = begin; g < end; ++g) {

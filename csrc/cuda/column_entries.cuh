@@ -55,10 +55,12 @@ struct ColumnEntries {
   // The same of the lane's position among 32.
   template <bool kPacked>
   __device__ __forceinline__ Quad* quads(int32_t tile, uint32_t round, uint32_t lane) const {
+    return in_row(reinterpret_cast<Quad*>(of_tile(tile)), first_quad<kPacked>(round, lane));
+  }
+  template <bool kPacked>
+  __device__ __forceinline__ uint32_t first_quad(uint32_t round, uint32_t lane) const {
     constexpr uint32_t kEach = kPacked ? 4 : 2;  // connections_a_quad
-    const uint32_t first = static_cast<uint32_t>(positions) / 2,
-                   of_round = kWarp * (static_cast<uint32_t>(light) / kEach);
-    return in_row(reinterpret_cast<Quad*>(of_tile(tile)), first + lane + round * of_round);
+    return static_cast<uint32_t>(positions) / 2 + lane + round * (kWarp * (static_cast<uint32_t>(light) / kEach));
   }
   __device__ __forceinline__ WeightedNeuron* heavy(uint32_t i) const { return of_tile(tiles) + i; }
 };

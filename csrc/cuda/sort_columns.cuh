@@ -48,11 +48,42 @@ struct ColumnStarts {
   }
 };
 
-// In all tiles the same. As fine as there are kinds: of up to 2^coarse different counts.
-__device__ __forceinline__ int kind_of(const SortedColumn& column, int64_t d_in, int32_t most, int coarse) {
-  if (column.column >= d_in) return kNoColumn;
-  const int32_t count = column.count() > 0 ? column.count() : 0;
-  return count > most ? kHeavy : (most - count) >> coarse;
+// The kind of a column, in all tiles the same. As fine as there are kinds: of up to 2^coarse different counts.
+struct Kinds {
+  int64_t d_in;
+  int32_t most;  // connections of a column that is not heavy
+  int coarse;
+
+  __device__ __forceinline__ static Kinds of(const ColumnStarts& starts, const ColumnEntries& to) {
+    const int32_t most = to.light * to.tiles;
+    int coarse = 0;
+    while (most >> coarse >= kNoColumn) ++coarse;
+    return {starts.d_in, most, coarse};
+  }
+  __device__ __forceinline__ int of(const SortedColumn& column) const {
+    if (column.column >= d_in) return kNoColumn;
+    const int32_t count = column.count() > 0 ? column.count() : 0;
+    return count > most ? kHeavy : (most - count) >> coarse;
+  }
+};
+
+// f(column) of each lane's columns from `begin` on, 32 of a warp after another; the starts of several are on their way
+// at once.
+template <class F>
+__device__ __forceinline__ void for_each_column(const ColumnStarts& starts, int32_t begin, int32_t end, F&& f) {
+  constexpr int kAtOnce = 4;
+  const int32_t lane = threadIdx.x % kWarp;
+  for (int32_t c = begin; c < end; c += kAtOnce * kWarp) {
+    SortedColumn column[kAtOnce];
+    NEUROADA_UNROLL
+    for (int i = 0; i < kAtOnce; ++i) {
+      if (c + i * kWarp < end) column[i] = starts.column(c + i * kWarp + lane);
+    }
+    NEUROADA_UNROLL
+    for (int i = 0; i < kAtOnce; ++i) {
+      if (c + i * kWarp < end) f(column[i]);
+    }
+  }
 }
 
 // before[kind] = how many columns come before those of a kind; by the first warp.
@@ -98,16 +129,12 @@ __device__ __forceinline__ void sort_columns(const ColumnStarts& starts, const C
   const int32_t columns = positions - window < to.window ? positions - window : to.window;
   const int32_t begin = window + columns / kWarp * warp / warps * kWarp,
                 end = window + columns / kWarp * (warp + 1) / warps * kWarp;
-  const int32_t most = to.light * to.tiles;
-  int coarse = 0;
-  while (most >> coarse >= kNoColumn) ++coarse;
+  const Kinds kinds = Kinds::of(starts, to);
   int32_t* const seen = sorted.seen + warp * kKinds;
 
   for (int kind = lane; kind < kKinds; kind += kWarp) seen[kind] = 0;
   __syncwarp();
-  for (int32_t c = begin + lane; c < end; c += kWarp) {
-    atomicAdd(seen + kind_of(starts.column(c), starts.d_in, most, coarse), 1);
-  }
+  for_each_column(starts, begin, end, [&](const SortedColumn& column) { atomicAdd(seen + kinds.of(column), 1); });
   __syncthreads();
   for (int kind = threadIdx.x; kind < kKinds; kind += blockDim.x) {
     int32_t sum = 0;
@@ -122,9 +149,8 @@ __device__ __forceinline__ void sort_columns(const ColumnStarts& starts, const C
   if (warp == 0) sum_kinds(sorted.before);
   __syncthreads();
   const int32_t heavy = columns - sorted.before[kHeavy];
-  for (int32_t c = begin + lane; c < end; c += kWarp) {
-    const SortedColumn own = starts.column(c);
-    const int kind = kind_of(own, starts.d_in, most, coarse);
+  for_each_column(starts, begin, end, [&](const SortedColumn& own) {
+    const int kind = kinds.of(own);
     const unsigned same = __match_any_sync(kAllLanes, kind);
     const int32_t before = seen[kind];
     const int left = __popc(same & ((1u << lane) - 1));
@@ -133,7 +159,7 @@ __device__ __forceinline__ void sort_columns(const ColumnStarts& starts, const C
     __syncwarp();
     const int32_t at = window + position_of(sorted.before[kind] + before + left, columns, heavy) - from;
     if (at >= 0 && at < kWindow) sorted.of[at] = own;
-  }
+  });
   __syncthreads();
 }
 

@@ -129,14 +129,14 @@ void dx_takes_neurons_in_tiles() {
 }
 
 // Room for a tile of all neurons, a stage, and groups of `columns` columns that are written together.
-Device device_with_groups(int64_t neurons, int64_t columns, int64_t multiprocessors = 3) {
+Device device_with_groups(int64_t neurons, int64_t columns, int64_t multiprocessors = 3, int64_t threads = 32) {
   const int64_t quads = neurons + 1 + 1 + neurons + columns + 1;
-  return {quads * kQuad, multiprocessors, 32, 1 << 20, true};
+  return {quads * kQuad, multiprocessors, threads, 1 << 20, true};
 }
 
 // A dx of which some columns are as many as all others together, and which has the very bits whatever CTAs there are.
 template <class T>
-void check_groups(const Case& c, int64_t columns, uint64_t seed) {
+void check_groups(const Case& c, int64_t columns, uint64_t seed, int64_t threads = 32) {
   Random random(seed);
   Problem<T> problem(c, random);
   for (int64_t j = 0; j < c.d_out && c.index == IndexKind::distinct && seed % 2 == 0; ++j) {
@@ -144,24 +144,25 @@ void check_groups(const Case& c, int64_t columns, uint64_t seed) {
     for (int64_t s = 1; s < c.k; ++s) problem.index(j, s) = static_cast<int32_t>(c.d_in - s);
   }
   const std::string where = std::string(dtype_name<T>()) + ", groups of " + std::to_string(columns) + ", " + c.name();
-  const Device one = device_with_groups(c.d_out, columns, 1);
+  const Device one = device_with_groups(c.d_out, columns, 1, threads);
   CHECK(bulk_tiles(problem.grad, one, false).stages >= 1, where + ": no stage");
   const Outputs<T> found = run(problem, one);
   if (c.values == Values::grid) check_outputs(found, reference(problem), where);
   for (int64_t multiprocessors : {3, 16}) {
     Outputs<T> other = found;
-    run_bypass_bwd_input(problem, other, device_with_groups(c.d_out, columns, multiprocessors));
+    run_bypass_bwd_input(problem, other, device_with_groups(c.d_out, columns, multiprocessors, threads));
     CHECK(found.grad_x.same_bits(other.grad_x), where + ": other bits");
   }
 }
 
 // One group, several, a last one of fewer columns or hardly any; columns of no multiple of anything; rows that are
-// written 8 bytes at a time and others; tokens below, at and above whole blocks; rounds for some warps alone.
+// written 8 bytes at a time and others; tokens below, at and above whole blocks; rounds for some warps alone, of the
+// only group or of the last.
 void dx_writes_columns_in_groups() {
   uint64_t seed = 0;
   for (int64_t d_in : {5, 64, 65, 200, 333, 388}) {
     for (int64_t tokens : {1, 9, 16, 33}) {
-      for (int64_t columns : {64, 200}) {
+      for (int64_t columns : {128, 200}) {
         ++seed;
         Case c{tokens, d_in, 72, 3, static_cast<IndexKind>(seed % 4)};
         c.gap = seed % 3 == 0 ? 8 : 0;
@@ -176,6 +177,8 @@ void dx_writes_columns_in_groups() {
   }
   check_groups<BFloat16>({130, 700, 200, 8, IndexKind::distinct}, 320, 2);
   check_groups<BFloat16>({50, 260, 600, 9, IndexKind::ragged}, 320, 1);
+  check_groups<BFloat16>({33, 90, 72, 20, IndexKind::distinct}, 512, 1, 128);
+  check_groups<BFloat16>({33, 830, 200, 20, IndexKind::distinct}, 256, 1, 64);
 }
 
 // The gradient of the same problem, whose x lies so that it cannot be copied.
@@ -280,7 +283,7 @@ void sddmm_takes_columns_in_tiles() {
 void what_is_not_finite_stays_where_it_belongs() {
   constexpr float kInf = std::numeric_limits<float>::infinity();
   const Device devices[] = {
-      device_of(72, 2, true), {100 * kQuad, 3, 32, 1 << 20, true}, device_of(40, 1, true), device_with_groups(72, 64)};
+      device_of(72, 2, true), {100 * kQuad, 3, 32, 1 << 20, true}, device_of(40, 1, true), device_with_groups(72, 128)};
   for (const Device& device : devices) {
     for (IndexKind index : {IndexKind::distinct, IndexKind::ragged}) {
       Random random(4);
@@ -323,7 +326,7 @@ int main() {
   check_garbage_plans<BFloat16>({9, 21, 40, 2}, {"bulk copies", device_of(40, 2, true)});
   check_garbage_plans<BFloat16>({9, 21, 40, 2}, {"tiles of 24", device_of(24, 1, true)});
   check_garbage_plans<Half>({9, 200, 40, 2}, {"tiles of 16", device_of(16, 1, true)});
-  check_garbage_plans<BFloat16>({9, 200, 40, 2}, {"groups of 64", device_with_groups(40, 64)});
+  check_garbage_plans<BFloat16>({9, 200, 40, 2}, {"groups of 128", device_with_groups(40, 128)});
   a_packed_delta_is_rounded_once();
   return exit_status();
 }
