@@ -30,7 +30,7 @@ uint32_t mask_of(int32_t most) {
 
 // Of shared memory that ordering may take: two CTAs run on a multiprocessor. As many connections of a column as fit are
 // far fewer than the 2048 turns that spread_over_banks counts.
-constexpr int64_t kOrderBytes = 96 << 10;
+constexpr int64_t kOrderBytes = 112 << 10;
 
 // What is launched, and with how many threads.
 struct Form {
@@ -38,9 +38,13 @@ struct Form {
   KernelOf<BypassBwdInputLaunch> kernel;
   int64_t threads;
   OutTile out{};
+  int32_t part = 0;  // positions of a CTA, where the neurons come in tiles that are copied ahead
 
-  int64_t bytes() const { return tiles.bytes() + (out.width > 0 ? out.bytes() + 16 : 0); }  // and the shared rounds
+  // Of groups there are shared rounds, too; else what waits has the place of the tile.
+  int64_t bytes() const { return tiles.bytes() + (out.width > 0 && part == 0 ? out.bytes() + 16 : 0); }
 };
+
+bool writes_vectors(const BypassBwdInput& p) { return aligned8(p.out) && (p.tokens <= 1 || p.out_stride % 4 == 0); }
 
 // Groups of columns whose sums fit behind the tile of all neurons and one stage: as few and as even as can be. A
 // float32 base is read by lanes whose columns are neighbours, and groups of fewer columns than threads leave warps with
@@ -51,10 +55,28 @@ Form with_groups(Form form, const BypassBwdInput& p, const Device& device) {
   if (p.base != nullptr || room < std::min(positions, 2 * form.threads)) return form;
   const int64_t width = ceil_div(ceil_div(positions, ceil_div(positions, room)), kWindow) * kWindow;
   form.out.width = static_cast<int32_t>(width);
-  form.out.vectors = aligned8(p.out) && (p.tokens <= 1 || p.out_stride % 4 == 0);
+  form.out.vectors = writes_vectors(p);
   form.tiles.stages = static_cast<int32_t>(std::clamp<int64_t>((quads - width) / columns, 1, kMostStages));
   form.kernel = bypass_bwd_input_bulk_kernel(p, BulkForm::groups);
   return form;
+}
+
+// Parts of the columns whose sums the lanes of a CTA keep, as few and as even as can be, and in them windows that fit
+// into a tile.
+Form with_parts(Form form, const BypassBwdInput& p) {
+  const int64_t most = form.threads * kKeptRounds, room = form.tiles.width / kWindow * kWindow;
+  form.part = static_cast<int32_t>(most);
+  if (p.base != nullptr || room == 0) return form;
+  const int64_t positions = ceil_div(p.d_in, kWindow) * kWindow;
+  for (int64_t parts = ceil_div(positions, most);; ++parts) {
+    const int64_t part = ceil_div(positions, parts), windows = ceil_div(part, room);
+    const int64_t width = ceil_div(ceil_div(part, windows), kWindow) * kWindow;
+    if (width * windows > most) continue;
+    form.part = static_cast<int32_t>(width * windows);
+    form.out.width = static_cast<int32_t>(width);
+    form.out.vectors = writes_vectors(p);
+    return form;
+  }
 }
 
 template <class T>
@@ -69,7 +91,7 @@ Form form_of(const BypassBwdInput& p, const Device& device) {
       return with_groups({whole, bypass_bwd_input_bulk_kernel(p, BulkForm::whole), threads}, p, device);
     }
     const Tiles cut = cut_for_bulk_copies(tiles, grad, p.grad_stride, p.tokens, device);
-    if (cut.stages > 0) return {cut, bypass_bwd_input_bulk_kernel(p, BulkForm::tiles), device.threads};
+    if (cut.stages > 0) return with_parts({cut, bypass_bwd_input_bulk_kernel(p, BulkForm::tiles), device.threads}, p);
   }
   return {tiles, tiles.single() ? bypass_bwd_input_kernel<T, true, false> : bypass_bwd_input_kernel<T, false, false>,
           device.threads};
@@ -88,7 +110,7 @@ ColumnEntries entries_of(const BypassBwdInput& p, const Form& form) {
 
 // CTAs that share the columns.
 int64_t parts_of(const Form& form, const ColumnEntries& entries, int64_t blocks, const Device& device) {
-  if (entries.tiles > 1) return ceil_div(entries.positions, form.threads * kKeptRounds);
+  if (form.part > 0) return ceil_div(entries.positions, form.part);
   const int64_t parts = column_parts(blocks, form.threads, device);
   return form.out.width > 0 ? std::min(parts, ceil_div(entries.positions, form.out.width)) : parts;
 }
@@ -120,7 +142,7 @@ void run(const BypassBwdInput& p, const Device& device, void* stream) {
   const int64_t blocks = ceil_div(p.tokens, kTokens<T>), parts = parts_of(form, entries, blocks, device);
   const int64_t token_parts = std::clamp<int64_t>(device.multiprocessors / parts, 1, blocks);
   launch("bypass_bwd_input", form.kernel, parts, token_parts, form.threads, form.bytes(), stream,
-         BypassBwdInputLaunch{p, tiles, blocks, entries, form.out});
+         BypassBwdInputLaunch{p, tiles, blocks, entries, form.out, form.part});
 }
 
 }  // namespace

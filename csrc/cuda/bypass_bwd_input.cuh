@@ -5,7 +5,8 @@
 // of about equal work, by the plan's splits. A lane sums a light column alone; at a heavy one, which far more
 // neurons than others may have chosen, the whole warp sums, and adds its lanes' sums in a fixed order.
 //
-// Here a lane writes what it sums; bypass_bwd_input_groups.cuh gathers it in shared memory first.
+// Here a lane writes what it sums; bypass_bwd_input_groups.cuh gathers it in shared memory first, and
+// bypass_bwd_input_tiles.cuh where it can.
 #pragma once
 
 #include "bulk_staging.cuh"
@@ -23,6 +24,7 @@ struct BypassBwdInputLaunch {
   int64_t blocks;  // of tokens
   ColumnEntries entries;
   OutTile out;
+  int32_t part;  // positions of a CTA whose neurons come in tiles that are copied ahead
 };
 
 // Where blocks are copied ahead, connections are packed if dx's own rounding is far coarser than theirs.
@@ -271,26 +273,6 @@ __global__ void __launch_bounds__(kBulk ? 2 * kMaxThreads : kMaxThreads, 1)
       });
     }
   }
-}
-
-// The neurons in tiles that are copied ahead. A lane keeps the sums of its columns over the tiles of a block, so that
-// each is staged once; a warp has as many columns as any other.
-template <class T>
-__global__ void __launch_bounds__(kMaxThreads, 1) bypass_bwd_input_tiles_kernel(BypassBwdInputLaunch a) {
-  constexpr int32_t kEach = kKeptRounds * kWarp;
-  const StagedBlocks<T, true> blocks = blocks_of<T, true>(a);
-  blocks.start();
-  const int32_t positions = static_cast<int32_t>(a.entries.positions);
-  const int32_t begin = static_cast<int32_t>(blockIdx.x * (blockDim.x / kWarp) + threadIdx.x / kWarp) * kEach;
-  const Columns own{begin, begin + kEach < positions ? begin + kEach : positions};
-  float sum[kKeptRounds][kTokens<T>];
-  blocks.template for_each<1, 1>([&](int32_t block, const Quad* tile, int32_t first, auto) {
-    NEUROADA_UNROLL
-    for (int round = 0; round < kKeptRounds; ++round) {
-      if (own.begin + round * kWarp >= own.end) break;
-      run_round<T, true, kPacks<T>>(sum[round], a, own, round, block, tile, first);
-    }
-  });
 }
 
 }  // namespace neuroada::cuda

@@ -8,7 +8,7 @@
 //
 // A column of more than `light` connections is heavy: it has its own in a row, for a warp to read together. Heavy
 // columns are shared out evenly over the window's 32s. Where the neurons come in tiles, each tile has such columns of
-// its own, in the same order.
+// its own, in the same order, which in larger windows is by the connections in the first tile and in the others.
 #pragma once
 
 #include "kernels.h"

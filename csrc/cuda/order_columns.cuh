@@ -21,7 +21,8 @@ struct ColumnEntriesLaunch {
 
   // Of shared memory: for each connection of a CTA's columns a bank and a turn.
   int64_t bytes(int64_t threads) const {
-    return SortedColumns::bytes(threads) + (spread ? int64_t{kWindow} * to.light * 2 * int64_t{sizeof(uint16_t)} : 0);
+    return SortedColumns::bytes(threads, to) +
+           (spread ? int64_t{kWindow} * to.light * 2 * int64_t{sizeof(uint16_t)} : 0);
   }
 };
 
@@ -122,13 +123,13 @@ __global__ static void column_entries_kernel(ColumnEntriesLaunch a) {
   const int32_t from = static_cast<int32_t>(blockIdx.x) * kWindow;
   const int32_t tile = static_cast<int32_t>(blockIdx.y), first = tile * a.width;
   const int32_t* entry = a.plan + a.d_in + 1 + kSplits + 1;
-  const SortedColumns columns = SortedColumns::in_shared();
-  sort_columns({a.plan, a.d_in, static_cast<int32_t>(a.live)}, a.to, from, columns);
+  const SortedColumns columns = SortedColumns::in_shared(a.to);
+  sort_columns({a.plan, a.d_in, static_cast<int32_t>(a.live)}, a.to, int64_t{a.width} * a.k, from, columns);
   if (a.to.tiles > 1) keep_tile(a, columns, first);
   const auto connection = [&](const SortedColumn& of, int32_t i) {
     return connection_of(a, i < of.count() ? static_cast<uint32_t>(entry[of.begin + i]) : a.entries, first);
   };
-  uint16_t* const bank = columns.behind();
+  uint16_t* const bank = columns.kind + a.to.window;
   uint16_t* const turn = bank + kWindow * a.to.light;
   if (a.spread) {
     NEUROADA_UNROLL

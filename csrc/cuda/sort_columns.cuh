@@ -15,26 +15,84 @@ struct SortedColumn {
   __device__ __forceinline__ int32_t count() const { return end - begin; }
 };
 
-// Kinds of columns, of which one with more connections comes first; then what is no column, and heavy ones.
-constexpr int kKinds = 128, kNoColumn = kKinds - 2, kHeavy = kKinds - 1;
+// Kinds of columns, of which one with more connections comes first; then what is no column, and heavy ones. Of a column
+// whose connections lie in several tiles of the neurons there are two counts, and more kinds.
+struct Kinds {
+  static constexpr int kOfOne = 128, kOfTwo = 1024;
+  static constexpr int kLevels = 31;  // of each of two counts
+  static_assert(kLevels * kLevels <= kOfTwo - 2);
+
+  int number;     // of kinds, the last two those of no column and of heavy ones
+  int32_t first;  // neurons of the first tile times k, or 0: then one count is all there is
+  int64_t d_in;
+  int32_t most[2];  // connections of a column that is not heavy, in the first tile and in the others; or at all
+  int coarse[2];    // a level is 2^coarse counts, or twice as many
+
+  // With one window for many columns, lanes have neighbours whose counts are theirs in the first tile and in the
+  // others.
+  __host__ __device__ static bool by_tile(const ColumnEntries& to) { return to.tiles > 1 && to.window > kWindow; }
+  __host__ __device__ static int number_of(const ColumnEntries& to) { return by_tile(to) ? kOfTwo : kOfOne; }
+
+  // `width` is that of a tile, times k.
+  __device__ __forceinline__ static Kinds of(int64_t d_in, const ColumnEntries& to, int64_t width) {
+    Kinds kinds{number_of(to), 0, d_in, {to.light * to.tiles, 0}, {0, 0}};
+    if (by_tile(to)) {
+      kinds.first = width < INT32_MAX ? static_cast<int32_t>(width) : INT32_MAX;
+      kinds.most[0] = to.light;
+      kinds.most[1] = to.light * (to.tiles - 1);
+      NEUROADA_UNROLL
+      for (int i = 0; i < 2; ++i) {
+        // Few have more than three quarters of the most: they are of one level.
+        while ((kinds.most[i] / 4 * 3 + 1) / 2 >> kinds.coarse[i] >= kLevels) ++kinds.coarse[i];
+      }
+    } else {
+      while (kinds.most[0] >> kinds.coarse[0] >= kinds.no_column()) ++kinds.coarse[0];
+    }
+    return kinds;
+  }
+  __device__ __forceinline__ int no_column() const { return number - 2; }
+  __device__ __forceinline__ int heavy() const { return number - 1; }
+
+  __device__ __forceinline__ int level(int32_t count, int which) const {
+    const int32_t level = (count + 1) / 2 >> coarse[which];
+    return level < kLevels ? level : kLevels - 1;
+  }
+  // Of a column whose connections from `middle` on are not in the first tile. Where the first count changes, the second
+  // goes on with nearly what it was.
+  __device__ __forceinline__ int of(const SortedColumn& column, int32_t middle) const {
+    if (column.column >= d_in) return no_column();
+    const int32_t count = column.count() > 0 ? column.count() : 0;
+    if (first == 0) return count > most[0] ? heavy() : (most[0] - count) >> coarse[0];
+    const int32_t before = count > 0 ? middle - column.begin : 0, behind = count - before;
+    if (before > most[0] || behind > most[1]) return heavy();
+    const int of_first = level(before, 0), of_others = level(behind, 1);
+    return (kLevels - 1 - of_first) * kLevels + (of_first % 2 == 0 ? of_others : kLevels - 1 - of_others);
+  }
+};
 
 struct SortedColumns {
   SortedColumn* of;  // [kWindow]
-  int32_t* before;   // [kKinds] columns of a kind before it
-  int32_t* seen;     // [warps, kKinds] columns of each kind that warps before have, and then those of its own so far
+  int32_t* chunks;   // [kinds / kWarp] columns of the kinds before a chunk of them
+  int32_t* before;   // [kinds] columns of the kinds before one in its chunk
+  int32_t* seen;     // [warps, kinds] columns of each kind that warps before have, and then those of its own so far
+  uint16_t* kind;    // [window] of each column
 
   // Whole quads.
-  __host__ __device__ static int64_t bytes(int64_t threads) {
-    return kWindow * int64_t{sizeof(SortedColumn)} + (1 + threads / kWarp) * kKinds * int64_t{sizeof(int32_t)};
+  __host__ __device__ static int64_t bytes(int64_t threads, const ColumnEntries& to) {
+    const int64_t kinds = Kinds::number_of(to);
+    return kWindow * int64_t{sizeof(SortedColumn)} +
+           (kWarp + (1 + threads / kWarp) * kinds) * int64_t{sizeof(int32_t)} + to.window * int64_t{sizeof(uint16_t)};
   }
-  __device__ __forceinline__ static SortedColumns in_shared() {
+  __device__ __forceinline__ static SortedColumns in_shared(const ColumnEntries& to) {
+    const int kinds = Kinds::number_of(to);
     SortedColumn* const of = reinterpret_cast<SortedColumn*>(shared_quads());
-    int32_t* const before = reinterpret_cast<int32_t*>(of + kWindow);
-    return {of, before, before + kKinds};
+    int32_t* const chunks = reinterpret_cast<int32_t*>(of + kWindow);
+    int32_t* const before = chunks + kWarp;
+    int32_t* const seen = before + kinds;
+    return {of, chunks, before, seen, reinterpret_cast<uint16_t*>(seen + blockDim.x / kWarp * kinds)};
   }
-  __device__ __forceinline__ uint16_t* behind() const {
-    return reinterpret_cast<uint16_t*>(seen + blockDim.x / kWarp * kKinds);
-  }
+  // Of `kind`, which is sorted by now.
+  __device__ __forceinline__ int32_t before_kind(int kind) const { return chunks[kind / kWarp] + before[kind]; }
 };
 
 struct ColumnStarts {
@@ -46,66 +104,104 @@ struct ColumnStarts {
     if (column >= d_in) return {static_cast<int32_t>(d_in), 0, -1};
     return {column, start_of_column(plan, live, column), start_of_column(plan, live, column + 1)};
   }
+  __device__ __forceinline__ const int32_t* entries() const { return plan + d_in + 1 + kSplits + 1; }
 };
 
-// The kind of a column, in all tiles the same. As fine as there are kinds: of up to 2^coarse different counts.
-struct Kinds {
-  int64_t d_in;
-  int32_t most;  // connections of a column that is not heavy
-  int coarse;
-
-  __device__ __forceinline__ static Kinds of(const ColumnStarts& starts, const ColumnEntries& to) {
-    const int32_t most = to.light * to.tiles;
-    int coarse = 0;
-    while (most >> coarse >= kNoColumn) ++coarse;
-    return {starts.d_in, most, coarse};
-  }
-  __device__ __forceinline__ int of(const SortedColumn& column) const {
-    if (column.column >= d_in) return kNoColumn;
-    const int32_t count = column.count() > 0 ? column.count() : 0;
-    return count > most ? kHeavy : (most - count) >> coarse;
-  }
-};
-
-// f(column) of each lane's columns from `begin` on, 32 of a warp after another; the starts of several are on their way
+// middle[i] = the first of the connections of a column, in rising order, that is at least `least`; of several columns
 // at once.
-template <class F>
-__device__ __forceinline__ void for_each_column(const ColumnStarts& starts, int32_t begin, int32_t end, F&& f) {
-  constexpr int kAtOnce = 4;
-  const int32_t lane = threadIdx.x % kWarp;
-  for (int32_t c = begin; c < end; c += kAtOnce * kWarp) {
-    SortedColumn column[kAtOnce];
+template <int N>
+__device__ __forceinline__ void find_middles(const int32_t* entry, const SortedColumn (&column)[N], int32_t least,
+                                             int32_t (&middle)[N]) {
+  int32_t end[N], longest = 0;
+  NEUROADA_UNROLL
+  for (int i = 0; i < N; ++i) {
+    middle[i] = column[i].begin;
+    end[i] = column[i].end;
+    longest = longest < column[i].count() ? column[i].count() : longest;
+  }
+  NEUROADA_ROLLED
+  for (; longest > 0; longest /= 2) {
+    int32_t at[N], found[N];
     NEUROADA_UNROLL
-    for (int i = 0; i < kAtOnce; ++i) {
-      if (c + i * kWarp < end) column[i] = starts.column(c + i * kWarp + lane);
+    for (int i = 0; i < N; ++i) {
+      at[i] = middle[i] + (end[i] - middle[i]) / 2;
+      found[i] = middle[i] < end[i] ? entry[at[i]] : 0;
     }
     NEUROADA_UNROLL
-    for (int i = 0; i < kAtOnce; ++i) {
-      if (c + i * kWarp < end) f(column[i]);
+    for (int i = 0; i < N; ++i) {
+      if (middle[i] >= end[i]) continue;
+      if (found[i] < least) {
+        middle[i] = at[i] + 1;
+      } else {
+        end[i] = at[i];
+      }
     }
   }
 }
 
-// before[kind] = how many columns come before those of a kind; by the first warp.
-__device__ __forceinline__ void sum_kinds(int32_t* before) {
-  constexpr int kEach = kKinds / kWarp;
-  const int lane = threadIdx.x % kWarp;
-  int32_t* const own = before + lane * kEach;
-  int32_t count[kEach], sum = 0;
-  NEUROADA_UNROLL
-  for (int i = 0; i < kEach; ++i) sum += count[i] = own[i];
-  int32_t upto = sum;
+// The kinds of a warp's columns [begin, end), 32 at a time, to `kind`, and how many there are of each to `seen`. What
+// is loaded of several is on its way at once.
+__device__ __forceinline__ void count_kinds(const ColumnStarts& starts, const Kinds& kinds, int32_t begin, int32_t end,
+                                            uint16_t* kind, int32_t* seen) {
+  constexpr int kAtOnce = 8;
+  const int32_t lane = threadIdx.x % kWarp;
+  for (int32_t c = begin; c < end; c += kAtOnce * kWarp) {
+    SortedColumn column[kAtOnce];
+    int32_t middle[kAtOnce] = {};
+    NEUROADA_UNROLL
+    for (int i = 0; i < kAtOnce; ++i) {
+      column[i] = {static_cast<int32_t>(starts.d_in), 0, -1};
+      if (c + i * kWarp < end) column[i] = starts.column(c + i * kWarp + lane);
+    }
+    if (kinds.first > 0) find_middles(starts.entries(), column, kinds.first, middle);
+    NEUROADA_UNROLL
+    for (int i = 0; i < kAtOnce; ++i) {
+      if (c + i * kWarp >= end) continue;
+      const int own = kinds.of(column[i], middle[i]);
+      kind[c - begin + i * kWarp + lane] = static_cast<uint16_t>(own);
+      atomicAdd(seen + own, 1);
+    }
+  }
+}
+
+// The sum of the values of the lanes up to the own one.
+__device__ __forceinline__ int32_t sum_upto(int32_t value, int lane) {
   NEUROADA_UNROLL
   for (int offset = 1; offset < kWarp; offset *= 2) {
-    const int32_t other = __shfl_sync(kAllLanes, upto, lane >= offset ? lane - offset : lane);
-    upto += lane >= offset ? other : 0;
+    const int32_t other = __shfl_sync(kAllLanes, value, lane >= offset ? lane - offset : lane);
+    value += lane >= offset ? other : 0;
   }
-  upto -= sum;
-  NEUROADA_UNROLL
-  for (int i = 0; i < kEach; ++i) {
-    own[i] = upto;
-    upto += count[i];
+  return value;
+}
+
+// How many columns of a kind the warps before each have, and how many come before those of a kind: each warp does so
+// for 32 kinds and the next, a lane for one.
+__device__ __forceinline__ void sum_kinds(const SortedColumns& sorted, int kinds) {
+  constexpr int kAtOnce = 8;
+  const int lane = threadIdx.x % kWarp, warps = blockDim.x / kWarp;
+  for (int chunk = threadIdx.x / kWarp; chunk < kinds / kWarp; chunk += warps) {
+    const int kind = chunk * kWarp + lane;
+    int32_t sum = 0;
+    for (int from = 0; from < warps; from += kAtOnce) {
+      int32_t count[kAtOnce];
+      NEUROADA_UNROLL
+      for (int i = 0; i < kAtOnce; ++i) count[i] = from + i < warps ? sorted.seen[(from + i) * kinds + kind] : 0;
+      NEUROADA_UNROLL
+      for (int i = 0; i < kAtOnce; ++i) {
+        if (from + i < warps) sorted.seen[(from + i) * kinds + kind] = sum;
+        sum += count[i];
+      }
+    }
+    const int32_t upto = sum_upto(sum, lane);
+    sorted.before[kind] = upto - sum;
+    if (lane == kWarp - 1) sorted.chunks[chunk] = upto;
   }
+  __syncthreads();
+  if (threadIdx.x < kWarp) {
+    const int32_t sum = lane < kinds / kWarp ? sorted.chunks[lane] : 0;
+    sorted.chunks[lane] = sum_upto(sum, lane) - sum;
+  }
+  __syncthreads();
 }
 
 // The position in a window of `columns` columns, `heavy` of them heavy, of the rank-th in the order. Heavy columns take
@@ -120,46 +216,34 @@ __device__ __forceinline__ int32_t position_of(int32_t rank, int32_t columns, in
   return (more + left / (least + 1)) * kWarp + left % (least + 1);
 }
 
-// The columns at the positions from `from` on, in all of the CTA's threads. A warp has neighbouring columns, and of as
-// many connections those further left come first: the order is the same every time.
-__device__ __forceinline__ void sort_columns(const ColumnStarts& starts, const ColumnEntries& to, int32_t from,
-                                             const SortedColumns& sorted) {
+// The columns at the positions from `from` on, in all of the CTA's threads. A warp has neighbouring columns, and of one
+// kind those further left come first: the order is the same every time.
+__device__ __forceinline__ void sort_columns(const ColumnStarts& starts, const ColumnEntries& to, int64_t width,
+                                             int32_t from, const SortedColumns& sorted) {
   const int lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp, warps = blockDim.x / kWarp;
   const int32_t window = from / to.window * to.window, positions = static_cast<int32_t>(to.positions);
   const int32_t columns = positions - window < to.window ? positions - window : to.window;
-  const int32_t begin = window + columns / kWarp * warp / warps * kWarp,
-                end = window + columns / kWarp * (warp + 1) / warps * kWarp;
-  const Kinds kinds = Kinds::of(starts, to);
-  int32_t* const seen = sorted.seen + warp * kKinds;
+  const int32_t begin = columns / kWarp * warp / warps * kWarp, end = columns / kWarp * (warp + 1) / warps * kWarp;
+  const Kinds kinds = Kinds::of(starts.d_in, to, width);
+  int32_t* const seen = sorted.seen + warp * kinds.number;
 
-  for (int kind = lane; kind < kKinds; kind += kWarp) seen[kind] = 0;
+  for (int kind = lane; kind < kinds.number; kind += kWarp) seen[kind] = 0;
   __syncwarp();
-  for_each_column(starts, begin, end, [&](const SortedColumn& column) { atomicAdd(seen + kinds.of(column), 1); });
+  count_kinds(starts, kinds, window + begin, window + end, sorted.kind + begin, seen);
   __syncthreads();
-  for (int kind = threadIdx.x; kind < kKinds; kind += blockDim.x) {
-    int32_t sum = 0;
-    for (int other = 0; other < warps; ++other) {
-      const int32_t count = sorted.seen[other * kKinds + kind];
-      sorted.seen[other * kKinds + kind] = sum;
-      sum += count;
-    }
-    sorted.before[kind] = sum;
-  }
-  __syncthreads();
-  if (warp == 0) sum_kinds(sorted.before);
-  __syncthreads();
-  const int32_t heavy = columns - sorted.before[kHeavy];
-  for_each_column(starts, begin, end, [&](const SortedColumn& own) {
-    const int kind = kinds.of(own);
+  sum_kinds(sorted, kinds.number);
+  const int32_t heavy = columns - sorted.before_kind(kinds.heavy());
+  for (int32_t c = begin; c < end; c += kWarp) {
+    const int kind = sorted.kind[c + lane];
     const unsigned same = __match_any_sync(kAllLanes, kind);
     const int32_t before = seen[kind];
     const int left = __popc(same & ((1u << lane) - 1));
     __syncwarp();
     if (left == 0) seen[kind] = before + __popc(same);
     __syncwarp();
-    const int32_t at = window + position_of(sorted.before[kind] + before + left, columns, heavy) - from;
-    if (at >= 0 && at < kWindow) sorted.of[at] = own;
-  });
+    const int32_t at = window + position_of(sorted.before_kind(kind) + before + left, columns, heavy) - from;
+    if (at >= 0 && at < kWindow) sorted.of[at] = starts.column(window + c + lane);
+  }
   __syncthreads();
 }
 

@@ -128,6 +128,55 @@ void dx_takes_neurons_in_tiles() {
   check_tiles<BFloat16>({17, 600, 200, 4, IndexKind::ragged}, 40, 3);
 }
 
+// Columns whose sums wait where the tile was: in windows of as many as a tile has neurons at most, so that lanes have
+// columns from anywhere. The very bits whatever CTAs there are, and where some columns are as many as all others
+// together.
+template <class T>
+void check_windows(const Case& c, int64_t width, uint64_t seed, int64_t threads = 32) {
+  Random random(seed);
+  Problem<T> problem(c, random);
+  for (int64_t j = 0; j < c.d_out && c.index == IndexKind::distinct && seed % 2 == 0; ++j) {
+    problem.index(j, 0) = static_cast<int32_t>(j % 3 * (c.d_in / 3));
+    for (int64_t s = 1; s < c.k; ++s) problem.index(j, s) = static_cast<int32_t>(c.d_in - s);
+  }
+  const std::string where = std::string(dtype_name<T>()) + ", windows of " + std::to_string(width) + ", " + c.name();
+  const auto device = [&](int64_t multiprocessors) {
+    return Device{device_of(width, 1, true).shared_bytes, multiprocessors, threads, 1 << 20, true};
+  };
+  CHECK(bulk_tiles(problem.grad, device(1), false).stages == 0, where + ": one tile holds all");
+  CHECK(bulk_tiles(problem.grad, device(1), true).width == width, where + ": another width");
+  const Outputs<T> found = run(problem, device(1));
+  if (c.values == Values::grid) check_outputs(found, reference(problem), where);
+  for (int64_t multiprocessors : {3, 16}) {
+    Outputs<T> other = found;
+    CHECK(copies([&] { run_bypass_bwd_input(problem, other, device(multiprocessors)); }), where + ": no copies");
+    CHECK(found.grad_x.same_bits(other.grad_x), where + ": other bits");
+  }
+}
+
+// One window, several of a CTA, several CTAs; a last one of fewer columns; columns of no multiple of anything; rows
+// that are written 8 bytes at a time and others; tokens below, at and above whole blocks; two tiles and three.
+void dx_writes_columns_of_tiles_in_windows() {
+  uint64_t seed = 0;
+  for (int64_t d_in : {5, 64, 65, 333, 700}) {
+    for (int64_t tokens : {1, 9, 16, 33}) {
+      ++seed;
+      Case c{tokens, d_in, seed % 3 == 1 ? 320 : 200, 3, static_cast<IndexKind>(seed % 4)};
+      c.gap = seed % 3 == 0 ? 8 : 0;
+      c.values = seed % 5 == 0 ? Values::real : Values::grid;
+      if (seed % 5 < 3) {
+        check_windows<BFloat16>(c, 128, seed, seed % 7 == 0 ? 64 : 32);
+      } else {
+        check_windows<Half>(c, 128, seed);
+      }
+    }
+  }
+  check_windows<BFloat16>({50, 700, 600, 8, IndexKind::distinct}, 320, 2);
+  check_windows<BFloat16>({50, 260, 600, 9, IndexKind::ragged}, 320, 1);
+  check_windows<BFloat16>({33, 830, 200, 20, IndexKind::distinct}, 128, 1, 64);
+  check_windows<Half>({17, 600, 264, 5, IndexKind::distinct}, 64, 4, 96);
+}
+
 // Room for a tile of all neurons, a stage, and groups of `columns` columns that are written together.
 Device device_with_groups(int64_t neurons, int64_t columns, int64_t multiprocessors = 3, int64_t threads = 32) {
   const int64_t quads = neurons + 1 + 1 + neurons + columns + 1;
@@ -282,8 +331,11 @@ void sddmm_takes_columns_in_tiles() {
 // An infinite grad meets no zeros that stand for another tile, and an infinite x only those that chose its column.
 void what_is_not_finite_stays_where_it_belongs() {
   constexpr float kInf = std::numeric_limits<float>::infinity();
-  const Device devices[] = {
-      device_of(72, 2, true), {100 * kQuad, 3, 32, 1 << 20, true}, device_of(40, 1, true), device_with_groups(72, 128)};
+  const Device devices[] = {device_of(72, 2, true),
+                            {100 * kQuad, 3, 32, 1 << 20, true},
+                            device_of(40, 1, true),
+                            device_of(64, 1, true),
+                            device_with_groups(72, 128)};
   for (const Device& device : devices) {
     for (IndexKind index : {IndexKind::distinct, IndexKind::ragged}) {
       Random random(4);
@@ -318,6 +370,7 @@ int main() {
   many_neurons_give_the_same_bits();
   what_cannot_be_copied_is_loaded();
   dx_takes_neurons_in_tiles();
+  dx_writes_columns_of_tiles_in_windows();
   dx_writes_columns_in_groups();
   an_x_that_cannot_be_copied_has_the_same_gradient();
   chosen_columns_have_the_gradient_of_all();
@@ -327,6 +380,7 @@ int main() {
   check_garbage_plans<BFloat16>({9, 21, 40, 2}, {"tiles of 24", device_of(24, 1, true)});
   check_garbage_plans<Half>({9, 200, 40, 2}, {"tiles of 16", device_of(16, 1, true)});
   check_garbage_plans<BFloat16>({9, 200, 40, 2}, {"groups of 128", device_with_groups(40, 128)});
+  check_garbage_plans<BFloat16>({9, 400, 300, 2}, {"tiles of 128", device_of(128, 1, true)});
   a_packed_delta_is_rounded_once();
   return exit_status();
 }
