@@ -28,9 +28,12 @@ uint32_t mask_of(int32_t most) {
   return mask;
 }
 
-// Of shared memory that ordering may take: two CTAs run on a multiprocessor. As many connections of a column as fit are
-// far fewer than the 2048 turns that spread_over_banks counts.
-constexpr int64_t kOrderBytes = 112 << 10;
+// Of shared memory that ordering may take: two CTAs run on a multiprocessor, or one where columns have many kinds. As
+// many connections of a column as fit are far fewer than the 2048 turns that spread_over_banks counts.
+int64_t most_order_bytes(const ColumnEntries& entries) {
+  constexpr int64_t kHalf = 112 << 10;
+  return Kinds::by_tile(entries) ? 2 * kHalf : kHalf;
+}
 
 // What is launched, and with how many threads.
 struct Form {
@@ -136,7 +139,7 @@ void run(const BypassBwdInput& p, const Device& device, void* stream) {
                             places ? tiles.zero : -1,
                             places,
                             tiles.stages > 0};
-  if (order.bytes(device.threads) > kOrderBytes) order.spread = false;
+  if (order.bytes(device.threads) > most_order_bytes(entries)) order.spread = false;
   launch("column_entries", column_entries_kernel, entries.positions / kWindow, entries.tiles, device.threads,
          order.bytes(device.threads), stream, order);
   const int64_t blocks = ceil_div(p.tokens, kTokens<T>), parts = parts_of(form, entries, blocks, device);

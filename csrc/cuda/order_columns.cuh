@@ -59,6 +59,32 @@ __device__ __forceinline__ WeightedNeuron connection_of(const ColumnEntriesLaunc
   return {a.places ? place(offset) : neuron, a.delta[e]};
 }
 
+__device__ __forceinline__ bool any_lane(bool own) { return __ballot_sync(kAllLanes, own) != 0; }
+
+// Which of the 32 connections of a column from `from` on are of the bank that a lane asks for, by all lanes of its
+// octet, whose column it is: each looks up four.
+__device__ __forceinline__ unsigned of_bank(const uint16_t* bank, int32_t from, int32_t count, int wanted, int octet) {
+  static_assert(kBanks == 8, "three bits");
+  constexpr int kEach = kWarp / kBanks;
+  unsigned own[kEach], of_wanted = 0;
+  NEUROADA_UNROLL
+  for (int n = 0; n < kEach; ++n) {
+    const int32_t i = from + n * kBanks + static_cast<int32_t>(threadIdx.x % kBanks);
+    own[n] = i < count ? bank[i * kWindow] : 0;
+  }
+  NEUROADA_UNROLL
+  for (int n = 0; n < kEach; ++n) {
+    unsigned others = 0;
+    NEUROADA_UNROLL
+    for (int bit = 0; bit < 3; ++bit) {
+      others |= __ballot_sync(kAllLanes, own[n] >> bit & 1) ^ (wanted >> bit & 1 ? kAllLanes : 0);
+    }
+    of_wanted |= (~others >> octet & 0xff) << n * kBanks;
+  }
+  const int32_t left = count - from;
+  return left >= kWarp ? of_wanted : left <= 0 ? 0 : of_wanted & ((1u << left) - 1);
+}
+
 // Turns for a column's connections, by their banks: the order in which its lane reads them. The lanes of an octet read
 // together, so each begins at a bank of its own, the column's is `first`, and goes on to the next: where all have every
 // bank equally often, no two meet. What is left when a bank has no turns left takes those that others leave.
@@ -66,12 +92,14 @@ __device__ __forceinline__ WeightedNeuron connection_of(const ColumnEntriesLaunc
 // Eight lanes do so for a column, each for the connections of one bank: their turns are every eighth.
 __device__ __forceinline__ void spread_over_banks(const uint16_t* bank, uint16_t* turn, int32_t count, int32_t first) {
   const int own = threadIdx.x % kBanks, octet = static_cast<int>(threadIdx.x % kWarp) - own;
-  const auto is_own = [&](int32_t i) { return ((bank[i * kWindow] - first) & (kBanks - 1)) == own; };
   const auto turns_of = [&](int b) { return (count + kBanks - 1 - b) / kBanks; };
-  int32_t have = 0;
-  for (int32_t i = 0; i < count; ++i) have += is_own(i);
+  const unsigned of_first = of_bank(bank, 0, count, own + first, octet);
+  int32_t have = __popc(of_first);
+  for (int32_t from = kWarp; any_lane(from < count); from += kWarp) {
+    have += __popc(of_bank(bank, from, count, own + first, octet));
+  }
   const int32_t taken = have < turns_of(own) ? have : turns_of(own);
-  uint64_t taken_of = 0;  // by each bank, 8 bits: bytes(), of which kOrderBytes is the most, bounds them
+  uint64_t taken_of = 0;  // by each bank, 8 bits: bytes(), of which the launcher knows the most, bounds them
   int32_t skipped = 0;    // turns that lanes before this one take of what banks leave
   for (int b = 0; b < kBanks; ++b) {
     taken_of |= uint64_t(__shfl_sync(kAllLanes, static_cast<uint32_t>(taken), octet + b)) << 8 * b;
@@ -80,16 +108,18 @@ __device__ __forceinline__ void spread_over_banks(const uint16_t* bank, uint16_t
   }
   int32_t nth = 0;
   int other = 0;
-  for (int32_t i = 0; i < count; ++i) {
-    if (!is_own(i)) continue;
-    int32_t place_in_order = own + kBanks * nth;
-    if (nth >= taken) {
-      const auto taken_by = [&](int b) { return static_cast<int32_t>(taken_of >> 8 * b & 0xff); };
-      for (; skipped >= turns_of(other) - taken_by(other); ++other) skipped -= turns_of(other) - taken_by(other);
-      place_in_order = other + kBanks * (taken_by(other) + skipped++);
+  for (int32_t from = 0; any_lane(from < count); from += kWarp) {
+    unsigned left = from == 0 ? of_first : of_bank(bank, from, count, own + first, octet);
+    for (; left != 0; left &= left - 1, ++nth) {
+      int32_t place_in_order = own + kBanks * nth;
+      if (nth >= taken) {
+        const auto taken_by = [&](int b) { return static_cast<int32_t>(taken_of >> 8 * b & 0xff); };
+        for (; skipped >= turns_of(other) - taken_by(other); ++other) skipped -= turns_of(other) - taken_by(other);
+        place_in_order = other + kBanks * (taken_by(other) + skipped++);
+      }
+      const int32_t i = from + __ffs(static_cast<int>(left)) - 1;
+      turn[i * kWindow] = static_cast<uint16_t>(place_in_order);
     }
-    turn[i * kWindow] = static_cast<uint16_t>(place_in_order);
-    ++nth;
   }
 }
 
@@ -107,7 +137,7 @@ __device__ __forceinline__ void spread_columns(const SortedColumns& columns, uin
 
 // Leaves of each column what lies in a tile of the neurons.
 __device__ __forceinline__ void keep_tile(const ColumnEntriesLaunch& a, const SortedColumns& columns, int32_t first) {
-  const int32_t* entry = a.plan + a.d_in + 1 + kSplits + 1;
+  const int32_t* entry = ColumnStarts{a.plan, a.d_in, 0}.entries();
   for (int32_t at = threadIdx.x; at < kWindow; at += blockDim.x) {
     SortedColumn& own = columns.of[at];
     if (own.end < own.begin) continue;
@@ -117,26 +147,34 @@ __device__ __forceinline__ void keep_tile(const ColumnEntriesLaunch& a, const So
   __syncthreads();
 }
 
-// A CTA has kWindow positions and a tile of the neurons, and a warp every so many-th connection of its columns.
-__global__ static void column_entries_kernel(ColumnEntriesLaunch a) {
+// A CTA has kWindow positions and a tile of the neurons, and a warp every so many-th connection of its columns. The
+// first of each is on its way while what is loaded of all is spread.
+__global__ static void __launch_bounds__(kMaxThreads, 2) column_entries_kernel(ColumnEntriesLaunch a) {
+  constexpr int kEach = kWindow / kWarp;
   const int lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp, warps = blockDim.x / kWarp;
   const int32_t from = static_cast<int32_t>(blockIdx.x) * kWindow;
   const int32_t tile = static_cast<int32_t>(blockIdx.y), first = tile * a.width;
-  const int32_t* entry = a.plan + a.d_in + 1 + kSplits + 1;
+  const ColumnStarts starts{a.plan, a.d_in, static_cast<int32_t>(a.live)};
   const SortedColumns columns = SortedColumns::in_shared(a.to);
-  sort_columns({a.plan, a.d_in, static_cast<int32_t>(a.live)}, a.to, int64_t{a.width} * a.k, from, columns);
+  sort_columns(starts, a.to, int64_t{a.width} * a.k, from, columns);
   if (a.to.tiles > 1) keep_tile(a, columns, first);
   const auto connection = [&](const SortedColumn& of, int32_t i) {
-    return connection_of(a, i < of.count() ? static_cast<uint32_t>(entry[of.begin + i]) : a.entries, first);
+    const uint32_t e = i < of.count() ? static_cast<uint32_t>(starts.entries()[of.begin + i]) : a.entries;
+    return connection_of(a, e, first);
   };
+  WeightedNeuron held[kEach];
+  NEUROADA_UNROLL
+  for (int n = 0; n < kEach; ++n) held[n] = connection(columns.of[lane + n * kWarp], warp);
   uint16_t* const bank = columns.kind + a.to.window;
   uint16_t* const turn = bank + kWindow * a.to.light;
   if (a.spread) {
     NEUROADA_UNROLL
-    for (int at = lane; at < kWindow; at += kWarp) {
+    for (int n = 0; n < kEach; ++n) {
+      const int at = lane + n * kWarp;
       const SortedColumn own = columns.of[at];
       for (int32_t i = warp; i < own.count() && own.count() <= a.to.light; i += warps) {
-        bank[i * kWindow + at] = static_cast<uint16_t>(connection(own, i).neuron & (kBanks - 1));
+        const int32_t neuron = i == warp ? held[n].neuron : connection(own, i).neuron;
+        bank[i * kWindow + at] = static_cast<uint16_t>(neuron & (kBanks - 1));
       }
     }
     __syncthreads();
@@ -144,7 +182,8 @@ __global__ static void column_entries_kernel(ColumnEntriesLaunch a) {
     __syncthreads();
   }
   NEUROADA_UNROLL
-  for (int at = lane; at < kWindow; at += kWarp) {
+  for (int n = 0; n < kEach; ++n) {
+    const int at = lane + n * kWarp;
     const uint32_t position = static_cast<uint32_t>(from + at);
     const SortedColumn own = columns.of[at];
     const int32_t count = own.count();
@@ -154,7 +193,7 @@ __global__ static void column_entries_kernel(ColumnEntriesLaunch a) {
     const int32_t each = connections_a_quad(a.to.place_mask);
     const int32_t padded = heavy || count < 0 ? count : (count + each - 1) / each * each;
     for (int32_t i = warp; i < padded; i += warps) {
-      const WeightedNeuron one = connection(own, i);
+      const WeightedNeuron one = i == warp ? held[n] : connection(own, i);
       if (heavy) {
         *a.to.heavy(static_cast<uint32_t>(own.begin + i)) = one;
       } else {
