@@ -122,6 +122,17 @@ __device__ __forceinline__ void load_base(float (&onto)[kTokens<T>][2], const By
   }
 }
 
+// out = sum, for a pair and V tokens that there are, where nothing is added.
+template <class T>
+__device__ __forceinline__ void write_rows(const float (&sum)[2][kTokens<T>], T* out, int64_t stride) {
+  NEUROADA_UNROLL
+  for (int v = 0; v < kTokens<T>; ++v, out += stride) {
+    PairOf<T> both;
+    round_pair<T>(sum[0][v], sum[1][v], both.word);
+    store_words(out, both.word);
+  }
+}
+
 // out = base + (bias + sum), for a pair and V tokens: added in float32, and rounded once.
 template <class T>
 __device__ __forceinline__ void write_pair(const float (&sum)[2][kTokens<T>], const BypassFwdLaunch& a,
@@ -132,12 +143,16 @@ __device__ __forceinline__ void write_pair(const float (&sum)[2][kTokens<T>], co
   const uint32_t j = pairs.first(pair);
   T* out = static_cast<T*>(p.out) + t * p.out_stride;
   const T* bias = static_cast<const T*>(p.bias);
+  if (a.vectors && pairs.has(pair, 1) && rows == V && p.base == nullptr && bias == nullptr) {
+    write_rows<T>(sum, out + j, p.out_stride);
+    return;
+  }
   float added[2] = {};
   NEUROADA_UNROLL
   for (int n = 0; n < 2; ++n) {
     if (bias != nullptr && pairs.has(pair, n)) added[n] = to_float(bias[j + n]);
   }
-  if (a.vectors && pairs.has(pair, 1) && rows == V) {  // nearly always
+  if (a.vectors && pairs.has(pair, 1) && rows == V) {
     float onto[V][2] = {};
     if (p.base != nullptr) load_base<T>(onto, p, t, j);
     NEUROADA_UNROLL
