@@ -11,7 +11,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from neuroada_kernels.benchmarks.memory_model.tape import AT_REST, PASSED, Tape, Value
-from neuroada_kernels.plan import SPLITS
+from neuroada_kernels.plan import SPLITS, filled_up
 
 BOOL, INT32, INT64, FLOAT32 = 1, 4, 8, 4
 
@@ -318,7 +318,7 @@ def chosen_columns(neurons: int, k: int, d_in: int) -> int:
 
     So it is with random weights; pretrained ones repeat themselves more, and keep less.
     """
-    return round(d_in * (1 - (1 - k / d_in) ** neurons))
+    return filled_up(round(d_in * (1 - (1 - k / d_in) ** neurons)), d_in)
 
 
 def product(

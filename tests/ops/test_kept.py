@@ -28,6 +28,23 @@ def kept_of(inputs: Inputs) -> tuple[Tensor, Tensor]:
     return inputs.x[:, columns], renumber(inputs.index, columns)
 
 
+@pytest.mark.parametrize(
+    ("d_in", "chosen", "kept"),
+    [
+        (64, [3, 9, 40], [0, 1, 2, 3, 4, 5, 9, 40]),  # filled up to 8
+        (64, list(range(8, 24)), list(range(8, 24))),  # 16 already
+        (66, [3, 9, 40], [3, 9, 40]),  # rows of x are no multiple either
+        (16, list(range(1, 11)), list(range(1, 11))),  # all of x would be no copy of some of it
+        (64, [], list(range(8))),
+    ],
+)
+def test_columns_fill_units_of_eight(d_in, chosen, kept):
+    index = torch.tensor([[*chosen, -1]], dtype=torch.int32)
+    columns = chosen_columns([index], d_in)
+    assert columns.tolist() == kept
+    assert columns[renumber(index, columns)[index >= 0].long()].tolist() == chosen
+
+
 def linear(inputs: Inputs, plan: Tensor, op: Callable[..., Tensor], *kept: Tensor):
     return lambda x, delta: op(x, inputs.weight, inputs.index, delta, inputs.bias, plan, *kept)
 
