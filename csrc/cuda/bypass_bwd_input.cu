@@ -1,5 +1,6 @@
 // The launchers of bypass_bwd_input.cuh.
 #include "bypass_bwd_input.cuh"
+#include "bypass_bwd_input_rows.h"
 #include "launch.h"
 #include "order_columns.cuh"
 
@@ -20,6 +21,10 @@ int32_t light_of(int64_t d_in, int64_t live, int64_t multiple) {
   const int64_t light = d_in < kFewColumns ? kLight : std::max(kLight, ceil_div(live, d_in) * 2);
   return static_cast<int32_t>(ceil_div(light, multiple) * multiple);
 }
+
+// Connections of a column on average from which on it pays to spread them over the banks: of fewer there is little to
+// choose.
+constexpr int64_t kLeastSpread = 4;
 
 // As many of the lowest bits as `most` has.
 uint32_t mask_of(int32_t most) {
@@ -127,6 +132,8 @@ void run(const BypassBwdInput& p, const Device& device, void* stream) {
   if (entries.size(p.live) >= int64_t{1} << 29) {
     throw std::runtime_error("bypass_bwd_input: scratch for 2^29 connections or more");
   }
+  int32_t* served = reinterpret_cast<int32_t*>(p.ordered + entries.size(p.live));
+  if (!bypass_bwd_input_rows(p, served, device, stream)) served = nullptr;
   const bool places = tiles.single() || tiles.stages > 0;
   ColumnEntriesLaunch order{entries,
                             p.plan,
@@ -138,14 +145,15 @@ void run(const BypassBwdInput& p, const Device& device, void* stream) {
                             static_cast<int32_t>(entries.tiles == 1 ? p.d_out : tiles.width),
                             places ? tiles.zero : -1,
                             places,
-                            tiles.stages > 0};
+                            tiles.stages > 0 && p.live >= kLeastSpread * p.d_in,
+                            served};
   if (order.bytes(device.threads) > most_order_bytes(entries)) order.spread = false;
   launch("column_entries", column_entries_kernel, entries.positions / kWindow, entries.tiles, device.threads,
          order.bytes(device.threads), stream, order);
   const int64_t blocks = ceil_div(p.tokens, kTokens<T>), parts = parts_of(form, entries, blocks, device);
   const int64_t token_parts = std::clamp<int64_t>(device.multiprocessors / parts, 1, blocks);
   launch("bypass_bwd_input", form.kernel, parts, token_parts, form.threads, form.bytes(), stream,
-         BypassBwdInputLaunch{p, tiles, blocks, entries, form.out, form.part});
+         BypassBwdInputLaunch{p, tiles, blocks, entries, form.out, form.part, served});
 }
 
 }  // namespace
@@ -155,7 +163,7 @@ int64_t bypass_bwd_input_entries(const BypassBwdInput& p, const Device& device) 
   int64_t size = 0;
   with_element("bypass_bwd_input", p.dtype, [&](auto element) {
     using T = decltype(element);
-    size = entries_of<T>(p, form_of<T>(p, device)).size(p.live);
+    size = entries_of<T>(p, form_of<T>(p, device)).size(p.live) + 1;  // and whether dx is written already
   });
   return size;
 }

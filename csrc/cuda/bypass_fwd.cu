@@ -1,5 +1,6 @@
-// The launcher of bypass_fwd.cuh.
+// The launcher of bypass_fwd.cuh, where no other kernel is for the problem.
 #include "bypass_fwd.cuh"
+#include "bypass_fwd_rows.h"
 #include "launch.h"
 
 namespace neuroada::cuda {
@@ -29,7 +30,7 @@ void run(const BypassFwd& p, const Device& device, void* stream) {
 }  // namespace
 
 void bypass_fwd(const BypassFwd& p, const Device& device, void* stream) {
-  if (p.tokens == 0 || p.d_out == 0) return;
+  if (p.tokens == 0 || p.d_out == 0 || bypass_fwd_rows(p, device, stream)) return;
   with_element("bypass_fwd", p.dtype, [&](auto element) { run<decltype(element)>(p, device, stream); });
 }
 

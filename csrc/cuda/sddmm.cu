@@ -1,6 +1,7 @@
 // The launchers of sddmm.cuh.
 #include "launch.h"
 #include "sddmm.cuh"
+#include "sddmm_rows.h"
 #include "sum_parts.cuh"
 
 namespace neuroada::cuda {
@@ -53,7 +54,8 @@ void run(const Sddmm& p, float* partial, const Device& device, void* stream) {
     if constexpr (sizeof(T) == 2 && whole) {
       const T* x = static_cast<const T*>(p.x);
       tiles = with_bulk_copies(tiles, x, p.x_stride, p.tokens, device);
-      if (tiles.stages == 0) {
+      // In tiles each connection is read from all of them, which is sooner done only where a lane holds all slots.
+      if (tiles.stages == 0 && holds_all_slots(p.k)) {
         const Tiles cut = cut_for_bulk_copies(tiles, x, p.x_stride, p.tokens, device);
         if (cut.stages > 0 && TilePlaces::of(cut).fit(cut)) tiles = cut;
       }
@@ -78,8 +80,9 @@ void run(const Sddmm& p, float* partial, const Device& device, void* stream) {
 }  // namespace
 
 int64_t sddmm_parts(const Sddmm& p, const Device& device) {
-  int64_t parts = 0;
-  if (p.tokens == 0 || p.d_in == 0 || p.d_out * p.k == 0) return parts;
+  if (p.tokens == 0 || p.d_in == 0 || p.d_out * p.k == 0) return 0;
+  int64_t parts = sddmm_rows_parts(p, device);
+  if (parts > 0) return parts;
   with_element("sddmm", p.dtype, [&](auto element) {
     using T = decltype(element);
     with_held_of<T>(p, device, [&](auto pairs, auto held, auto whole) {
@@ -94,12 +97,14 @@ void sddmm(const Sddmm& p, const Device& device, void* stream) {
   if (count == 0) return;
   const int64_t parts = sddmm_parts(p, device);
   float* partial = parts == 1 ? p.out : p.partial;
-  if (parts > 0) {
+  if (sddmm_rows_parts(p, device) > 0) {
+    sddmm_rows(p, partial, device, stream);
+  } else if (parts > 0) {
     with_element("sddmm", p.dtype, [&](auto element) { run<decltype(element)>(p, partial, device, stream); });
   }
   if (parts == 1) return;
-  const int64_t threads = std::min<int64_t>(device.threads, 128);  // spread over the multiprocessors
-  launch("sddmm", sum_parts_kernel, ceil_div(count, threads), 1, threads, 0, stream,
+  const int64_t threads = std::min<int64_t>(device.threads, kSumPartsThreads);
+  launch("sddmm", sum_parts_kernel, ceil_div(count, kWarp), 1, threads, threads * sizeof(float), stream,
          SumPartsLaunch{partial, p.out, parts, count});
 }
 

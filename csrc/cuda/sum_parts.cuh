@@ -5,25 +5,34 @@
 
 namespace neuroada::cuda {
 
+// A CTA has 32 sums, and each of its warps some of their parts: few threads that each read all parts in turn would
+// wait for memory most of the time.
+constexpr int kSumPartsThreads = 256;
+
 struct SumPartsLaunch {
   const float* partial;  // [parts, count]
   float* out;            // [count]
   int64_t parts, count;
 };
 
-// In the order of p; several are on their way at once.
+// The parts of a warp in the order of p, several on their way at once; then those of the warps in their order.
 __global__ static void sum_parts_kernel(SumPartsLaunch a) {
   constexpr int kAtOnce = 8;
-  const int64_t e = int64_t{blockIdx.x} * blockDim.x + threadIdx.x;
-  if (e >= a.count) return;
+  const int lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp, warps = blockDim.x / kWarp;
+  float* of_warps = reinterpret_cast<float*>(shared_quads());
+  const int64_t e = int64_t{blockIdx.x} * kWarp + lane, end = a.parts * (warp + 1) / warps;
   float sum = 0;
-  for (int64_t part = 0; part < a.parts; part += kAtOnce) {
+  for (int64_t part = a.parts * warp / warps; part < end && e < a.count; part += kAtOnce) {
     float value[kAtOnce];
     NEUROADA_UNROLL
-    for (int i = 0; i < kAtOnce; ++i) value[i] = part + i < a.parts ? a.partial[(part + i) * a.count + e] : 0.0f;
+    for (int i = 0; i < kAtOnce; ++i) value[i] = part + i < end ? a.partial[(part + i) * a.count + e] : 0.0f;
     NEUROADA_UNROLL
     for (int i = 0; i < kAtOnce; ++i) sum += value[i];
   }
+  of_warps[threadIdx.x] = sum;
+  __syncthreads();
+  if (warp > 0 || e >= a.count) return;
+  for (int other = 1; other < warps; ++other) sum += of_warps[other * kWarp + lane];
   a.out[e] = sum;
 }
 

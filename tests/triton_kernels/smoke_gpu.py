@@ -34,6 +34,10 @@ LARGE = Case(tokens=2500, d_in=2056, d_out=2056, k=8)
 WIDE = (
     Case(tokens=17, d_in=7264, d_out=4856, k=8, index="ragged"),
     Case(tokens=17, d_in=4856, d_out=7264, k=2, index="one_column"),
+    # One slot, its rows through a ring: neurons for half of the threads, for more, and two groups.
+    Case(tokens=130, d_in=328, d_out=2056, k=1),
+    Case(tokens=33, d_in=328, d_out=4104, k=1, index="ragged"),
+    Case(tokens=33, d_in=328, d_out=8200, k=1),
 )
 
 #: As a model has it: a multiprocessor has several tiles of each size, one after another.

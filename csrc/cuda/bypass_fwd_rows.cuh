@@ -1,0 +1,66 @@
+// The bypass alone of one slot: out[t, j] = delta[j] x[t, index[j]].
+//
+// So few products take less time than memory does to give x and take out: x comes through a ring of rows, and a lane
+// has groups of 8 neighbouring neurons, whose values of a token are one write.
+#pragma once
+
+#include "kernels.h"
+#include "row_ring.cuh"
+
+namespace neuroada::cuda {
+
+struct BypassFwdRowsLaunch {
+  BypassFwd problem;
+  Ring ring;               // of x
+  int32_t neurons_a_part;  // a multiple of kGroup
+};
+
+// A lane has kGroups groups of neurons. A slot without a connection has a delta that is not read, of an x that may be
+// anything: what it adds is chosen to be zero.
+template <class T, int kGroups>
+__global__ void __launch_bounds__(2 * kMaxThreads, 1) bypass_fwd_rows_kernel(BypassFwdRowsLaunch a) {
+  using Columns = GroupColumns<kGroups>;
+  const BypassFwd& p = a.problem;
+  const int64_t first_neuron = int64_t{blockIdx.x} * a.neurons_a_part, left = p.d_out - first_neuron;
+  const int32_t neurons = left < a.neurons_a_part ? static_cast<int32_t>(left) : a.neurons_a_part;
+  const TokenRows<T, true> tokens{a.ring,
+                                  {static_cast<const T*>(p.x), p.x_stride, static_cast<int32_t>(p.d_in)},
+                                  {},
+                                  p.tokens * blockIdx.y / gridDim.y,
+                                  p.tokens * (blockIdx.y + 1) / gridDim.y};
+  tokens.start();
+  Columns columns;
+  columns.load(p.index + first_neuron, neurons, p.d_in);
+  float delta[kGroups][kGroup];
+  uint32_t connected[kGroups] = {};  // a bit for each neuron
+  NEUROADA_UNROLL
+  for (int group = 0; group < kGroups; ++group) {
+    NEUROADA_UNROLL
+    for (int n = 0; n < kGroup; ++n) {
+      const int32_t neuron = Columns::first_neuron(group) + n;
+      const bool there = Columns::column_of(p.index + first_neuron, neuron, neurons, p.d_in) >= 0;
+      delta[group][n] = there ? p.delta[first_neuron + neuron] : 0.0f;
+      connected[group] |= uint32_t{there} << n;
+    }
+  }
+  T* out = static_cast<T*>(p.out) + first_neuron;
+  tokens.for_each([&](int64_t t, const T* x, const T*) {
+    NEUROADA_UNROLL
+    for (int group = 0; group < kGroups; ++group) {
+      const int32_t first = Columns::first_neuron(group);
+      if (first >= neurons) break;
+      float value[kGroup];
+      NEUROADA_UNROLL
+      for (int n = 0; n < kGroup; ++n) {
+        value[n] = 0.0f + delta[group][n] * to_float(*in_row(x, columns(group, n)));  // no zero has a sign
+      }
+      if (connected[group] != 0xff) {  // hardly ever
+        NEUROADA_UNROLL
+        for (int n = 0; n < kGroup; ++n) value[n] = connected[group] >> n & 1 ? value[n] : 0.0f;
+      }
+      store16(in_row(out + t * p.out_stride, static_cast<uint32_t>(first)), round_group<T>(value));
+    }
+  });
+}
+
+}  // namespace neuroada::cuda

@@ -1,0 +1,175 @@
+// Rows of one or two matrices in shared memory as they lie, each token's together, in a ring of stages that the
+// hardware of sm_90a fills: what reads so little of each row that nothing is to stand between it and memory has it from
+// there.
+#pragma once
+
+#include "hopper.cuh"
+#include "staging.cuh"
+
+namespace neuroada::cuda {
+
+// Stages of a ring at most.
+constexpr int kRingStages = 8;
+
+// A barrier for each stage, then the stages: of each row what is read of the first matrix, then of the second.
+struct Ring {
+  int32_t rows, stages;         // of a stage, and of the ring
+  int32_t width, second_width;  // values of a row of each matrix, multiples of 8
+
+  static constexpr int32_t kBarrierBytes = kRingStages * 8;
+  __host__ __device__ int32_t row() const { return width + second_width; }
+  template <class T>
+  __host__ __device__ int64_t bytes() const {
+    return kBarrierBytes + int64_t{stages} * rows * row() * static_cast<int64_t>(sizeof(T));
+  }
+};
+
+// Rows of a matrix, of which `width` values are read.
+template <class T>
+struct RowsOf {
+  const T* data;
+  int64_t stride;
+  int32_t width;
+};
+
+// The tokens [begin, end) of both matrices; of the second there may be nothing.
+template <class T, bool kBulk>
+struct TokenRows {
+  const Ring& ring;
+  RowsOf<T> first, second;
+  int64_t begin, end;
+
+  // Fills what the ring has for the second matrix with zeros, where nothing is copied there; before `start`.
+  __device__ __forceinline__ void clear_second() const {
+#ifdef NEUROADA_HOPPER
+    for (int32_t i = threadIdx.x; i < ring.stages * ring.rows * ring.second_width; i += blockDim.x) {
+      row_of(0, i / ring.second_width)[ring.width + i % ring.second_width] = T{};
+    }
+#endif
+  }
+
+  // Has the first stages on their way.
+  __device__ __forceinline__ void start() const {
+#ifdef NEUROADA_HOPPER
+    if constexpr (kBulk) {
+      if (threadIdx.x == 0) {
+        for (int i = 0; i < ring.stages; ++i) init_barrier(full(i), 1);
+        publish_barriers();
+      }
+      __syncthreads();
+      for (int i = 0; i < ring.stages; ++i) copy(i, begin + int64_t{i} * ring.rows);
+    }
+#endif
+  }
+
+  // read(token, row of the first, row of the second), of one token after another.
+  template <class Read>
+  __device__ __forceinline__ void for_each(Read&& read) const {
+    if constexpr (kBulk) {
+      for_each_copied(read);
+    } else {
+      NEUROADA_ROLLED
+      for (int64_t t = begin; t < end; ++t) read(t, first.data + t * first.stride, second.data + t * second.stride);
+    }
+  }
+
+ private:
+#ifdef NEUROADA_HOPPER
+  __device__ __forceinline__ Barrier& full(int stage) const {
+    return reinterpret_cast<Barrier*>(shared_quads())[stage];
+  }
+  __device__ __forceinline__ T* row_of(int stage, int32_t row) const {
+    T* stages = reinterpret_cast<T*>(shared_quads() + Ring::kBarrierBytes / 16);
+    return stages + (stage * ring.rows + row) * ring.row();
+  }
+  __device__ __forceinline__ int32_t rows_from(int64_t t) const {
+    return static_cast<int32_t>(end - t < ring.rows ? end - t : ring.rows);
+  }
+
+  // By a lane for each row. All threads have read what it writes over: see RawBlocks::copy.
+  __device__ __forceinline__ void copy(int stage, int64_t t) const {
+    const int32_t row = static_cast<int32_t>(threadIdx.x), count = t < end ? rows_from(t) : 0;
+    if (row >= count) return;
+    const uint32_t bytes = static_cast<uint32_t>(first.width) * sizeof(T),
+                   second_bytes = static_cast<uint32_t>(second.width) * sizeof(T);
+    fence_operands();
+    if (row == 0) arrive_expecting(full(stage), (bytes + second_bytes) * static_cast<uint32_t>(count));
+    copy_bulk(row_of(stage, row), first.data + (t + row) * first.stride, bytes, full(stage));
+    if (second_bytes == 0) return;
+    copy_bulk(row_of(stage, row) + ring.width, second.data + (t + row) * second.stride, second_bytes, full(stage));
+  }
+#endif
+
+  template <class Read>
+  __device__ __forceinline__ void for_each_copied(Read&& read) const {
+#ifdef NEUROADA_HOPPER
+    int stage = 0;
+    uint32_t parity = 0;
+    for (int64_t t = begin; t < end; t += ring.rows) {
+      wait(full(stage), parity);
+      const T* row = row_of(stage, 0);
+      const int32_t rows = rows_from(t);
+      NEUROADA_ROLLED
+      for (int32_t r = 0; r < rows; ++r, row += ring.row()) read(t + r, row, row + ring.width);
+      __syncthreads();  // all have read the stage
+      copy(stage, t + int64_t{ring.stages} * ring.rows);
+      if (++stage == ring.stages) {
+        stage = 0;
+        parity ^= 1;
+      }
+    }
+#endif
+  }
+};
+
+// Neighbouring neurons, whose values of a token are read or written as one.
+constexpr int kGroup = 8;
+
+// Eight values rounded to T, as they lie in memory.
+template <class T>
+__device__ __forceinline__ Quad round_group(const float (&value)[kGroup]) {
+  Quad quad;
+  NEUROADA_UNROLL
+  for (int w = 0; w < 4; ++w) {
+    uint32_t word[1];
+    round_pair<T>(value[2 * w], value[2 * w + 1], word);
+    quad.word[w] = word[0];
+  }
+  return quad;
+}
+
+// The columns of a lane's groups of neurons, of one slot, 16 bits each. Where there is no connection it is column 0.
+template <int kGroups>
+struct GroupColumns {
+  uint32_t both[kGroups][kGroup / 2];
+
+  __device__ __forceinline__ static int32_t first_neuron(int group) {
+    return kGroup * static_cast<int32_t>(group * blockDim.x + threadIdx.x);
+  }
+
+  // -1 where there is none.
+  __device__ __forceinline__ static int32_t column_of(const int32_t* index, int32_t neuron, int32_t neurons,
+                                                      int64_t d_in) {
+    const int32_t column = neuron < neurons ? index[neuron] : -1;
+    return static_cast<uint32_t>(column) < static_cast<uint32_t>(d_in) ? column : -1;
+  }
+
+  // Of `neurons` from the one on that `index` begins with.
+  __device__ __forceinline__ void load(const int32_t* index, int32_t neurons, int64_t d_in) {
+    NEUROADA_UNROLL
+    for (int group = 0; group < kGroups; ++group) {
+      NEUROADA_UNROLL
+      for (int n = 0; n < kGroup; n += 2) {
+        const int32_t neuron = first_neuron(group) + n;
+        const int32_t even = column_of(index, neuron, neurons, d_in), odd = column_of(index, neuron + 1, neurons, d_in);
+        both[group][n / 2] = static_cast<uint32_t>(even < 0 ? 0 : even) | static_cast<uint32_t>(odd < 0 ? 0 : odd)
+                                                                              << 16;
+      }
+    }
+  }
+  __device__ __forceinline__ uint32_t operator()(int group, int n) const {
+    return both[group][n / 2] >> 16 * (n % 2) & 0xffff;
+  }
+};
+
+}  // namespace neuroada::cuda
