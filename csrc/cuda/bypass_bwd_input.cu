@@ -1,6 +1,5 @@
 // The launchers of bypass_bwd_input.cuh.
 #include "bypass_bwd_input.cuh"
-#include "bypass_bwd_input_rows.h"
 #include "launch.h"
 #include "order_columns.cuh"
 
@@ -132,8 +131,6 @@ void run(const BypassBwdInput& p, const Device& device, void* stream) {
   if (entries.size(p.live) >= int64_t{1} << 29) {
     throw std::runtime_error("bypass_bwd_input: scratch for 2^29 connections or more");
   }
-  int32_t* served = reinterpret_cast<int32_t*>(p.ordered + entries.size(p.live));
-  if (!bypass_bwd_input_rows(p, served, device, stream)) served = nullptr;
   const bool places = tiles.single() || tiles.stages > 0;
   ColumnEntriesLaunch order{entries,
                             p.plan,
@@ -145,15 +142,14 @@ void run(const BypassBwdInput& p, const Device& device, void* stream) {
                             static_cast<int32_t>(entries.tiles == 1 ? p.d_out : tiles.width),
                             places ? tiles.zero : -1,
                             places,
-                            tiles.stages > 0 && p.live >= kLeastSpread * p.d_in,
-                            served};
+                            tiles.stages > 0 && p.live >= kLeastSpread * p.d_in};
   if (order.bytes(device.threads) > most_order_bytes(entries)) order.spread = false;
   launch("column_entries", column_entries_kernel, entries.positions / kWindow, entries.tiles, device.threads,
          order.bytes(device.threads), stream, order);
   const int64_t blocks = ceil_div(p.tokens, kTokens<T>), parts = parts_of(form, entries, blocks, device);
   const int64_t token_parts = std::clamp<int64_t>(device.multiprocessors / parts, 1, blocks);
   launch("bypass_bwd_input", form.kernel, parts, token_parts, form.threads, form.bytes(), stream,
-         BypassBwdInputLaunch{p, tiles, blocks, entries, form.out, form.part, served});
+         BypassBwdInputLaunch{p, tiles, blocks, entries, form.out, form.part});
 }
 
 }  // namespace
@@ -163,7 +159,7 @@ int64_t bypass_bwd_input_entries(const BypassBwdInput& p, const Device& device) 
   int64_t size = 0;
   with_element("bypass_bwd_input", p.dtype, [&](auto element) {
     using T = decltype(element);
-    size = entries_of<T>(p, form_of<T>(p, device)).size(p.live) + 1;  // and whether dx is written already
+    size = entries_of<T>(p, form_of<T>(p, device)).size(p.live);
   });
   return size;
 }

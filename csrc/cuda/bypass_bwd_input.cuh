@@ -24,8 +24,7 @@ struct BypassBwdInputLaunch {
   int64_t blocks;  // of tokens
   ColumnEntries entries;
   OutTile out;
-  int32_t part;                     // positions of a CTA whose neurons come in tiles that are copied ahead
-  const int32_t* served = nullptr;  // whether dx is written already, or null
+  int32_t part;  // positions of a CTA whose neurons come in tiles that are copied ahead
 };
 
 // Where blocks are copied ahead, connections are packed if dx's own rounding is far coarser than theirs.
@@ -251,7 +250,6 @@ __device__ __forceinline__ StagedBlocks<T, kBulk> blocks_of(const BypassBwdInput
 template <class T, bool kWhole, bool kBulk>
 __global__ void __launch_bounds__(kBulk ? 2 * kMaxThreads : kMaxThreads, 1)
     bypass_bwd_input_kernel(BypassBwdInputLaunch a) {
-  if (is_served(a.served)) return;
   const StagedBlocks<T, kBulk> blocks = blocks_of<T, kBulk>(a);
   blocks.start();
   const int64_t warps = blockDim.x / kWarp;

@@ -78,7 +78,6 @@ __device__ __forceinline__ void sum_group(const BypassBwdInputLaunch& a, const Q
 // A CTA has some of the groups and some of the blocks.
 template <class T>
 __global__ void __launch_bounds__(2 * kMaxThreads, 1) bypass_bwd_input_groups_kernel(BypassBwdInputLaunch a) {
-  if (is_served(a.served)) return;
   constexpr bool kPacked = kPacks<T>;
   const BypassBwdInput& p = a.problem;
   Quad* const out = shared_quads() + a.tiles.quads();

@@ -103,7 +103,6 @@ __device__ __forceinline__ void write_windows(const BypassBwdInputLaunch& a, con
 
 template <class T>
 __global__ void __launch_bounds__(kMaxThreads, 1) bypass_bwd_input_tiles_kernel(BypassBwdInputLaunch a) {
-  if (is_served(a.served)) return;
   constexpr bool kPacked = kPacks<T>;
   const BypassBwdInput& p = a.problem;
   const StagedBlocks<T, true> blocks = blocks_of<T, true>(a);

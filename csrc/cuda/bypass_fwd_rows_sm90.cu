@@ -4,6 +4,16 @@
 #include "row_ring.h"
 
 namespace neuroada::cuda {
+namespace {
+
+constexpr int64_t kFewStages = 6;
+
+RowsForm form_of(const BypassFwd& p, const Device& device) {
+  const int64_t threads = p.d_out <= kGroup * device.threads ? device.threads : 2 * device.threads;
+  return {p.d_out <= kGroup * threads ? 1 : 2, threads};
+}
+
+}  // namespace
 
 bool bypass_fwd_rows(const BypassFwd& p, const Device& device, void* stream) {
   const bool alone = p.base == nullptr && p.bias == nullptr;
@@ -11,9 +21,10 @@ bool bypass_fwd_rows(const BypassFwd& p, const Device& device, void* stream) {
   bool served = false;
   with_element16("bypass_fwd", p.dtype, [&](auto element) {
     using T = decltype(element);
-    const RowsForm form = RowsForm::of(p.d_out, device);
+    const RowsForm form = form_of(p, device);
     const Shares shares = form.share_out(p.d_out, p.tokens, device);
-    const BypassFwdRowsLaunch args{p, choose_ring<T>(p.d_in, 0, device), static_cast<int32_t>(shares.rows_a_part)};
+    const BypassFwdRowsLaunch args{p, choose_ring<T>(p.d_in, 0, kFewStages, device),
+                                   static_cast<int32_t>(shares.rows_a_part)};
     const T* out = static_cast<const T*>(p.out);
     const bool vectors = aligned16(out) && p.d_out % kGroup == 0 && (p.tokens <= 1 || p.out_stride % kGroup == 0);
     if (args.ring.stages < 2 || !vectors ||

@@ -65,9 +65,6 @@ struct ColumnEntries {
   __device__ __forceinline__ WeightedNeuron* heavy(uint32_t i) const { return of_tile(tiles) + i; }
 };
 
-// Whether dx is written already, by the kernel of bypass_bwd_input_rows.cuh: then nothing is left to do.
-__device__ __forceinline__ bool is_served(const int32_t* served) { return served != nullptr && *served != 0; }
-
 // A delta rounded to the bits that `mask` leaves, to nearest and to even, and the place in the others.
 __device__ __forceinline__ uint32_t pack(uint32_t place, float delta, uint32_t mask) {
   uint32_t bits = bits_of_float(delta);

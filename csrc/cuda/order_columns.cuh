@@ -14,11 +14,10 @@ struct ColumnEntriesLaunch {
   const float* delta;  // [entries]
   int64_t d_in, live;
   uint32_t entries, k;
-  int32_t width;                    // of a tile of the neurons
-  int32_t absent;                   // what stands for a neuron where there is no connection
-  bool places;                      // in their tile, instead of neurons
-  bool spread;                      // light columns' connections are spread over the banks
-  const int32_t* served = nullptr;  // whether nobody will read them, or null
+  int32_t width;   // of a tile of the neurons
+  int32_t absent;  // what stands for a neuron where there is no connection
+  bool places;     // in their tile, instead of neurons
+  bool spread;     // light columns' connections are spread over the banks
 
   // Of shared memory: for each connection of a CTA's columns a bank and a turn.
   int64_t bytes(int64_t threads) const {
@@ -151,7 +150,6 @@ __device__ __forceinline__ void keep_tile(const ColumnEntriesLaunch& a, const So
 // A CTA has kWindow positions and a tile of the neurons, and a warp every so many-th connection of its columns. The
 // first of each is on its way while what is loaded of all is spread.
 __global__ static void __launch_bounds__(kMaxThreads, 2) column_entries_kernel(ColumnEntriesLaunch a) {
-  if (is_served(a.served)) return;
   constexpr int kEach = kWindow / kWarp;
   const int lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp, warps = blockDim.x / kWarp;
   const int32_t from = static_cast<int32_t>(blockIdx.x) * kWindow;

@@ -25,14 +25,30 @@ struct CutlassElement<Half> {
   using type = cutlass::half_t;
 };
 
-// Pingpong: a warpgroup has a tile of 128 x 128 sums of its own, and adds what is there and stores while the other one
-// multiplies. A pair of CTAs shares one copy of the tile of x. Two warpgroups that share a tile of 128 x 256 read fewer
-// bytes a product, and take up to 9 % longer, since both wait for the end of each tile.
-template <class T, bool kRowsOfRight>
+// How two warpgroups have the tiles of sums. Each its own of 128 x 128: it adds what is there and stores while the
+// other one multiplies (pingpong).
+struct OwnTiles {
+  static constexpr int kColumns = 128, kRowPair = 1, kColumnPair = 2;  // CTAs of a pair, which share a tile of x
+  using EpilogueSchedule = cutlass::epilogue::TmaWarpSpecialized;
+  using Schedule = cutlass::gemm::KernelTmaWarpSpecializedPingpong;
+};
+
+// Or one of 128 x 256 together: no tile whose sums fit into registers reads fewer bytes a product, but both wait at its
+// end.
+struct SharedTile {
+  static constexpr int kColumns = 256, kRowPair = 2, kColumnPair = 1;  // a pair shares a tile of W
+  using EpilogueSchedule = cutlass::epilogue::TmaWarpSpecializedCooperative;
+  using Schedule = cutlass::gemm::KernelTmaWarpSpecializedCooperative;
+};
+
+// Products of a sum from which on the end of a tile counts for less than the bytes: measured at 4096 and 14336.
+constexpr int64_t kLongSum = 8192;
+
+template <class T, bool kRowsOfRight, class Form>
 struct OntoProduct {
   using Element = typename CutlassElement<T>::type;
-  using Tile = cute::Shape<cute::_128, cute::_128, cute::_64>;
-  using Cluster = cute::Shape<cute::_1, cute::_2, cute::_1>;
+  using Tile = cute::Shape<cute::_128, cute::Int<Form::kColumns>, cute::_64>;
+  using Cluster = cute::Shape<cute::Int<Form::kRowPair>, cute::Int<Form::kColumnPair>, cute::_1>;
   using RowMajor = cutlass::layout::RowMajor;
   using Right = std::conditional_t<kRowsOfRight, RowMajor, cutlass::layout::ColumnMajor>;
   static constexpr int kAligned = 8;  // elements, 16 bytes
@@ -41,19 +57,19 @@ struct OntoProduct {
   // one by one, so that they may lie anywhere.
   using Sum = cutlass::epilogue::fusion::LinCombPerColBias<Element, float, Element, Element, float, 1>;
 
-  // onto is C and D at once. A CTA stores a part of a tile, 64 x 32, only after all of that part has been read, no
-  // other CTA reads or writes it, and what is read ahead are other parts. C and D share their shared memory as well
+  // onto is C and D at once. A CTA stores a part of a tile only after all of that part has been read, no other CTA
+  // reads or writes it, and what is read ahead are other parts. C and D share their shared memory as well
   // (ReuseSmemC): a part is summed where it was copied to, and copied over only once its store has been read from
   // there.
   using Epilogue = typename cutlass::epilogue::collective::CollectiveBuilder<
       cutlass::arch::Sm90, cutlass::arch::OpClassTensorOp, Tile, Cluster,
       cutlass::epilogue::collective::EpilogueTileAuto, float, float, Element, RowMajor, kAligned, Element, RowMajor,
-      kAligned, cutlass::epilogue::TmaWarpSpecialized, Sum>::CollectiveOp;
+      kAligned, typename Form::EpilogueSchedule, Sum>::CollectiveOp;
   using Stages =
       cutlass::gemm::collective::StageCountAutoCarveout<static_cast<int>(sizeof(typename Epilogue::SharedStorage))>;
   using Mainloop = typename cutlass::gemm::collective::CollectiveBuilder<
       cutlass::arch::Sm90, cutlass::arch::OpClassTensorOp, Element, RowMajor, kAligned, Element, Right, kAligned, float,
-      Tile, Cluster, Stages, cutlass::gemm::KernelTmaWarpSpecializedPingpong>::CollectiveOp;
+      Tile, Cluster, Stages, typename Form::Schedule>::CollectiveOp;
 
   using Kernel = cutlass::gemm::kernel::GemmUniversal<cute::Shape<int, int, int, int>, Mainloop, Epilogue,
                                                       cutlass::gemm::PersistentScheduler>;
@@ -63,28 +79,29 @@ struct OntoProduct {
 };
 
 // In place of CUTLASS's own entry point, which has all of its types in its name.
-template <class T, bool kRowsOfRight>
-__global__ void __launch_bounds__(OntoProduct<T, kRowsOfRight>::Kernel::MaxThreadsPerBlock, 1)
-    product_onto_sm90_kernel(const __grid_constant__ typename OntoProduct<T, kRowsOfRight>::Params params) {
+template <class T, bool kRowsOfRight, class Form>
+__global__ void __launch_bounds__(OntoProduct<T, kRowsOfRight, Form>::Kernel::MaxThreadsPerBlock, 1)
+    product_onto_sm90_kernel(const __grid_constant__ typename OntoProduct<T, kRowsOfRight, Form>::Params params) {
   extern __shared__ __align__(1024) char neuroada_onto_shared[];
-  typename OntoProduct<T, kRowsOfRight>::Kernel()(params, neuroada_onto_shared);
+  typename OntoProduct<T, kRowsOfRight, Form>::Kernel()(params, neuroada_onto_shared);
 }
 
 namespace {
 
 // Tiles go in strips of up to 8, so that the CTAs which run at once share both operands in the L2 cache. Sizes that the
 // strips do not divide would be filled up with tiles of zeros, which take as long as any.
+template <class Form>
 int strip_of(const Operand& onto) {
-  const int64_t rows = ceil_div(onto.rows, 128), column_pairs = ceil_div(onto.columns, 2 * 128);
+  const int64_t rows = ceil_div(onto.rows, Form::kRowPair * 128),
+                columns = ceil_div(onto.columns, Form::kColumnPair * Form::kColumns);
   int strip = 8;
-  while (rows % strip != 0 || column_pairs % strip != 0) strip /= 2;
+  while (rows % strip != 0 || columns % strip != 0) strip /= 2;
   return strip;
 }
 
-template <class T, bool kRowsOfRight>
-typename OntoProduct<T, kRowsOfRight>::Kernel::Arguments arguments_of(const OntoOperands& operands, const void* bias,
-                                                                      const Device& device) {
-  using Product = OntoProduct<T, kRowsOfRight>;
+template <class T, bool kRowsOfRight, class Form>
+auto arguments_of(const OntoOperands& operands, const void* bias, const Device& device) {
+  using Product = OntoProduct<T, kRowsOfRight, Form>;
   using Element = typename Product::Element;
   typename Product::Kernel::StrideA left{};
   typename Product::Kernel::StrideB right{};
@@ -106,13 +123,15 @@ typename OntoProduct<T, kRowsOfRight>::Kernel::Arguments arguments_of(const Onto
   args.epilogue.thread.bias_ptr = static_cast<const Element*>(bias);
   // Known, so that CUTLASS asks no device.
   args.hw_info.sm_count = static_cast<int>(device.multiprocessors);
-  args.scheduler.max_swizzle_size = strip_of(operands.onto);
-  args.scheduler.raster_order = Product::Kernel::TileScheduler::RasterOrderOptions::AlongM;
+  args.scheduler.max_swizzle_size = strip_of<Form>(operands.onto);
+  if (std::is_same_v<Form, OwnTiles>) {
+    args.scheduler.raster_order = Product::Kernel::TileScheduler::RasterOrderOptions::AlongM;
+  }
   return args;
 }
 
 // In pairs of CTAs, which launch.h does not know.
-template <class Params>
+template <class Form, class Params>
 void launch_pairs(const char* name, void (*kernel)(Params), dim3 grid, dim3 threads, int shared, void* stream,
                   Params& params) {
   const void* function = reinterpret_cast<const void*>(kernel);
@@ -120,8 +139,8 @@ void launch_pairs(const char* name, void (*kernel)(Params), dim3 grid, dim3 thre
         cudaFuncSetAttribute(function, cudaFuncAttributeMaxDynamicSharedMemorySize, shared));
   cudaLaunchAttribute cluster{};
   cluster.id = cudaLaunchAttributeClusterDimension;
-  cluster.val.clusterDim.x = 1;
-  cluster.val.clusterDim.y = 2;
+  cluster.val.clusterDim.x = Form::kRowPair;
+  cluster.val.clusterDim.y = Form::kColumnPair;
   cluster.val.clusterDim.z = 1;
   cudaLaunchConfig_t config{};
   config.gridDim = grid;
@@ -134,17 +153,17 @@ void launch_pairs(const char* name, void (*kernel)(Params), dim3 grid, dim3 thre
   check(name, "cudaLaunchKernelExC", cudaLaunchKernelExC(&config, function, arguments));
 }
 
-template <class T, bool kRowsOfRight>
+template <class T, bool kRowsOfRight, class Form>
 void run(const char* name, const OntoOperands& operands, const void* bias, const Device& device, void* stream) {
-  using Kernel = typename OntoProduct<T, kRowsOfRight>::Kernel;
-  const auto args = arguments_of<T, kRowsOfRight>(operands, bias, device);
+  using Kernel = typename OntoProduct<T, kRowsOfRight, Form>::Kernel;
+  const auto args = arguments_of<T, kRowsOfRight, Form>(operands, bias, device);
   if (!Kernel::can_implement(args) || Kernel::get_workspace_size(args) != 0) {
     throw std::runtime_error(std::string(name) + ": CUTLASS cannot run this product");
   }
   // Where the driver cannot encode an operand's layout CUTLASS only prints that: what there is to refuse is checked.
   auto params = Kernel::to_underlying_arguments(args, nullptr);
-  launch_pairs(name, product_onto_sm90_kernel<T, kRowsOfRight>, Kernel::get_grid_shape(params),
-               Kernel::get_block_shape(), Kernel::SharedStorageSize, stream, params);
+  launch_pairs<Form>(name, product_onto_sm90_kernel<T, kRowsOfRight, Form>, Kernel::get_grid_shape(params),
+                     Kernel::get_block_shape(), Kernel::SharedStorageSize, stream, params);
 }
 
 }  // namespace
@@ -153,7 +172,9 @@ template <bool kForward>
 void product_onto(const char* name, const ProductOnto& p, const Device& device, void* stream) {
   const OntoOperands operands = checked_onto_operands(name, p, kForward);
   with_element16(name, p.dtype, [&](auto element) {
-    run<decltype(element), !kForward>(name, operands, kForward ? p.bias : nullptr, device, stream);
+    using T = decltype(element);
+    const auto run_as = operands.left.columns < kLongSum ? run<T, !kForward, OwnTiles> : run<T, !kForward, SharedTile>;
+    run_as(name, operands, kForward ? p.bias : nullptr, device, stream);
   });
 }
 

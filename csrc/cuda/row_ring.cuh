@@ -39,15 +39,6 @@ struct TokenRows {
   RowsOf<T> first, second;
   int64_t begin, end;
 
-  // Fills what the ring has for the second matrix with zeros, where nothing is copied there; before `start`.
-  __device__ __forceinline__ void clear_second() const {
-#ifdef NEUROADA_HOPPER
-    for (int32_t i = threadIdx.x; i < ring.stages * ring.rows * ring.second_width; i += blockDim.x) {
-      row_of(0, i / ring.second_width)[ring.width + i % ring.second_width] = T{};
-    }
-#endif
-  }
-
   // Has the first stages on their way.
   __device__ __forceinline__ void start() const {
 #ifdef NEUROADA_HOPPER
@@ -124,19 +115,6 @@ struct TokenRows {
 
 // Neighbouring neurons, whose values of a token are read or written as one.
 constexpr int kGroup = 8;
-
-// Eight values rounded to T, as they lie in memory.
-template <class T>
-__device__ __forceinline__ Quad round_group(const float (&value)[kGroup]) {
-  Quad quad;
-  NEUROADA_UNROLL
-  for (int w = 0; w < 4; ++w) {
-    uint32_t word[1];
-    round_pair<T>(value[2 * w], value[2 * w + 1], word);
-    quad.word[w] = word[0];
-  }
-  return quad;
-}
 
 // The columns of a lane's groups of neurons, of one slot, 16 bits each. Where there is no connection it is column 0.
 template <int kGroups>

@@ -34,7 +34,7 @@ __device__ __forceinline__ void load_group(float (&value)[kGroup], const T* row,
 
 // A lane has kGroups groups of neurons.
 template <class T, int kGroups, bool kBulk>
-__global__ void __launch_bounds__(2 * kMaxThreads, 1) sddmm_rows_kernel(SddmmRowsLaunch a) {
+__global__ void __launch_bounds__(kMaxThreads, 1) sddmm_rows_kernel(SddmmRowsLaunch a) {
   using Columns = GroupColumns<kGroups>;
   const Sddmm& p = a.problem;
   const int64_t first_neuron = int64_t{blockIdx.x} * a.neurons_a_part, left = p.d_out - first_neuron;

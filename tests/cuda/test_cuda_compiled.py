@@ -103,8 +103,14 @@ _INSTRUCTIONS = (
 PATCHED, ONTO = PRODUCTS = ("linear_patched_sm90_kernel", "product_onto_sm90_kernel")
 
 
+#: Its two forms, by how warpgroups have tiles, and the columns of a product of theirs.
+COLUMNS = {"OwnTiles": 128, "SharedTile": 256}
+
 #: dx where it writes columns together.
 GROUPS = "bypass_bwd_input_groups_kernel"
+
+#: What reads rows as they lie, of one slot.
+ROWS = ("bypass_fwd_rows_kernel", "sddmm_rows_kernel")
 
 
 def has_bulk_copies(name: str) -> bool:
@@ -116,16 +122,16 @@ def has_bulk_copies(name: str) -> bool:
 
 
 def is_for_sm90(name: str) -> bool:
-    return name.startswith((*PRODUCTS, "block_entries_kernel")) or has_bulk_copies(name)
+    return name.startswith((*PRODUCTS, *ROWS, "block_entries_kernel")) or has_bulk_copies(name)
 
 
 def test_every_kernel_is_compiled_for_every_arch_that_it_is_for():
     names = {key.partition(" ")[2] for key in resources()}
     # Staged ones, their helpers, merge, columns; for sm_90a staged ones with blocks that are
-    # copied ahead, products each way and their helper.
-    products = 2 if BUILD["cutlass"] and "90a" in ARCHS else 1
-    bulk = 2 * (4 + 10 + 3)
-    assert len(names) == 3 * (5 + 5 + 2) + 2 + 3 * 4 + 2 + bulk + products * 2 * 2 + 1
+    # copied ahead, of one slot with rows, products each way and their helper.
+    products = 1 + len(COLUMNS) if BUILD["cutlass"] and "90a" in ARCHS else 1
+    bulk, rows = 2 * (4 + 10 + 3), 2 * (2 + 3 * 2)
+    assert len(names) == 3 * (5 + 5 + 2) + 2 + 3 * 4 + 2 + bulk + rows + products * 2 * 2 + 1
     assert set(resources()) == {
         f"sm_{arch} {name}"
         for arch in ARCHS
@@ -156,10 +162,11 @@ def test_every_kernel_launches_with_the_threads_of_a_cta():
 
 
 def product_of(name: str) -> str:
-    """wgmma in the largest shape, with W's rows along the sum in dx."""
+    """wgmma in the largest shape of a tile, with W's rows along the sum in dx."""
     bfloat16 = ".BF16" if "BFloat16" in name else ""
     rows_of_w = "" if "false" in name else ".tnspB"
-    return f"HGMMA.64x256x16.F32{bfloat16}{rows_of_w}"
+    columns = next((columns for form, columns in COLUMNS.items() if form in name), 256)
+    return f"HGMMA.64x{columns}x16.F32{bfloat16}{rows_of_w}"
 
 
 @pytest.mark.skipif("90a" not in ARCHS, reason="nvcc does not know sm_90a")
@@ -169,7 +176,7 @@ def test_products_for_sm90_are_made_by_the_hardware_for_them(product):
     if product == ONTO and not BUILD["cutlass"]:
         pytest.skip("built without CUTLASS")
     kernels = {n: used for n, used in instructions("90a").items() if n.startswith(product)}
-    assert len(kernels) == 4
+    assert len(kernels) == 4 * (len(COLUMNS) if product == ONTO else 1)
     for name, used in kernels.items():
         assert {i for i in used if i.startswith("HGMMA")} == {product_of(name)}, name
         parts = {i.partition(".")[0] for i in used}
@@ -177,7 +184,7 @@ def test_products_for_sm90_are_made_by_the_hardware_for_them(product):
         if product == PATCHED:
             assert "STG.E.128" in used, "y goes in 16 bytes a lane"
         else:
-            assert "UTMALDG.3D.MULTICAST" in used, "a pair of CTAs has one copy of a tile of W"
+            assert "UTMALDG.3D.MULTICAST" in used, "a pair of CTAs has one copy of a tile"
             assert {i for i in used if i.startswith("UTMASTG")} == {"UTMASTG.3D"}, name
             assert not [i for i in used if i.startswith("STG")], "y goes by TMA alone"
 
@@ -185,7 +192,7 @@ def test_products_for_sm90_are_made_by_the_hardware_for_them(product):
 @every_arch
 def test_staged_columns_are_read_and_written_sixteen_bytes_at_a_time(arch):
     staged = {name: used for name, used in instructions(arch).items() if "<" in name}
-    others = ("merge", "columns", *PRODUCTS)
+    others = ("merge", "columns", *PRODUCTS, *ROWS)
     staged = {name: used for name, used in staged.items() if not name.startswith(others)}
     assert len(staged) == 36 + 34 * (arch == "90a")
     for name, used in staged.items():
@@ -200,6 +207,17 @@ def test_staged_columns_are_read_and_written_sixteen_bytes_at_a_time(arch):
         }, name
         assert bulk or "LDG.E.64" in {i.replace(".CONSTANT", "") for i in used}, name
         assert bulk == any(i.startswith("UBLKCP") for i in used), name
+
+
+@pytest.mark.skipif("90a" not in ARCHS, reason="nvcc does not know sm_90a")
+def test_rows_are_copied_as_they_lie_and_read_value_by_value():
+    kernels = {n: used for n, used in instructions("90a").items() if n.startswith(ROWS)}
+    for name, used in kernels.items():
+        copied = name.startswith(ROWS[0]) or "true" in name
+        assert copied == any(i.startswith("UBLKCP") for i in used), name
+        assert ("LDS.U16" if copied else "LDG.E.U16") in used, name
+        wide = "STG.E.128" if name.startswith(ROWS[0]) else "LDS.128" if copied else "LDG.E.128"
+        assert wide in used, f"{name}: eight neurons at a time"
 
 
 @every_arch

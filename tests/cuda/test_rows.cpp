@@ -1,6 +1,5 @@
-// The bypass, its dx and its SDDMM of one slot by the kernels with rings of rows: what the formula says, with the same
+// The bypass and the SDDMM of one slot by the kernels with rings of rows: what the formula says, with the same
 // bits however x lies in memory, and what is not finite where it belongs.
-#include "cuda/bypass_bwd_input_rows.h"
 #include "cuda/hopper.cuh"
 #include "cuda/sddmm_rows.h"
 #include "nonfinite.h"
@@ -135,68 +134,6 @@ void the_bypass_has_the_bits_of_any_other_kernel() {
 }
 
 template <class T>
-Matrix<T> grad_x_of(const Problem<T>& problem, const Device& device) {
-  const Case& c = problem.shape;
-  Matrix<T> out(c.tokens, c.d_in, c.gap);
-  const std::vector<int32_t> plan = make_plan(problem.index, c.d_in);
-  const int64_t live = static_cast<int64_t>(plan.size()) - neuroada::plan_size(c.d_in, 0);
-  run_bypass_bwd_input({dtype_of<T>(), c.tokens, c.d_in, c.d_out, c.k, problem.grad.data(), problem.grad.stride(),
-                        plan.data(), live, problem.delta.data(), nullptr, out.data(), out.stride()},
-                       device);
-  return out;
-}
-
-// Whether the kernel with a ring would serve, of a plan that it may find too uneven.
-template <class T>
-bool asks_for_rows(const Problem<T>& problem, const Device& device) {
-  const Case& c = problem.shape;
-  Matrix<T> out(c.tokens, c.d_in, c.gap);
-  const std::vector<int32_t> plan = make_plan(problem.index, c.d_in);
-  const int64_t live = static_cast<int64_t>(plan.size()) - neuroada::plan_size(c.d_in, 0);
-  int32_t served = -1;
-  const bool launched = cuda::bypass_bwd_input_rows(
-      {dtype_of<T>(), c.tokens, c.d_in, c.d_out, c.k, problem.grad.data(), problem.grad.stride(), plan.data(), live,
-       problem.delta.data(), nullptr, out.data(), out.stride()},
-      &served, device, nullptr);
-  CHECK(!launched || served == 0 || served == 1, c.name() + ": says nothing");
-  return launched && served == 1;
-}
-
-// As few neurons to a column as one slot is enough for, up to so many that most columns have a list; more than a group
-// a lane; columns that far more neurons chose than others, which are left to the general kernels.
-template <class T>
-void dx_has_the_formula_s_sums() {
-  struct Form {
-    int64_t d_in, d_out;
-    bool rows;
-  };
-  uint64_t seed = 300;
-  for (const Form& form : {Form{256, 64, true}, Form{128, 136, true}, Form{256, 520, true}, Form{128, 504, true},
-                           Form{512, 128, true}, Form{1024, 256, true}, Form{512, 520, true}, Form{128, 800, false},
-                           Form{512, 1800, false}, Form{250, 64, false}, Form{120, 64, false}, Form{1032, 64, false}}) {
-    for (int64_t tokens : {1, 9, 70}) {
-      for (IndexKind kind : {IndexKind::distinct, IndexKind::ragged, IndexKind::one_column}) {
-        ++seed;
-        const Case c{tokens, form.d_in, form.d_out, 1, kind, false, Base::none, seed % 3 ? 0 : 8};
-        Random random(seed);
-        const Problem<T> problem(c, random);
-        const std::string where = std::string(dtype_name<T>()) + ", " + c.name();
-        for (int64_t bytes : {40 << 10, 64 << 10}) {
-          const Device device = device_of(bytes);
-          check_rounded(grad_x_of(problem, device), reference(problem).grad_x, where);
-          if (kind != IndexKind::one_column && kind != IndexKind::ragged) {
-            CHECK(asks_for_rows(problem, device) == form.rows, where + ": by another kernel");
-          }
-          if (kind == IndexKind::one_column && form.d_out > 64) {
-            CHECK(!asks_for_rows(problem, device), where + ": a column of all neurons");
-          }
-        }
-      }
-    }
-  }
-}
-
-template <class T>
 void what_is_not_finite_stays_where_it_belongs() {
   Random random(4);
   Problem<T> problem({33, 72, 136, 1, IndexKind::ragged}, random);
@@ -208,11 +145,6 @@ void what_is_not_finite_stays_where_it_belongs() {
   bool copied;
   check_rounded(forward(problem, device_of(8 << 10), copied).out, reference(problem).out, dtype_name<T>());
   CHECK(copied, "the bypass by another kernel");
-  Problem<T> wide({33, 136, 136, 1, IndexKind::distinct}, random);
-  for (int64_t j = 0; j < 136; j += 23) put(wide.grad, j % 33, j, j % 2 ? kInf : -kInf);
-  put(wide.grad, 32, 70, kNaN);
-  CHECK(asks_for_rows(wide, device_of(64 << 10)), "dx by another kernel");
-  check_rounded(grad_x_of(wide, device_of(64 << 10)), reference(wide).grad_x, dtype_name<T>());
 }
 
 }  // namespace
@@ -223,9 +155,6 @@ int main() {
   how_x_lies_changes_no_bit();
   the_bypass_has_the_bits_of_any_other_kernel<BFloat16>();
   the_bypass_has_the_bits_of_any_other_kernel<Half>();
-  dx_has_the_formula_s_sums<BFloat16>();
-  dx_has_the_formula_s_sums<Half>();
-  check_garbage_plans<BFloat16>({9, 128, 136, 1}, {"a ring of rows", device_of(64 << 10)});
   what_it_is_for();
   what_is_not_finite_stays_where_it_belongs<BFloat16>();
   what_is_not_finite_stays_where_it_belongs<Half>();
