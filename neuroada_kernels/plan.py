@@ -229,7 +229,8 @@ def chosen_columns(indices: Iterable[Tensor], d_in: int) -> Tensor:
     """The columns that any of some checked indices names, int32, in rising order.
 
     At least one, so that a matrix of them is never without columns. Up to seven that no index names
-    fill them up to a multiple of 8, where ``d_in`` is one: GPUs copy rows of 16 bits in such units.
+    fill them up to a multiple of 8, where ``d_in`` is one and some are left out all the same: GPUs
+    copy rows of 16 bits in such units.
     """
     columns = [index[index >= 0] for index in indices]
     chosen = torch.zeros(d_in, dtype=torch.bool, device=columns[0].device)

@@ -65,7 +65,7 @@ __global__ void __launch_bounds__(2 * kMaxThreads, 1) bypass_fwd_rows_kernel(Byp
       float value[kGroup];
       NEUROADA_UNROLL
       for (int n = 0; n < kGroup; ++n) {
-        value[n] = 0.0f + delta[group][n] * to_float(*in_row(x, columns(group, n)));  // no zero has a sign
+        value[n] = 0.0f + delta[group][n] * to_float(*in_row(x, columns(group, n)));  // as others add to zero
       }
       if (connected[group] != 0xff) {  // hardly ever
         NEUROADA_UNROLL

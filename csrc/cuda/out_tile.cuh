@@ -30,7 +30,7 @@ __device__ __forceinline__ Quad rounded_quad(const float (&sum)[kTokens<T>]) {
 // Four neighbouring columns of the tile to 8 bytes of each of `rows` rows, from `out` on.
 template <class T>
 __device__ __forceinline__ void write_four(const Quad* tile, int32_t column, T* out, int64_t row_stride, int32_t rows) {
-  const int32_t first = place(column);  // a multiple of 4, as column is
+  const int32_t first = place(column);  // q columns on, of up to 3, the place is first ^ q
   Quad quad[4];
   NEUROADA_UNROLL
   for (int q = 0; q < 4; ++q) quad[q] = tile[first ^ q];

@@ -16,7 +16,7 @@ struct RowsForm {
   }
 };
 
-// Whether so few columns can be named by 16 bits, and so many neurons give most lanes work.
+// Whether so few columns can be named by 16 bits, and so many neurons give half of the lanes work at least.
 inline bool suits_rows(int64_t d_in, int64_t d_out, const Device& device) {
   return device.bulk_copies && d_in > 0 && d_in <= UINT16_MAX && 2 * d_out >= kGroup * device.threads;
 }

@@ -35,7 +35,8 @@ KernelOf<SddmmRowsLaunch> kernel_of(int64_t groups, bool copied) {
 
 int64_t sddmm_rows_parts(const Sddmm& p, const Device& device) {
   const int64_t d_in = std::max(p.d_in, p.whole_d_in);
-  if (p.dtype == DType::f32 || p.k != 1 || p.tokens == 0 || !suits_rows(d_in, p.d_out, device)) return 0;
+  if (p.dtype == DType::f32 || p.k != 1 || p.tokens == 0 || p.d_in == 0) return 0;
+  if (!suits_rows(d_in, p.d_out, device)) return 0;
   const Shares shares = share_out(p, device);
   return choose_ring<BFloat16>(d_in, shares.rows_a_part, kFewStages, device).stages >= 2 ? shares.token_parts : 0;
 }

@@ -103,7 +103,7 @@ struct Rows {
     }
   }
   __device__ __forceinline__ void store(Quad* tile, int32_t column) const {
-    const int32_t first = place(made_anew(column));  // a multiple of kColumns, as column is
+    const int32_t first = place(made_anew(column));  // q columns on, within kColumns, the place is first ^ q
     NEUROADA_UNROLL
     for (int q = 0; q < kColumns; ++q) tile[first ^ q] = transposed<T>(row, q);
   }

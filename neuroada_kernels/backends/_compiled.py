@@ -138,8 +138,7 @@ def bypass_backward(
     if output_mask[1]:
         grad_delta = C.sddmm.default(grad, x, index.contiguous()).to(delta.dtype)
     if output_mask[0]:
-        if plan is None:
-            plan = make_plan(index, x.shape[1])
+        plan = make_plan(index, x.shape[1]) if plan is None else plan.contiguous()
         grad_x = grad.new_empty(x.shape)
         C.bypass_bwd_input.default(grad, plan, wide(delta, grad), None, grad_x)
     return grad_x, grad_delta

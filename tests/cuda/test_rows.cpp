@@ -86,6 +86,7 @@ void what_it_is_for() {
   CHECK(parts_of(DType::bf16, {33, 64, 128, 2}, device) == 0, "two slots");
   CHECK(parts_of(DType::bf16, {33, 64, 120, 1}, device) == 0, "few neurons");
   CHECK(parts_of(DType::bf16, {0, 64, 128, 1}, device) == 0, "no tokens");
+  CHECK(parts_of(DType::bf16, {33, 0, 128, 1}, device, 64) == 0, "no column of 64");
   CHECK(parts_of(DType::bf16, c, device_of(4096, false)) == 0, "a device without copies");
   CHECK(parts_of(DType::bf16, c, device_of(64 + 2 * 384)) > 0, "just two rows");
   CHECK(parts_of(DType::bf16, c, device_of(63 + 2 * 384)) == 0, "not quite two rows");
