@@ -22,8 +22,8 @@ from neuroada_kernels._tracing import has_no_values, is_recorded
 
 SPLITS = 64
 
-#: Of columns: 16 bytes in 16 bits.
-_MULTIPLE = 8
+#: Of columns: 16 bytes in 16 bits. Fewer than so many columns of x are few enough as they are.
+_MULTIPLE, _FEW = 8, 1024
 
 
 def check_index(index: Tensor, d_in: int) -> int:
@@ -229,8 +229,8 @@ def chosen_columns(indices: Iterable[Tensor], d_in: int) -> Tensor:
     """The columns that any of some checked indices names, int32, in rising order.
 
     At least one, so that a matrix of them is never without columns. Up to seven that no index names
-    fill them up to a multiple of 8, where ``d_in`` is one and some are left out all the same: GPUs
-    copy rows of 16 bits in such units.
+    fill them up to a multiple of 8, where ``d_in`` is one, from 1024 on, and some are left out all
+    the same: GPUs copy rows of 16 bits in such units.
     """
     columns = [index[index >= 0] for index in indices]
     chosen = torch.zeros(d_in, dtype=torch.bool, device=columns[0].device)
@@ -245,7 +245,7 @@ def chosen_columns(indices: Iterable[Tensor], d_in: int) -> Tensor:
 def filled_up(count: int, d_in: int) -> int:
     """So many columns of x are kept where ``count`` were chosen."""
     filled = -(-count // _MULTIPLE) * _MULTIPLE
-    return filled if filled < d_in and d_in % _MULTIPLE == 0 else count
+    return filled if filled < d_in and d_in % _MULTIPLE == 0 and d_in >= _FEW else count
 
 
 def renumber(index: Tensor, columns: Tensor) -> Tensor:

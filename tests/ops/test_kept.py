@@ -31,11 +31,16 @@ def kept_of(inputs: Inputs) -> tuple[Tensor, Tensor]:
 @pytest.mark.parametrize(
     ("d_in", "chosen", "kept"),
     [
-        (64, [3, 9, 40], [0, 1, 2, 3, 4, 5, 9, 40]),  # filled up to 8
-        (64, list(range(8, 24)), list(range(8, 24))),  # 16 already
-        (66, [3, 9, 40], [3, 9, 40]),  # rows of x are no multiple either
-        (16, list(range(1, 11)), list(range(1, 11))),  # all of x would be no copy of some of it
-        (64, [], list(range(8))),
+        (1024, [3, 9, 40], [0, 1, 2, 3, 4, 5, 9, 40]),  # filled up to 8
+        (1024, list(range(8, 24)), list(range(8, 24))),  # 16 already
+        (1026, [3, 9, 40], [3, 9, 40]),  # rows of x are no multiple either
+        (
+            1024,
+            list(range(1, 1018)),
+            list(range(1, 1018)),
+        ),  # all of x would be no copy of some of it
+        (1024, [], list(range(8))),
+        (1016, [3, 9, 40], [3, 9, 40]),  # few
     ],
 )
 def test_columns_fill_units_of_eight(d_in, chosen, kept):
