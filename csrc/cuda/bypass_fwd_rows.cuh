@@ -15,19 +15,6 @@ struct BypassFwdRowsLaunch {
   int32_t neurons_a_part;  // a multiple of kGroup
 };
 
-// Eight values rounded to T, as they lie in memory.
-template <class T>
-__device__ __forceinline__ Quad round_group(const float (&value)[kGroup]) {
-  Quad quad;
-  NEUROADA_UNROLL
-  for (int w = 0; w < 4; ++w) {
-    uint32_t word[1];
-    round_pair<T>(value[2 * w], value[2 * w + 1], word);
-    quad.word[w] = word[0];
-  }
-  return quad;
-}
-
 // A lane has kGroups groups of neurons. A slot without a connection has a delta that is not read, of an x that may be
 // anything: what it adds is chosen to be zero.
 template <class T, int kGroups>
@@ -71,7 +58,7 @@ __global__ void __launch_bounds__(2 * kMaxThreads, 1) bypass_fwd_rows_kernel(Byp
         NEUROADA_UNROLL
         for (int n = 0; n < kGroup; ++n) value[n] = connected[group] >> n & 1 ? value[n] : 0.0f;
       }
-      store16(in_row(out + t * p.out_stride, static_cast<uint32_t>(first)), round_group<T>(value));
+      store16(in_row(out + t * p.out_stride, static_cast<uint32_t>(first)), rounded_quad<T>(value));
     }
   });
 }

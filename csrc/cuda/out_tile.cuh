@@ -14,19 +14,6 @@ struct OutTile {
   __host__ __device__ int64_t bytes() const { return int64_t{width} * 16; }
 };
 
-template <class T>
-__device__ __forceinline__ Quad rounded_quad(const float (&sum)[kTokens<T>]) {
-  static_assert(sizeof(T) == 2);
-  Quad quad;
-  NEUROADA_UNROLL
-  for (int w = 0; w < 4; ++w) {
-    uint32_t word[1];
-    round_pair<T>(sum[2 * w], sum[2 * w + 1], word);
-    quad.word[w] = word[0];
-  }
-  return quad;
-}
-
 // Four neighbouring columns of the tile to 8 bytes of each of `rows` rows, from `out` on.
 template <class T>
 __device__ __forceinline__ void write_four(const Quad* tile, int32_t column, T* out, int64_t row_stride, int32_t rows) {

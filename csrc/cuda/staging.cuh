@@ -235,6 +235,20 @@ __device__ __forceinline__ void for_each_block(const Tiles& tiles, const T* x, i
   }
 }
 
+// Eight sums rounded to 16 bits, as they lie in memory.
+template <class T>
+__device__ __forceinline__ Quad rounded_quad(const float (&sum)[kTokens<T>]) {
+  static_assert(sizeof(T) == 2);
+  Quad quad;
+  NEUROADA_UNROLL
+  for (int w = 0; w < 4; ++w) {
+    uint32_t word[1];
+    round_pair<T>(sum[2 * w], sum[2 * w + 1], word);
+    quad.word[w] = word[0];
+  }
+  return quad;
+}
+
 // sum[v] += weight * (the staged column)[v]
 template <class T>
 __device__ __forceinline__ void add_column(float (&sum)[kTokens<T>], float weight, const Quad& column) {
