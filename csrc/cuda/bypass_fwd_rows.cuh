@@ -21,8 +21,7 @@ template <class T, int kGroups>
 __global__ void __launch_bounds__(2 * kMaxThreads, 1) bypass_fwd_rows_kernel(BypassFwdRowsLaunch a) {
   using Columns = GroupColumns<kGroups>;
   const BypassFwd& p = a.problem;
-  const int64_t first_neuron = int64_t{blockIdx.x} * a.neurons_a_part, left = p.d_out - first_neuron;
-  const int32_t neurons = left < a.neurons_a_part ? static_cast<int32_t>(left) : a.neurons_a_part;
+  const auto [first_neuron, neurons] = NeuronPart::of_cta(a.neurons_a_part, p.d_out);
   const TokenRows<T, true> tokens{a.ring,
                                   {static_cast<const T*>(p.x), p.x_stride, static_cast<int32_t>(p.d_in)},
                                   {},

@@ -116,6 +116,17 @@ struct TokenRows {
 // Neighbouring neurons, whose values of a token are read or written as one.
 constexpr int kGroup = 8;
 
+// The neurons of a CTA.
+struct NeuronPart {
+  int64_t first;
+  int32_t count;
+
+  __device__ __forceinline__ static NeuronPart of_cta(int32_t neurons_a_part, int64_t all) {
+    const int64_t first = int64_t{blockIdx.x} * neurons_a_part, left = all - first;
+    return {first, left < neurons_a_part ? static_cast<int32_t>(left) : neurons_a_part};
+  }
+};
+
 // The columns of a lane's groups of neurons, of one slot, 16 bits each. Where there is no connection it is column 0.
 template <int kGroups>
 struct GroupColumns {

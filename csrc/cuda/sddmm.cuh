@@ -4,7 +4,7 @@
 // the tokens. It stages block after block of x as [column][V tokens]; a lane holds the places of its neurons'
 // columns and their sums in registers, and has its grad of a block on the way while it reads the one before. No
 // atomics: what a part of the tokens sums up goes to partial [parts, d_out, k], and a second kernel adds the
-// parts in their order, so that the result is the same in every run.
+// parts in a fixed order, so that the result is the same in every run.
 #pragma once
 
 #include "kernels.h"
@@ -27,7 +27,8 @@ struct SddmmLaunch {
 // of them twice.
 inline bool holds_all_slots(int64_t k) { return k > kFewHeld && k <= kMostHeld; }
 
-// The kernel with blocks that are copied ahead, for one tile that holds all columns or for several: of sddmm_sm90.cu.
+// The kernel with blocks that are copied ahead, for one tile that holds all columns, or for several where a lane holds
+// all slots: of sddmm_sm90.cu.
 KernelOf<SddmmLaunch> sddmm_bulk_kernel(const Sddmm&, const Device&, bool whole);
 
 // Asks for grad[t .. t + V] of a pair.

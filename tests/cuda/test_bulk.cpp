@@ -128,17 +128,24 @@ void dx_takes_neurons_in_tiles() {
   check_tiles<BFloat16>({17, 600, 200, 4, IndexKind::ragged}, 40, 3);
 }
 
-// Columns whose sums wait where the tile was: in windows of as many as a tile has neurons at most, so that lanes have
-// columns from anywhere. The very bits whatever CTAs there are, and where some columns are as many as all others
-// together.
+// Every other problem has some columns that are as many neurons' as all others together.
 template <class T>
-void check_windows(const Case& c, int64_t width, uint64_t seed, int64_t threads = 32) {
+Problem<T> with_popular_columns(const Case& c, uint64_t seed) {
   Random random(seed);
   Problem<T> problem(c, random);
   for (int64_t j = 0; j < c.d_out && c.index == IndexKind::distinct && seed % 2 == 0; ++j) {
     problem.index(j, 0) = static_cast<int32_t>(j % 3 * (c.d_in / 3));
     for (int64_t s = 1; s < c.k; ++s) problem.index(j, s) = static_cast<int32_t>(c.d_in - s);
   }
+  return problem;
+}
+
+// Columns whose sums wait where the tile was: in windows of as many as a tile has neurons at most, so that lanes have
+// columns from anywhere. The very bits whatever CTAs there are, and where some columns are as many as all others
+// together.
+template <class T>
+void check_windows(const Case& c, int64_t width, uint64_t seed, int64_t threads = 32) {
+  const Problem<T> problem = with_popular_columns<T>(c, seed);
   const std::string where = std::string(dtype_name<T>()) + ", windows of " + std::to_string(width) + ", " + c.name();
   const auto device = [&](int64_t multiprocessors) {
     return Device{device_of(width, 1, true).shared_bytes, multiprocessors, threads, 1 << 20, true};
@@ -185,12 +192,7 @@ Device device_with_groups(int64_t neurons, int64_t columns, int64_t multiprocess
 // A dx of which some columns are as many as all others together, and which has the very bits whatever CTAs there are.
 template <class T>
 void check_groups(const Case& c, int64_t columns, uint64_t seed, int64_t threads = 32) {
-  Random random(seed);
-  Problem<T> problem(c, random);
-  for (int64_t j = 0; j < c.d_out && c.index == IndexKind::distinct && seed % 2 == 0; ++j) {
-    problem.index(j, 0) = static_cast<int32_t>(j % 3 * (c.d_in / 3));
-    for (int64_t s = 1; s < c.k; ++s) problem.index(j, s) = static_cast<int32_t>(c.d_in - s);
-  }
+  const Problem<T> problem = with_popular_columns<T>(c, seed);
   const std::string where = std::string(dtype_name<T>()) + ", groups of " + std::to_string(columns) + ", " + c.name();
   const Device one = device_with_groups(c.d_out, columns, 1, threads);
   CHECK(bulk_tiles(problem.grad, one, false).stages >= 1, where + ": no stage");
