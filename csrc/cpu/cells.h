@@ -35,6 +35,8 @@ struct WideCell {
     return load(staged + int64_t{column} * block + v * kLanes<A>);
   }
 
+  // Of W laid down by columns, at which element of a cell the one of column c stands.
+  static int64_t place(int64_t c) { return c; }
   static Vec<A> broadcast_weight(const A* weight) { return broadcast(*weight); }
   static void add(Vec<A>& sum, Vec<A> x, Vec<A> weight) { sum += x * weight; }
 };
@@ -77,6 +79,9 @@ struct PairCell {
     return (Vec<float>)_mm512_shuffle_epi8((__m512i)pairs, _mm512_load_si512(kWidened.bytes[upper]));
   }
 
+  // As unpacking two rows leaves 32 columns of them: of each eight the first four in one vector, in the next the
+  // other four.
+  static int64_t place(int64_t c) { return c / 32 * 64 + c % 8 / 4 * 32 + c % 32 / 8 * 8 + c % 4 * 2; }
   static Vec<float> broadcast_weight(const BFloat16* weight) {
     int32_t pair;
     std::memcpy(&pair, weight, sizeof(pair));

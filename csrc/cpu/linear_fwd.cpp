@@ -15,14 +15,16 @@ struct ForwardWeight {
   using Element = typename Cell::Element;
   static constexpr bool kPacked = false;
   // A cache line more than a block's row, so that the rows of a tile lie in different sets of the cache.
-  static constexpr int64_t kStep = kBlockCells * Cell::kDepth + 64 / sizeof(Element);
+  static constexpr int64_t kStep = kBlockCells<Cell> * Cell::kDepth + 64 / sizeof(Element);
   static constexpr int64_t kLine = 64 / sizeof(T), kLineStep = kLine;
 
   const T* weight;  // [d_out, d_in]
   int64_t stride, d_in;
 
   static int64_t most_tokens(int64_t) { return kMostTokens; }
-  static BlockSize block(int64_t tokens) { return {is_few(tokens) ? 2 * kBlockRows : kBlockRows, kBlockCells, kStep}; }
+  static BlockSize block(int64_t tokens) {
+    return {is_few(tokens) ? 2 * kBlockRows : kBlockRows, kBlockCells<Cell>, kStep};
+  }
 
   // Without a copy, if it can be: no tile may read past the last row, nor a pair past its end.
   WeightBlock<Element> in_place(const BlockPlace& b) const {
@@ -49,7 +51,10 @@ struct ForwardWeight {
     return {*this, {source(b), scratch, stride, kStep, b.width, lines}};
   }
 
-  void prefetch_line(const T* line) const { __builtin_prefetch(line, 0, 2); }
+  template <int cache>
+  void prefetch_line(const T* line) const {
+    __builtin_prefetch(line, 0, cache);
+  }
 
   inline __attribute__((always_inline)) void copy_line(const T* line, Element* target) const {
     if constexpr (std::is_same_v<T, Element>) {

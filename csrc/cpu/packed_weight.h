@@ -1,5 +1,5 @@
 // W for the product of the backward pass in vectors: a block of it as [neuron][column], or [pair of
-// neurons][column].
+// neurons][column], the columns in the order of Cell::place.
 #pragma once
 
 #include "product.h"
@@ -24,11 +24,12 @@ struct BackwardWeight {
   // rounds no worse than torch's product; where that takes more rows, runs are shorter, for a copy of a block to take
   // no more than two blocks of many tokens.
   BlockSize block(int64_t tokens) const {
-    if (!is_few(tokens)) return {kBlockRows, kBlockCells, kBlockCells * Cell::kDepth};
+    constexpr BlockSize many{kBlockRows * Cell::kDepth, kBlockCells<Cell>, kBlockCells<Cell> * Cell::kDepth};
+    if (!is_few(tokens)) return many;
     constexpr int64_t kRun = 2048, kRows = 24, kSums = 170;
     const int64_t cells = std::max(kRows, ceil_div(ceil_div(d_out, Cell::kDepth), kSums));
-    const int64_t run = std::clamp<int64_t>(2 * kBlockRows * kBlockCells / cells, kTileSums, kRun);
-    return {run / kTileSums * kTileSums, cells, cells * Cell::kDepth};
+    const int64_t run = std::clamp<int64_t>(2 * many.rows * many.cells / cells, kBlockRows, kRun);
+    return {run / kBlockRows * kBlockRows, cells, cells * Cell::kDepth};
   }
 
   // Without a copy, if it can be. Past a row's end a tile reads the beginning of the next, for columns that nobody
@@ -53,7 +54,7 @@ struct BackwardWeight {
       Element* target = scratch + i * step(b);
       for (int64_t c = from; c < round_up(b.width, kTileSums); ++c) {
         for (int64_t n = 0; n < Cell::kDepth; ++n) {
-          Element& place = target[c * Cell::kDepth + n];
+          Element& place = target[Cell::place(c) + n];
           if (c < b.width && neuron + n < d_out) {
             widen_into(weight[(neuron + n) * stride + b.row + c], place);
           } else {
@@ -66,18 +67,17 @@ struct BackwardWeight {
     return {*this, {source, scratch, Cell::kDepth * stride, step(b), rows, lines}};
   }
 
+  template <int cache>
   void prefetch_line(const T* line) const {
-    for (int64_t n = 0; n < Cell::kDepth; ++n) __builtin_prefetch(line + n * stride, 0, 2);
+    for (int64_t n = 0; n < Cell::kDepth; ++n) __builtin_prefetch(line + n * stride, 0, cache);
   }
 
   inline __attribute__((always_inline)) void copy_line(const T* line, Element* target) const {
+    if constexpr (Cell::kDepth == 1) {
 #pragma GCC unroll 16
-    for (int64_t c = 0; c < kLine; c += kLanes<A>) {
-      if constexpr (Cell::kDepth == 1) {
-        store(target + c, load(line + c));
-      } else {
-        pack_pairs(line + c, line + stride + c, target + 2 * c);
-      }
+      for (int64_t c = 0; c < kLine; c += kLanes<A>) store(target + c, load(line + c));
+    } else {
+      pack_pairs(line, line + stride, target);
     }
   }
 
@@ -85,11 +85,16 @@ struct BackwardWeight {
   // From one cell of a block to the next.
   static int64_t step(const BlockPlace& b) { return b.rows * Cell::kDepth; }
 
-  // target[2 i] = low[i], target[2 i + 1] = high[i]
+#ifdef __AVX512BF16__
+  // A line of pairs: target[place(i)] = low[i], target[place(i) + 1] = high[i]
   static void pack_pairs(const BFloat16* low, const BFloat16* high, BFloat16* target) {
-    const VecU32 pairs = ((VecU32)load(low) >> 16) | (VecU32)load(high);
-    std::memcpy(target, &pairs, sizeof(pairs));
+    const __m512i lower = _mm512_loadu_si512(low), upper = _mm512_loadu_si512(high);
+    _mm512_storeu_si512(target, _mm512_unpacklo_epi16(lower, upper));
+    _mm512_storeu_si512(target + kLine, _mm512_unpackhi_epi16(lower, upper));
   }
+#else
+  static void pack_pairs(const T*, const T*, Element*);  // of no cell that there is
+#endif
 };
 
 }  // namespace neuroada::cpu::NEUROADA_ISA

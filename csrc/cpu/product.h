@@ -115,31 +115,48 @@ struct DenseTerm {
   }
 };
 
-// Calls f(first token, tokens, vectors) for runs of the tokens of a block: of up to `most` vectors, but no run of one
-// after one of `most`, rather two of about half as many.
-template <class A, int most, class F>
-void each_run(int64_t tokens, F&& f) {
-  constexpr int64_t lanes = kLanes<A>;
-  for (int64_t t = 0; t < tokens;) {
-    const int64_t left = ceil_div(tokens - t, lanes);
-    const int64_t vectors = std::min<int64_t>(left == most + 1 ? (left + 1) / 2 : left, most);
-    const int64_t count = std::min(tokens - t, vectors * lanes);
-    if (vectors == 1) f(t, count, std::integral_constant<int, 1>{});
-    if (vectors == 2) f(t, count, std::integral_constant<int, 2>{});
-    if constexpr (most >= 3) {
-      if (vectors == 3) f(t, count, std::integral_constant<int, 3>{});
-    }
-    if constexpr (most >= 4) {
-      if (vectors == 4) f(t, count, std::integral_constant<int, 4>{});
-    }
-    t += vectors * lanes;
+// How many of `left` vectors of tokens the next tile takes: all that it can, but rather two about half as many than
+// one after that.
+inline int64_t tile_vectors(int64_t left) {
+  return std::min<int64_t>(left == kTileVectors + 1 ? (left + 1) / 2 : left, kTileVectors);
+}
+
+// f(vectors) with a constant.
+template <class F>
+void with_vectors(int64_t vectors, F&& f) {
+  if (vectors == 1) f(std::integral_constant<int, 1>{});
+  if (vectors == 2) f(std::integral_constant<int, 2>{});
+  if constexpr (kTileVectors >= 3) {
+    if (vectors == 3) f(std::integral_constant<int, 3>{});
   }
 }
 
-// The same for the runs that one tile multiplies.
+// Calls f(first token, tokens, vectors) for what a tile each multiplies of the tokens of a block.
 template <class A, class F>
-void each_panel(int64_t tokens, F&& f) {
-  each_run<A, kTileVectors>(tokens, f);
+void each_tile(int64_t tokens, F&& f) {
+  constexpr int64_t lanes = kLanes<A>;
+  for (int64_t t = 0; t < tokens;) {
+    const int64_t vectors = tile_vectors(ceil_div(tokens - t, lanes)), count = std::min(tokens - t, vectors * lanes);
+    with_vectors(vectors, [&](auto v) { f(t, count, v); });
+    t += count;
+  }
+}
+
+// Calls f(first token, tokens, vectors, tiles) for the tokens of one tile, or of two as wide: a gather, which shares an
+// entry's column and delta among its tokens, has registers for so many.
+template <class A, class F>
+void each_gather(int64_t tokens, F&& f) {
+  constexpr int64_t lanes = kLanes<A>;
+  for (int64_t t = 0; t < tokens;) {
+    const int64_t left = ceil_div(tokens - t, lanes), vectors = tile_vectors(left);
+    const bool two = left > vectors && tile_vectors(left - vectors) == vectors;
+    const int64_t count = std::min(tokens - t, (two ? 2 : 1) * vectors * lanes);
+    with_vectors(vectors, [&](auto v) {
+      if (two) return f(t, count, v, std::integral_constant<int, 2>{});
+      return f(t, count, v, std::integral_constant<int, 1>{});
+    });
+    t += count;
+  }
 }
 
 // Where a block of W begins, how much of it there is, and of how many rows a whole one is.
@@ -170,7 +187,7 @@ struct BlockOrder {
 template <class Cell, class Aside>
 int64_t count_steps(const BlockPlace& place, int64_t tokens) {
   int64_t tiles = 0;
-  each_panel<typename Cell::A>(
+  each_tile<typename Cell::A>(
       tokens, [&](int64_t, int64_t, auto vectors) { tiles += ceil_div(place.width, kTileRows<vectors>); });
   return tiles * ceil_div(place.cells, Aside::kCells);
 }
@@ -186,14 +203,14 @@ void multiply_block(const ProductScratch<Cell>& scratch, const BlockPlace& place
     const A* x = scratch.panel(t) + place.cell * width;
     A* total = scratch.totals.get() + r * stride + t;
     multiply_tile<Cell, vectors, packed>(
-        {x, scratch.cells * width, block.from(r), place.cells, total, stride, place.cell == 0}, aside);
+        {x, scratch.cells * width, block, r, place.cells, total, stride, place.cell == 0}, aside);
   };
   if constexpr (kRowsFirst) {
     for (int64_t r = 0; r < place.width; r += kTileSums) {
-      each_panel<A>(tokens, [&](int64_t t, int64_t, auto vectors) { multiply(t, r, vectors); });
+      each_tile<A>(tokens, [&](int64_t t, int64_t, auto vectors) { multiply(t, r, vectors); });
     }
   } else {
-    each_panel<A>(tokens, [&](int64_t t, int64_t, auto vectors) {
+    each_tile<A>(tokens, [&](int64_t t, int64_t, auto vectors) {
       for (int64_t r = 0; r < place.width; r += kTileRows<vectors>) multiply(t, r, vectors);
     });
   }
@@ -247,7 +264,7 @@ void run_task(const Product<T>& p, const Weight& weight, const Rows& rows, const
   const T* x = p.x + start * p.x_stride;
   T* out = p.out + start * p.out_stride;
   const T* none = nullptr;
-  each_panel<A>(tokens, [&](int64_t t, int64_t count, auto vectors) {
+  each_tile<A>(tokens, [&](int64_t t, int64_t count, auto vectors) {
     constexpr int64_t width = kPanelVectors<vectors> * kLanes<A>;
     for (int64_t i = 0; i < vectors * kLanes<A>; i += width) {
       A* panel = scratch.panel(t + i);
@@ -256,10 +273,11 @@ void run_task(const Product<T>& p, const Weight& weight, const Rows& rows, const
       std::fill(panel + ceil_div(p.columns, Cell::kDepth) * width, panel + scratch.cells * width, A{0});
     }
   });
+  const bool far = scratch.cells * tasks.block_tokens * static_cast<int64_t>(sizeof(A)) > kNearBytes;
   const auto gather = [&](const BlockPlace& place) {
-    each_run<A, kGatherVectors>(tokens, [&](int64_t t, int64_t count, auto vectors) {
+    each_gather<A>(tokens, [&](int64_t t, int64_t count, auto vectors, auto tiles) {
       constexpr int width = kPanelVectors<vectors> * kLanes<A>;
-      const StagedBlock<Cell, vectors * kLanes<A>, width> staged{scratch.panel(t), scratch.cells * width};
+      const StagedBlock<Cell, tiles * vectors * kLanes<A>, width> staged{scratch.panel(t), scratch.cells * width, far};
       const DenseTerm<T> dense{{p.bias}, scratch.totals.get() + t, scratch.total_stride, place.row};
       gather_rows<T>(rows, staged, place.row, place.row + place.width, count, none, 0, dense, out + t * p.out_stride,
                      p.out_stride);

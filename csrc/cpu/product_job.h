@@ -6,23 +6,23 @@
 
 namespace neuroada::cpu::NEUROADA_ISA {
 
-// What a tile reads of W: row r at cell c stands at `at + r * row_step + c * cell_step`, in elements.
+// A block of W: row r at cell c stands at `at + r * row_step + c * cell_step`, in elements, or where it is packed at
+// `at + Cell::place(r) + c * cell_step`.
 template <class Element>
 struct WeightBlock {
   const Element* at = nullptr;
   int64_t row_step = 0, cell_step = 0;
   bool stays = false;  // whether the rows of a tile are to stay in the first cache while all tokens of a block go by
-
-  WeightBlock from(int64_t row) const { return {at + row * row_step, row_step, cell_step, stays}; }
 };
 
-// What a tile reads and adds to: total[r][i] = or += sum over `cells` of panel[c][i] W(r, c).
+// What a tile reads and adds to: total[r][i] = or += sum over `cells` of panel[c][i] W(row + r, c).
 template <class Cell>
 struct TileJob {
   using A = typename Cell::A;
   const A* panel;      // [cells][tokens of the panel]
   int64_t panel_step;  // from it to the next panel, where one is shorter than the tile
   WeightBlock<typename Cell::Element> weight;
+  int64_t row;
   int64_t cells;
   A* total;
   int64_t total_stride;

@@ -16,17 +16,20 @@ inline constexpr int kTileSums = kVectorBytes == 64 ? 24 : 12, kTileVectors = kV
 template <int vectors>
 inline constexpr int kTileRows = kTileSums / (vectors == 1 ? 2 : vectors);
 
-// Vectors of tokens that lie side by side in each cell of what a tile reads, and that a gather takes at most.
+// Vectors of tokens that lie side by side in each cell of what a tile reads.
 template <int vectors>
 inline constexpr int kPanelVectors = vectors;
-inline constexpr int kGatherVectors = kTileVectors;
 
 // Rows and cells of W that are multiplied by all tokens of a block before the next are: as many as the
 // second cache holds twice beside the staged tokens.
-inline constexpr int64_t kBlockRows = 4 * kTileSums, kBlockCells = 512, kLeastTokens = 96, kStagedBytes = 2 << 20;
+inline constexpr int64_t kBlockRows = 4 * kTileSums, kLeastTokens = 96, kStagedBytes = 2 << 20;
+template <class Cell>
+inline constexpr int64_t kBlockCells = 512 / Cell::kDepth;
 // Beside the product, the multipliers being what limits it, the next block is copied; and a panel of x stays in
 // the cache while the rows of a block go by.
 inline constexpr bool kCopiesAside = true, kRowsFirst = false;
+// Of more staged bytes than these the gather asks for columns ahead.
+inline constexpr int64_t kNearBytes = 256 << 10;
 // Where tile registers have conditions, vectors have none: on the number of cells, on where totals lie, and on
 // who used them before.
 inline constexpr int64_t kTileCells = 1, kTotalGap = 0;
@@ -43,20 +46,23 @@ inline __attribute__((always_inline)) void unroll(F&& f) {
 }
 
 // The sums of the cells [begin, end), for the rows of a tile and a panel of `vectors` vectors of tokens,
-// as a new first value of `sums` or added to it. `packed` says which step of W is that of a cell.
+// as a new first value of `sums` or added to it. `packed` says how W lies.
 template <class Cell, int vectors, bool packed, bool first, class Aside>
 inline void sum_cells(const TileJob<Cell>& job, int64_t begin, int64_t end, typename Cell::A* sums, int64_t stride,
                       Aside& aside) {
   using A = typename Cell::A;
   using Element = typename Cell::Element;
   constexpr int lanes = kLanes<A>, tile_rows = kTileRows<vectors>;
-  constexpr int pointers = (tile_rows + 2) / 3;
+  // Three rows to a pointer: an address is then a base and at most twice a step, for which few
+  // registers do. Of packed columns four stand side by side, whatever their order is.
+  constexpr int together = packed ? 4 : 3, pointers = (tile_rows + together - 1) / together;
   const int64_t row_step = packed ? Cell::kDepth : job.weight.row_step;
   const int64_t cell_step = packed ? job.weight.cell_step : Cell::kDepth;
-  // Three rows to a pointer: an address is then a base and at most twice a step, for which few
-  // registers do.
   const Element* rows[pointers];
-  for (int i = 0; i < pointers; ++i) rows[i] = job.weight.at + 3 * i * row_step;
+  for (int i = 0; i < pointers; ++i) {
+    const int64_t row = job.row + together * i;
+    rows[i] = job.weight.at + (packed ? Cell::place(row) : row * row_step);
+  }
   // The rows of tiles to come, where W is read as it lies, a row to a cell: more streams than the processor follows.
   constexpr int64_t ahead = packed && Aside::kCells == INT64_MAX ? 128 / sizeof(Element) : 0;
   Vec<A> sum[tile_rows][vectors];
@@ -74,7 +80,8 @@ inline void sum_cells(const TileJob<Cell>& job, int64_t begin, int64_t end, type
       unroll<vectors>([&](auto v)
                           __attribute__((always_inline)) { x[v] = load(job.panel + (c * vectors + v) * lanes); });
       each_sum([&](auto r, auto v) __attribute__((always_inline)) {
-        if constexpr (v == 0) value = Cell::broadcast_weight(rows[r / 3] + c * cell_step + r % 3 * row_step);
+        if constexpr (v == 0)
+          value = Cell::broadcast_weight(rows[r / together] + c * cell_step + r % together * row_step);
         Cell::add(sum[r][v], x[v], value);
       });
     }

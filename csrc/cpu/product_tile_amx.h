@@ -15,11 +15,9 @@ template <int vectors>
 inline constexpr int kTileRows = kTileSums;
 inline constexpr int64_t kTileCells = 16;
 
-// A panel is what one tile register takes, so that each of them reads 1 KB in one piece; a gather, which shares the
-// index and delta of an entry among its tokens, takes twice as many as a tile.
+// A panel is what one tile register takes, so that each of them reads 1 KB in one piece.
 template <int vectors>
 inline constexpr int kPanelVectors = 1;
-inline constexpr int kGatherVectors = 4;
 
 // Tiles wait for memory: W is read once where they can take it from where it lies, no load that may take long goes
 // between theirs, and the rows of a tile stay in a cache while all tokens of a block go by. Threads share the rows of
@@ -30,7 +28,11 @@ inline constexpr int64_t kStagedBytes = 8 << 20;
 inline constexpr bool kCopiesAside = false, kRowsFirst = true;
 // The block that the forward pass reads where it lies. Sums stay in registers for as many cells; of x these are what
 // the second cache holds, for as many rows.
-inline constexpr int64_t kBlockRows = 8 * kTileSums, kBlockCells = 1024;
+inline constexpr int64_t kBlockRows = 8 * kTileSums;
+template <class Cell>
+inline constexpr int64_t kBlockCells = 1024;
+// Whether a gather gains by asking for columns ahead was not measured.
+inline constexpr int64_t kNearBytes = INT64_MAX;
 // A power of two apart, the rows of totals that a tile register takes would push each other out of the cache.
 inline constexpr int64_t kTotalGap = 16;
 
@@ -123,7 +125,7 @@ void multiply_registers(const TileJob<PairCell>& job) {
   });
   for (int64_t c = 0; c < job.cells; c += kTileCells) {
     const float* x = job.panel + c * kLanes<float>;
-    const BFloat16* w = job.weight.at + c * job.weight.cell_step;
+    const BFloat16* w = job.weight.at + job.row * job.weight.row_step + c * job.weight.cell_step;
     load_tile<4, stays>(x, x_step);
     load_tile<6, !stays>(w, w_step);
     add_products<0, 6, 4>();

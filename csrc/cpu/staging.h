@@ -170,16 +170,25 @@ struct BiasTerm {
   Vec<A> operator()(int64_t row, int) const { return broadcast(bias != nullptr ? widen(bias[row]) : A{0}); }
 };
 
-// A block of staged tokens, in panels of `panel` each: as [cell][panel], one `step` after the other.
+// A block of staged tokens, in panels of `panel` each: as [cell][panel], one `step` after the other. Of one
+// that is `far`, more than a cache holds, a gather asks for columns ahead.
 template <class Cell, int block, int panel = block>
 struct StagedBlock {
   using A = typename Cell::A;
   static constexpr int kVectors = block / kLanes<A>;
+  static constexpr int kSideBySide = panel / kLanes<A>;  // vectors
   const A* at;
   int64_t step = 0;
+  bool far = false;
   Vec<A> column(int32_t column, int v) const {
-    constexpr int side_by_side = panel / kLanes<A>;
-    return Cell::template column<panel>(at + v / side_by_side * step, column, v % side_by_side);
+    return Cell::template column<panel>(at + v / kSideBySide * step, column, v % kSideBySide);
+  }
+  void prefetch_column(int32_t column) const {
+    const A* cell = at + int64_t{column} / Cell::kDepth * panel;
+#pragma GCC unroll 8
+    for (int v = 0; v < kVectors; v += 64 / kVectorBytes) {
+      __builtin_prefetch(cell + v / kSideBySide * step + v % kSideBySide * kLanes<A>);
+    }
   }
 };
 
@@ -190,6 +199,8 @@ void gather_rows(const Rows& rows, const Staged staged, int64_t first, int64_t l
                  int64_t base_stride, const Term& term, T* out, int64_t out_stride) {
   using A = accumulate_t<T>;
   constexpr int lanes = kLanes<A>, vectors = Staged::kVectors, line = kOutVectors<T>;
+  constexpr int64_t ahead = 16;  // entries
+  const int64_t last_ahead = staged.far && first < last ? rows.end(last - 1) - ahead : 0;
   Vec<A> tile[vectors][line * lanes];  // [block][a cache line of out]
   for (int64_t r = first; r < last; r += line * lanes) {
     const int width = static_cast<int>(std::min<int64_t>(line * lanes, last - r));
@@ -198,6 +209,7 @@ void gather_rows(const Rows& rows, const Staged staged, int64_t first, int64_t l
       Vec<A> sum[vectors];
       for (int v = 0; v < vectors; ++v) sum[v] = zero<A>();
       for (int64_t e = rows.begin(r + i), end = rows.end(r + i); e < end; ++e) {
+        if (e < last_ahead) staged.prefetch_column(std::max(rows.column(e + ahead), 0));
         const int32_t column = rows.column(e);
         if (column < 0) continue;
         const Vec<A> value = broadcast(rows.value(e));
