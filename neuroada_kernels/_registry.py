@@ -45,7 +45,7 @@ class Backend:
     implementations: Mapping[str, Implementation]
     unavailable: Callable[[], str | None] = lambda: None
     experimental: bool = False
-    untried: Callable[[Any], str | None] = lambda first: None
+    untried: Callable[[Any], str | None] | None = None
 
 
 _backends: dict[str, Backend] = {}
@@ -66,7 +66,8 @@ def available_backends() -> dict[str, str | None]:
 
 def untried(name: str, first: Any) -> str | None:
     """Why the backend ``name`` serves a call with this first tensor only when named, or None."""
-    return _backends[name].untried(first)
+    backend = _backends[name]
+    return None if backend.untried is None else backend.untried(first)
 
 
 def experimental_backends() -> set[str]:
@@ -98,19 +99,33 @@ def use_backend(name: str | None) -> Iterator[None]:
         _named = previous
 
 
-def resolve(op: str, *args: Any) -> Callable[..., Any]:
-    """The function that serves ``op`` with these arguments; the first is a tensor on its device.
+def run(op: str, *args: Any) -> Any:
+    """What the function that serves ``op`` returns of these arguments.
+
+    The first is a tensor on the op's device.
 
     Raises
     ------
     BackendError
         If the named backend, or without one every backend, declines.
     """
-    return serving(op, *args).implementations[op].run
+    # Mostly the first candidate serves. That is found out here, as serving() does, but in one
+    # function: after a product that has emptied the caches each call of another takes microseconds.
+    candidates = _order.get(args[0].device.type) if _named is None else None
+    if candidates:
+        first = candidates[0]
+        implementation = first.implementations.get(op)
+        if (
+            implementation is not None
+            and not implementation.unsupported(*args)
+            and (first.untried is None or first.untried(args[0]) is None)
+        ):
+            return implementation.run(*args)
+    return serving(op, *args).implementations[op].run(*args)
 
 
 def serving(op: str, *args: Any) -> Backend:
-    """The backend whose function :func:`resolve` gives."""
+    """The backend whose function :func:`run` calls."""
     if _named is not None:
         _check_named(_named)
         candidates = [_backends[_named]]
@@ -155,5 +170,8 @@ def _reasons(backend: Backend, op: str, args: tuple[Any, ...]) -> list[str]:
     implementation = backend.implementations.get(op)
     if implementation is None:
         return [f"has no {op}"]
-    by_name_only = backend.untried(args[0]) if _named is None else None
-    return implementation.unsupported(*args) or ([] if by_name_only is None else [by_name_only])
+    reasons = implementation.unsupported(*args)
+    if not reasons and _named is None and backend.untried is not None:
+        by_name_only = backend.untried(args[0])
+        reasons = [] if by_name_only is None else [by_name_only]
+    return reasons

@@ -101,9 +101,11 @@ def apply_linear(
 ) -> Tensor:
     """:func:`neuroada_linear` for tensors of a layer, whose shapes are known to fit."""
     x, bias = _checked_linear(x, weight, bias)
-    if is_transformed():
+    plain = ops.is_plain_eager(x)
+    if torch._C._are_functorch_transforms_active() if plain else is_transformed():
         return reference.neuroada_linear(x, weight, index, delta, bias)
-    return ops.linear(x, weight, index, delta, bias, plan, *(kept or NOTHING_KEPT))
+    columns, kept_index = kept or NOTHING_KEPT
+    return ops.linear(x, weight, index, delta, bias, plan, columns, kept_index, plain=plain)
 
 
 def apply_resident(
@@ -128,7 +130,7 @@ def _checked_linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Ten
         raise ValueError(f"weight: on {weight.device}, expected {x.device}, as x")
     if weight.requires_grad and torch.is_grad_enabled():
         raise ValueError("weight: requires grad, expected a frozen weight")
-    autocast = autocast_dtype(x)
+    autocast = autocast_dtype(x) if torch._C._is_any_autocast_enabled() else None
     if autocast is not None:
         x = x.to(autocast)
         bias = None if bias is None else bias.to(autocast)

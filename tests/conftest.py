@@ -74,7 +74,7 @@ def float64(backend: str) -> None:
 def _skip_unless_served(backend: str, dtype: torch.dtype) -> None:
     inputs = make_inputs(CASES[0], dtype, device=_device(backend))
     try:
-        _registry.resolve("linear", inputs.x, inputs.weight, inputs.index, inputs.delta)
+        _registry.serving("linear", inputs.x, inputs.weight, inputs.index, inputs.delta)
     except nk.BackendError as reasons:
         if REQUIRED and dtype not in LEFT_OUT.get(REQUIRED, ()):
             raise

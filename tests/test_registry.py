@@ -208,7 +208,7 @@ def test_all_decline_lists_the_reasons_of_each():
     fake(reasons=REASONS[1:], name="other", priority={"cpu": 1})
     expected = f"fake: {REASONS[0]}; other: {REASONS[1]}"
     with pytest.raises(BackendError, match=expected):
-        _registry.resolve("linear", torch.zeros(3, 8))
+        _registry.serving("linear", torch.zeros(3, 8))
 
 
 def test_registering_again_replaces(layer):

@@ -19,9 +19,9 @@ C = torch.ops.neuroada_C
 
 def linear(x: Tensor, weight: Tensor, index: Tensor, delta: Tensor, bias: Tensor | None) -> Tensor:
     """The op ``linear``."""
-    early, late = bias_for_bypass(None if bias is None else bias.contiguous())
+    early, late = bias_for_bypass(None if bias is None else contiguous(bias))
     y = x.new_empty(x.shape[0], weight.shape[0])
-    C.bypass_fwd.default(x, index.contiguous(), wide(delta, x), early, None, y)
+    C.bypass_fwd.default(x, contiguous(index), wide(delta, x), early, None, y)
     return add_dense(y, x, weight.t(), late)
 
 
@@ -45,8 +45,10 @@ def linear_in_one(
     x: Tensor, weight: Tensor, index: Tensor, delta: Tensor, bias: Tensor | None
 ) -> Tensor:
     """The op ``linear``, product and bypass in one kernel; ``bias`` has the dtype of ``x``."""
-    bias = None if bias is None else bias.contiguous()
-    y: Tensor = C.linear_fwd.default(x, weight, index.contiguous(), wide(delta, x), bias)
+    if not index.is_contiguous():
+        index = index.contiguous()
+    bias = None if bias is None else contiguous(bias)
+    y: Tensor = C.linear_fwd.default(x, weight, index, wide(delta, x), bias)
     return y
 
 
@@ -60,7 +62,9 @@ def linear_backward_in_one(
     output_mask: list[bool],
 ) -> tuple[Tensor, Tensor | None]:
     """The op ``linear_backward`` where dx is wanted, both parts of it in one kernel."""
-    _, grad_delta = bypass_backward(grad, x, index, delta, plan, [False, output_mask[1]])
+    grad_delta = None
+    if output_mask[1]:
+        grad_delta = sddmm(grad, x, index, delta, None)
     if plan is None:
         plan = make_plan(index, x.shape[1])
     return C.linear_bwd_input.default(grad, weight, plan, wide(delta, grad)), grad_delta
@@ -70,8 +74,8 @@ def linear_patched(
     x: Tensor, weight: Tensor, index: Tensor, delta: Tensor, bias: Tensor | None
 ) -> Tensor:
     """The op ``linear`` with ``round(weight + delta)``: with the rounding of the weight."""
-    bias = None if bias is None else bias.contiguous()
-    y: Tensor = C.linear_patched_fwd.default(x, weight, index.contiguous(), wide(delta, x), bias)
+    bias = None if bias is None else contiguous(bias)
+    y: Tensor = C.linear_patched_fwd.default(x, weight, contiguous(index), wide(delta, x), bias)
     return y
 
 
@@ -86,7 +90,7 @@ def linear_backward_patched(
 ) -> tuple[Tensor, Tensor | None]:
     """The op ``linear_backward`` where dx is wanted, that of :func:`linear_patched`."""
     _, grad_delta = bypass_backward(grad, x, index, delta, plan, [False, output_mask[1]])
-    args = (grad, weight, index.contiguous(), wide(delta, grad))
+    args = (grad, weight, contiguous(index), wide(delta, grad))
     return C.linear_patched_bwd_input.default(*args), grad_delta
 
 
@@ -98,8 +102,8 @@ def linear_onto_bypass(
     The bias joins the product: the bypass would be rounded to the bias's last place.
     """
     y = x.new_empty(x.shape[0], weight.shape[0])
-    C.bypass_fwd.default(x, index.contiguous(), wide(delta, x), None, None, y)
-    C.product_onto_fwd.default(x, weight, None if bias is None else bias.contiguous(), y)
+    C.bypass_fwd.default(x, contiguous(index), wide(delta, x), None, None, y)
+    C.product_onto_fwd.default(x, weight, None if bias is None else contiguous(bias), y)
     return y
 
 
@@ -121,7 +125,7 @@ def linear_backward_onto_bypass(
 def bypass_add(x: Tensor, y: Tensor, index: Tensor, delta: Tensor) -> Tensor:
     """The op ``bypass_add``."""
     out = torch.empty(y.shape, dtype=y.dtype, device=y.device)
-    C.bypass_fwd.default(x, index.contiguous(), wide(delta, x), None, y, out)
+    C.bypass_fwd.default(x, contiguous(index), wide(delta, x), None, y, out)
     return out
 
 
@@ -136,37 +140,40 @@ def bypass_backward(
     """The op ``bypass_backward``."""
     grad_x = grad_delta = None
     if output_mask[1]:
-        grad_delta = C.sddmm.default(grad, x, index.contiguous()).to(delta.dtype)
+        grad_delta = sddmm(grad, x, index, delta, None)
     if output_mask[0]:
-        plan = make_plan(index, x.shape[1]) if plan is None else plan.contiguous()
+        plan = make_plan(index, x.shape[1]) if plan is None else contiguous(plan)
         grad_x = grad.new_empty(x.shape)
         C.bypass_bwd_input.default(grad, plan, wide(delta, grad), None, grad_x)
     return grad_x, grad_delta
 
 
-def sddmm(grad: Tensor, x: Tensor, index: Tensor, delta: Tensor, d_in: int) -> Tensor:
-    """ddelta from an x that may lack columns, with the bits that the whole one's would have."""
-    return C.sddmm.default(grad, x, index.contiguous(), d_in).to(delta.dtype)  # type: ignore[no-any-return]
+def sddmm(grad: Tensor, x: Tensor, index: Tensor, delta: Tensor, d_in: int | None) -> Tensor:
+    """ddelta, from an x that lacks columns with the bits that the whole one's of ``d_in`` has."""
+    if not index.is_contiguous():
+        index = index.contiguous()
+    grad_delta: Tensor = C.sddmm.default(grad, x, index, d_in)
+    return grad_delta if grad_delta.dtype == delta.dtype else grad_delta.to(delta.dtype)
 
 
 def merge(weight: Tensor, index: Tensor, delta: Tensor) -> Tensor:
     """The op ``merge_``."""
-    return C.merge.default(weight, index.contiguous(), wide(delta, weight))  # type: ignore[no-any-return]
+    return C.merge.default(weight, contiguous(index), wide(delta, weight))  # type: ignore[no-any-return]
 
 
 def restore(weight: Tensor, index: Tensor, original: Tensor) -> None:
     """The op ``unmerge_``."""
-    C.restore.default(weight, index.contiguous(), original.contiguous())
+    C.restore.default(weight, contiguous(index), contiguous(original))
 
 
 def gather(weight: Tensor, index: Tensor) -> Tensor:
     """The op ``gather``."""
-    return C.gather.default(weight, index.contiguous())  # type: ignore[no-any-return]
+    return C.gather.default(weight, contiguous(index))  # type: ignore[no-any-return]
 
 
 def patch(weight: Tensor, index: Tensor, delta: Tensor, original: Tensor) -> None:
     """The op ``patch_``."""
-    C.patch.default(weight, index.contiguous(), wide(delta, weight), original.contiguous())
+    C.patch.default(weight, contiguous(index), wide(delta, weight), contiguous(original))
 
 
 def _strided_row(weight: Tensor) -> list[str]:
@@ -179,7 +186,14 @@ def _strided_row(weight: Tensor) -> list[str]:
 def wide(delta: Tensor, x: Tensor) -> Tensor:
     """``delta`` in the dtype in which the kernels sum for ``x``, contiguous."""
     dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
-    return (delta if delta.dtype == dtype else delta.to(dtype)).contiguous()
+    if delta.dtype != dtype:
+        delta = delta.to(dtype)
+    return delta if delta.is_contiguous() else delta.contiguous()
+
+
+def contiguous(tensor: Tensor) -> Tensor:
+    """``tensor.contiguous()``, past the dispatcher where it is: that takes microseconds."""
+    return tensor if tensor.is_contiguous() else tensor.contiguous()
 
 
 def asked(name: str) -> bool | None:

@@ -19,7 +19,10 @@ _DTYPES = {torch.float32, torch.float64, torch.bfloat16, torch.float16}
 
 
 def _linear(x: Tensor, weight: Tensor, index: Tensor, delta: Tensor, bias: Tensor | None) -> Tensor:
-    if not _one_kernel(x, weight) or (bias is not None and bias.dtype != x.dtype):
+    fewest, most = _tokens_of_one_kernel(x.dtype)
+    # One kernel reads W along its rows.
+    in_one = fewest <= x.shape[0] <= most and weight.stride(1) == 1
+    if not in_one or (bias is not None and bias.dtype != x.dtype):
         return _compiled.linear(x, weight, index, delta, bias)
     return _compiled.linear_in_one(x, weight, index, delta, bias)
 
@@ -33,15 +36,11 @@ def _linear_backward(
     plan: Tensor | None,
     output_mask: list[bool],
 ) -> tuple[Tensor | None, Tensor | None]:
-    if not output_mask[0] or not _one_kernel(grad, weight):
-        return _compiled.linear_backward(grad, x, weight, index, delta, plan, output_mask)
-    return _compiled.linear_backward_in_one(grad, x, weight, index, delta, plan, output_mask)
-
-
-def _one_kernel(x: Tensor, weight: Tensor) -> bool:
-    """Whether product and bypass go in one kernel, which reads W along its rows."""
-    fewest, most = _tokens_of_one_kernel(x.dtype)
-    return fewest <= x.shape[0] <= most and weight.stride(1) == 1
+    fewest, most = _tokens_of_one_kernel(grad.dtype)
+    run = _compiled.linear_backward
+    if output_mask[0] and fewest <= grad.shape[0] <= most and weight.stride(1) == 1:
+        run = _compiled.linear_backward_in_one
+    return run(grad, x, weight, index, delta, plan, output_mask)
 
 
 _ALWAYS, _NEVER = (0.0, math.inf), (math.inf, math.inf)
@@ -86,6 +85,8 @@ def _has_amx() -> bool:
 
 
 def _unsupported(first: Tensor, *rest: object) -> list[str]:
+    if first.is_cpu and first.dtype in _DTYPES:
+        return []
     reasons = []
     if not first.is_cpu:
         reasons.append(f"tensors on {first.device.type}, expected CPU")

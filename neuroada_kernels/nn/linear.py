@@ -24,22 +24,26 @@ class NeuroAdaLinear(NamedLayer, PlannedLayer, ResidentLinear):
         buffers, parameters = self._buffers, self._parameters
         index = buffers["index"]
         assert index is not None
-        if not torch.compiler.is_compiling():
-            self._follow_index(index)
+        compiling = torch.compiler.is_compiling()
+        if not compiling:
+            if not self._planned.is_still(index):
+                self._follow_index(index)
             if self._strategy == "resident" and buffers["base_values"] is None:
                 with self._siblings.lock:
                     self._resume()
         self._check_shapes()
         if buffers["base_values"] is not None:
             return self._resident_forward(x)
+        weight = parameters.get("weight")
+        keeps = compiling or buffers["columns"] is not None
         return functional.apply_linear(
             x,
-            self.weight,
+            self.weight if weight is None else weight,
             index,
             self.delta,
-            parameters["bias"] if "bias" in parameters else self.bias,  # noqa: SIM401 - dear
+            parameters["bias"] if "bias" in parameters else self.bias,  # noqa: SIM401
             buffers["plan"],
-            self._keep(x),
+            self._keep(x) if keeps else None,
         )
 
     def _forward_of(self, adapter: str | None, x: Tensor) -> Tensor:

@@ -3,6 +3,7 @@
 An op asks :mod:`neuroada_kernels._registry` who serves it; it never imports a backend.
 """
 
+from neuroada_kernels.ops._library import is_plain_eager
 from neuroada_kernels.ops.bypass_add import bypass_add
 from neuroada_kernels.ops.linear import linear
 from neuroada_kernels.ops.merge import gather, merge_, patch_, unmerge_
@@ -11,6 +12,7 @@ from neuroada_kernels.ops.resident import resident_linear
 __all__ = [
     "bypass_add",
     "gather",
+    "is_plain_eager",
     "linear",
     "merge_",
     "patch_",

@@ -54,7 +54,7 @@ def is_plain_eager(x: Tensor) -> bool:
     ``autograd.Function``, which at one token is more than the kernel.
     """
     return (
-        not torch.compiler.is_compiling()
+        not torch.compiler.is_dynamo_compiling()  # other tracers' tensors have types of their own
         and type(x) in PLAIN_TYPES
         and dispatch_modes() == 0
         and not x.is_meta
@@ -114,8 +114,7 @@ def delta_gradient(grad: Tensor, kept: Tensor, index: Tensor, delta: Tensor, d_i
     ``grad [tokens, d_out]`` and ``kept [tokens, columns]`` as :func:`as_matrix` gives them, and an
     ``index [d_out, k]`` into the columns that were kept.
     """
-    run = _registry.resolve("sddmm", grad, kept, index, delta, d_in)
-    return run(grad, kept, index, delta, d_in)  # type: ignore[no-any-return]
+    return _registry.run("sddmm", grad, kept, index, delta, d_in)  # type: ignore[no-any-return]
 
 
 def _x_or_shape(x: Tensor | None, grad: Tensor, d_in: int, need_delta: bool) -> Tensor:
@@ -149,7 +148,8 @@ def run_backward(
 
     With a ``kept_index``, ``x`` has the columns that were kept.
     """
-    grad = as_matrix(grad_output)
+    whole = grad_output.dim() != 2 or grad_output.stride(1) != 1
+    grad = as_matrix(grad_output) if whole else grad_output
     need_x, need_delta = output_mask
     grad_x = grad_delta = None
     if kept_index is not None and need_delta:
@@ -159,10 +159,12 @@ def run_backward(
     if need_x or need_delta:
         matrix = _x_or_shape(x, grad, d_in, need_delta)
         args = (grad, matrix, *weight, index, delta, plan, [need_x, need_delta])
-        grad_x, from_whole = _registry.resolve(op, *args)(*args)
+        grad_x, from_whole = _registry.run(op, *args)
         grad_delta = from_whole if need_delta else grad_delta
+    if grad_x is not None and grad_output.dim() != 2:
+        grad_x = grad_x.view(*grad_output.shape[:-1], d_in)
     return (
-        grad.new_empty(0) if grad_x is None else grad_x.view(*grad_output.shape[:-1], d_in),
+        grad.new_empty(0) if grad_x is None else grad_x,
         delta.new_empty(0) if grad_delta is None else grad_delta,
     )
 

@@ -41,15 +41,18 @@ def linear(
     plan: Tensor | None,
     kept: Tensor | None = None,
     kept_index: Tensor | None = None,
+    *,
+    plain: bool | None = None,
 ) -> Tensor:
     """Call the op, without the dispatcher where nobody would see the difference.
 
     Shapes: ``x [..., d_in]``, ``weight [d_out, d_in]``, ``index`` and ``delta`` ``[d_out, k]``,
     ``bias [d_out]``, ``plan`` of :func:`neuroada_kernels.plan.make_plan`; ``kept [..., columns]``
     of the dtype of ``x``, ``kept_index [d_out, k]``. A weight of another dtype than ``x`` is cast
-    for the duration of the call, as under autocast.
+    for the duration of the call, as under autocast. ``plain`` is ``is_plain_eager(x)``, from
+    whoever knows it already.
     """
-    if is_plain_eager(x):
+    if is_plain_eager(x) if plain is None else plain:
         if not torch.is_grad_enabled():
             return _forward(x, weight, index, delta, bias, plan)
         return _apply(x, weight, index, delta, bias, plan, kept, kept_index)  # type: ignore[no-any-return]
@@ -70,8 +73,7 @@ def _forward(
     matrix = as_matrix(x)
     if weight.dtype != x.dtype:
         weight = weight.to(x.dtype)
-    run = _registry.resolve("linear", matrix, weight, index, delta, bias)
-    y: Tensor = run(matrix, weight, index, delta, bias)
+    y: Tensor = _registry.run("linear", matrix, weight, index, delta, bias)
     return y if x.dim() == 2 else unflattened(y, *x.shape[:-1], y.shape[1])
 
 
@@ -137,7 +139,9 @@ def _save(ctx: Any, inputs: tuple[Any, ...], output: Tensor | None) -> None:
     Never a tensor of W's size, and nothing of x where delta does not train.
     """
     x, weight, index, delta, bias, plan, kept, kept_index = inputs
-    saved, kept_index = saved_of(x, kept, kept_index, ctx.needs_input_grad[3])
+    saved = x if ctx.needs_input_grad[3] else None
+    if kept is not None or kept_index is not None:
+        saved, kept_index = saved_of(x, kept, kept_index, ctx.needs_input_grad[3])
     ctx.save_for_backward(saved, weight, index, delta, plan, kept_index)
     ctx.bias_dtype = None if bias is None else bias.dtype
 

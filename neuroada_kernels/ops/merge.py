@@ -41,27 +41,24 @@ def patch_(weight: Tensor, index: Tensor, delta: Tensor, original: Tensor) -> No
 
 
 def _merge(weight: Tensor, index: Tensor, delta: Tensor) -> Tensor:
-    run = _registry.resolve("merge_", weight, index, delta)
-    original: Tensor = run(weight, index, delta)
+    original: Tensor = _registry.run("merge_", weight, index, delta)
     # A kernel writes behind autograd's back; a backward that saved the weight must notice.
     torch.autograd.graph.increment_version(weight)
     return original
 
 
 def _unmerge(weight: Tensor, index: Tensor, original: Tensor) -> None:
-    run = _registry.resolve("unmerge_", weight, index, original)
-    run(weight, index, original)
+    _registry.run("unmerge_", weight, index, original)
     torch.autograd.graph.increment_version(weight)
 
 
 def _gather(weight: Tensor, index: Tensor) -> Tensor:
-    original: Tensor = _registry.resolve("gather", weight, index)(weight, index)
+    original: Tensor = _registry.run("gather", weight, index)
     return original
 
 
 def _patch(weight: Tensor, index: Tensor, delta: Tensor, original: Tensor) -> None:
-    run = _registry.resolve("patch_", weight, index, delta, original)
-    run(weight, index, delta, original)
+    _registry.run("patch_", weight, index, delta, original)
     torch.autograd.graph.increment_version(weight)
 
 

@@ -74,8 +74,7 @@ def _grad_delta(ctx: Any, grad_output: Tensor) -> Tensor:
     grad, matrix = as_matrix(grad_output), as_matrix(x)
     if ctx.compact:
         return delta_gradient(grad, matrix, index, delta, ctx.d_in)
-    run = _registry.resolve("bypass_backward", grad, matrix, index, delta, None, mask)
-    _, grad_delta = run(grad, matrix, index, delta, None, mask)
+    _, grad_delta = _registry.run("bypass_backward", grad, matrix, index, delta, None, mask)
     return grad_delta
 
 
