@@ -14,7 +14,7 @@ from torch.fx.experimental.proxy_tensor import get_proxy_mode
 
 jit_state: Callable[[], object] = torch._C._get_tracing_state
 dispatch_modes: Callable[[], int] = torch._C._len_torch_dispatch_stack
-_pre_dispatch_modes: Callable[[], int] = torch._ops._len_torch_dispatch_stack_pre_dispatch
+pre_dispatch_modes: Callable[[], int] = torch._ops._len_torch_dispatch_stack_pre_dispatch
 
 
 def is_recorded() -> bool:
@@ -32,7 +32,7 @@ def is_exported() -> bool:
         return torch.compiler.is_exporting()
     if jit_state() is not None:
         return True
-    if dispatch_modes() == 0 and _pre_dispatch_modes() == 0:
+    if dispatch_modes() == 0 and pre_dispatch_modes() == 0:
         return False
     return get_proxy_mode() is not None
 

@@ -34,7 +34,7 @@ template <int block>
 void stage_tokens(PairedTokens, const BFloat16* source, int64_t stride, int64_t tokens, int64_t first, int64_t last,
                   int64_t columns, float* staged) {
   constexpr int lanes = kLanes<float>;
-  constexpr int64_t line = 2 * lanes, ahead = 4 * line;
+  constexpr int64_t line = 2 * lanes, ahead = 2 * line;
   const int64_t whole = first + (last - first) / line * line;
   // A few rows along all columns, and then the next: a processor reads so many ahead by itself, and not a block's.
   for (int64_t t = 0; t < 2 * block; t += line) {

@@ -28,7 +28,7 @@ from torch.utils._python_dispatch import _disable_current_modes
 
 from neuroada_kernels import functional, ops, reference
 from neuroada_kernels._sharding import is_managed_by_fsdp
-from neuroada_kernels._tracing import is_exported
+from neuroada_kernels._tracing import is_exported, pre_dispatch_modes
 from neuroada_kernels.nn._base import BypassLinear
 from neuroada_kernels.nn._own import wrong_shape
 from neuroada_kernels.nn._strategy import refusal, why_not_resident
@@ -166,17 +166,20 @@ class ResidentLinear(BypassLinear):
         index = cast(Tensor, buffers["index"])
         bias = parameters["bias"] if "bias" in parameters else self.bias  # noqa: SIM401 - dear
         weight, delta = cast(Tensor, parameters["weight"]), cast(Tensor, parameters["delta"])
-        if functional.is_transformed():
+        plain = ops.is_plain_eager(x)
+        if torch._C._are_functorch_transforms_active() if plain else functional.is_transformed():
             return F.linear(x, reference.merged_weight(self._traceable_base(), index, delta), bias)
-        if is_exported() or type(weight) not in PLAIN_TYPES:
+        plain = plain and pre_dispatch_modes() == 0
+        if type(weight) not in PLAIN_TYPES or (not plain and is_exported()):
             return self._exported_forward(x)
-        if torch.compiler.is_compiling():
+        if not plain and torch.compiler.is_compiling():
             self._write(weight, delta)
         elif not self._is_patched(weight, delta):
             with self._siblings.lock:  # another thread may be patching it, once is enough
                 if not self._is_patched(weight, delta):
                     self._patch(weight, delta)
-        return functional.apply_resident(x, weight, index, delta, bias, self._keep(x))
+        kept = None if plain and buffers["columns"] is None else self._keep(x)
+        return functional.apply_resident(x, weight, index, delta, bias, kept)
 
     def _exported_forward(self, x: Tensor) -> Tensor:
         """``round(W + delta)``, whatever patched the weight last: the bypass is what it lacks.

@@ -56,7 +56,9 @@ def _save(
     kept_index: Tensor | None,
 ) -> None:
     """Keep what ddelta needs of x; ``delta`` for its version and dtype alone."""
-    saved, kept_index = saved_of(x, kept, kept_index, ctx.needs_input_grad[3])
+    saved = x if ctx.needs_input_grad[3] else None
+    if kept is not None or kept_index is not None:
+        saved, kept_index = saved_of(x, kept, kept_index, ctx.needs_input_grad[3])
     ctx.d_in, ctx.compact = x.shape[-1], kept_index is not None
     ctx.save_for_backward(saved, index if kept_index is None else kept_index, delta)
 
