@@ -111,14 +111,16 @@ def run(op: str, *args: Any) -> Any:
     """
     # Mostly the first candidate serves. That is found out here, as serving() does, but in one
     # function: after a product that has emptied the caches each call of another takes microseconds.
-    candidates = _order.get(args[0].device.type) if _named is None else None
+    first = args[0]
+    device_type = "cpu" if first.is_cpu else first.device.type
+    candidates = _order.get(device_type) if _named is None else None
     if candidates:
-        first = candidates[0]
-        implementation = first.implementations.get(op)
+        backend = candidates[0]
+        implementation = backend.implementations.get(op)
         if (
             implementation is not None
             and not implementation.unsupported(*args)
-            and (first.untried is None or first.untried(args[0]) is None)
+            and (backend.untried is None or backend.untried(first) is None)
         ):
             return implementation.run(*args)
     return serving(op, *args).implementations[op].run(*args)

@@ -126,7 +126,7 @@ def apply_resident(
 
 def _checked_linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
     """``x`` and ``bias`` as autocast wants them, once they and ``weight`` are found to fit."""
-    if weight.device != x.device:
+    if not (x.is_cpu and weight.is_cpu) and weight.device != x.device:
         raise ValueError(f"weight: on {weight.device}, expected {x.device}, as x")
     if weight.requires_grad and torch.is_grad_enabled():
         raise ValueError("weight: requires grad, expected a frozen weight")

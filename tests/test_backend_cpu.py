@@ -189,6 +189,17 @@ def test_ops_refuse_what_would_reach_outside(op, argument, change, message):
         call(op, given)
 
 
+def test_the_backward_in_one_call_is_that_of_two(dtype):
+    inputs = make_inputs(CASE, dtype)
+    grad, weight, index = inputs.grad_output, inputs.weight, inputs.index
+    plan, delta = make_plan(index, CASE.d_in), inputs.delta.to(torch.promote_types(dtype, F32))
+    grad_x, grad_delta = C.linear_bwd(grad, inputs.x, weight, index, plan, delta)
+    assert grad_x.equal(C.linear_bwd_input(grad, weight, plan, delta))
+    assert grad_delta.equal(C.sddmm(grad, inputs.x, index))
+    with pytest.raises(RuntimeError, match=r"index: column .* is out of range"):
+        C.linear_bwd(grad, inputs.x, weight, index + CASE.d_in, plan, delta)
+
+
 @pytest.mark.parametrize("fused", ["0", "1"], ids=["two_kernels", "one_kernel"])
 @pytest.mark.parametrize("bias", ["strided", "expanded"])
 def test_index_and_bias_may_be_views(bias, fused, dtype, monkeypatch):

@@ -6,6 +6,7 @@
 
 #include <algorithm>
 #include <optional>
+#include <tuple>
 
 #include "kernels.h"
 #include "neuroada/check.h"
@@ -185,6 +186,13 @@ Tensor sddmm_op(const Tensor& grad, const Tensor& x, const Tensor& index, std::o
   return out;
 }
 
+// linear_bwd_input and sddmm
+std::tuple<Tensor, Tensor> linear_bwd_op(const Tensor& grad, const Tensor& x, const Tensor& weight, const Tensor& index,
+                                         const Tensor& plan, const Tensor& delta) {
+  const Tensor grad_delta = sddmm_op(grad, x, index, std::nullopt);
+  return {linear_bwd_input_op(grad, weight, plan, delta), grad_delta};
+}
+
 // What the four ops on the chosen entries of W share; delta may be missing.
 void run_merge(MergeMode mode, const Tensor& weight, const Tensor& index, const Tensor* delta, const Tensor& original) {
   check_matrix("weight", weight, -1, -1);
@@ -274,6 +282,7 @@ STABLE_TORCH_LIBRARY_IMPL(neuroada_C, CPU, m) {
   m.impl("sddmm", TORCH_BOX(&sddmm_op));
   m.impl("linear_fwd", TORCH_BOX(&linear_fwd_op));
   m.impl("linear_bwd_input", TORCH_BOX(&linear_bwd_input_op));
+  m.impl("linear_bwd", TORCH_BOX(&linear_bwd_op));
   m.impl("merge", TORCH_BOX(&merge_op));
   m.impl("gather", TORCH_BOX(&gather_op));
   m.impl("patch", TORCH_BOX(&patch_op));

@@ -62,12 +62,15 @@ def linear_backward_in_one(
     output_mask: list[bool],
 ) -> tuple[Tensor, Tensor | None]:
     """The op ``linear_backward`` where dx is wanted, both parts of it in one kernel."""
-    grad_delta = None
-    if output_mask[1]:
-        grad_delta = sddmm(grad, x, index, delta, None)
     if plan is None:
         plan = make_plan(index, x.shape[1])
-    return C.linear_bwd_input.default(grad, weight, plan, wide(delta, grad)), grad_delta
+    wide_delta = wide(delta, grad)
+    if not output_mask[1]:
+        return C.linear_bwd_input.default(grad, weight, plan, wide_delta), None
+    if not index.is_contiguous():
+        index = index.contiguous()
+    grad_x, grad_delta = C.linear_bwd.default(grad, x, weight, index, plan, wide_delta)
+    return grad_x, grad_delta if delta is wide_delta else grad_delta.to(delta.dtype)
 
 
 def linear_patched(

@@ -14,9 +14,13 @@ void define_ops(Library& m) {
   // x may lack columns; with the d_in of the whole one the sums have the same bits.
   m.def("sddmm(Tensor grad, Tensor x, Tensor index, int? d_in=None) -> Tensor");
   m.def("merge(Tensor(a!) weight, Tensor index, Tensor delta) -> Tensor");
-  // The two below on the CPU alone.
+  // The three below on the CPU alone; the last is linear_bwd_input and sddmm, which one call less takes microseconds
+  // less.
   m.def("linear_fwd(Tensor x, Tensor weight, Tensor index, Tensor delta, Tensor? bias) -> Tensor");
   m.def("linear_bwd_input(Tensor grad, Tensor weight, Tensor plan, Tensor delta) -> Tensor");
+  m.def(
+      "linear_bwd(Tensor grad, Tensor x, Tensor weight, Tensor index, Tensor plan, Tensor delta) -> "
+      "(Tensor, Tensor)");
   // The products of a weight that holds round(W + delta), which only the kernel's copies of W do; on sm_90a alone.
   m.def("linear_patched_fwd(Tensor x, Tensor weight, Tensor index, Tensor delta, Tensor? bias) -> Tensor");
   m.def("linear_patched_bwd_input(Tensor grad, Tensor weight, Tensor index, Tensor delta) -> Tensor");
