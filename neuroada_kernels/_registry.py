@@ -110,7 +110,7 @@ def run(op: str, *args: Any) -> Any:
         If the named backend, or without one every backend, declines.
     """
     # Mostly the first candidate serves. That is found out here, as serving() does, but in one
-    # function: after a product that has emptied the caches each call of another takes microseconds.
+    # function: after a product that has emptied the caches each further call takes microseconds.
     first = args[0]
     device_type = "cpu" if first.is_cpu else first.device.type
     candidates = _order.get(device_type) if _named is None else None

@@ -211,6 +211,15 @@ def test_all_decline_lists_the_reasons_of_each():
         _registry.serving("linear", torch.zeros(3, 8))
 
 
+@pytest.mark.parametrize("why", ["declines", "untried"])
+def test_the_second_in_order_serves_where_the_first_does_not(layer, why):
+    """Also once the order is known."""
+    declining = {"reasons": REASONS} if why == "declines" else {"untried": lambda first: "untried"}
+    fake(lambda *args: pytest.fail("it does not serve"), **declining)
+    for _ in range(2):
+        assert layer(torch.randn(5, 8)).shape == (5, 6)
+
+
 def test_registering_again_replaces(layer):
     fake(reasons=REASONS)
     layer(torch.randn(5, 8))

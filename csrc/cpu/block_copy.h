@@ -26,7 +26,7 @@ class BlockCopy {
     if (job.lines == 0) job_.rows = 0;
   }
 
-  // Lets step() copy so much that the rest is done after `steps` of them.
+  // Lets step() copy so much, of a copy that has not begun, that it is done after `steps` of them.
   void share_out(int64_t steps) {
     lines_a_step_ = steps > 0 ? (job_.rows * job_.lines + steps - 1) / steps : 0;
     for (int64_t line = 0; line < job_.lines && job_.rows > 0; ++line) {
@@ -53,10 +53,10 @@ class BlockCopy {
   int64_t line_ = 0, lines_a_step_ = 0;
 
   // The line in the place of this one, some runs ahead, is asked for.
-  template <int64_t runs_ahead, int cache>
+  template <int64_t runs_ahead, int locality>
   inline __attribute__((always_inline)) void copy_line() {
     const auto* source = job_.source + line_ * Weight::kLine;
-    if (job_.rows > runs_ahead) weight_->template prefetch_line<cache>(source + runs_ahead * job_.source_step);
+    if (job_.rows > runs_ahead) weight_->template prefetch_line<locality>(source + runs_ahead * job_.source_step);
     weight_->copy_line(source, job_.target + line_ * Weight::kLineStep);
     if (++line_ == job_.lines) {
       line_ = 0;

@@ -51,9 +51,9 @@ struct ForwardWeight {
     return {*this, {source(b), scratch, stride, kStep, b.width, lines}};
   }
 
-  template <int cache>
+  template <int locality>
   void prefetch_line(const T* line) const {
-    __builtin_prefetch(line, 0, cache);
+    __builtin_prefetch(line, 0, locality);
   }
 
   inline __attribute__((always_inline)) void copy_line(const T* line, Element* target) const {

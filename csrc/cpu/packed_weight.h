@@ -22,7 +22,8 @@ struct BackwardWeight {
   // Every row of W is a page of its own, which takes as long to find as half a kilobyte to read: for few tokens, whose
   // totals are small, a block is long runs of few rows. No total is the sum of more than kSums blocks, so that it
   // rounds no worse than torch's product; where that takes more rows, runs are shorter, for a copy of a block to take
-  // no more than two blocks of many tokens.
+  // no more than two blocks of many tokens, up to a d_out of hundreds of thousands. Rows are whole tiles and whole
+  // lines, for a column's place to lie within its cell.
   BlockSize block(int64_t tokens) const {
     constexpr BlockSize many{kBlockRows * Cell::kDepth, kBlockCells<Cell>, kBlockCells<Cell> * Cell::kDepth};
     if (!is_few(tokens)) return many;
@@ -42,9 +43,7 @@ struct BackwardWeight {
     }
     return {};
   }
-  static WeightBlock<Element> copied(const BlockPlace& b, const Element* scratch) {
-    return {scratch, Cell::kDepth, step(b)};
-  }
+  static WeightBlock<Element> copied(const BlockPlace& b, const Element* scratch) { return {scratch, 0, step(b)}; }
 
   // The copy of whole lines; what else there is of the block, and zeros up to whole tiles, is written now.
   BlockCopy<BackwardWeight> copy(const BlockPlace& b, Element* scratch) const {
@@ -67,9 +66,9 @@ struct BackwardWeight {
     return {*this, {source, scratch, Cell::kDepth * stride, step(b), rows, lines}};
   }
 
-  template <int cache>
+  template <int locality>
   void prefetch_line(const T* line) const {
-    for (int64_t n = 0; n < Cell::kDepth; ++n) __builtin_prefetch(line + n * stride, 0, cache);
+    for (int64_t n = 0; n < Cell::kDepth; ++n) __builtin_prefetch(line + n * stride, 0, locality);
   }
 
   inline __attribute__((always_inline)) void copy_line(const T* line, Element* target) const {
@@ -86,6 +85,8 @@ struct BackwardWeight {
   static int64_t step(const BlockPlace& b) { return b.rows * Cell::kDepth; }
 
 #ifdef __AVX512BF16__
+  static_assert(Cell::kDepth == 1 || (kBlockRows % kLine == 0 && kBlockRows % kTileSums == 0));
+
   // A line of pairs: target[place(i)] = low[i], target[place(i) + 1] = high[i]
   static void pack_pairs(const BFloat16* low, const BFloat16* high, BFloat16* target) {
     const __m512i lower = _mm512_loadu_si512(low), upper = _mm512_loadu_si512(high);
@@ -93,7 +94,7 @@ struct BackwardWeight {
     _mm512_storeu_si512(target + kLine, _mm512_unpackhi_epi16(lower, upper));
   }
 #else
-  static void pack_pairs(const T*, const T*, Element*);  // of no cell that there is
+  static void pack_pairs(const T*, const T*, Element*);  // never called: there is no cell of pairs
 #endif
 };
 

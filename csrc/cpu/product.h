@@ -144,15 +144,16 @@ void each_tile(int64_t tokens, F&& f) {
 
 // Calls f(first token, tokens, vectors, tiles) for the tokens of one tile, or of two as wide: a gather, which shares an
 // entry's column and delta among its tokens, has registers for so many.
+inline constexpr int kGatherTiles = 2;
 template <class A, class F>
 void each_gather(int64_t tokens, F&& f) {
   constexpr int64_t lanes = kLanes<A>;
   for (int64_t t = 0; t < tokens;) {
     const int64_t left = ceil_div(tokens - t, lanes), vectors = tile_vectors(left);
     const bool two = left > vectors && tile_vectors(left - vectors) == vectors;
-    const int64_t count = std::min(tokens - t, (two ? 2 : 1) * vectors * lanes);
+    const int64_t count = std::min(tokens - t, (two ? kGatherTiles : 1) * vectors * lanes);
     with_vectors(vectors, [&](auto v) {
-      if (two) return f(t, count, v, std::integral_constant<int, 2>{});
+      if (two) return f(t, count, v, std::integral_constant<int, kGatherTiles>{});
       return f(t, count, v, std::integral_constant<int, 1>{});
     });
     t += count;

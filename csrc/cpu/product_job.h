@@ -6,8 +6,8 @@
 
 namespace neuroada::cpu::NEUROADA_ISA {
 
-// A block of W: row r at cell c stands at `at + r * row_step + c * cell_step`, in elements, or where it is packed at
-// `at + Cell::place(r) + c * cell_step`.
+// A block of W: row r at cell c stands at `at + r * row_step + c * cell_step`, in elements, or where it is packed, with
+// no use for row_step, at `at + Cell::place(r) + c * cell_step`.
 template <class Element>
 struct WeightBlock {
   const Element* at = nullptr;

@@ -56,6 +56,7 @@ inline void sum_cells(const TileJob<Cell>& job, int64_t begin, int64_t end, type
   // Three rows to a pointer: an address is then a base and at most twice a step, for which few
   // registers do. Of packed columns four stand side by side, whatever their order is.
   constexpr int together = packed ? 4 : 3, pointers = (tile_rows + together - 1) / together;
+  static_assert(!packed || Cell::kDepth == 1 || tile_rows % together == 0);
   const int64_t row_step = packed ? Cell::kDepth : job.weight.row_step;
   const int64_t cell_step = packed ? job.weight.cell_step : Cell::kDepth;
   const Element* rows[pointers];

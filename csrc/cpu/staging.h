@@ -186,7 +186,7 @@ struct StagedBlock {
   void prefetch_column(int32_t column) const {
     const A* cell = at + int64_t{column} / Cell::kDepth * panel;
 #pragma GCC unroll 8
-    for (int v = 0; v < kVectors; v += 64 / kVectorBytes) {
+    for (int v = 0; v < kVectors; v += std::min(kSideBySide, 64 / kVectorBytes)) {
       __builtin_prefetch(cell + v / kSideBySide * step + v % kSideBySide * kLanes<A>);
     }
   }

@@ -50,7 +50,7 @@ struct BackwardWeight {
   }
 
   // Not ahead: of 32 rows at once the requests only stand in each other's way.
-  template <int cache>
+  template <int locality>
   void prefetch_line(const BFloat16*) const {}
 
   // target[c][n] = line[n][c], for 32 of each. Pairs of neurons are interleaved within 16 bytes, which leaves

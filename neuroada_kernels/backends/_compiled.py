@@ -152,7 +152,10 @@ def bypass_backward(
 
 
 def sddmm(grad: Tensor, x: Tensor, index: Tensor, delta: Tensor, d_in: int | None) -> Tensor:
-    """ddelta, from an x that lacks columns with the bits that the whole one's of ``d_in`` has."""
+    """ddelta; with the bits that the whole x's has, of ``d_in`` columns, from one that lacks some.
+
+    ``d_in`` is None where ``x`` is the whole one.
+    """
     if not index.is_contiguous():
         index = index.contiguous()
     grad_delta: Tensor = C.sddmm.default(grad, x, index, d_in)
@@ -195,7 +198,10 @@ def wide(delta: Tensor, x: Tensor) -> Tensor:
 
 
 def contiguous(tensor: Tensor) -> Tensor:
-    """``tensor.contiguous()``, past the dispatcher where it is: that takes microseconds."""
+    """``tensor.contiguous()``, past the dispatcher where it is: that takes microseconds.
+
+    What runs between two products of the CPU does this in place.
+    """
     return tensor if tensor.is_contiguous() else tensor.contiguous()
 
 

@@ -148,8 +148,8 @@ def run_backward(
 
     With a ``kept_index``, ``x`` has the columns that were kept.
     """
-    whole = grad_output.dim() != 2 or grad_output.stride(1) != 1
-    grad = as_matrix(grad_output) if whole else grad_output
+    is_matrix = grad_output.dim() == 2 and grad_output.stride(1) == 1
+    grad = grad_output if is_matrix else as_matrix(grad_output)
     need_x, need_delta = output_mask
     grad_x = grad_delta = None
     if kept_index is not None and need_delta:

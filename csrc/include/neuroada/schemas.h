@@ -14,8 +14,8 @@ void define_ops(Library& m) {
   // x may lack columns; with the d_in of the whole one the sums have the same bits.
   m.def("sddmm(Tensor grad, Tensor x, Tensor index, int? d_in=None) -> Tensor");
   m.def("merge(Tensor(a!) weight, Tensor index, Tensor delta) -> Tensor");
-  // The three below on the CPU alone; the last is linear_bwd_input and sddmm, which one call less takes microseconds
-  // less.
+  // The three below on the CPU alone; the last is linear_bwd_input and sddmm in one call, which saves
+  // microseconds.
   m.def("linear_fwd(Tensor x, Tensor weight, Tensor index, Tensor delta, Tensor? bias) -> Tensor");
   m.def("linear_bwd_input(Tensor grad, Tensor weight, Tensor plan, Tensor delta) -> Tensor");
   m.def(
