@@ -41,7 +41,7 @@ class NeuroAdaLinear(NamedLayer, PlannedLayer, ResidentLinear):
             self.weight if weight is None else weight,
             index,
             self.delta,
-            parameters["bias"] if "bias" in parameters else self.bias,  # noqa: SIM401
+            parameters["bias"] if "bias" in parameters else self.bias,  # noqa: SIM401 - dear
             buffers["plan"],
             self._keep(x) if keeps else None,
         )
