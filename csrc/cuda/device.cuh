@@ -1,5 +1,5 @@
 // What device code needs and a host lacks, wrapped once. Under NEUROADA_HOST_CUDA a host compiler
-// builds the same kernels, and host_cuda.h of the tests runs them, a thread for each of CUDA's.
+// builds the same kernels, and host_cuda.h of the tests runs them, a fiber for each of CUDA's threads.
 #pragma once
 
 #include <cstdint>

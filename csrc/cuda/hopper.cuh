@@ -62,9 +62,9 @@ inline void arrive(Barrier& barrier) { host_cuda::arrive(barrier.state, 0); }
 template <class T>
 void write_operand(T* to, T value) {
   *to = value;
-  host_cuda::unfenced = true;
+  host_cuda::asynchronous().unfenced = true;
 }
-inline void fence_operands() { host_cuda::unfenced = false; }
+inline void fence_operands() { host_cuda::asynchronous().unfenced = false; }
 inline void arrive_expecting(Barrier& barrier, uint32_t bytes) { host_cuda::arrive(barrier.state, bytes); }
 inline void wait(Barrier& barrier, uint32_t parity) { host_cuda::wait(barrier.state, parity); }
 
@@ -79,7 +79,7 @@ inline void copy_bulk(void* to, const void* from, uint32_t bytes, Barrier& barri
 
 inline void sync_warp() {
   host_cuda::check_fenced();
-  host_cuda::exchange(0);
+  host_cuda::warp().sync();
 }
 template <int N>
 void release_registers() {}

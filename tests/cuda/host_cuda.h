@@ -1,21 +1,18 @@
-// Runs CUDA device code on the CPU: a std::thread for each thread of a CTA, a barrier for
-// __syncthreads, slots for the shuffles of a warp. CTAs run in turn, each with shared memory full of
-// NaN, allocated to the byte. So AddressSanitizer sees an index gone wrong, ThreadSanitizer a missing
-// barrier, and a wrong sum whatever was never written.
+// Runs CUDA device code on the CPU: a fiber for each thread of a CTA, a barrier for __syncthreads, slots
+// for the shuffles of a warp. CTAs run in turn, each with shared memory full of NaN, allocated to the
+// byte. So AddressSanitizer sees an index gone wrong, ThreadSanitizer a missing barrier, and a wrong sum
+// whatever was never written.
 #pragma once
-
-#include <pthread.h>
 
 #include <cstddef>
 #include <cstdint>
-#include <cstdio>
-#include <cstdlib>
 #include <cstring>
 #include <deque>
 #include <functional>
+#include <memory>
 #include <new>
-#include <thread>
-#include <vector>
+
+#include "host_fibers.h"
 
 #define __global__
 #define __device__
@@ -30,28 +27,7 @@ struct Dim3 {
   unsigned x = 1, y = 1, z = 1;
 };
 
-constexpr int kLanes = 32;
-
-// Not std::barrier: GCC's wait through words that unrelated barriers share, an order that no GPU has, and
-// that hides races from ThreadSanitizer.
-class Barrier {
- public:
-  explicit Barrier(unsigned threads) { pthread_barrier_init(&barrier_, nullptr, threads); }
-  ~Barrier() { pthread_barrier_destroy(&barrier_); }
-  Barrier(const Barrier&) = delete;
-  Barrier& operator=(const Barrier&) = delete;
-
-  void arrive_and_wait() { pthread_barrier_wait(&barrier_); }
-
- private:
-  pthread_barrier_t barrier_;
-};
-
-// Two sets of slots in turn: who writes to one again has seen all others read it.
-struct Warp {
-  Barrier barrier{kLanes};
-  uint32_t slots[2][kLanes];
-};
+constexpr int kLanes = Warp::kLanes;
 
 struct Cta {
   explicit Cta(unsigned threads) : barrier(threads), warps(threads / kLanes) {}
@@ -64,23 +40,18 @@ struct Cta {
 struct Self {
   Cta* cta = nullptr;
   Dim3 thread, block, block_dim, grid_dim;
-  unsigned exchanges = 0;
+  std::shared_ptr<void> asynchronous;  // what host_hopper.h keeps of a thread
 };
 
-inline thread_local Self self;
-
-[[noreturn]] inline void stop(const char* message) {
-  std::fprintf(stderr, "host_cuda: %s\n", message);
-  std::abort();
-}
+inline Self& self() { return *static_cast<Self*>(fiber_data()); }
 
 inline void check_aligned(const void* pointer, size_t alignment) {
   if (reinterpret_cast<uintptr_t>(pointer) % alignment != 0) stop("a misaligned vector access");
 }
 
 inline void* shared_memory(size_t alignment) {
-  check_aligned(self.cta->shared, alignment);
-  return self.cta->shared;
+  check_aligned(self().cta->shared, alignment);
+  return self().cta->shared;
 }
 
 // Runs `kernel` for every CTA of the grid.
@@ -90,8 +61,9 @@ inline void launch(Dim3 grid, unsigned threads, size_t shared_bytes, const std::
   Cta cta(threads);
   cta.shared_bytes = shared_bytes;
   cta.shared = ::operator new(shared_bytes, kAlignment);
-  const auto body = [&](unsigned thread) {
-    self = {&cta, {thread}, {}, {threads}, grid};
+  run_fibers(threads, [&](unsigned thread) {
+    Self self{&cta, {thread}, {}, {threads}, grid, nullptr};
+    set_fiber_data(&self);
     for (unsigned y = 0; y < grid.y; ++y) {
       for (unsigned x = 0; x < grid.x; ++x) {
         self.block = {x, y};
@@ -101,21 +73,12 @@ inline void launch(Dim3 grid, unsigned threads, size_t shared_bytes, const std::
         cta.barrier.arrive_and_wait();
       }
     }
-  };
-  std::vector<std::thread> pool;
-  for (unsigned thread = 0; thread < threads; ++thread) pool.emplace_back(body, thread);
-  for (std::thread& thread : pool) thread.join();
+  });
   ::operator delete(cta.shared, kAlignment);
 }
 
-// Every lane's word, after every lane has given its own.
-inline const uint32_t* exchange(uint32_t own) {
-  Warp& warp = self.cta->warps[self.thread.x / kLanes];
-  uint32_t* slots = warp.slots[self.exchanges++ % 2];
-  slots[self.thread.x % kLanes] = own;
-  warp.barrier.arrive_and_wait();
-  return slots;
-}
+inline Warp& warp() { return self().cta->warps[self().thread.x / kLanes]; }
+inline const uint32_t* exchange(uint32_t word) { return warp().exchange(self().thread.x % kLanes, word); }
 
 template <class T>
 T shuffle(T value, unsigned lane) {
@@ -129,12 +92,12 @@ T shuffle(T value, unsigned lane) {
 
 }  // namespace neuroada::host_cuda
 
-#define threadIdx ::neuroada::host_cuda::self.thread
-#define blockIdx ::neuroada::host_cuda::self.block
-#define blockDim ::neuroada::host_cuda::self.block_dim
-#define gridDim ::neuroada::host_cuda::self.grid_dim
+#define threadIdx ::neuroada::host_cuda::self().thread
+#define blockIdx ::neuroada::host_cuda::self().block
+#define blockDim ::neuroada::host_cuda::self().block_dim
+#define gridDim ::neuroada::host_cuda::self().grid_dim
 
-inline void __syncthreads() { ::neuroada::host_cuda::self.cta->barrier.arrive_and_wait(); }
+inline void __syncthreads() { ::neuroada::host_cuda::self().cta->barrier.arrive_and_wait(); }
 
 template <class T>
 T __shfl_sync(unsigned, T value, int lane) {
@@ -163,7 +126,7 @@ inline unsigned __match_any_sync(unsigned, int value) {
   return mask;
 }
 
-inline void __syncwarp() { neuroada::host_cuda::exchange(0); }
+inline void __syncwarp() { neuroada::host_cuda::warp().sync(); }
 
 template <class T>
 T atomicAdd(T* to, T value) {

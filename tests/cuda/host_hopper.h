@@ -7,14 +7,11 @@
 // group is waited for, from whatever shared memory holds by then.
 #pragma once
 
-#include <array>
 #include <atomic>
-#include <chrono>
-#include <condition_variable>
-#include <mutex>
 #include <stdexcept>
 #include <string>
 #include <type_traits>
+#include <vector>
 
 #include "host_cuda.h"
 #include "neuroada/dtype.h"
@@ -24,24 +21,46 @@ namespace neuroada::host_cuda {
 // ---- shared memory: its addresses are 32 bits wide, and swizzled
 
 inline uint32_t shared_address(const void* pointer) {
-  return static_cast<uint32_t>(static_cast<const char*>(pointer) - static_cast<const char*>(self.cta->shared));
+  return static_cast<uint32_t>(static_cast<const char*>(pointer) - static_cast<const char*>(self().cta->shared));
 }
 
 // Exchanges the 16-byte units within rows of 16 << bits bytes by address bits 7 and up.
 inline uint32_t swizzled(uint32_t address, int bits) { return address ^ (((address >> 7) & ((1u << bits) - 1)) << 4); }
 
 inline char* shared_at(uint32_t address, size_t bytes) {
-  if (address + bytes > self.cta->shared_bytes) stop("an operand reaches past the shared memory");
-  return static_cast<char*>(self.cta->shared) + address;
+  if (address + bytes > self().cta->shared_bytes) stop("an operand reaches past the shared memory");
+  return static_cast<char*>(self().cta->shared) + address;
 }
 
-// Whether this thread has written operands that fence.proxy.async does not show to the tensor cores yet.
-inline thread_local bool unfenced = false;
+// The products that a thread has started and not waited for; `groups` are the committed ones.
+struct Products {
+  std::deque<std::vector<std::function<void()>>> groups;
+  std::vector<std::function<void()>> open;
+  bool fenced = false;
+
+  ~Products() {
+    if (!groups.empty() || !open.empty()) stop("a thread ends with products that it has not waited for");
+  }
+};
+
+struct Asynchronous {
+  Products products;
+  // Whether it has written operands that fence.proxy.async does not show to the tensor cores yet.
+  bool unfenced = false;
+};
+
+// Of the running thread.
+inline Asynchronous& asynchronous() {
+  std::shared_ptr<void>& of = self().asynchronous;
+  if (of == nullptr) of = std::make_shared<Asynchronous>();
+  return *static_cast<Asynchronous*>(of.get());
+}
+
 inline void check_fenced() {
-  if (unfenced) stop("operands are written without fence.proxy.async before others are told");
+  if (asynchronous().unfenced) stop("operands are written without fence.proxy.async before others are told");
 }
 
-// ---- mbarrier: counts and phase in its own 64 bits, blocking beside it
+// ---- mbarrier: counts and phase in its own 64 bits
 
 struct BarrierWord {
   static constexpr int64_t kBias = 1 << 21;  // of the bytes that are still to come, which may be negative
@@ -60,35 +79,37 @@ struct BarrierWord {
   }
 };
 
-struct Waiters {
-  std::mutex mutex;
-  std::condition_variable changed;
-};
-
-// Neighbouring barriers have a lock each, so that a lock orders no more than its barrier does.
-inline Waiters& waiters_of(const uint64_t& word) {
-  static std::array<Waiters, 64> all;
+inline BarrierWord load_barrier(const uint64_t& word) {
   check_aligned(&word, sizeof(word));
-  return all[shared_address(&word) / sizeof(word) % all.size()];
+  return BarrierWord::read(__atomic_load_n(&word, __ATOMIC_RELAXED));
+}
+inline void store_barrier(uint64_t& word, const BarrierWord& barrier) {
+  __atomic_store_n(&word, barrier.word(), __ATOMIC_RELAXED);
 }
 
+// By phases: who is late to see one complete is not to learn of what others do before they arrive in the next.
+inline const char* order_of(const uint64_t& word, uint32_t phase) {
+  return reinterpret_cast<const char*>(&word) + phase;
+}
+
+// Of a copy this tells too much: all that who asked for it had done, and not its bytes alone.
 template <class Change>
 void change_barrier(uint64_t& word, Change&& change) {
-  Waiters& waiters = waiters_of(word);
-  const std::lock_guard lock(waiters.mutex);
-  BarrierWord barrier = BarrierWord::read(word);
+  BarrierWord barrier = load_barrier(word);
+  release(order_of(word, barrier.phase));
   change(barrier);
-  if (barrier.pending == 0 && barrier.bytes == 0) {
+  const bool complete = barrier.pending == 0 && barrier.bytes == 0;
+  if (complete) {
     barrier.pending = barrier.expected;
     barrier.phase ^= 1;
-    waiters.changed.notify_all();
   }
-  word = barrier.word();
+  store_barrier(word, barrier);
+  if (complete) wake_all_at(&word);
 }
 
 inline void init_barrier(uint64_t& word, uint32_t count) {
-  const std::lock_guard lock(waiters_of(word).mutex);
-  word = BarrierWord{count, count, 0, 0}.word();
+  check_aligned(&word, sizeof(word));
+  word = BarrierWord{count, count, 0, 0}.word();  // not atomic: who uses it without having waited for it races
 }
 
 inline void arrive(uint64_t& word, uint32_t bytes) {
@@ -104,16 +125,9 @@ inline void complete_bytes(uint64_t& word, uint32_t bytes) {
   change_barrier(word, [&](BarrierWord& barrier) { barrier.bytes -= bytes; });
 }
 
-// Time is counted in short waits, so that it stands still where the process is stopped.
 inline void wait(uint64_t& word, uint32_t parity) {
-  constexpr int kTenths = 200;
-  Waiters& waiters = waiters_of(word);
-  std::unique_lock lock(waiters.mutex);
-  const auto complete = [&] { return BarrierWord::read(word).phase != parity; };
-  for (int tenth = 0; !complete(); ++tenth) {
-    if (tenth == kTenths) stop("the phase of an mbarrier does not complete");
-    waiters.changed.wait_for(lock, std::chrono::milliseconds(100), complete);
-  }
+  while (load_barrier(word).phase == parity) wait_at(&word);
+  acquire(order_of(word, parity));
 }
 
 // ---- TMA
@@ -159,7 +173,7 @@ inline void copy_bulk(void* to, const void* from, uint32_t bytes, uint64_t& barr
   check_aligned(to, 16);
   check_aligned(from, 16);
   if (bytes == 0 || bytes % 16 != 0) stop("a bulk copy of no multiple of 16 bytes");
-  ++bulk_copies;
+  bulk_copies.fetch_add(1, std::memory_order_relaxed);
   std::memcpy(shared_at(shared_address(to), bytes), from, bytes);
   complete_bytes(barrier, bytes);
 }
@@ -206,27 +220,16 @@ struct Operand {
   static uint32_t field(uint64_t descriptor, int bit) { return static_cast<uint32_t>(descriptor >> bit & 0x3fff) << 4; }
 };
 
-// The products that a thread has started and not waited for; `groups` are the committed ones.
-struct Products {
-  std::deque<std::vector<std::function<void()>>> groups;
-  std::vector<std::function<void()>> open;
-  bool fenced = false;
-
-  ~Products() {
-    if (!groups.empty() || !open.empty()) stop("a thread ends with products that it has not waited for");
-  }
-};
-
-inline thread_local Products products;
-
-inline void wgmma_fence() { products.fenced = true; }
+inline void wgmma_fence() { asynchronous().products.fenced = true; }
 
 inline void wgmma_commit() {
+  Products& products = asynchronous().products;
   products.groups.push_back(std::move(products.open));
   products.open.clear();
 }
 
 inline void wgmma_wait(size_t left) {
+  Products& products = asynchronous().products;
   for (; products.groups.size() > left; products.groups.pop_front()) {
     for (const auto& product : products.groups.front()) product();
   }
@@ -236,7 +239,7 @@ inline void wgmma_wait(size_t left) {
 // The share of one thread, in the registers that are its own.
 template <class T, int N, bool kRowsOfB>
 void multiply(float* d, const Operand& a, const Operand& b, bool accumulate) {
-  const unsigned lane = self.thread.x % kLanes, warp = self.thread.x / kLanes % 4;
+  const unsigned lane = self().thread.x % kLanes, warp = self().thread.x / kLanes % 4;
   float row[2][16];
   for (uint32_t half = 0; half < 2; ++half) {
     for (uint32_t k = 0; k < 16; ++k) row[half][k] = a.element<T>(16 * warp + lane / 4 + 8 * half, k);
@@ -255,6 +258,7 @@ void multiply(float* d, const Operand& a, const Operand& b, bool accumulate) {
 template <class T, int N, bool kRowsOfB>
 void wgmma(float (&d)[N / 2], uint64_t a, uint64_t b, bool accumulate) {
   static_assert(sizeof(T) == 2 && N % 8 == 0 && N <= 256);
+  Products& products = asynchronous().products;
   if (!products.fenced) stop("wgmma without wgmma.fence since its registers were last read");
   products.open.push_back([registers = &d[0], left = Operand(a, false), right = Operand(b, kRowsOfB), accumulate] {
     multiply<T, N, kRowsOfB>(registers, left, right, accumulate);

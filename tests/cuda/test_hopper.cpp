@@ -181,6 +181,7 @@ void misuse_stops_the_program() {
   };
   CHECK(!stops([&](Shared& s) { write(s, true); }), "an operand that is fenced stops");
   CHECK(stops([&](Shared& s) { write(s, false); }), "no fence of an operand");
+  CHECK(stops([&](Shared& s) { cuda::wait(s.barrier, 0); }), "a phase that nobody completes");
   CHECK(stops([&](Shared&) {
           cuda::wgmma_fence(), cuda::wgmma<BFloat16, 8, false>(d, descriptor, descriptor, false), cuda::wgmma_commit();
         }),
@@ -211,6 +212,7 @@ void the_driver_s_rules_hold_for_maps() {
 }  // namespace
 
 int main() {
+  // First those that fork: of a process that has fibers ThreadSanitizer would not look at a fork.
   misuse_stops_the_program();
   a_box_is_swizzled_and_padded_with_zeros();
   descriptors_address_the_canonical_layouts();

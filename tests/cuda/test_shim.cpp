@@ -3,6 +3,7 @@
 #include <sys/wait.h>
 #include <unistd.h>
 
+#include <set>
 #include <vector>
 
 #include "check.h"
@@ -73,10 +74,36 @@ void misaligned_vectors_stop_the_program() {
   CHECK(stops([] { host_cuda::launch({1, 1}, 33, 0, [] {}); }), "33 threads a CTA go through");
 }
 
+// Half of them are where the others do not come.
+void threads_that_wait_in_vain_stop_the_program() {
+  const auto halves = [](bool together) {
+    host_cuda::launch({1, 1}, kThreads, 0, [&] {
+      if (together || threadIdx.x < kThreads / 2) __syncthreads();
+    });
+  };
+  CHECK(!stops([&] { halves(true); }), "a barrier that all come to stops");
+  CHECK(stops([&] { halves(false); }), "a barrier that some never come to goes through");
+}
+
+// So that a kernel which counts on one of them being first fails.
+void threads_begin_in_any_order() {
+  std::set<unsigned> first;
+  for (int launch = 0; launch < 8; ++launch) {
+    unsigned begun = 0;
+    host_cuda::launch({1, 1}, kThreads, 0, [&] {
+      if (atomicAdd(&begun, 1u) == 0) first.insert(threadIdx.x);
+    });
+  }
+  CHECK(first.size() > 2, "hardly any order but one or two");
+}
+
 }  // namespace
 
 int main() {
+  // First those that fork: of a process that has fibers ThreadSanitizer would not look at a fork.
   misaligned_vectors_stop_the_program();
+  threads_that_wait_in_vain_stop_the_program();
+  threads_begin_in_any_order();
   every_thread_of_the_grid_runs_once();
   lanes_exchange_within_their_warp();
   shared_memory_starts_as_nan();
