@@ -12,8 +12,10 @@ BUILD ?= $(or $(NEUROADA_BUILD),auto)
 NVCC ?= nvidia-cuda-nvcc==13.0.88 nvidia-nvvm==13.0.88 nvidia-cuda-crt==13.0.88 nvidia-cuda-cccl==13.0.85 nvidia-cuda-runtime==13.0.96
 # CUTLASS as well, of which the headers alone are used: what its Python part depends on stays away.
 CUTLASS ?= nvidia-cutlass==4.2.0.0
-# Where setup.py compiles for an editable install: the C++ tests are of the same objects.
+# Where setup.py compiles: the C++ tests and the wheel are of the same objects.
 CPP_BUILD := build/cmake
+# What a source distribution has to have, beside tests and documentation.
+PACKED := csrc neuroada_kernels triton_kernels benchmarks CMakeLists.txt setup.py pyproject.toml MANIFEST.in README.md LICENSE
 SOURCES := $(shell find csrc -type f) CMakeLists.txt setup.py pyproject.toml
 
 .PHONY: demo test bench figures lint format clean dist install test-python test-triton test-cpp test-cuda-host count-instructions fuzz smoke
@@ -105,18 +107,25 @@ format: install
 	$(BIN)/ruff format .
 	$(BIN)/clang-format -i $$(git ls-files '*.cpp' '*.h' '*.cu' '*.cuh')
 
+# Both from this tree, whose objects are built. What setuptools kept of an older one would go into the wheel.
 dist: install
-	rm -rf dist
-	PATH="$(CURDIR)/$(BIN):$$PATH" NEUROADA_BUILD=$(BUILD) $(BIN)/python -m build --no-isolation --outdir dist
+	rm -rf dist build/lib* build/bdist* *.egg-info/SOURCES.txt
+	PATH="$(CURDIR)/$(BIN):$$PATH" NEUROADA_BUILD=$(BUILD) $(BIN)/python -m build --sdist --wheel --no-isolation --outdir dist
 
-# In an environment with nothing else: the wheel, then a pure-Python one over it.
+# In an environment with nothing else: the wheel, then a pure-Python one over it. That one is made of the sdist, which
+# has to have all sources, and be enough for CMake.
+UNPACKED := build/unpacked
 smoke: dist
-	rm -rf build/empty build/pure
+	rm -rf build/empty build/pure $(UNPACKED)
+	mkdir -p $(UNPACKED) && tar -xzf dist/*.tar.gz -C $(UNPACKED) --strip-components=1
+	for file in $$(find $(PACKED) -type f ! -name '*.pyc' ! -name '*.so'); do \
+	  test -f $(UNPACKED)/$$file || { echo "the sdist lacks $$file"; exit 1; }; done
+	$(BIN)/cmake -G Ninja -S $(UNPACKED) -B $(UNPACKED)/build -DNEUROADA_PYTHON=OFF -DCMAKE_MAKE_PROGRAM=$(CURDIR)/$(BIN)/ninja
 	$(PYTHON) -m venv build/empty
 	build/empty/bin/python -m pip install --quiet "$(TORCH)"
 	build/empty/bin/python -m pip install --quiet dist/*.whl
 	cd build && empty/bin/python ../tests/smoke.py cpu $(filter cuda,$(BUILD))
-	PATH="$(CURDIR)/$(BIN):$$PATH" NEUROADA_BUILD=none $(BIN)/python -m build --wheel --no-isolation --outdir build/pure
+	NEUROADA_BUILD=none $(BIN)/python -m pip wheel --quiet --no-deps --no-build-isolation --wheel-dir build/pure dist/*.tar.gz
 	build/empty/bin/python -m pip install --quiet --force-reinstall --no-deps build/pure/*.whl
 	cd build && empty/bin/python ../tests/smoke.py eager
 

@@ -63,8 +63,9 @@ class CMakeBuild(build_ext):
         subprocess.run([cmake, "--build", build, "--parallel", jobs], check=True)
 
     def cmake_build(self) -> str:
-        # What an editable install compiled stays, for the next one and for the C++ tests.
-        return str(ROOT / "build" / "cmake") if self.editable_mode else self.build_temp
+        # What one install compiled stays, for the next one, a wheel and the C++ tests. No two
+        # builds may run at once.
+        return str(ROOT / "build" / "cmake")
 
     def build_extension(self, ext: Extension) -> None:
         target = Path(self.get_ext_fullpath(ext.name))
