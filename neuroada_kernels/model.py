@@ -167,8 +167,8 @@ def adapt(
 ) -> AdaptSummary:
     """Replace linears of ``model`` in place, and freeze everything but what the adapter trains.
 
-    Adapters that PEFT has put into layers before, LoRA's as others, train on if they did;
-    ``"all-linear"`` leaves their matrices out.
+    What PEFT has put into the model before, LoRA's matrices as prompts, trains on if it did;
+    ``"all-linear"`` leaves it out.
 
     ``adapt(model, config)``, or ``adapt(model, k, target_modules, ...)`` with the fields of
     :class:`NeuroAdaConfig` as arguments. A model on the meta device can be adapted before its
@@ -371,7 +371,9 @@ def keep_config(model: nn.Module, config: NeuroAdaConfig | None) -> None:
 def _freeze(model: nn.Module, config: NeuroAdaConfig) -> None:
     """Let nothing train but deltas, and biases where the config says so."""
     kept = deltas_of(model) | {
-        id(parameter) for module in modules_of_peft(model) for parameter in module.parameters()
+        id(parameter)
+        for module in modules_of_peft(model)
+        for parameter in module.parameters(recurse=False)
     }
     for name, parameter in model.named_parameters():
         if id(parameter) not in kept:

@@ -133,10 +133,11 @@ def output_head(model: nn.Module) -> nn.Module | None:
 
 
 def modules_of_peft(model: nn.Module) -> set[nn.Module]:
-    """The modules that PEFT has put beside those of the model: LoRA's, and whole copies to train.
+    """The modules that PEFT has put beside those of the model: LoRA's, whole copies, prompts.
 
     A layer of PEFT has the module that it was put round as ``base_layer``; where PEFT trains a
-    copy, the forward leaves out the module itself, and both belong to it.
+    copy, the forward leaves out the module itself, and both belong to it. An attention with an
+    adaption prompt has the model's own inside, and is PEFT's itself.
     """
     found: set[nn.Module] = set()
     for module in model.modules():
@@ -144,6 +145,10 @@ def modules_of_peft(model: nn.Module) -> set[nn.Module]:
             base = getattr(module, "base_layer", None)
             children = (child for child in module.children() if child is not base)
             found.update(part for child in children for part in child.modules())
+        elif is_of(module, "peft", "BasePromptEncoder"):
+            found.update(module.modules())
+        elif is_of(module, "peft", "_BaseAdaptedAttention"):
+            found.add(module)
     return found
 
 

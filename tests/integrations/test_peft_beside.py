@@ -1,9 +1,10 @@
-"""``adapt`` of a model that another method of PEFT is in: its matrices are left alone."""
+"""``adapt`` of a model that another method of PEFT is in: what that trains is left alone."""
 
 from __future__ import annotations
 
 import pytest
 import torch
+from small_llama import batch, llama
 from torch import nn
 
 import neuroada_kernels as nk
@@ -32,6 +33,32 @@ def test_all_linear_leaves_adapters_of_peft_alone(options):
     assert summary.modules == (f"{at}.up.base_layer", f"{at}.down")
     assert trainable(model) == theirs | {f"{name}.delta" for name in summary.modules}
     model(torch.randn(3, 16)).sum().backward()
+    missing = [n for n, p in model.named_parameters() if p.requires_grad and p.grad is None]
+    assert missing == []
+
+
+@pytest.mark.parametrize(
+    ("method", "options", "parameters"),
+    [
+        ("PromptTuningConfig", {"num_virtual_tokens": 4}, 1),
+        # Both have linears of their own.
+        ("PrefixTuningConfig", {"num_virtual_tokens": 4, "prefix_projection": True}, 5),
+        ("PromptEncoderConfig", {"num_virtual_tokens": 4, "encoder_hidden_size": 8}, 7),
+        ("AdaptionPromptConfig", {"adapter_len": 4, "adapter_layers": 1}, 2),
+    ],
+)
+def test_all_linear_leaves_prompts_of_peft_alone(method, options, parameters):
+    base = llama()
+    linears = [name for name, module in base.named_modules() if isinstance(module, nn.Linear)]
+    config = getattr(peft, method)(task_type="CAUSAL_LM", **options)
+    model = peft.get_peft_model(base, config)
+    theirs = trainable(model)
+    assert len(theirs) == parameters
+    summary = nk.adapt(model, k=2, target_modules="all-linear")
+    assert len(summary.modules) == len(linears) - 1  # all but the head
+    assert trainable(model) == theirs | {f"{name}.delta" for name in summary.modules}
+    tokens = batch(0)
+    model(input_ids=tokens, labels=tokens).loss.backward()
     missing = [n for n, p in model.named_parameters() if p.requires_grad and p.grad is None]
     assert missing == []
 
