@@ -6,6 +6,7 @@ import contextlib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 
 from torch import nn
+from torch.nn.modules.lazy import LazyModuleMixin
 from torch.nn.utils import parametrize
 
 from neuroada_kernels._sharding import is_sharded
@@ -44,9 +45,16 @@ def find_targets(
         chosen &= _in_layers(named, chosen, config.layers)
     # A module that stands under several names stays one module.
     targets = {name: module for name, module in named.items() if id(module) in chosen}
-    for name, module in targets.items():
-        if not (adapted and isinstance(module, _OURS)):  # which were checked in their time
-            check_target(name, module, named, by_name=config.target_modules != ALL_LINEAR)
+    new = {
+        name: module
+        for name, module in targets.items()
+        if not (adapted and isinstance(module, _OURS))  # which were checked in their time
+    }
+    if config.target_modules == ALL_LINEAR:
+        _check_all(new, named)
+    else:
+        for name, module in new.items():
+            check_target(name, module, named, by_name=True)
     _check_apart(targets)
     if not targets:
         raise ValueError(
@@ -54,6 +62,29 @@ def find_targets(
         )
     check_k_pattern(config, targets)
     return targets
+
+
+def _check_all(targets: Mapping[str, nn.Module], named: Mapping[str, nn.Module]) -> None:
+    """Raise where one of the model's linears cannot be replaced, and say how to leave all such out.
+
+    Named targets are checked one by one: who names a module has to hear of it.
+    """
+    refused: dict[str, TypeError | ValueError] = {}
+    for name, module in targets.items():
+        try:
+            check_target(name, module, named, by_name=False)
+        except (TypeError, ValueError) as error:
+            refused[name] = error
+    if not refused:
+        return
+    kept = {name.rpartition(".")[2] for name in targets.keys() - refused.keys()}
+    parts = {name: name.rpartition(".")[2] for name in refused}
+    excluded = sorted({name if part in kept else part for name, part in parts.items()})
+    first = next(iter(refused.values()))
+    raise type(first)(
+        f"{first}; exclude_modules={excluded} leaves out all {len(refused)} of the "
+        f"{len(targets)} linears that cannot be adapted"
+    ) from first
 
 
 def check_k_pattern(config: NeuroAdaConfig, targets: Iterable[str]) -> None:
@@ -86,6 +117,8 @@ def check_target(
             "out_features"
         )
     check_parent(name, named[name.rpartition(".")[0]])
+    if isinstance(module, LazyModuleMixin) and module.has_uninitialized_params():
+        raise ValueError(f"{name}: {kind} has no weight yet, expected a model that was called once")
     if is_foreign(module):
         if not (by_name or is_library(module)):
             raise ValueError(

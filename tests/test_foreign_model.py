@@ -80,11 +80,12 @@ def test_a_stranger_is_wrapped_where_it_is_named():
     assert set(layers_of(model)) == {"scaled", "hidden"}
 
 
-def test_a_linear_with_a_forward_of_its_own_is_wrapped_where_it_is_named():
+@pytest.mark.parametrize("method", ["forward", "__call__"])
+def test_a_linear_with_a_forward_of_its_own_is_wrapped_where_it_is_named(method):
     class Doubled(nn.Linear):
-        def forward(self, x):
-            return 2 * super().forward(x)
+        pass
 
+    setattr(Doubled, method, lambda self, x: 2 * getattr(nn.Linear, method)(self, x))
     model = nn.Sequential(Doubled(8, 8))
     with pytest.raises(ValueError, match="0: Doubled has a forward of its own, expected its name"):
         nk.adapt(model)

@@ -195,3 +195,33 @@ def test_who_adapts_a_model_twice_is_told_of_add_adapter(targets):
     nk.adapt(model)
     with pytest.raises((TypeError, ValueError), match="; add_adapter gives an adapted model anoth"):
         nk.adapt(model, target_modules=targets)
+
+
+def test_all_linear_says_how_to_leave_out_whatever_cannot_be_adapted():
+    class Router(nn.Linear):
+        def forward(self, x):
+            return super().forward(x).softmax(-1)
+
+    class Block(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.router, self.out_proj = Router(8, 4), nn.Linear(8, 8)
+            self.attention = nn.MultiheadAttention(8, 2)
+
+    model = nn.ModuleList([Block(), Block()])
+    excluded = ["0.attention.out_proj", "1.attention.out_proj", "router"]
+    flags = [p.requires_grad for p in model.parameters()]
+    with pytest.raises(ValueError, match=r"0\.router: Router has a forward of its own") as raised:
+        nk.adapt(model, 1)
+    said = f"; exclude_modules={excluded} leaves out all 4 of the 6 linears that cannot be adapted"
+    assert str(raised.value).endswith(said)
+    assert [p.requires_grad for p in model.parameters()] == flags
+    assert nk.adapt(model, 1, exclude_modules=excluded).modules == ("0.out_proj", "1.out_proj")
+
+
+def test_a_lazy_linear_has_to_have_its_weight():
+    model = nn.Sequential(nn.LazyLinear(4))
+    with pytest.raises(ValueError, match="0: LazyLinear has no weight yet, expected a model that"):
+        nk.adapt(model, 1)
+    model(torch.zeros(2, 3))
+    assert nk.adapt(model, 1).modules == ("0",)

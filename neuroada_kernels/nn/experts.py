@@ -216,15 +216,24 @@ def is_experts(module: nn.Module) -> bool:
     return all(name in module._parameters for name in STACKS)
 
 
+#: What transformers' experts tell of themselves that :class:`NeuroAdaExperts` does not compute.
+_UNSUPPORTED = {
+    "is_transposed": "stacks of [experts, d_in, d_out]",
+    "has_bias": "biases",
+    "has_post_expert_norm": "a norm after each expert",
+    "_is_expert_parallel": "experts in other processes",
+}
+
+
 def why_not_experts(module: nn.Module) -> str | None:
     """Why :class:`NeuroAdaExperts` does not take a module, in words, or None."""
     if not (isinstance(module, nn.Module) and is_experts(module)):
         return f"has no {' and '.join(STACKS)}"
     if not callable(getattr(module, "_apply_gate", None)):  # others may compute something else
         return "has no _apply_gate, as experts of transformers have since version 5"
-    for name in ("is_transposed", "has_bias", "has_post_expert_norm", "_is_expert_parallel"):
+    for name, what in _UNSUPPORTED.items():
         if getattr(module, name, False):
-            return f"has {name}, which is not known here"
+            return f"has {what} ({name}), which is not supported"
     up, down = (module._parameters[name] for name in STACKS)
     assert up is not None
     assert down is not None

@@ -112,7 +112,9 @@ def is_base(module: nn.Module) -> bool:
 
 def has_own_forward(module: nn.Module) -> bool:
     """Whether it computes something else than ``nn.Linear`` does, or so one must assume."""
-    return type(module).forward is not nn.Linear.forward or "forward" in vars(module)
+    kind = type(module)
+    own = kind.forward is not nn.Linear.forward or kind.__call__ is not nn.Linear.__call__
+    return own or "forward" in vars(module)
 
 
 def missing_library(kind: str) -> str | None:

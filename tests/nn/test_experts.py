@@ -241,8 +241,8 @@ def refused(name, value):
 
 
 REFUSED = {
-    "transposed": ("is_transposed", True, "has is_transposed, which is not known here"),
-    "bias": ("has_bias", True, "has has_bias"),
+    "transposed": ("is_transposed", True, r"has stacks of \[experts, d_in, d_out\] \(is_tr"),
+    "bias": ("has_bias", True, r"has biases \(has_bias\), which is not supported"),
     "no gate": ("_apply_gate", None, "has no _apply_gate"),
     "shapes": ("down_proj", torch.zeros(EXPERTS, D_FF, D), "expected .experts, 2 d_ff, d"),
     "dtype": ("down_proj", torch.zeros(EXPERTS, D, D_FF).int(), "int32 as down_proj"),
