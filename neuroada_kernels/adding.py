@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable, Mapping, Sequence
-from numbers import Real
 from typing import Any, overload
 
 import torch
@@ -12,7 +10,7 @@ from torch import Tensor, nn
 
 from neuroada_kernels.arguments import check_selection, config_of
 from neuroada_kernels.choices import each_choice
-from neuroada_kernels.combination import Weighted, weighted_sum
+from neuroada_kernels.combination import Weighted, check_weights, weighted_sum
 from neuroada_kernels.config import ALL_LINEAR, NeuroAdaConfig
 from neuroada_kernels.gradient import SCORE_BYTES, Loss
 from neuroada_kernels.model import (
@@ -199,7 +197,7 @@ def add_weighted_adapter(
     check_new_name(adapter_names(model), adapter_name)
     check_addable(model, layers)
     check_bias(model)
-    _check_weights(adapters, weights)
+    check_weights(adapters, weights)
     for name in adapters:
         check_name(layers, name, "adapters")
     weight_of = list(zip(adapters, weights, strict=True))
@@ -258,17 +256,3 @@ def _check_config(config: NeuroAdaConfig) -> None:
         )
     if config.siblings is not None:
         raise ValueError("siblings: are the layers', expected None; see set_save_activations")
-
-
-def _check_weights(adapters: Sequence[str], weights: Sequence[float]) -> None:
-    if isinstance(adapters, str) or not isinstance(adapters, Sequence) or not adapters:
-        raise TypeError(f"adapters: {adapters!r}, expected names of adapters")
-    if not isinstance(weights, Sequence):
-        raise TypeError(f"weights: {type(weights).__name__}, expected a sequence of numbers")
-    if len(weights) != len(adapters):
-        raise ValueError(f"weights: {weights!r}, expected {len(adapters)}, one for each adapter")
-    for weight in weights:
-        if isinstance(weight, bool) or not isinstance(weight, Real):
-            raise TypeError(f"weights: {weight!r}, expected a number")
-        if not math.isfinite(weight):
-            raise ValueError(f"weights: {weight}, expected a finite number")

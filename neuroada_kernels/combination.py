@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
+from numbers import Real
 from typing import NamedTuple
 
 import torch
@@ -43,3 +45,18 @@ def weighted_sum(adapters: Sequence[Weighted]) -> tuple[Tensor, Tensor]:
     ordered = order_slots(index.contiguous())
     rank = ordered.argsort(dim=1, stable=True).argsort(dim=1)
     return ordered, delta.gather(1, rank).to(dtype)
+
+
+def check_weights(adapters: Sequence[str], weights: Sequence[float]) -> None:
+    """Raise unless there is a finite number for each of the names."""
+    if isinstance(adapters, str) or not isinstance(adapters, Sequence) or not adapters:
+        raise TypeError(f"adapters: {adapters!r}, expected names of adapters")
+    if not isinstance(weights, Sequence):
+        raise TypeError(f"weights: {type(weights).__name__}, expected a sequence of numbers")
+    if len(weights) != len(adapters):
+        raise ValueError(f"weights: {weights!r}, expected {len(adapters)}, one for each adapter")
+    for weight in weights:
+        if isinstance(weight, bool) or not isinstance(weight, Real):
+            raise TypeError(f"weights: {weight!r}, expected a number")
+        if not math.isfinite(weight):
+            raise ValueError(f"weights: {weight}, expected a finite number")

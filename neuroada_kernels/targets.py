@@ -246,12 +246,18 @@ def _in_layers(
     named: Mapping[str, nn.Module], chosen: set[int], layers: int | Sequence[int]
 ) -> set[int]:
     """The chosen modules of these layers."""
+    names = [name for name, module in named.items() if id(module) in chosen]
+    return {id(named[name]) for name in in_layers(names, layers)}
+
+
+def in_layers(names: Iterable[str], layers: int | Sequence[int]) -> list[str]:
+    """Those of the names that are in these layers, each of which has to have one."""
     wanted = {layers} if isinstance(layers, int) else set(layers)
-    numbers = {name: layer_number(name) for name, module in named.items() if id(module) in chosen}
+    numbers = {name: layer_number(name) for name in names}
     missing = sorted(wanted - set(numbers.values()))
     if missing:
         raise ValueError(f"layers: no module of target_modules is in {missing}")
-    return {id(named[name]) for name, number in numbers.items() if number in wanted}
+    return [name for name, number in numbers.items() if number in wanted]
 
 
 def _check_apart(targets: Mapping[str, nn.Module]) -> None:

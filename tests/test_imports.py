@@ -108,6 +108,7 @@ BELOW = {
     },
     "testing": {"selection"},
     "integrations": {
+        "combination",
         "config",
         "functional",
         "nn",

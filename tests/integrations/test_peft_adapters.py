@@ -336,6 +336,21 @@ def test_a_weighted_sum_of_adapters_is_one(tmp_path):
     assert logits(loaded).equal(logits(model))
 
 
+def test_an_adapter_that_a_sum_has_twice_counts_twice():
+    model = adapted()
+    give_values(model, 1)
+    model.add_weighted_adapter(["default", "default"], [1.0, 3.0], "sum")
+    delta = adapted_layers(model)[QUERY].neuroada_delta
+    assert delta["default"].any()
+    torch.testing.assert_close(delta["sum"], 4 * delta["default"])
+
+
+@pytest.mark.parametrize("layers", [7, [0, 7]])
+def test_layers_that_the_model_lacks_are_refused(layers):
+    with pytest.raises(ValueError, match=r"layers: no module of target_modules is in \[7\]"):
+        get_peft_model(llama(), NeuroAdaPeftConfig(k=1, layers=layers))
+
+
 def test_a_sum_over_different_connections_is_refused():
     model = second(adapted())
     before = set(adapted_layers(model)[QUERY].neuroada_delta)
@@ -343,8 +358,10 @@ def test_a_sum_over_different_connections_is_refused():
         model.add_weighted_adapter(["default", "other"], [1, 1], "sum")
     with pytest.raises(ValueError, match="'absent' does not exist"):
         model.add_weighted_adapter(["default", "absent"], [1, 1], "sum")
-    with pytest.raises(ValueError, match="weights: 1 for 2"):
+    with pytest.raises(ValueError, match=r"weights: \[1\], expected 2, one for each adapter"):
         model.add_weighted_adapter(["default", "other"], [1], "sum")
+    with pytest.raises(ValueError, match="weights: nan, expected a finite number"):
+        model.add_weighted_adapter(["default"], [float("nan")], "sum")
     with pytest.raises(ValueError, match="there is an adapter 'other' already"):
         model.add_weighted_adapter(["default"], [1], "other")
     with pytest.raises(ValueError, match="combination_type: 'svd'"):

@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor, nn
 
+from neuroada_kernels.combination import check_weights
 from neuroada_kernels.integrations.peft.config import NeuroAdaPeftConfig
 from neuroada_kernels.integrations.peft.layer import NeuroAdaPeftLayer
 
@@ -22,19 +23,20 @@ def add_weighted(
     """Put the weighted sum of ``adapters`` into ``layers`` as ``adapter_name``; its config."""
     if adapter_name in configs:
         raise ValueError(f"adapter_name: there is an adapter {adapter_name!r} already")
-    if not adapters or len(adapters) != len(weights):
-        raise ValueError(f"weights: {len(weights)} for {len(adapters)} adapters, expected as many")
+    check_weights(adapters, weights)
     for name in adapters:
         if name not in configs:
             raise ValueError(f"adapters: {name!r} does not exist")
         if configs[name].modules_to_save or configs[name].bias != "none":
             raise ValueError(f"adapters: {name!r} trained whole modules or biases as well")
+    weighted = list(zip(adapters, weights, strict=True))
     chosen = {
-        key: [name for name in adapters if name in layer.neuroada_delta]
+        key: [(name, weight) for name, weight in weighted if name in layer.neuroada_delta]
         for key, layer in layers.items()
     }
-    chosen = {key: names for key, names in chosen.items() if names}
-    for key, names in chosen.items():
+    chosen = {key: pairs for key, pairs in chosen.items() if pairs}
+    for key, pairs in chosen.items():
+        names = [name for name, _ in pairs]
         indices = [layers[key].neuroada_index[name] for name in names]
         if not all(torch.equal(index, indices[0]) for index in indices):
             raise ValueError(
@@ -42,12 +44,11 @@ def add_weighted(
                 "same ones"
             )
     first = configs[adapters[0]]
-    weight_of = dict(zip(adapters, weights, strict=True))
-    for key, names in chosen.items():
+    for key, pairs in chosen.items():
         layer = layers[key]
-        delta = _weighted_sum({n: layer.neuroada_delta[n] for n in names}, weight_of)
+        delta = _weighted_sum([(layer.neuroada_delta[name], weight) for name, weight in pairs])
         layer.neuroada_delta[adapter_name] = nn.Parameter(delta, requires_grad=False)
-        index = layer.neuroada_index[names[0]].clone()
+        index = layer.neuroada_index[pairs[0][0]].clone()
         layer.neuroada_index.add(adapter_name, index, first.save_activations)
     sizes = {key: layers[key].neuroada_index[adapter_name].shape[1] for key in chosen}
     return dataclasses.replace(
@@ -59,10 +60,10 @@ def add_weighted(
     )
 
 
-def _weighted_sum(deltas: Mapping[str, Tensor], weights: Mapping[str, float]) -> Tensor:
+def _weighted_sum(deltas: Sequence[tuple[Tensor, float]]) -> Tensor:
     """In float32 at least, rounded once to the dtype of the first."""
-    dtype = next(iter(deltas.values())).dtype
+    dtype = deltas[0][0].dtype
     wide = torch.promote_types(dtype, torch.float32)
-    total = sum(weights[name] * delta.detach().to(wide) for name, delta in deltas.items())
+    total = sum(weight * delta.detach().to(wide) for delta, weight in deltas)
     assert isinstance(total, Tensor)
     return total.to(dtype)

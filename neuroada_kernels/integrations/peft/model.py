@@ -33,7 +33,7 @@ from neuroada_kernels.nn._bitsandbytes import keep_packing
 from neuroada_kernels.nn._weight import is_of
 from neuroada_kernels.plan import check_index, check_index_form
 from neuroada_kernels.siblings import link
-from neuroada_kernels.targets import check_k_pattern, check_parent, layer_number
+from neuroada_kernels.targets import check_k_pattern, check_parent, in_layers, layer_number
 
 _ROOT = "base_model.model."  # what PeftModel puts before the names of the model's own modules
 
@@ -76,8 +76,10 @@ class NeuroAdaModel(BaseTuner):
             for name in named
             if name
             and not name.startswith(inside)
-            and self._check_target_module_exists(peft_config, name)
+            and check_target_module_exists(peft_config, name)
         ]
+        if targets and peft_config.layers is not None:
+            targets = in_layers(targets, peft_config.layers)
         for name in targets:
             base, parent = named[name], named[name.rpartition(".")[0]]
             check_parent(name, parent)
