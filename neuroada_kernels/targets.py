@@ -82,7 +82,7 @@ def _check_all(targets: Mapping[str, nn.Module], named: Mapping[str, nn.Module])
     excluded = sorted({name if part in kept else part for name, part in parts.items()})
     first = next(iter(refused.values()))
     raise type(first)(
-        f"{first}; exclude_modules={excluded} leaves out all {len(refused)} of the "
+        f"{first}; adding {excluded} to exclude_modules leaves out all {len(refused)} of the "
         f"{len(targets)} linears that cannot be adapted"
     ) from first
 

@@ -213,8 +213,8 @@ def test_all_linear_says_how_to_leave_out_whatever_cannot_be_adapted():
     flags = [p.requires_grad for p in model.parameters()]
     with pytest.raises(ValueError, match=r"0\.router: Router has a forward of its own") as raised:
         nk.adapt(model, 1)
-    said = f"; exclude_modules={excluded} leaves out all 4 of the 6 linears that cannot be adapted"
-    assert str(raised.value).endswith(said)
+    said = f"; adding {excluded} to exclude_modules leaves out all 4 of the 6 linears that cannot"
+    assert said in str(raised.value)
     assert [p.requires_grad for p in model.parameters()] == flags
     assert nk.adapt(model, 1, exclude_modules=excluded).modules == ("0.out_proj", "1.out_proj")
 
