@@ -21,11 +21,13 @@ class Implementation:
     """One op of one backend.
 
     ``unsupported`` takes the op's arguments and returns the reasons, in words, for not serving
-    them; an empty list serves.
+    them; an empty list serves. It has none for a first argument of one of the dtypes ``always``, on
+    a device type that the backend has a priority for, and need not be asked.
     """
 
     run: Callable[..., Any]
     unsupported: Callable[..., list[str]]
+    always: frozenset[Any] = frozenset()
 
 
 @dataclass(frozen=True)
@@ -119,7 +121,7 @@ def run(op: str, *args: Any) -> Any:
         implementation = backend.implementations.get(op)
         if (
             implementation is not None
-            and not implementation.unsupported(*args)
+            and (first.dtype in implementation.always or not implementation.unsupported(*args))
             and (backend.untried is None or backend.untried(first) is None)
         ):
             return implementation.run(*args)

@@ -98,11 +98,17 @@ def apply_linear(
     bias: Tensor | None,
     plan: Tensor | None,
     kept: Kept | None = None,
+    *,
+    plain: bool | None = None,
 ) -> Tensor:
-    """:func:`neuroada_linear` for tensors of a layer, whose shapes are known to fit."""
+    """:func:`neuroada_linear` for tensors of a layer, whose shapes are known to fit.
+
+    ``plain`` is ``ops.is_plain_eager(x)``, from whoever knows it already.
+    """
     x, bias = _checked_linear(x, weight, bias)
-    plain = ops.is_plain_eager(x)
-    if torch._C._are_functorch_transforms_active() if plain else is_transformed():
+    if plain is None:
+        plain = ops.is_plain_eager(x)
+    if not plain and is_transformed():
         return reference.neuroada_linear(x, weight, index, delta, bias)
     columns, kept_index = kept or NOTHING_KEPT
     return ops.linear(x, weight, index, delta, bias, plan, columns, kept_index, plain=plain)
@@ -114,14 +120,16 @@ def apply_resident(
     index: Tensor,
     delta: Tensor,
     bias: Tensor | None,
-    kept: Kept | None = None,
+    kept: Kept | None,
+    *,
+    plain: bool,
 ) -> Tensor:
     """``F.linear(x, weight, bias)`` of a weight that holds ``W + delta``, with delta's gradient.
 
     For tensors of a layer, as :func:`apply_linear`, and not under ``torch.func`` transforms.
     """
     x, bias = _checked_linear(x, weight, bias)
-    return ops.resident_linear(x, weight, index, delta, bias, *(kept or NOTHING_KEPT))
+    return ops.resident_linear(x, weight, index, delta, bias, *(kept or NOTHING_KEPT), plain=plain)
 
 
 def _checked_linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:

@@ -16,6 +16,14 @@ from neuroada_kernels.plan import make_plan
 #: The compiled ops; torch's dispatcher finds the kernels of the tensors' device.
 C = torch.ops.neuroada_C
 
+#: In what the kernels sum for an x of a dtype; what delta has to be of.
+SUMMED_IN = {
+    torch.float32: torch.float32,
+    torch.float64: torch.float64,
+    torch.bfloat16: torch.float32,
+    torch.float16: torch.float32,
+}
+
 
 def linear(x: Tensor, weight: Tensor, index: Tensor, delta: Tensor, bias: Tensor | None) -> Tensor:
     """The op ``linear``."""
@@ -45,10 +53,13 @@ def linear_in_one(
     x: Tensor, weight: Tensor, index: Tensor, delta: Tensor, bias: Tensor | None
 ) -> Tensor:
     """The op ``linear``, product and bypass in one kernel; ``bias`` has the dtype of ``x``."""
+    # What contiguous() and wide() ask, here: from cold caches a call of theirs takes microseconds.
     if not index.is_contiguous():
         index = index.contiguous()
+    if delta.dtype != SUMMED_IN[x.dtype] or not delta.is_contiguous():
+        delta = wide(delta, x)
     bias = None if bias is None else contiguous(bias)
-    y: Tensor = C.linear_fwd.default(x, weight, index, wide(delta, x), bias)
+    y: Tensor = C.linear_fwd.default(x, weight, index, delta, bias)
     return y
 
 
@@ -64,7 +75,9 @@ def linear_backward_in_one(
     """The op ``linear_backward`` where dx is wanted, both parts of it in one kernel."""
     if plan is None:
         plan = make_plan(index, x.shape[1])
-    wide_delta = wide(delta, grad)
+    wide_delta = delta
+    if delta.dtype != SUMMED_IN[grad.dtype] or not delta.is_contiguous():
+        wide_delta = wide(delta, grad)
     if not output_mask[1]:
         return C.linear_bwd_input.default(grad, weight, plan, wide_delta), None
     if not index.is_contiguous():
@@ -191,10 +204,7 @@ def _strided_row(weight: Tensor) -> list[str]:
 
 def wide(delta: Tensor, x: Tensor) -> Tensor:
     """``delta`` in the dtype in which the kernels sum for ``x``, contiguous."""
-    dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
-    if delta.dtype != dtype:
-        delta = delta.to(dtype)
-    return delta if delta.is_contiguous() else delta.contiguous()
+    return contiguous(delta.to(SUMMED_IN[x.dtype]))
 
 
 def contiguous(tensor: Tensor) -> Tensor:
@@ -223,6 +233,7 @@ def implementations(
     linear: Callable[..., Tensor],
     linear_backward: Callable[..., tuple[Tensor | None, Tensor | None]],
     unsupported: Callable[..., list[str]],
+    always: frozenset[torch.dtype] = frozenset(),
 ) -> dict[str, Implementation]:
     """The ops of a device by name: the two that choose among forms are the backend's own."""
 
@@ -230,11 +241,11 @@ def implementations(
         return unsupported(weight) + _strided_row(weight)
 
     return {
-        "linear": Implementation(linear, unsupported),
-        "linear_backward": Implementation(linear_backward, unsupported),
-        "bypass_add": Implementation(bypass_add, unsupported),
-        "bypass_backward": Implementation(bypass_backward, unsupported),
-        "sddmm": Implementation(sddmm, unsupported),
+        "linear": Implementation(linear, unsupported, always),
+        "linear_backward": Implementation(linear_backward, unsupported, always),
+        "bypass_add": Implementation(bypass_add, unsupported, always),
+        "bypass_backward": Implementation(bypass_backward, unsupported, always),
+        "sddmm": Implementation(sddmm, unsupported, always),
         "merge_": Implementation(merge, merge_unsupported),
         "unmerge_": Implementation(restore, merge_unsupported),
         "gather": Implementation(gather, merge_unsupported),

@@ -15,7 +15,7 @@ from neuroada_kernels._registry import Backend, register
 from neuroada_kernels.backends import _compiled
 from neuroada_kernels.backends._dense import has_product
 
-_DTYPES = {torch.float32, torch.float64, torch.bfloat16, torch.float16}
+_DTYPES = frozenset({torch.float32, torch.float64, torch.bfloat16, torch.float16})
 
 
 def _linear(x: Tensor, weight: Tensor, index: Tensor, delta: Tensor, bias: Tensor | None) -> Tensor:
@@ -100,6 +100,8 @@ register(
         name="cpu",
         priority={"cpu": 2},
         unavailable=lambda: _extension.library_error,
-        implementations=_compiled.implementations(_linear, _linear_backward, _unsupported),
+        implementations=_compiled.implementations(
+            _linear, _linear_backward, _unsupported, always=_DTYPES
+        ),
     )
 )

@@ -18,7 +18,7 @@ import warnings
 import weakref
 from collections.abc import Callable
 from contextlib import AbstractContextManager
-from typing import Any, cast
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -160,14 +160,15 @@ class ResidentLinear(BypassLinear):
         warnings.warn(f"{refusal(reason)}; it is 'bypass' from now on", stacklevel=4)
         self._strategy, self.strategy_reason = "bypass", reason
 
-    def _resident_forward(self, x: Tensor) -> Tensor:
+    def _resident_forward(self, x: Tensor, plain: bool) -> Tensor:
         # Module.__getattr__ would cost more than the checks.
         buffers, parameters = self._buffers, self._parameters
-        index = cast(Tensor, buffers["index"])
+        index, weight, delta = buffers["index"], parameters["weight"], parameters["delta"]
+        assert index is not None
+        assert weight is not None
+        assert delta is not None
         bias = parameters["bias"] if "bias" in parameters else self.bias  # noqa: SIM401 - dear
-        weight, delta = cast(Tensor, parameters["weight"]), cast(Tensor, parameters["delta"])
-        plain = ops.is_plain_eager(x)
-        if torch._C._are_functorch_transforms_active() if plain else functional.is_transformed():
+        if not plain and functional.is_transformed():
             return F.linear(x, reference.merged_weight(self._traceable_base(), index, delta), bias)
         plain = plain and pre_dispatch_modes() == 0
         if type(weight) not in PLAIN_TYPES or (not plain and is_exported()):
@@ -179,7 +180,7 @@ class ResidentLinear(BypassLinear):
                 if not self._is_patched(weight, delta):
                     self._patch(weight, delta)
         kept = None if plain and buffers["columns"] is None else self._keep(x)
-        return functional.apply_resident(x, weight, index, delta, bias, kept)
+        return functional.apply_resident(x, weight, index, delta, bias, kept, plain=plain)
 
     def _exported_forward(self, x: Tensor) -> Tensor:
         """``round(W + delta)``, whatever patched the weight last: the bypass is what it lacks.

@@ -24,7 +24,8 @@ class NeuroAdaLinear(NamedLayer, PlannedLayer, ResidentLinear):
         buffers, parameters = self._buffers, self._parameters
         index = buffers["index"]
         assert index is not None
-        compiling = torch.compiler.is_compiling()
+        plain = ops.is_plain_eager(x)
+        compiling = not plain and torch.compiler.is_compiling()
         if not compiling:
             if not self._planned.is_still(index):
                 self._follow_index(index)
@@ -33,17 +34,19 @@ class NeuroAdaLinear(NamedLayer, PlannedLayer, ResidentLinear):
                     self._resume()
         self._check_shapes()
         if buffers["base_values"] is not None:
-            return self._resident_forward(x)
-        weight = parameters.get("weight")
+            return self._resident_forward(x, plain)
+        weight, delta = parameters.get("weight"), parameters["delta"]
+        assert delta is not None
         keeps = compiling or buffers["columns"] is not None
         return functional.apply_linear(
             x,
             self.weight if weight is None else weight,
             index,
-            self.delta,
+            delta,
             parameters["bias"] if "bias" in parameters else self.bias,  # noqa: SIM401 - dear
             buffers["plan"],
             self._keep(x) if keeps else None,
+            plain=plain,
         )
 
     def _forward_of(self, adapter: str | None, x: Tensor) -> Tensor:

@@ -59,24 +59,19 @@ def is_plain_eager(x: Tensor) -> bool:
         and dispatch_modes() == 0
         and not x.is_meta
         and jit_state() is None
+        and not _transforms()
+        and not _is_wrapped(x)  # by a transform that it has outlived
         and forward_ad._current_level < 0
     )
 
 
-def applier(function: type[torch.autograd.Function]) -> Callable[..., Any]:
-    """``function.apply`` for a plain first argument, without a search for functorch's wrappers.
+def plain_apply(function: type[torch.autograd.Function]) -> Callable[..., Any]:
+    """``function.apply`` where :func:`is_plain_eager` holds.
 
-    Torch looks at every argument, in Python, for one that has outlived its transform: a tenth of
-    what a call costs the host. Where functorch is at work, or made the first argument, torch does.
+    Without torch's search of every argument, in Python, for one that has outlived its transform: a
+    tenth of what a call costs the host.
     """
-    plain = super(torch.autograd.Function, function).apply  # type: ignore[misc]
-
-    def apply(x: Tensor, *inputs: Any) -> Any:
-        if _transforms() or _is_wrapped(x):
-            return function.apply(x, *inputs)
-        return plain(x, *inputs)
-
-    return apply
+    return super(torch.autograd.Function, function).apply  # type: ignore[misc,no-any-return]
 
 
 def as_matrix(x: Tensor) -> Tensor:
@@ -157,7 +152,8 @@ def run_backward(
         grad_delta = delta_gradient(grad, kept, kept_index, delta, d_in)
         need_delta = False
     if need_x or need_delta:
-        matrix = _x_or_shape(x, grad, d_in, need_delta)
+        is_matrix = x is not None and need_delta and x.dim() == 2 and x.stride(1) == 1
+        matrix = x if is_matrix else _x_or_shape(x, grad, d_in, need_delta)
         args = (grad, matrix, *weight, index, delta, plan, [need_x, need_delta])
         grad_x, from_whole = _registry.run(op, *args)
         grad_delta = from_whole if need_delta else grad_delta

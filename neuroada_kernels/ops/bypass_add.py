@@ -17,11 +17,11 @@ from torch import Tensor
 from neuroada_kernels import _registry
 from neuroada_kernels.ops._library import (
     LIBRARY,
-    applier,
     as_matrix,
     define,
     fake_backward,
     is_plain_eager,
+    plain_apply,
     refuse_double_backward,
     reverse_mode_only,
     run_backward,
@@ -168,7 +168,7 @@ class _BypassAdd(torch.autograd.Function):
     backward = staticmethod(_differentiate)
 
 
-_apply = applier(_BypassAdd)
+_apply = plain_apply(_BypassAdd)
 
 torch.library.register_autograd(
     "neuroada::bypass_add", _differentiate, setup_context=_save, lib=LIBRARY

@@ -19,11 +19,11 @@ from torch import Tensor
 from neuroada_kernels import _registry
 from neuroada_kernels.ops._library import (
     LIBRARY,
-    applier,
     as_matrix,
     define,
     fake_backward,
     is_plain_eager,
+    plain_apply,
     refuse_double_backward,
     reverse_mode_only,
     run_backward,
@@ -70,7 +70,7 @@ def _forward(
     kept: Tensor | None = None,
     kept_index: Tensor | None = None,
 ) -> Tensor:
-    matrix = as_matrix(x)
+    matrix = x if x.dim() == 2 and x.stride(1) == 1 else as_matrix(x)
     if weight.dtype != x.dtype:
         weight = weight.to(x.dtype)
     y: Tensor = _registry.run("linear", matrix, weight, index, delta, bias)
@@ -143,7 +143,8 @@ def _save(ctx: Any, inputs: tuple[Any, ...], output: Tensor | None) -> None:
     if kept is not None or kept_index is not None:
         saved, kept_index = saved_of(x, kept, kept_index, ctx.needs_input_grad[3])
     ctx.save_for_backward(saved, weight, index, delta, plan, kept_index)
-    ctx.bias_dtype = None if bias is None else bias.dtype
+    if bias is not None:
+        ctx.bias_dtype = bias.dtype
 
 
 def _differentiate(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
@@ -184,7 +185,7 @@ class _Linear(torch.autograd.Function):
     backward = staticmethod(_differentiate)
 
 
-_apply = applier(_Linear)
+_apply = plain_apply(_Linear)
 
 torch.library.register_autograd(
     "neuroada::linear", _differentiate, setup_context=_save, lib=LIBRARY

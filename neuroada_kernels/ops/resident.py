@@ -17,10 +17,10 @@ from torch import Tensor
 
 from neuroada_kernels import _registry
 from neuroada_kernels.ops._library import (
-    applier,
     as_matrix,
     delta_gradient,
     is_plain_eager,
+    plain_apply,
     saved_of,
 )
 
@@ -33,17 +33,22 @@ def resident_linear(
     bias: Tensor | None,
     kept: Tensor | None = None,
     kept_index: Tensor | None = None,
+    *,
+    plain: bool | None = None,
 ) -> Tensor:
     """``F.linear(x, weight, bias)``, which passes ``delta`` its gradient.
 
     Shapes: ``x [..., d_in]``, ``weight [d_out, d_in]``, ``index`` and ``delta`` ``[d_out, k]``,
-    ``bias [d_out]``; ``kept [..., columns]``, ``kept_index [d_out, k]``.
+    ``bias [d_out]``; ``kept [..., columns]``, ``kept_index [d_out, k]``. ``plain`` is
+    ``is_plain_eager(x)``, from whoever knows it already.
     """
-    if torch.compiler.is_compiling():
+    plain = is_plain_eager(x) if plain is None else plain
+    if not plain and torch.compiler.is_compiling():
         return _TracedLinear.apply(x, weight, index, delta, bias, kept, kept_index)  # type: ignore[no-any-return,no-untyped-call]
     y = F.linear(x, weight, bias)
     if torch.is_grad_enabled() and delta.requires_grad:
-        y = _apply(y, x, index, delta, kept, kept_index)
+        apply = _apply if plain else _DeltaGradient.apply
+        y = apply(y, x, index, delta, kept, kept_index)
     return y
 
 
@@ -99,7 +104,7 @@ class _DeltaGradient(torch.autograd.Function):
         return grad_output if need_y else None, None, None, grad_delta, None, None
 
 
-_apply = applier(_DeltaGradient)
+_apply = plain_apply(_DeltaGradient)
 
 
 class _TracedLinear(torch.autograd.Function):
