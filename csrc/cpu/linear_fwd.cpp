@@ -52,7 +52,7 @@ struct ForwardWeight {
   }
 
   template <int locality>
-  void prefetch_line(const T* line) const {
+  inline __attribute__((always_inline)) void prefetch_line(const T* line) const {
     __builtin_prefetch(line, 0, locality);
   }
 

@@ -67,7 +67,7 @@ struct BackwardWeight {
   }
 
   template <int locality>
-  void prefetch_line(const T* line) const {
+  inline __attribute__((always_inline)) void prefetch_line(const T* line) const {
     for (int64_t n = 0; n < Cell::kDepth; ++n) __builtin_prefetch(line + n * stride, 0, locality);
   }
 
