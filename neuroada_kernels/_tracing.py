@@ -5,6 +5,7 @@ A leaf.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 
 import torch
@@ -14,7 +15,11 @@ from torch.fx.experimental.proxy_tensor import get_proxy_mode
 
 jit_state: Callable[[], object] = torch._C._get_tracing_state
 dispatch_modes: Callable[[], int] = torch._C._len_torch_dispatch_stack
-pre_dispatch_modes: Callable[[], int] = torch._ops._len_torch_dispatch_stack_pre_dispatch
+#: Whether calls are written down before autograd sees them, as for ``torch.export``. The key is
+#: there while any such mode is, and asking for it runs no Python.
+is_pre_dispatched: Callable[[], bool] = functools.partial(
+    torch._C._dispatch_tls_is_dispatch_key_included, torch._C.DispatchKey.PreDispatch
+)
 
 
 def is_recorded() -> bool:
@@ -32,7 +37,7 @@ def is_exported() -> bool:
         return torch.compiler.is_exporting()
     if jit_state() is not None:
         return True
-    if dispatch_modes() == 0 and pre_dispatch_modes() == 0:
+    if dispatch_modes() == 0 and not is_pre_dispatched():
         return False
     return get_proxy_mode() is not None
 

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from neuroada_kernels import _extension
 from neuroada_kernels._dtypes import FLOATING
-from neuroada_kernels._tracing import has_no_values, is_recorded
+from neuroada_kernels._tracing import has_no_values
 
 SPLITS = 64
 
@@ -263,13 +263,19 @@ def renumber(index: Tensor, columns: Tensor) -> Tensor:
 def columns_of(x: Tensor, columns: Tensor, dtype: torch.dtype) -> Tensor:
     """``x[..., columns]`` in ``dtype``, of which nothing is differentiated; ``columns`` int32.
 
-    By the C++ or CUDA kernel where it serves: torch's copies value by value.
+    By the C++ or CUDA kernel where it serves, so that nobody can trace it: torch's copies value by
+    value.
     """
     x = x.detach()
-    if is_recorded() or type(x) is not Tensor or not x.is_contiguous() or not _copied_by_kernel(x):
-        return x.index_select(x.dim() - 1, columns).to(dtype)
+    if type(x) is not Tensor or not x.is_contiguous() or not _copied_by_kernel(x):
+        return traceable_columns_of(x, columns, dtype)
     kept: Tensor = torch.ops.neuroada_C.columns.default(x.view(-1, x.shape[-1]), columns)
     return kept.view(*x.shape[:-1], columns.shape[0]).to(dtype)
+
+
+def traceable_columns_of(x: Tensor, columns: Tensor, dtype: torch.dtype) -> Tensor:
+    """:func:`columns_of` by torch alone."""
+    return x.detach().index_select(x.dim() - 1, columns).to(dtype)
 
 
 def _copied_by_kernel(x: Tensor) -> bool:

@@ -13,11 +13,11 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from neuroada_kernels import functional
+from neuroada_kernels import functional, ops
 from neuroada_kernels._tracing import is_recorded
 from neuroada_kernels.config import SAVE_ACTIVATIONS
 from neuroada_kernels.nn._siblings import Siblings
-from neuroada_kernels.plan import columns_of, renumber
+from neuroada_kernels.plan import renumber, traceable_columns_of
 
 #: Autograd's nodes whose result has the storage of their input.
 _VIEWS = {
@@ -54,21 +54,25 @@ def kept_of(
     delta: Tensor,
     siblings: Siblings,
     dtype: torch.dtype | None = None,
+    *,
+    plain: bool | None = None,
 ) -> functional.Kept | None:
     """The columns of x to be saved in its stead, and the index into them; None for x itself.
 
     ``held`` has ``columns`` and ``kept_index`` of whoever reads x. The copy is of the dtype that
-    it computes in, by default autocast's or that of x.
+    it computes in, by default autocast's or that of x. ``plain`` is ``ops.is_plain_eager(x)``, from
+    whoever knows it already.
     """
     columns = held["columns"]
     if columns is None or not torch.is_grad_enabled() or columns.device != x.device:
         return None
-    if not delta.requires_grad or functional.is_transformed():
+    plain = ops.is_plain_eager(x) if plain is None else plain
+    if not delta.requires_grad or (not plain and functional.is_transformed()):
         return None
     dtype = dtype or functional.autocast_dtype(x) or x.dtype
-    if is_recorded():
+    if not plain and is_recorded():
         # Siblings have the very same columns, so that a compiler makes one copy of its own.
-        return columns_of(x, columns, dtype), cast(Tensor, held["kept_index"])
+        return traceable_columns_of(x, columns, dtype), cast(Tensor, held["kept_index"])
     if type(x) not in (Tensor, nn.Parameter) or (dtype == x.dtype and is_kept_by_its_maker(x)):
         return None
     with siblings.lock:
@@ -149,11 +153,14 @@ class ActivationSaver(nn.Module):
         """
         self._for_compiler = {name: self._buffers.get(name) for name in ("columns", "kept_index")}
 
-    def _keep(self, x: Tensor, dtype: torch.dtype | None = None) -> functional.Kept | None:
+    def _keep(
+        self, x: Tensor, dtype: torch.dtype | None = None, *, plain: bool | None = None
+    ) -> functional.Kept | None:
         """:func:`kept_of` for the layer's own tensors."""
         delta = cast(Tensor, self._parameters["delta"])
-        held = self._for_compiler if torch.compiler.is_compiling() else self._buffers
-        return kept_of(x, held, delta, self._siblings, dtype)
+        compiling = not plain and torch.compiler.is_compiling()
+        held = self._for_compiler if compiling else self._buffers
+        return kept_of(x, held, delta, self._siblings, dtype, plain=plain)
 
     def _saving_repr(self) -> str:
         columns, mode = self._buffers.get("columns"), self._save_activations

@@ -28,7 +28,7 @@ from torch.utils._python_dispatch import _disable_current_modes
 
 from neuroada_kernels import functional, ops, reference
 from neuroada_kernels._sharding import is_managed_by_fsdp
-from neuroada_kernels._tracing import is_exported, pre_dispatch_modes
+from neuroada_kernels._tracing import is_exported
 from neuroada_kernels.nn._base import BypassLinear
 from neuroada_kernels.nn._own import wrong_shape
 from neuroada_kernels.nn._strategy import refusal, why_not_resident
@@ -170,7 +170,6 @@ class ResidentLinear(BypassLinear):
         bias = parameters["bias"] if "bias" in parameters else self.bias  # noqa: SIM401 - dear
         if not plain and functional.is_transformed():
             return F.linear(x, reference.merged_weight(self._traceable_base(), index, delta), bias)
-        plain = plain and pre_dispatch_modes() == 0
         if type(weight) not in PLAIN_TYPES or (not plain and is_exported()):
             return self._exported_forward(x)
         if not plain and torch.compiler.is_compiling():
@@ -179,7 +178,7 @@ class ResidentLinear(BypassLinear):
             with self._siblings.lock:  # another thread may be patching it, once is enough
                 if not self._is_patched(weight, delta):
                     self._patch(weight, delta)
-        kept = None if plain and buffers["columns"] is None else self._keep(x)
+        kept = None if plain and buffers["columns"] is None else self._keep(x, plain=plain)
         return functional.apply_resident(x, weight, index, delta, bias, kept, plain=plain)
 
     def _exported_forward(self, x: Tensor) -> Tensor:

@@ -45,7 +45,7 @@ class NeuroAdaLinear(NamedLayer, PlannedLayer, ResidentLinear):
             delta,
             parameters["bias"] if "bias" in parameters else self.bias,  # noqa: SIM401 - dear
             buffers["plan"],
-            self._keep(x) if keeps else None,
+            self._keep(x, plain=plain) if keeps else None,
             plain=plain,
         )
 

@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 from neuroada_kernels import _registry
-from neuroada_kernels._tracing import dispatch_modes, jit_state
+from neuroada_kernels._tracing import dispatch_modes, is_pre_dispatched, jit_state
 
 LIBRARY = torch.library.Library("neuroada", "DEF")
 
@@ -57,6 +57,7 @@ def is_plain_eager(x: Tensor) -> bool:
         not torch.compiler.is_dynamo_compiling()  # other tracers' tensors have types of their own
         and type(x) in PLAIN_TYPES
         and dispatch_modes() == 0
+        and not is_pre_dispatched()
         and not x.is_meta
         and jit_state() is None
         and not _transforms()
