@@ -9,7 +9,8 @@
 namespace neuroada::cpu::NEUROADA_ISA {
 namespace {
 
-// Neurons are taken in groups of one vector. partial[chunk][group][s] is the vector of a slot's sums.
+// Neurons are taken in groups of as many as a vector has lanes. partial[chunk][group] has a sum for each entry of index
+// that the group has, in their order.
 template <class A>
 struct Partial {
   int64_t groups, k;
@@ -71,26 +72,34 @@ void stage_tokens(WideTokens<T>, const T* source, int64_t stride, int64_t tokens
   stage_transposed<WideCell<T>, block>(source, stride, tokens, first, last, columns, staged);
 }
 
-// Adds a block of tokens to the sums of the `width` neurons of a group: grad [neuron][block] and
-// staged x [column][block] are dotted along the block, and the lanes of each dot added up last.
+// Adds a block of tokens to the sums of a group's entries, in the order of index: the neuron's grad [neuron][block] and
+// staged x [column][block] are dotted along the block, and the lanes of each dot added up last. A neuron's grad stays
+// in registers while its entries go by.
 template <class Tokens, int block, class A>
-inline void add_block(const A* grad, const A* staged, const int32_t* index, int width, int64_t k, A* sums) {
+inline void add_block(const A* grad, const A* staged, const int32_t* index, int64_t entries, int64_t k, A* sums) {
   constexpr int lanes = kLanes<A>, vectors = block / lanes;
-  for (int64_t s = 0; s < k; ++s) {
+  Vec<A> neuron[vectors];
+  int64_t left = 0;
+  for (int64_t e = 0; e < entries; e += lanes) {
     Vec<A> product[lanes];
 #pragma GCC unroll 16
     for (int i = 0; i < lanes; ++i) {
       product[i] = zero<A>();
-      const int32_t column = i < width ? index[i * k + s] : -1;
+      if (e + i >= entries) continue;
+      if (left == 0) {
+        left = k;
+#pragma GCC unroll 8
+        for (int v = 0; v < vectors; ++v) neuron[v] = load(grad + v * lanes);
+        grad += block;
+      }
+      --left;
+      const int32_t column = index[e + i];
       if (column < 0) continue;
       const A* gathered = staged + int64_t{column} * block;
 #pragma GCC unroll 8
-      for (int v = 0; v < vectors; ++v) {
-        Tokens::add(product[i], load(grad + i * block + v * lanes), load(gathered + v * lanes));
-      }
+      for (int v = 0; v < vectors; ++v) Tokens::add(product[i], neuron[v], load(gathered + v * lanes));
     }
-    A* sum = sums + s * lanes;
-    store(sum, load(sum) + sum_rows<A>(product));
+    store(sums + e, load(sums + e) + sum_rows<A>(product));
   }
 }
 
@@ -114,9 +123,9 @@ void sum_chunk(const Sddmm& a, const TokenChunks& chunks, const Partial<accumula
       alignas(64) A grad_staged[together * lanes * block];
       stage_tokens<block>(Tokens{}, grad, a.grad_stride, tokens, j, after, a.d_out, grad_staged);
       for (int64_t g = group; g * lanes < after; ++g) {
-        const int width = static_cast<int>(std::min<int64_t>(lanes, a.d_out - g * lanes));
+        const int64_t width = std::min<int64_t>(lanes, a.d_out - g * lanes);
         add_block<Tokens, block>(grad_staged + (g - group) * lanes * block, staged.get(), a.index + g * lanes * a.k,
-                                 width, a.k, partial.at(chunk, g));
+                                 width * a.k, a.k, partial.at(chunk, g));
       }
     }
   }
@@ -125,11 +134,12 @@ void sum_chunk(const Sddmm& a, const TokenChunks& chunks, const Partial<accumula
 template <class A>
 void add_chunks(const Partial<A>& partial, int64_t chunks, int64_t group, int64_t d_out, A* out) {
   constexpr int lanes = kLanes<A>;
-  const int width = static_cast<int>(std::min<int64_t>(lanes, d_out - group * lanes));
-  for (int64_t s = 0; s < partial.k; ++s) {
+  const int64_t entries = std::min<int64_t>(lanes, d_out - group * lanes) * partial.k;
+  out += group * lanes * partial.k;
+  for (int64_t e = 0; e < entries; e += lanes) {
     Vec<A> sum = zero<A>();
-    for (int64_t chunk = 0; chunk < chunks; ++chunk) sum += load(partial.at(chunk, group) + s * lanes);
-    for (int i = 0; i < width; ++i) out[(group * lanes + i) * partial.k + s] = sum[i];
+    for (int64_t chunk = 0; chunk < chunks; ++chunk) sum += load(partial.at(chunk, group) + e);
+    std::memcpy(out + e, &sum, static_cast<size_t>(std::min<int64_t>(lanes, entries - e)) * sizeof(A));
   }
 }
 
