@@ -37,6 +37,24 @@
 namespace neuroada::cpu {
 namespace {
 
+#ifdef NEUROADA_X86
+// Staging blocks of all columns costs more than gathering where connections are few: at most `most` / `per` to a column
+// of x or grad, as measured on a processor with tiles and on one without, which gathers more slowly. By the shape
+// alone, that of a whole x.
+template <int64_t most, int64_t per>
+void sddmm_of_pairs(const Sddmm& args, const Executor& executor) {
+  const int64_t columns = std::max(args.d_in, args.whole_d_in) + args.d_out;
+  const bool few = args.dtype == DType::bf16 && per * args.k * args.d_out <= most * columns;
+  (few ? avx512_bf16::sddmm_few : avx512_bf16::sddmm)(args, executor);
+}
+
+constexpr Kernels kernels_with_pairs() {
+  Kernels kernels = NEUROADA_KERNELS(avx512_bf16);
+  kernels.sddmm = &sddmm_of_pairs<1, 1>;
+  return kernels;
+}
+#endif
+
 #ifdef NEUROADA_AMX
 // Tiles multiply bfloat16, and all else is as it is without them.
 void linear_fwd_in_tiles(const LinearFwd& args, const Executor& executor) {
@@ -45,18 +63,11 @@ void linear_fwd_in_tiles(const LinearFwd& args, const Executor& executor) {
 void linear_bwd_input_in_tiles(const LinearBwdInput& args, const Executor& executor) {
   (args.bypass.dtype == DType::bf16 ? amx_bf16::linear_bwd_input : avx512_bf16::linear_bwd_input)(args, executor);
 }
-// Where staging blocks of all columns would cost more than gathering as often: the ratio is as measured on a processor
-// with tiles, and others gather more slowly. By the shape alone, that of a whole x.
-void sddmm_with_gathers(const Sddmm& args, const Executor& executor) {
-  const int64_t columns = std::max(args.d_in, args.whole_d_in) + args.d_out;
-  const bool few = args.dtype == DType::bf16 && 4 * args.k * args.d_out <= 7 * columns;
-  (few ? amx_bf16::sddmm : avx512_bf16::sddmm)(args, executor);
-}
 
 constexpr Kernels kernels_with_tiles() {
-  Kernels kernels = NEUROADA_KERNELS(avx512_bf16);
+  Kernels kernels = kernels_with_pairs();
   kernels.isa = "amx_bf16";
-  kernels.sddmm = &sddmm_with_gathers;
+  kernels.sddmm = &sddmm_of_pairs<7, 4>;
   kernels.linear_fwd = &linear_fwd_in_tiles;
   kernels.linear_bwd_input = &linear_bwd_input_in_tiles;
   return kernels;
@@ -73,7 +84,7 @@ const Candidate kCandidates[] = {
     {kernels_with_tiles(), &has_amx_bf16},
 #endif
 #ifdef NEUROADA_X86
-    {NEUROADA_KERNELS(avx512_bf16), &has_avx512_bf16},
+    {kernels_with_pairs(), &has_avx512_bf16},
     {NEUROADA_KERNELS(avx512), &has_avx512},
     {NEUROADA_KERNELS(avx2), &has_avx2},
 #endif

@@ -110,14 +110,18 @@ void sum_chunk(const Sddmm& a, const TokenChunks& chunks, int64_t chunk, int64_t
   for (int64_t line = first; line < last; ++line) find_cells(a, line, cells.get() + at(line) * kCells);
   std::fill(sums.get(), sums.get() + vectors * kLanes<float>, 0.0f);
   for (int64_t t = chunks.begin(chunk); t < end; t += kTokens) {
+    // Every row is a page or several, at whose ends what the processor reads ahead by itself stops.
+    const int64_t rows_ahead = std::min(kTokens, end - t - kTokens);
     const BFloat16* x = static_cast<const BFloat16*>(a.x) + t * a.x_stride;
     const BFloat16* grad = static_cast<const BFloat16*>(a.grad) + t * a.grad_stride;
     for (int64_t c = 0; c < a.d_in; c += kLine) {
+      prefetch_rows<0>(x + kTokens * a.x_stride, a.x_stride, rows_ahead, c);
       const Line line(x + c, a.x_stride, end - t, a.d_in - c);
       std::memcpy(x_cells.get() + c, line.cells, sizeof(line.cells));
     }
     for (int64_t line = first; line < last; ++line) {
       const int64_t j = line * kLine;
+      prefetch_rows<0>(grad + kTokens * a.grad_stride, a.grad_stride, rows_ahead, j);
       add_line(Line(grad + j, a.grad_stride, end - t, a.d_out - j), x_cells.get(), cells.get() + at(line) * kCells, k,
                sums.get() + at(line) * kLanes<float>);
     }
@@ -144,7 +148,7 @@ void add_chunks(const Sddmm& a, const TokenChunks& chunks, const float* partial,
 
 }  // namespace
 
-void sddmm(const Sddmm& a, const Executor& executor) {
+void sddmm_few(const Sddmm& a, const Executor& executor) {
   const TokenChunks chunks(a.tokens, kTokens);
   const int64_t lines = lines_of(a.d_out), stride = place(lines, 0, 0, a.k) * kCells;
   const Scratch<float> partial = make_scratch<float>(chunks.count * stride);
