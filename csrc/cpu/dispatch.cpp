@@ -38,25 +38,34 @@ namespace neuroada::cpu {
 namespace {
 
 #ifdef NEUROADA_X86
-// Staging blocks of all columns costs more than gathering where connections are few: at most `most` / `per` to a column
-// of x or grad, as measured on a processor with tiles and on one without, which gathers more slowly. By the shape
-// alone, that of a whole x.
-template <int64_t most, int64_t per>
-void sddmm_of_pairs(const Sddmm& args, const Executor& executor) {
+// Where staging blocks of all columns costs more than gathering, by the shape alone, that of a whole x: up to so many
+// quarters of a connection to a column of x and grad.
+bool is_few(const Sddmm& args, int64_t quarters) {
   const int64_t columns = std::max(args.d_in, args.whole_d_in) + args.d_out;
-  const bool few = args.dtype == DType::bf16 && per * args.k * args.d_out <= most * columns;
-  (few ? avx512_bf16::sddmm_few : avx512_bf16::sddmm)(args, executor);
+  return args.dtype == DType::bf16 && 4 * args.k * args.d_out <= quarters * columns;
+}
+
+// As measured on a processor without tiles, which gathers more slowly than those with them.
+void sddmm_of_pairs(const Sddmm& args, const Executor& executor) {
+  if (is_few(args, 4)) return avx512_bf16::sddmm_few(args, executor, true);
+  avx512_bf16::sddmm(args, executor);
 }
 
 constexpr Kernels kernels_with_pairs() {
   Kernels kernels = NEUROADA_KERNELS(avx512_bf16);
-  kernels.sddmm = &sddmm_of_pairs<1, 1>;
+  kernels.sddmm = &sddmm_of_pairs;
   return kernels;
 }
 #endif
 
 #ifdef NEUROADA_AMX
-// Tiles multiply bfloat16, and all else is as it is without them.
+// Whether asking ahead gains here too was not measured.
+void sddmm_beside_tiles(const Sddmm& args, const Executor& executor) {
+  if (is_few(args, 7)) return avx512_bf16::sddmm_few(args, executor, false);
+  avx512_bf16::sddmm(args, executor);
+}
+
+// Tiles multiply bfloat16, and all else but the SDDMM is as it is without them.
 void linear_fwd_in_tiles(const LinearFwd& args, const Executor& executor) {
   (args.bypass.dtype == DType::bf16 ? amx_bf16::linear_fwd : avx512_bf16::linear_fwd)(args, executor);
 }
@@ -67,7 +76,7 @@ void linear_bwd_input_in_tiles(const LinearBwdInput& args, const Executor& execu
 constexpr Kernels kernels_with_tiles() {
   Kernels kernels = kernels_with_pairs();
   kernels.isa = "amx_bf16";
-  kernels.sddmm = &sddmm_of_pairs<7, 4>;
+  kernels.sddmm = &sddmm_beside_tiles;
   kernels.linear_fwd = &linear_fwd_in_tiles;
   kernels.linear_bwd_input = &linear_bwd_input_in_tiles;
   return kernels;

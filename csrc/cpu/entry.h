@@ -8,7 +8,7 @@ namespace neuroada::cpu::NEUROADA_ISA {
 void bypass_fwd(const BypassFwd&, const Executor&);
 void bypass_bwd_input(const BypassBwdInput&, const Executor&);
 void sddmm(const Sddmm&, const Executor&);
-void sddmm_few(const Sddmm&, const Executor&);
+void sddmm_few(const Sddmm&, const Executor&, bool asks_ahead);
 void merge(const Merge&, const Executor&);
 void linear_fwd(const LinearFwd&, const Executor&);
 void linear_bwd_input(const LinearBwdInput&, const Executor&);

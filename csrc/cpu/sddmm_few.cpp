@@ -101,7 +101,8 @@ inline void add_line(const Line& grad, const int64_t* x, const int32_t* cells, i
 }
 
 // The sums of one chunk for the neurons of the lines [first, last).
-void sum_chunk(const Sddmm& a, const TokenChunks& chunks, int64_t chunk, int64_t first, int64_t last, float* partial) {
+void sum_chunk(const Sddmm& a, const TokenChunks& chunks, int64_t chunk, int64_t first, int64_t last, bool asks_ahead,
+               float* partial) {
   const int64_t k = a.k, vectors = place(last - first, 0, 0, k), end = chunks.end(chunk);
   const Scratch<int32_t> cells = make_scratch<int32_t>(vectors * kCells);
   const Scratch<float> sums = make_scratch<float>(vectors * kLanes<float>);
@@ -111,7 +112,7 @@ void sum_chunk(const Sddmm& a, const TokenChunks& chunks, int64_t chunk, int64_t
   std::fill(sums.get(), sums.get() + vectors * kLanes<float>, 0.0f);
   for (int64_t t = chunks.begin(chunk); t < end; t += kTokens) {
     // Every row is a page or several, at whose ends what the processor reads ahead by itself stops.
-    const int64_t rows_ahead = std::min(kTokens, end - t - kTokens);
+    const int64_t rows_ahead = asks_ahead ? std::min(kTokens, end - t - kTokens) : 0;
     const BFloat16* x = static_cast<const BFloat16*>(a.x) + t * a.x_stride;
     const BFloat16* grad = static_cast<const BFloat16*>(a.grad) + t * a.grad_stride;
     for (int64_t c = 0; c < a.d_in; c += kLine) {
@@ -148,12 +149,12 @@ void add_chunks(const Sddmm& a, const TokenChunks& chunks, const float* partial,
 
 }  // namespace
 
-void sddmm_few(const Sddmm& a, const Executor& executor) {
+void sddmm_few(const Sddmm& a, const Executor& executor, bool asks_ahead) {
   const TokenChunks chunks(a.tokens, kTokens);
   const int64_t lines = lines_of(a.d_out), stride = place(lines, 0, 0, a.k) * kCells;
   const Scratch<float> partial = make_scratch<float>(chunks.count * stride);
   each_chunk(chunks, lines, executor.limited(work_of(a)), [&](int64_t chunk, int64_t first, int64_t last) {
-    sum_chunk(a, chunks, chunk, first, last, partial.get() + chunk * stride);
+    sum_chunk(a, chunks, chunk, first, last, asks_ahead, partial.get() + chunk * stride);
   });
   each_group(lines, chunks.count * stride, executor,
              [&](int64_t line) { add_chunks(a, chunks, partial.get(), stride, line); });
