@@ -220,6 +220,20 @@ def test_the_second_in_order_serves_where_the_first_does_not(layer, why):
         assert layer(torch.randn(5, 8)).shape == (5, 6)
 
 
+def test_what_is_always_served_has_no_reason_against_it():
+    asked = 0
+    for backend in _registry._backends.values():
+        for implementation in backend.implementations.values():
+            for dtype in implementation.always:
+                for device in backend.priority:
+                    assert (
+                        implementation.unsupported(torch.zeros(2, 2, dtype=dtype, device=device))
+                        == []
+                    )
+                    asked += 1
+    assert asked > 0
+
+
 def test_registering_again_replaces(layer):
     fake(reasons=REASONS)
     layer(torch.randn(5, 8))

@@ -44,8 +44,8 @@ class BlockCopy {
 
  private:
   // Where __builtin_prefetch is to put a line. Beside a product, whose steps give memory time, that is the first cache
-  // alone: rows that lie a power of two apart would push out of the second, from the same sets of it, what the product
-  // reads. By itself a copy soon gets through what the first cache has.
+  // alone: rows that lie a power of two apart would push out of the second, from the same sets of it, what the forward
+  // reads; to dx it is the same. By itself a copy soon gets through what the first cache has.
   static constexpr int kFirstCache = 0, kSecondCache = 2;
 
   const Weight* weight_ = nullptr;

@@ -38,16 +38,19 @@ namespace neuroada::cpu {
 namespace {
 
 #ifdef NEUROADA_X86
-// Where staging blocks of all columns costs more than gathering, by the shape alone, that of a whole x: up to so many
-// quarters of a connection to a column of x and grad.
+// Whether staging blocks of all columns costs more than gathering: where k d_out <= quarters / 4 (d_in + d_out). By the
+// shape alone, that of a whole x.
 bool is_few(const Sddmm& args, int64_t quarters) {
   const int64_t columns = std::max(args.d_in, args.whole_d_in) + args.d_out;
   return args.dtype == DType::bf16 && 4 * args.k * args.d_out <= quarters * columns;
 }
 
-// As measured on a processor without tiles, which gathers more slowly than those with them.
+// As measured: a processor with tiles gathers faster than one without.
+constexpr int64_t kFewQuarters = 4;
+[[maybe_unused]] constexpr int64_t kFewQuartersWithTiles = 7;
+
 void sddmm_of_pairs(const Sddmm& args, const Executor& executor) {
-  if (is_few(args, 4)) return avx512_bf16::sddmm_few(args, executor, true);
+  if (is_few(args, kFewQuarters)) return avx512_bf16::sddmm_few(args, executor, true);
   avx512_bf16::sddmm(args, executor);
 }
 
@@ -61,7 +64,7 @@ constexpr Kernels kernels_with_pairs() {
 #ifdef NEUROADA_AMX
 // Whether asking ahead gains here too was not measured.
 void sddmm_beside_tiles(const Sddmm& args, const Executor& executor) {
-  if (is_few(args, 7)) return avx512_bf16::sddmm_few(args, executor, false);
+  if (is_few(args, kFewQuartersWithTiles)) return avx512_bf16::sddmm_few(args, executor, false);
   avx512_bf16::sddmm(args, executor);
 }
 

@@ -2,7 +2,7 @@
 //
 // Four tokens of a column lie side by side in a cell of 8 bytes, which is all that is done to x and grad: rows are
 // read as they lie, four at a time, and the cells of x stay in the first cache. A vector gathers the cells of eight
-// neurons. Transposing whole blocks, as sddmm.cpp does, costs more than the products of four bypasses a neuron, but
+// neurons. Transposing whole blocks, as sddmm.cpp does, costs more than the products of few bypasses a neuron, but
 // makes each of them cheaper: a sum stays in registers there, and is read and written here for every four tokens.
 #include "entry.h"
 #include "sddmm_chunks.h"
@@ -111,18 +111,18 @@ void sum_chunk(const Sddmm& a, const TokenChunks& chunks, int64_t chunk, int64_t
   for (int64_t line = first; line < last; ++line) find_cells(a, line, cells.get() + at(line) * kCells);
   std::fill(sums.get(), sums.get() + vectors * kLanes<float>, 0.0f);
   for (int64_t t = chunks.begin(chunk); t < end; t += kTokens) {
-    // Every row is a page or several, at whose ends what the processor reads ahead by itself stops.
-    const int64_t rows_ahead = asks_ahead ? std::min(kTokens, end - t - kTokens) : 0;
+    // What the processor reads ahead by itself ends with a page, which many a row fills.
+    const int64_t rows_ahead = asks_ahead ? std::max<int64_t>(std::min(kTokens, end - t - kTokens), 0) : 0;
     const BFloat16* x = static_cast<const BFloat16*>(a.x) + t * a.x_stride;
     const BFloat16* grad = static_cast<const BFloat16*>(a.grad) + t * a.grad_stride;
     for (int64_t c = 0; c < a.d_in; c += kLine) {
-      prefetch_rows<0>(x + kTokens * a.x_stride, a.x_stride, rows_ahead, c);
+      if (rows_ahead > 0) prefetch_rows<0>(x + kTokens * a.x_stride, a.x_stride, rows_ahead, c);
       const Line line(x + c, a.x_stride, end - t, a.d_in - c);
       std::memcpy(x_cells.get() + c, line.cells, sizeof(line.cells));
     }
     for (int64_t line = first; line < last; ++line) {
       const int64_t j = line * kLine;
-      prefetch_rows<0>(grad + kTokens * a.grad_stride, a.grad_stride, rows_ahead, j);
+      if (rows_ahead > 0) prefetch_rows<0>(grad + kTokens * a.grad_stride, a.grad_stride, rows_ahead, j);
       add_line(Line(grad + j, a.grad_stride, end - t, a.d_out - j), x_cells.get(), cells.get() + at(line) * kCells, k,
                sums.get() + at(line) * kLanes<float>);
     }

@@ -204,7 +204,8 @@ def _strided_row(weight: Tensor) -> list[str]:
 
 def wide(delta: Tensor, x: Tensor) -> Tensor:
     """``delta`` in the dtype in which the kernels sum for ``x``, contiguous."""
-    return contiguous(delta.to(SUMMED_IN[x.dtype]))
+    dtype = SUMMED_IN[x.dtype]
+    return contiguous(delta if delta.dtype == dtype else delta.to(dtype))
 
 
 def contiguous(tensor: Tensor) -> Tensor:
