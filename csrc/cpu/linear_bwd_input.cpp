@@ -21,7 +21,8 @@ void linear_bwd_input(const LinearBwdInput& args, const Executor& executor) {
         b.tokens,    b.d_out, b.d_in, static_cast<const T*>(b.grad), b.grad_stride, nullptr, static_cast<T*>(b.out),
         b.out_stride};
     const BackwardWeight<T> weight{static_cast<const T*>(args.weight), args.weight_stride, b.d_out};
-    with_plan_rows<A>(b, ceil_div(b.tokens, kGatherTiles * kTileVectors * kLanes<A>), executor,
+    constexpr int gathered = kGatherTiles * kTileVectors<typename ProductCell<T>::type> * kLanes<A>;
+    with_plan_rows<A>(b, ceil_div(b.tokens, gathered), executor,
                       [&](const auto& rows) { multiply_and_gather(product, weight, rows, executor); });
   });
 }

@@ -17,18 +17,20 @@ struct ForwardWeight {
   // A cache line more than a block's row, so that the rows of a tile lie in different sets of the cache.
   static constexpr int64_t kStep = kBlockCells<Cell> * Cell::kDepth + 64 / sizeof(Element);
   static constexpr int64_t kLine = 64 / sizeof(T), kLineStep = kLine;
+  static constexpr bool kInPlace = std::is_same_v<T, Element>;
+  static constexpr int64_t kTokensInTurn = !kInPlace || !kCopiesAside ? kFewTokens : Cell::kDepth == 1 ? 64 : 48;
 
   const T* weight;  // [d_out, d_in]
   int64_t stride, d_in;
 
   static int64_t most_tokens(int64_t) { return kMostTokens; }
   static BlockSize block(int64_t tokens) {
-    return {is_few(tokens) ? 2 * kBlockRows : kBlockRows, kBlockCells<Cell>, kStep};
+    return {tokens <= kTokensInTurn ? 2 * kBlockRows : kBlockRows, kBlockCells<Cell>, kStep};
   }
 
   // Without a copy, if it can be: no tile may read past the last row, nor a pair past its end.
   WeightBlock<Element> in_place(const BlockPlace& b) const {
-    if constexpr (std::is_same_v<T, Element>) {
+    if constexpr (kInPlace) {
       const bool whole = b.width % kTileSums == 0 && columns(b) == b.cells * Cell::kDepth;
       if (whole) return {source(b), stride, Cell::kDepth};
     }

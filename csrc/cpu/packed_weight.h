@@ -14,6 +14,11 @@ struct BackwardWeight {
   using Element = typename Cell::Element;
   static constexpr bool kPacked = true;
   static constexpr int64_t kLine = 64 / sizeof(T), kLineStep = kLine * Cell::kDepth;
+  static constexpr bool kInPlace = std::is_same_v<T, Element> && Cell::kDepth == 1;
+  static constexpr int64_t kTokensInTurn = !kInPlace ? kFewTokens : kVectorBytes == 64 ? 96 : 64;
+  // A block's columns are whole tiles and whole lines, for a column's place to lie within its cell.
+  static constexpr int64_t kColumns = 96;
+  static_assert(kColumns % kTileSums == 0 && kColumns % kLine == 0);
 
   const T* weight;  // [d_out, d_in]
   int64_t stride, d_out;
@@ -22,21 +27,22 @@ struct BackwardWeight {
   // Every row of W is a page of its own, which takes as long to find as half a kilobyte to read: for few tokens, whose
   // totals are small, a block is long runs of few rows. No total is the sum of more than kSums blocks, so that it
   // rounds no worse than torch's product; where that takes more rows, runs are shorter, for a copy of a block to take
-  // no more than two blocks of many tokens, up to a d_out of hundreds of thousands. Rows are whole tiles and whole
-  // lines, for a column's place to lie within its cell.
+  // no more than two blocks of many tokens, up to a d_out of hundreds of thousands. Between few and many, runs are of
+  // twice the columns, with the same neurons to a sum as for many: which of the two it is depends on the threads.
   BlockSize block(int64_t tokens) const {
-    constexpr BlockSize many{kBlockRows * Cell::kDepth, kBlockCells<Cell>, kBlockCells<Cell> * Cell::kDepth};
-    if (!is_few(tokens)) return many;
+    constexpr BlockSize many{kColumns * Cell::kDepth, kBlockCells<Cell>, kBlockCells<Cell> * Cell::kDepth};
+    if (tokens > kTokensInTurn) return many;
+    if (!is_few(tokens)) return {2 * many.rows, many.cells, many.elements_a_row};
     constexpr int64_t kRun = 2048, kRows = 24, kSums = 170;
     const int64_t cells = std::max(kRows, ceil_div(ceil_div(d_out, Cell::kDepth), kSums));
-    const int64_t run = std::clamp<int64_t>(2 * many.rows * many.cells / cells, kBlockRows, kRun);
-    return {run / kBlockRows * kBlockRows, cells, cells * Cell::kDepth};
+    const int64_t run = std::clamp<int64_t>(2 * many.rows * many.cells / cells, kColumns, kRun);
+    return {run / kColumns * kColumns, cells, cells * Cell::kDepth};
   }
 
   // Without a copy, if it can be. Past a row's end a tile reads the beginning of the next, for columns that nobody
   // asks for, but nothing past the end of the last.
   WeightBlock<Element> in_place(const BlockPlace& b) const {
-    if constexpr (std::is_same_v<T, Element> && Cell::kDepth == 1) {
+    if constexpr (kInPlace) {
       const int64_t past_end = round_up(b.width, kTileSums) - b.width;
       const bool whole = b.cell + b.cells <= d_out && past_end <= (d_out - b.cell - b.cells) * stride;
       if (whole) return {weight + b.cell * stride + b.row, Cell::kDepth, stride};
@@ -85,8 +91,6 @@ struct BackwardWeight {
   static int64_t step(const BlockPlace& b) { return b.rows * Cell::kDepth; }
 
 #ifdef __AVX512BF16__
-  static_assert(Cell::kDepth == 1 || (kBlockRows % kLine == 0 && kBlockRows % kTileSums == 0));
-
   // A line of pairs: target[place(i)] = low[i], target[place(i) + 1] = high[i]
   static void pack_pairs(const BFloat16* low, const BFloat16* high, BFloat16* target) {
     const __m512i lower = _mm512_loadu_si512(low), upper = _mm512_loadu_si512(high);

@@ -20,8 +20,9 @@ namespace neuroada::cpu::NEUROADA_ISA {
 // most kMostTokens, or what a Weight names instead; fewer where these would take more than kStagedBytes.
 inline constexpr int64_t kMostTokens = 256;
 
-// Of so few tokens a block is short of memory, not of multipliers: no copy goes on beside the product, and
-// blocks of W may be wider, which memory reads faster.
+// Of so few tokens a block is short of memory, not of multipliers: no copy goes on beside the product, and blocks of W
+// may be wider, which memory reads faster. Of more, up to a Weight's kTokensInTurn, tiles read W where it lies at
+// little cost: that saves the copy, and leaves every sum as it is.
 inline constexpr int64_t kFewTokens = 32;
 inline bool is_few(int64_t tokens) { return tokens <= kFewTokens; }
 
@@ -58,7 +59,6 @@ struct ProductTasks {
   }
 
   int64_t count() const { return blocks * ranges; }
-  bool few() const { return is_few(block_tokens); }
   // Neighbouring tasks have the same rows, so that a thread finds them in its cache.
   int64_t block(int64_t task) const { return task % blocks; }
   int64_t first_row(int64_t task) const { return boundary(task / blocks); }
@@ -117,27 +117,29 @@ struct DenseTerm {
 
 // How many of `left` vectors of tokens the next tile takes: all that it can, but rather two about half as many than
 // one after that.
-inline int64_t tile_vectors(int64_t left) {
-  return std::min<int64_t>(left == kTileVectors + 1 ? (left + 1) / 2 : left, kTileVectors);
+template <class Cell>
+int64_t tile_vectors(int64_t left) {
+  constexpr int64_t most = kTileVectors<Cell>;
+  return std::min(left == most + 1 ? (left + 1) / 2 : left, most);
 }
 
-// f(vectors) with a constant.
-template <class F>
+// f(vectors) with a constant, at most `most`.
+template <int most, class F>
 void with_vectors(int64_t vectors, F&& f) {
-  if (vectors == 1) f(std::integral_constant<int, 1>{});
-  if (vectors == 2) f(std::integral_constant<int, 2>{});
-  if constexpr (kTileVectors >= 3) {
-    if (vectors == 3) f(std::integral_constant<int, 3>{});
+  if constexpr (most > 1) {
+    if (vectors < most) return with_vectors<most - 1>(vectors, f);
   }
+  f(std::integral_constant<int, most>{});
 }
 
 // Calls f(first token, tokens, vectors) for what a tile each multiplies of the tokens of a block.
-template <class A, class F>
+template <class Cell, class F>
 void each_tile(int64_t tokens, F&& f) {
-  constexpr int64_t lanes = kLanes<A>;
+  constexpr int64_t lanes = kLanes<typename Cell::A>;
   for (int64_t t = 0; t < tokens;) {
-    const int64_t vectors = tile_vectors(ceil_div(tokens - t, lanes)), count = std::min(tokens - t, vectors * lanes);
-    with_vectors(vectors, [&](auto v) { f(t, count, v); });
+    const int64_t vectors = tile_vectors<Cell>(ceil_div(tokens - t, lanes));
+    const int64_t count = std::min(tokens - t, vectors * lanes);
+    with_vectors<kTileVectors<Cell>>(vectors, [&](auto v) { f(t, count, v); });
     t += count;
   }
 }
@@ -145,14 +147,14 @@ void each_tile(int64_t tokens, F&& f) {
 // Calls f(first token, tokens, vectors, tiles) for the tokens of one tile, or of two as wide: a gather, which shares an
 // entry's column and delta among its tokens, has registers for so many.
 inline constexpr int kGatherTiles = 2;
-template <class A, class F>
+template <class Cell, class F>
 void each_gather(int64_t tokens, F&& f) {
-  constexpr int64_t lanes = kLanes<A>;
+  constexpr int64_t lanes = kLanes<typename Cell::A>;
   for (int64_t t = 0; t < tokens;) {
-    const int64_t left = ceil_div(tokens - t, lanes), vectors = tile_vectors(left);
-    const bool two = left > vectors && tile_vectors(left - vectors) == vectors;
+    const int64_t left = ceil_div(tokens - t, lanes), vectors = tile_vectors<Cell>(left);
+    const bool two = left > vectors && tile_vectors<Cell>(left - vectors) == vectors;
     const int64_t count = std::min(tokens - t, (two ? kGatherTiles : 1) * vectors * lanes);
-    with_vectors(vectors, [&](auto v) {
+    with_vectors<kTileVectors<Cell>>(vectors, [&](auto v) {
       if (two) return f(t, count, v, std::integral_constant<int, kGatherTiles>{});
       return f(t, count, v, std::integral_constant<int, 1>{});
     });
@@ -188,8 +190,7 @@ struct BlockOrder {
 template <class Cell, class Aside>
 int64_t count_steps(const BlockPlace& place, int64_t tokens) {
   int64_t tiles = 0;
-  each_tile<typename Cell::A>(
-      tokens, [&](int64_t, int64_t, auto vectors) { tiles += ceil_div(place.width, kTileRows<vectors>); });
+  each_tile<Cell>(tokens, [&](int64_t, int64_t, auto vectors) { tiles += ceil_div(place.width, kTileRows<vectors>); });
   return tiles * ceil_div(place.cells, Aside::kCells);
 }
 
@@ -208,10 +209,10 @@ void multiply_block(const ProductScratch<Cell>& scratch, const BlockPlace& place
   };
   if constexpr (kRowsFirst) {
     for (int64_t r = 0; r < place.width; r += kTileSums) {
-      each_tile<A>(tokens, [&](int64_t t, int64_t, auto vectors) { multiply(t, r, vectors); });
+      each_tile<Cell>(tokens, [&](int64_t t, int64_t, auto vectors) { multiply(t, r, vectors); });
     }
   } else {
-    each_tile<A>(tokens, [&](int64_t t, int64_t, auto vectors) {
+    each_tile<Cell>(tokens, [&](int64_t t, int64_t, auto vectors) {
       for (int64_t r = 0; r < place.width; r += kTileRows<vectors>) multiply(t, r, vectors);
     });
   }
@@ -230,7 +231,7 @@ void multiply_in_turn(const ProductScratch<Cell>& scratch, const Weight& weight,
       weight.copy(place, scratch.weight.get()).finish();
       block = Weight::copied(place, scratch.weight.get());
     }
-    block.stays &= tokens > kTileVectors * kLanes<typename Cell::A>;
+    block.stays &= tokens > kTileVectors<Cell> * kLanes<typename Cell::A>;
     multiply_block<Cell, Weight::kPacked>(scratch, place, block, tokens, nothing);
     if (place.cell + place.cells >= scratch.cells) after_row_block(place);
   }
@@ -265,7 +266,7 @@ void run_task(const Product<T>& p, const Weight& weight, const Rows& rows, const
   const T* x = p.x + start * p.x_stride;
   T* out = p.out + start * p.out_stride;
   const T* none = nullptr;
-  each_tile<A>(tokens, [&](int64_t t, int64_t count, auto vectors) {
+  each_tile<Cell>(tokens, [&](int64_t t, int64_t count, auto vectors) {
     constexpr int64_t width = kPanelVectors<vectors> * kLanes<A>;
     for (int64_t i = 0; i < vectors * kLanes<A>; i += width) {
       A* panel = scratch.panel(t + i);
@@ -276,7 +277,7 @@ void run_task(const Product<T>& p, const Weight& weight, const Rows& rows, const
   });
   const bool far = scratch.cells * tasks.block_tokens * static_cast<int64_t>(sizeof(A)) > kNearBytes;
   const auto gather = [&](const BlockPlace& place) {
-    each_gather<A>(tokens, [&](int64_t t, int64_t count, auto vectors, auto tiles) {
+    each_gather<Cell>(tokens, [&](int64_t t, int64_t count, auto vectors, auto tiles) {
       constexpr int width = kPanelVectors<vectors> * kLanes<A>;
       const StagedBlock<Cell, tiles * vectors * kLanes<A>, width> staged{scratch.panel(t), scratch.cells * width, far};
       const DenseTerm<T> dense{{p.bias}, scratch.totals.get() + t, scratch.total_stride, place.row};
@@ -287,7 +288,7 @@ void run_task(const Product<T>& p, const Weight& weight, const Rows& rows, const
   [[maybe_unused]] const TileRegisters registers;
   const BlockOrder order(tasks.first_row(task), tasks.last_row(task), scratch.cells, scratch.block);
   if constexpr (kCopiesAside) {
-    if (!tasks.few()) return multiply_with_copies(scratch, weight, order, tokens, gather);
+    if (tasks.block_tokens > Weight::kTokensInTurn) return multiply_with_copies(scratch, weight, order, tokens, gather);
   }
   multiply_in_turn(scratch, weight, order, tokens, gather);
 }
@@ -312,7 +313,7 @@ void multiply_and_gather(const Product<T>& p, const Weight& weight, const Rows& 
   const ProductTasks tasks(p.tokens, p.rows, Weight::most_tokens(bytes), bytes, kLanes<A>, executor.threads);
   const int64_t parts = std::min(tasks.count(), executor.threads);
   executor.parallel(parts, [&](int64_t part) {
-    const int64_t blocks = kCopiesAside && !tasks.few() ? 2 : 1;
+    const int64_t blocks = kCopiesAside && tasks.block_tokens > Weight::kTokensInTurn ? 2 : 1;
     const ProductScratch<Cell> scratch(p.columns, tasks, weight.block(tasks.block_tokens), blocks);
     for (int64_t task = tasks.count() * part / parts; task < tasks.count() * (part + 1) / parts; ++task) {
       run_task(p, weight, entries, tasks, task, scratch);

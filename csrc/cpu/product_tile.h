@@ -11,7 +11,10 @@ namespace neuroada::cpu::NEUROADA_ISA {
 
 // Vectors of sums that a tile keeps in registers, beside what it reads. Of the shapes that this
 // allows, many vectors of tokens and few rows load the least: each broadcast is a load of its own.
-inline constexpr int kTileSums = kVectorBytes == 64 ? 24 : 12, kTileVectors = kVectorBytes == 64 ? 3 : 2;
+inline constexpr int kTileSums = kVectorBytes == 64 ? 24 : 12;
+inline constexpr int kWideTile = kVectorBytes == 64 ? 4 : 2, kPairTile = 3;
+template <class Cell>
+inline constexpr int kTileVectors = Cell::kDepth == 1 ? kWideTile : kPairTile;
 // With one vector of tokens, half the sums: more rows would be more streams than the processor follows.
 template <int vectors>
 inline constexpr int kTileRows = kTileSums / (vectors == 1 ? 2 : vectors);
@@ -21,8 +24,10 @@ template <int vectors>
 inline constexpr int kPanelVectors = vectors;
 
 // Rows and cells of W that are multiplied by all tokens of a block before the next are: as many as the
-// second cache holds twice beside the staged tokens.
-inline constexpr int64_t kBlockRows = 4 * kTileSums, kLeastTokens = 96, kStagedBytes = 2 << 20;
+// second cache holds twice.
+inline constexpr int64_t kBlockRows = 4 * kTileSums, kLeastTokens = 96;
+// Of staged tokens the third cache may hold a part, which tiles read in long runs: another pass over W costs more.
+inline constexpr int64_t kStagedBytes = kVectorBytes == 64 ? 4 << 20 : 2 << 20;
 template <class Cell>
 inline constexpr int64_t kBlockCells = 512 / Cell::kDepth;
 // Beside the product, the multipliers being what limits it, the next block is copied; and a panel of x stays in
@@ -55,7 +60,7 @@ inline void sum_cells(const TileJob<Cell>& job, int64_t begin, int64_t end, type
   constexpr int lanes = kLanes<A>, tile_rows = kTileRows<vectors>;
   // Three rows to a pointer: an address is then a base and at most twice a step, for which few
   // registers do. Of packed columns four stand side by side, whatever their order is.
-  constexpr int together = packed ? 4 : 3, pointers = (tile_rows + together - 1) / together;
+  constexpr int together = packed && tile_rows % 4 == 0 ? 4 : 3, pointers = (tile_rows + together - 1) / together;
   static_assert(!packed || Cell::kDepth == 1 || tile_rows % together == 0);
   const int64_t row_step = packed ? Cell::kDepth : job.weight.row_step;
   const int64_t cell_step = packed ? job.weight.cell_step : Cell::kDepth;
@@ -93,6 +98,17 @@ inline void sum_cells(const TileJob<Cell>& job, int64_t begin, int64_t end, type
   });
 }
 
+// The same, not inlined where a tile leaves few registers for what surrounds it: in loops of its caller gcc read x, and
+// even a counter, from memory for each product.
+template <class Cell, int vectors, bool packed, bool first, class Aside>
+#ifndef __AVX512F__
+__attribute__((noinline))
+#endif
+void sum_cells_apart(const TileJob<Cell>& job, int64_t begin, int64_t end, typename Cell::A* sums, int64_t stride,
+                     Aside& aside) {
+  sum_cells<Cell, vectors, packed, first>(job, begin, end, sums, stride, aside);
+}
+
 // Short sums round less than one long one: where it shows, those of a tile are added up beside the total.
 template <class Cell, int vectors, bool packed, class Aside>
 void multiply_tile(const TileJob<Cell>& job, Aside& aside) {
@@ -103,9 +119,9 @@ void multiply_tile(const TileJob<Cell>& job, Aside& aside) {
   }
   constexpr int width = vectors * kLanes<A>;
   alignas(64) A sums[kTileRows<vectors> * width];
-  sum_cells<Cell, vectors, packed, true>(job, 0, Cell::kShortSum, sums, width, aside);
+  sum_cells_apart<Cell, vectors, packed, true>(job, 0, Cell::kShortSum, sums, width, aside);
   for (int64_t c = Cell::kShortSum; c < job.cells; c += Cell::kShortSum) {
-    sum_cells<Cell, vectors, packed, false>(job, c, std::min(c + Cell::kShortSum, job.cells), sums, width, aside);
+    sum_cells_apart<Cell, vectors, packed, false>(job, c, std::min(c + Cell::kShortSum, job.cells), sums, width, aside);
   }
   for (int r = 0; r < kTileRows<vectors>; ++r) {
     for (int i = 0; i < width; i += kLanes<A>) {

@@ -10,7 +10,9 @@
 
 namespace neuroada::cpu::NEUROADA_ISA {
 
-inline constexpr int kTileSums = 32, kTileVectors = 2;
+inline constexpr int kTileSums = 32;
+template <class Cell>
+inline constexpr int kTileVectors = 2;
 template <int vectors>
 inline constexpr int kTileRows = kTileSums;
 inline constexpr int64_t kTileCells = 16;
