@@ -21,8 +21,9 @@ namespace neuroada::cpu::NEUROADA_ISA {
 inline constexpr int64_t kMostTokens = 256;
 
 // Of so few tokens a block is short of memory, not of multipliers: no copy goes on beside the product, and blocks of W
-// may be wider, which memory reads faster. Of more, up to a Weight's kTokensInTurn, tiles read W where it lies at
-// little cost: that saves the copy, and leaves every sum as it is.
+// may be wider, which memory reads faster. Where tiles can read W as it lies, so they do with more tokens, up to a
+// Weight's kTokensInTurn: that saves the copy. It must leave the cells of a block, and so every sum, as they are,
+// since how many tokens a block has depends on the threads.
 inline constexpr int64_t kFewTokens = 32;
 inline bool is_few(int64_t tokens) { return tokens <= kFewTokens; }
 

@@ -12,9 +12,11 @@ namespace neuroada::cpu::NEUROADA_ISA {
 // Vectors of sums that a tile keeps in registers, beside what it reads. Of the shapes that this
 // allows, many vectors of tokens and few rows load the least: each broadcast is a load of its own.
 inline constexpr int kTileSums = kVectorBytes == 64 ? 24 : 12;
-inline constexpr int kWideTile = kVectorBytes == 64 ? 4 : 2, kPairTile = 3;
+// Of pairs three vectors of tokens are faster than four, which read more of x for the same products.
 template <class Cell>
-inline constexpr int kTileVectors = Cell::kDepth == 1 ? kWideTile : kPairTile;
+inline constexpr int kTileVectors = Cell::kDepth == 2    ? 3
+                                    : kVectorBytes == 64 ? 4
+                                                         : 2;
 // With one vector of tokens, half the sums: more rows would be more streams than the processor follows.
 template <int vectors>
 inline constexpr int kTileRows = kTileSums / (vectors == 1 ? 2 : vectors);
@@ -23,8 +25,8 @@ inline constexpr int kTileRows = kTileSums / (vectors == 1 ? 2 : vectors);
 template <int vectors>
 inline constexpr int kPanelVectors = vectors;
 
-// Rows and cells of W that are multiplied by all tokens of a block before the next are: as many as the
-// second cache holds twice.
+// Rows and cells of W that are multiplied by all tokens of a block before the next are, in the forward pass: as many
+// as the second cache holds twice.
 inline constexpr int64_t kBlockRows = 4 * kTileSums, kLeastTokens = 96;
 // Of staged tokens the third cache may hold a part, which tiles read in long runs: another pass over W costs more.
 inline constexpr int64_t kStagedBytes = kVectorBytes == 64 ? 4 << 20 : 2 << 20;
@@ -59,7 +61,7 @@ inline void sum_cells(const TileJob<Cell>& job, int64_t begin, int64_t end, type
   using Element = typename Cell::Element;
   constexpr int lanes = kLanes<A>, tile_rows = kTileRows<vectors>;
   // Three rows to a pointer: an address is then a base and at most twice a step, for which few
-  // registers do. Of packed columns four stand side by side, whatever their order is.
+  // registers do. Of packed columns four stand side by side, whatever their order is; of single cells all do.
   constexpr int together = packed && tile_rows % 4 == 0 ? 4 : 3, pointers = (tile_rows + together - 1) / together;
   static_assert(!packed || Cell::kDepth == 1 || tile_rows % together == 0);
   const int64_t row_step = packed ? Cell::kDepth : job.weight.row_step;

@@ -99,22 +99,8 @@ inline void store(BFloat16* target, Vec<float> value) {
   std::memcpy(target, &narrow, sizeof(narrow));
 }
 
-// Lane i is low[i] and high[i] rounded to bfloat16, high[i] in its upper half: as store() does, but that subnormal
-// results become zero where the processor has products of bfloat16, which take them for zero as well.
-#if defined(__AVX512BF16__)
-struct Interleaved {
-  alignas(64) uint16_t halves[32];
-  constexpr Interleaved() : halves() {
-    for (int i = 0; i < 32; ++i) halves[i] = static_cast<uint16_t>(i / 2 + i % 2 * 16);
-  }
-};
-inline constexpr Interleaved kInterleaved;
-
-inline Vec<float> narrow_pairs(Vec<float> low, Vec<float> high) {
-  const __m512i narrow = (__m512i)_mm512_cvtne2ps_pbh((__m512)high, (__m512)low);
-  return (Vec<float>)_mm512_permutexvar_epi16(_mm512_load_si512(kInterleaved.halves), narrow);
-}
-#elif defined(__AVX512F__)
+#if defined(__AVX512F__)
+// Lane i is low[i] and high[i] rounded to bfloat16 as store() does, high[i] in its upper half.
 inline Vec<float> narrow_pairs(Vec<float> low, Vec<float> high) {
   const auto rounded = [](Vec<float> value) {  // in the upper half
     const VecU32 bits = (VecU32)value;

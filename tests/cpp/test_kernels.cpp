@@ -74,7 +74,7 @@ void formulas_hold_for_wide_weights() {
 void formulas_hold_across_blocks_of_the_product() {
   check_case({300, 531, 410, 3, IndexKind::ragged, true, Base::none, 1}, 8);
   check_case({129, 512, 384, 1, IndexKind::distinct, false, Base::none}, 9);
-  // W is read where it lies.
+  // W is read where it lies, in float32 at least.
   check_case({29, 512, 384, 2, IndexKind::distinct, true, Base::none}, 10);
   check_case({63, 512, 1024, 2, IndexKind::distinct, true, Base::none}, 15);
   check_case({60, 550, 1100, 3, IndexKind::ragged, true, Base::none, 1}, 16);
