@@ -82,6 +82,13 @@ struct BlockSize {
   int64_t elements() const { return rows * elements_a_row; }
 };
 
+// Whether the next block of W is copied beside the product of one.
+template <class Weight>
+bool copies_aside(const ProductTasks& tasks) {
+  if constexpr (kCopiesAside) return tasks.block_tokens > Weight::kTokensInTurn;
+  return false;
+}
+
 // Where a thread's block of tokens, the totals of a block of rows, and one or two blocks of W lie.
 template <class Cell>
 struct ProductScratch {
@@ -289,7 +296,7 @@ void run_task(const Product<T>& p, const Weight& weight, const Rows& rows, const
   [[maybe_unused]] const TileRegisters registers;
   const BlockOrder order(tasks.first_row(task), tasks.last_row(task), scratch.cells, scratch.block);
   if constexpr (kCopiesAside) {
-    if (tasks.block_tokens > Weight::kTokensInTurn) return multiply_with_copies(scratch, weight, order, tokens, gather);
+    if (copies_aside<Weight>(tasks)) return multiply_with_copies(scratch, weight, order, tokens, gather);
   }
   multiply_in_turn(scratch, weight, order, tokens, gather);
 }
@@ -314,7 +321,7 @@ void multiply_and_gather(const Product<T>& p, const Weight& weight, const Rows& 
   const ProductTasks tasks(p.tokens, p.rows, Weight::most_tokens(bytes), bytes, kLanes<A>, executor.threads);
   const int64_t parts = std::min(tasks.count(), executor.threads);
   executor.parallel(parts, [&](int64_t part) {
-    const int64_t blocks = kCopiesAside && tasks.block_tokens > Weight::kTokensInTurn ? 2 : 1;
+    const int64_t blocks = copies_aside<Weight>(tasks) ? 2 : 1;
     const ProductScratch<Cell> scratch(p.columns, tasks, weight.block(tasks.block_tokens), blocks);
     for (int64_t task = tasks.count() * part / parts; task < tasks.count() * (part + 1) / parts; ++task) {
       run_task(p, weight, entries, tasks, task, scratch);

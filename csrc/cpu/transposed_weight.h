@@ -13,7 +13,6 @@ struct BackwardWeight {
   using Cell = PairCell;
   using Element = BFloat16;
   static constexpr bool kPacked = false;
-  static constexpr int64_t kTokensInTurn = kFewTokens;  // of no effect: nothing is copied aside
   // Of a block, so few that those of the columns of a tile stay in the first cache while all tokens go by.
   static constexpr int64_t kCells = 128;
   // A cache line more than a block's row, so that the rows of a tile lie in different sets of the cache.
