@@ -139,7 +139,7 @@ def _wants_patched() -> bool:
 
     A kernel for sm_90a patches them where they lie in shared memory, so its rounding is that of
     the strategy ``resident``. A call that it does not take, for its dtypes, shapes or strides,
-    goes as by default. ``docs/kernels.md`` has the figures.
+    goes as by default. ``docs/kernels/cuda-product.md`` has the figures.
     """
     return _compiled.asked("NEUROADA_CUDA_PATCHED") is True
 

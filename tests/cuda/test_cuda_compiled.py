@@ -1,7 +1,7 @@
 """What nvcc makes of the kernels, read from the built library: registers, spills, loads, stores.
 
 ``python tests/cuda/test_cuda_compiled.py`` writes the table anew; a spill is to be explained in
-``docs/kernels.md``.
+``docs/kernels/cuda.md``.
 """
 
 from __future__ import annotations

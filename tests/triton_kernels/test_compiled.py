@@ -1,7 +1,7 @@
 """What the kernels compile to for GPUs that are not there: registers, spills, loads, instructions.
 
 ``python tests/triton_kernels/test_compiled.py`` writes the table anew; a spill more than it has is
-to be explained in ``docs/kernels.md``.
+to be explained in ``docs/kernels/triton.md``.
 """
 
 from __future__ import annotations
