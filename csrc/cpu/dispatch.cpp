@@ -31,7 +31,7 @@
 #define NEUROADA_KERNELS(isa)                                                                   \
   Kernels {                                                                                     \
     #isa, &isa::bypass_fwd, &isa::bypass_bwd_input, &isa::sddmm, &isa::merge, &isa::linear_fwd, \
-        &isa::linear_bwd_input, &isa::largest, &isa::columns                                    \
+        &isa::linear_bwd_input, &isa::largest, &isa::columns, &isa::bounds                      \
   }
 
 namespace neuroada::cpu {

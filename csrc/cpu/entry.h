@@ -14,5 +14,6 @@ void linear_fwd(const LinearFwd&, const Executor&);
 void linear_bwd_input(const LinearBwdInput&, const Executor&);
 void largest(const Largest&, const Executor&);
 void columns(const Columns&, const Executor&);
+Bounds bounds(const int32_t* values, int64_t count);
 
 }  // namespace neuroada::cpu::NEUROADA_ISA

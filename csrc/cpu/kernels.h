@@ -119,6 +119,11 @@ struct Columns {
   void* out;               // [tokens, count]
 };
 
+// What no value is below, and above; of no values, INT32_MAX and INT32_MIN.
+struct Bounds {
+  int32_t lowest = INT32_MAX, highest = INT32_MIN;
+};
+
 struct Kernels {
   const char* isa;
   void (*bypass_fwd)(const BypassFwd&, const Executor&);
@@ -129,6 +134,7 @@ struct Kernels {
   void (*linear_bwd_input)(const LinearBwdInput&, const Executor&);
   void (*largest)(const Largest&, const Executor&);
   void (*columns)(const Columns&, const Executor&);
+  Bounds (*bounds)(const int32_t* values, int64_t count);
 };
 
 // The kernels of one instruction set by name, or null where it was not built or does not run here.

@@ -30,20 +30,16 @@ void check_delta(const char* name, const Tensor& delta, DType dtype) {
   check_contiguous(name, delta);
 }
 
-// One pass over the index, a vector compare an element: what keeps a call with a wrong index from
+// One pass over the index in whole vectors: what keeps a call with a wrong index from
 // reading outside x costs microseconds, and nothing has been written when it raises.
 void check_index(const Tensor& index, int64_t d_in) {
   check_matrix("index", index, -1, -1);
   check_dtype("index", index, ScalarType::Int, "int32");
   check_contiguous("index", index);
-  const int32_t* values = static_cast<const int32_t*>(index.const_data_ptr());
-  int32_t lowest = -1, highest = -1;
-  for (int64_t e = 0, count = index.numel(); e < count; ++e) {
-    lowest = std::min(lowest, values[e]);
-    highest = std::max(highest, values[e]);
-  }
-  STD_TORCH_CHECK(lowest >= -1 && highest < d_in, "index: column ", lowest < -1 ? lowest : highest,
-                  " is out of range for a weight with ", d_in, " inputs");
+  const Bounds columns = kernels().bounds(static_cast<const int32_t*>(index.const_data_ptr()), index.numel());
+  STD_TORCH_CHECK(columns.lowest >= -1 && columns.highest < d_in, "index: column ",
+                  columns.lowest < -1 ? columns.lowest : columns.highest, " is out of range for a weight with ", d_in,
+                  " inputs");
 }
 
 void check_weight(const Tensor& weight, int64_t d_out, int64_t d_in, DType dtype, const char* other) {
@@ -121,10 +117,9 @@ void check_plan(const Tensor& plan, int64_t d_in, int64_t entries) {
   valid &= view.split[0] == 0 && view.split[kSplits] == d_in;
   for (int64_t i = 0; i < kSplits; ++i) valid &= view.split[i] <= view.split[i + 1];
   STD_TORCH_CHECK(valid, "plan: not the plan of an index into ", d_in, " columns");
-  uint32_t highest = 0;
-  for (int64_t e = 0; e < view.live(); ++e) highest = std::max(highest, static_cast<uint32_t>(view.entry[e]));
-  STD_TORCH_CHECK(view.live() == 0 || highest < entries, "plan: entry ", highest, " is out of range for ", entries,
-                  " bypasses");
+  const Bounds entry = kernels().bounds(view.entry, view.live());
+  STD_TORCH_CHECK(entry.lowest >= 0 && entry.highest < entries, "plan: entry ",
+                  entry.lowest < 0 ? entry.lowest : entry.highest, " is out of range for ", entries, " bypasses");
 }
 
 // The arguments of a backward pass into out, once they are found to be valid.
@@ -264,10 +259,9 @@ Tensor columns_op(const Tensor& x, const Tensor& columns) {
   check_storage("columns", columns);
   const int32_t* chosen = static_cast<const int32_t*>(columns.const_data_ptr());
   const int64_t tokens = x.size(0), d_in = x.size(1), count = columns.size(0);
-  for (int64_t i = 0; i < count; ++i) {
-    STD_TORCH_CHECK(chosen[i] >= 0 && chosen[i] < d_in, "columns: ", chosen[i], " is out of range for an x with ", d_in,
-                    " columns");
-  }
+  const Bounds range = kernels().bounds(chosen, count);
+  STD_TORCH_CHECK(range.lowest >= 0 && range.highest < d_in, "columns: ",
+                  range.lowest < 0 ? range.lowest : range.highest, " is out of range for an x with ", d_in, " columns");
   Tensor out = torch::stable::new_empty(x, {tokens, count});
   kernels().columns({dtype, tokens, d_in, count, x.const_data_ptr(), x.stride(0), chosen, out.mutable_data_ptr()},
                     torch_executor());
