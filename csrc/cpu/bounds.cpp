@@ -6,12 +6,12 @@
 namespace neuroada::cpu::NEUROADA_ISA {
 
 Bounds bounds(const int32_t* values, int64_t count) {
-  Bounds found;
+  int32_t lowest = Bounds().lowest, highest = Bounds().highest;
   for (int64_t i = 0; i < count; ++i) {
-    found.lowest = std::min(found.lowest, values[i]);
-    found.highest = std::max(found.highest, values[i]);
+    lowest = std::min(lowest, values[i]);
+    highest = std::max(highest, values[i]);
   }
-  return found;
+  return {lowest, highest};
 }
 
 }  // namespace neuroada::cpu::NEUROADA_ISA
