@@ -260,8 +260,9 @@ Tensor columns_op(const Tensor& x, const Tensor& columns) {
   const int32_t* chosen = static_cast<const int32_t*>(columns.const_data_ptr());
   const int64_t tokens = x.size(0), d_in = x.size(1), count = columns.size(0);
   const Bounds range = kernels().bounds(chosen, count);
-  STD_TORCH_CHECK(range.lowest >= 0 && range.highest < d_in, "columns: ",
-                  range.lowest < 0 ? range.lowest : range.highest, " is out of range for an x with ", d_in, " columns");
+  STD_TORCH_CHECK(range.lowest >= 0 && range.highest < d_in,
+                  "columns: ", range.lowest < 0 ? range.lowest : range.highest, " is out of range for an x with ", d_in,
+                  " columns");
   Tensor out = torch::stable::new_empty(x, {tokens, count});
   kernels().columns({dtype, tokens, d_in, count, x.const_data_ptr(), x.stride(0), chosen, out.mutable_data_ptr()},
                     torch_executor());
