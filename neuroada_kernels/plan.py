@@ -269,8 +269,12 @@ def columns_of(x: Tensor, columns: Tensor, dtype: torch.dtype) -> Tensor:
     x = x.detach()
     if type(x) is not Tensor or not x.is_contiguous() or not _copied_by_kernel(x):
         return traceable_columns_of(x, columns, dtype)
-    kept: Tensor = torch.ops.neuroada_C.columns.default(x.view(-1, x.shape[-1]), columns)
-    return kept.view(*x.shape[:-1], columns.shape[0]).to(dtype)
+    # No view and no cast where there is nothing to do: each is a call through the dispatcher.
+    matrix = x if x.dim() == 2 else x.view(-1, x.shape[-1])
+    kept: Tensor = torch.ops.neuroada_C.columns.default(matrix, columns)
+    if x.dim() != 2:
+        kept = kept.view(*x.shape[:-1], columns.shape[0])
+    return kept if kept.dtype == dtype else kept.to(dtype)
 
 
 def traceable_columns_of(x: Tensor, columns: Tensor, dtype: torch.dtype) -> Tensor:

@@ -191,15 +191,12 @@ def gather(weight: Tensor, index: Tensor) -> Tensor:
 
 
 def patch(weight: Tensor, index: Tensor, delta: Tensor, original: Tensor) -> None:
-    """The op ``patch_``."""
-    C.patch.default(weight, contiguous(index), wide(delta, weight), contiguous(original))
-
-
-def _strided_row(weight: Tensor) -> list[str]:
-    """Why the kernels cannot write into ``weight``."""
-    if weight.stride(1) == 1 or weight.shape[1] == 1:
-        return []
-    return [f"weight with stride {weight.stride(1)} along a row, expected 1"]
+    """The op ``patch_``, between the products of every step: it asks in place, as above."""
+    if not index.is_contiguous() or not original.is_contiguous():
+        index, original = index.contiguous(), original.contiguous()
+    if delta.dtype != SUMMED_IN[weight.dtype] or not delta.is_contiguous():
+        delta = wide(delta, weight)
+    C.patch.default(weight, index, delta, original)
 
 
 def wide(delta: Tensor, x: Tensor) -> Tensor:
@@ -239,7 +236,10 @@ def implementations(
     """The ops of a device by name: the two that choose among forms are the backend's own."""
 
     def merge_unsupported(weight: Tensor, *rest: object) -> list[str]:
-        return unsupported(weight) + _strided_row(weight)
+        reasons, stride = unsupported(weight), weight.stride(1)
+        if stride == 1 or weight.shape[1] == 1:
+            return reasons
+        return [*reasons, f"weight with stride {stride} along a row, expected 1"]
 
     return {
         "linear": Implementation(linear, unsupported, always),

@@ -157,7 +157,8 @@ class ActivationSaver(nn.Module):
         self, x: Tensor, dtype: torch.dtype | None = None, *, plain: bool | None = None
     ) -> functional.Kept | None:
         """:func:`kept_of` for the layer's own tensors."""
-        delta = cast(Tensor, self._parameters["delta"])
+        delta = self._parameters["delta"]
+        assert delta is not None
         compiling = not plain and torch.compiler.is_compiling()
         held = self._for_compiler if compiling else self._buffers
         return kept_of(x, held, delta, self._siblings, dtype, plain=plain)

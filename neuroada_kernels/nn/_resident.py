@@ -174,10 +174,12 @@ class ResidentLinear(BypassLinear):
             return self._exported_forward(x)
         if not plain and torch.compiler.is_compiling():
             self._write(weight, delta)
-        elif not self._is_patched(weight, delta):
-            with self._siblings.lock:  # another thread may be patching it, once is enough
-                if not self._is_patched(weight, delta):
-                    self._patch(weight, delta)
+        else:
+            seen = self._seen
+            if not self._is_patched(weight, delta):
+                with self._siblings.lock:  # another thread may have patched it, once is enough
+                    if self._seen is seen or not self._is_patched(weight, delta):
+                        self._patch(weight, delta)
         kept = None if plain and buffers["columns"] is None else self._keep(x, plain=plain)
         return functional.apply_resident(x, weight, index, delta, bias, kept, plain=plain)
 
@@ -214,13 +216,15 @@ class ResidentLinear(BypassLinear):
 
         Where ``delta`` has not changed, it sees the same, and need not be told.
         """
-        changed = self._seen is None or not self._seen[0].is_still(delta)
-        if self._seen is not None and not self._seen[1].is_still(weight):
-            self._check_weight(weight, self._seen[1], changed)
+        seen = self._seen
+        changed = seen is None or not seen[0].is_still(delta)
+        if seen is not None and not seen[1].is_still(weight):
+            self._check_weight(weight, seen[1], changed)
         if _is_captured(weight):
             self._in_graph = True
         self._write(weight if changed else weight.data, delta)
-        self._seen = _Seen(delta), _Seen(weight)
+        # Past Module.__setattr__ and its overrides, of which a step would run nine functions.
+        self.__dict__["_seen"] = _Seen(delta), _Seen(weight)
 
     def _check_weight(self, weight: Tensor, seen: _Seen, delta_changed: bool) -> None:
         """Refuse where somebody else wrote the entries that are the layer's for now."""
