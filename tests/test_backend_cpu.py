@@ -27,6 +27,8 @@ pytestmark = pytest.mark.skipif(
 )
 C = torch.ops.neuroada_C
 CASE = Case(tokens=33, d_in=72, d_out=90, k=2)
+ENTRIES = CASE.d_out * CASE.k
+LOWEST, HIGHEST = -(2**31), 2**31 - 1
 
 
 @pytest.fixture(autouse=True)
@@ -135,6 +137,12 @@ def test_what_the_environment_says_must_be_0_or_1(monkeypatch):
         outputs(make_inputs(CASE, torch.float32))
 
 
+def ends_in(tensor: Tensor, value: int) -> Tensor:
+    changed = tensor.clone()
+    changed.view(-1)[-1] = value
+    return changed
+
+
 def arguments() -> dict[str, Tensor]:
     inputs = make_inputs(CASE, torch.float32)
     return {
@@ -167,6 +175,10 @@ BY_COLUMNS = "weight: stride 90 along a row, expected 1"
         ("linear_fwd", "delta", lambda d: d[:-1], "delta: shape .* expected .90, 2"),
         ("linear_fwd", "delta", torch.Tensor.double, "delta: dtype is not the expected float32"),
         ("linear_fwd", "index", lambda i: i + 72, "index: column .* is out of range"),
+        ("linear_fwd", "index", lambda i: ends_in(i, 72), "index: column 72 is out of range"),
+        ("linear_fwd", "index", lambda i: ends_in(i, -2), "index: column -2 is out of range"),
+        ("linear_fwd", "index", lambda i: ends_in(i, LOWEST), f"index: column {LOWEST} is out"),
+        ("linear_fwd", "index", lambda i: ends_in(i, HIGHEST), f"index: column {HIGHEST} is out"),
         ("linear_bwd_input", "grad", lambda g: g[:, :-1], "weight: shape .* expected .89"),
         ("linear_bwd_input", "weight", lambda w: w[:, :-1], "plan: "),
         ("linear_bwd_input", "weight", lambda w: w[:-1], "weight: shape .* expected .90"),
@@ -180,6 +192,10 @@ BY_COLUMNS = "weight: stride 90 along a row, expected 1"
         ("linear_bwd_input", "delta", lambda d: d[:-1], "grad: shape .* expected .* 89"),
         ("linear_bwd_input", "delta", torch.Tensor.double, "delta: dtype is not the expected"),
         ("linear_bwd_input", "plan", lambda p: p + 1, "plan: not the plan of an index"),
+        ("linear_bwd_input", "plan", lambda p: ends_in(p, -1), "plan: entry -1 is out"),
+        ("linear_bwd_input", "plan", lambda p: ends_in(p, LOWEST), f"plan: entry {LOWEST} is out"),
+        ("linear_bwd_input", "plan", lambda p: ends_in(p, HIGHEST), f"plan: entry {HIGHEST} is"),
+        ("linear_bwd_input", "plan", lambda p: ends_in(p, ENTRIES), f"plan: entry {ENTRIES} is"),
     ],
 )
 def test_ops_refuse_what_would_reach_outside(op, argument, change, message):

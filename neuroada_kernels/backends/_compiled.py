@@ -191,7 +191,7 @@ def gather(weight: Tensor, index: Tensor) -> Tensor:
 
 
 def patch(weight: Tensor, index: Tensor, delta: Tensor, original: Tensor) -> None:
-    """The op ``patch_``, between the products of every step: it asks in place, as above."""
+    """The op ``patch_``, which runs before the product of every step: see :func:`contiguous`."""
     if not index.is_contiguous() or not original.is_contiguous():
         index, original = index.contiguous(), original.contiguous()
     if delta.dtype != SUMMED_IN[weight.dtype] or not delta.is_contiguous():

@@ -50,7 +50,7 @@ _ALWAYS, _NEVER = (0.0, math.inf), (math.inf, math.inf)
 def _tokens_of_one_kernel(dtype: torch.dtype) -> tuple[float, float]:
     """From how many tokens to how many one kernel is faster than torch's product onto a bypass.
 
-    As measured; ``docs/kernels.md`` has the figures. ``NEUROADA_CPU_FUSED=0|1`` decides instead.
+    As measured: ``docs/kernels.md`` says where. ``NEUROADA_CPU_FUSED=0|1`` decides instead.
     """
     forced = _compiled.asked("NEUROADA_CPU_FUSED")
     if forced is not None:

@@ -177,7 +177,9 @@ class ResidentLinear(BypassLinear):
         else:
             seen = self._seen
             if not self._is_patched(weight, delta):
-                with self._siblings.lock:  # another thread may have patched it, once is enough
+                # Another thread may have patched it, once is enough. Who patches it leaves another
+                # `_seen`: where it is the same, the look above still holds.
+                with self._siblings.lock:
                     if self._seen is seen or not self._is_patched(weight, delta):
                         self._patch(weight, delta)
         kept = None if plain and buffers["columns"] is None else self._keep(x, plain=plain)

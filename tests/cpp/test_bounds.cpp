@@ -1,4 +1,5 @@
 // The lowest and the highest of some integers, wherever they stand, in every instruction set.
+#include <algorithm>
 #include <cstdint>
 #include <string>
 #include <vector>
