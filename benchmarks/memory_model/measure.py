@@ -126,7 +126,7 @@ def build(setting: Setting) -> nn.Module:
     sizes = setting.sizes
     model = _encoder(setting) if sizes.kv_heads is None else _llama(setting, sizes.kv_heads)
     if setting.checkpointing:
-        # transformers renamed it in version 5.
+        # Older transformers, the newest for Python 3.10 among them, have the other name.
         enable = getattr(model, "activation_checkpointing_enable", None)
         enable = enable or model.gradient_checkpointing_enable
         enable({"use_reentrant": False})  # type: ignore[operator]
