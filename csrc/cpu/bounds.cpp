@@ -6,6 +6,7 @@
 namespace neuroada::cpu::NEUROADA_ISA {
 
 Bounds bounds(const int32_t* values, int64_t count) {
+  // Locals: of the members of what is returned gcc takes one value after the other.
   int32_t lowest = Bounds().lowest, highest = Bounds().highest;
   for (int64_t i = 0; i < count; ++i) {
     lowest = std::min(lowest, values[i]);
