@@ -51,6 +51,7 @@ void plan_index(const int32_t* index, int64_t d_out, int64_t k, int64_t d_in, in
     while (c < d_in && (column_start[c] + c) * kSplits < work * part) ++c;
     split[part] = static_cast<int32_t>(part == kSplits ? d_in : c);
   }
+  std::fill_n(split + kSplits + 1, order_size(d_in), 0);
 }
 
 }  // namespace neuroada

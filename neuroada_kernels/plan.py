@@ -1,9 +1,10 @@
 """The index: its checks, and the plan that sorts its entries by column.
 
-A plan is one int32 tensor ``[d_in + 1 + SPLITS + 1 + live]``, so that it travels as one argument:
-``column_start [d_in + 1]``, ``split [SPLITS + 1]`` (columns at which the work falls into equal
-parts) and ``entry [live]`` (``j * k + s`` of every connection, by column, in rising order within
-one). ``csrc/include/neuroada/planner.h`` says the same for C++.
+A plan is one int32 tensor, so that it travels as one argument: ``column_start [d_in + 1]``,
+``split [SPLITS + 1]`` (columns at which the work falls into equal parts), ``order`` (in which a GPU
+reads columns and entries, zeros elsewhere) and ``entry [live]`` (``j * k + s`` of every connection,
+by column, in rising order within one, or in that order). ``csrc/include/neuroada/planner.h`` says
+the same for C++.
 """
 
 from __future__ import annotations
@@ -21,6 +22,8 @@ from neuroada_kernels._dtypes import FLOATING
 from neuroada_kernels._tracing import has_no_values
 
 SPLITS = 64
+
+_ORDER_FACTS, _ORDER_WINDOW = 4, 64
 
 #: Of columns: 16 bytes in 16 bits. Fewer than so many columns of x are few enough as they are.
 _MULTIPLE, _FEW = 8, 1024
@@ -99,7 +102,17 @@ def check_index_form(index: Tensor, d_in: int) -> None:
         raise ValueError("index: is on the meta device, expected values")
 
 
-def make_plan(index: Tensor, d_in: int) -> Tensor:
+def plan_size(d_in: int, live: int) -> int:
+    """How many values the plan of ``live`` connections into ``d_in`` columns has."""
+    return sum(_sizes_without_entries(d_in)) + live
+
+
+def _sizes_without_entries(d_in: int) -> tuple[int, int, int]:
+    windows = -(-d_in // _ORDER_WINDOW)
+    return d_in + 1, SPLITS + 1, _ORDER_FACTS + windows * _ORDER_WINDOW
+
+
+def make_plan(index: Tensor, d_in: int, *, ordered: bool = True) -> Tensor:
     """The plan of a checked index, on its device.
 
     Parameters
@@ -108,6 +121,9 @@ def make_plan(index: Tensor, d_in: int) -> Tensor:
         int32, shape ``[d_out, k]``.
     d_in : int
         Number of inputs of the weight.
+    ordered : bool
+        Whether the CUDA kernels, where there are such, put it into the order in which they read it.
+        That takes as long as they gain by it in one backward.
 
     Raises
     ------
@@ -120,7 +136,7 @@ def make_plan(index: Tensor, d_in: int) -> Tensor:
     _check_readable(index)
     if index.device.type == "cpu" and _extension.module is not None:
         live = count_connections(index, d_in)
-        plan = torch.empty(d_in + 1 + SPLITS + 1 + live, dtype=torch.int32)
+        plan = torch.empty(plan_size(d_in, live), dtype=torch.int32)
         _extension.module.plan_index(_buffer(index), *index.shape, d_in, _buffer(plan))
         return plan
     columns = index.flatten().long()
@@ -130,7 +146,18 @@ def make_plan(index: Tensor, d_in: int) -> Tensor:
     work = column_start + torch.arange(d_in + 1, device=index.device)
     parts = torch.arange(SPLITS + 1, device=index.device) * work[-1]
     split = torch.searchsorted(work * SPLITS, parts)
-    return torch.cat([column_start, split, entry]).int()
+    order = counts.new_zeros(_sizes_without_entries(d_in)[-1])
+    plan = torch.cat([column_start, split, order, entry]).int()
+    return _in_order(plan, index, d_in) if ordered and index.is_cuda else plan
+
+
+def _in_order(plan: Tensor, index: Tensor, d_in: int) -> Tensor:
+    """A plan with the order in which the CUDA kernels read it, where they run on its GPU."""
+    if not _extension.serves_gpu(plan.device.index):
+        return plan
+    ordered = plan.clone()
+    torch.ops.neuroada_C.order_plan.default(plan, d_in, *index.shape, ordered)
+    return ordered
 
 
 def count_connections(index: Tensor, d_in: int) -> int:
@@ -294,7 +321,7 @@ def _copied_by_kernel(x: Tensor) -> bool:
 
 
 class PlanParts(NamedTuple):
-    """Views into a plan."""
+    """Views into a plan, but for its order, which the CUDA kernels alone read."""
 
     column_start: Tensor  # [d_in + 1]
     split: Tensor  # [SPLITS + 1]
@@ -309,12 +336,14 @@ def plan_parts(plan: Tensor, d_in: int) -> PlanParts:
     ValueError
         If ``plan`` is too short for a weight with ``d_in`` inputs.
     """
-    sizes = [d_in + 1, SPLITS + 1, plan.shape[0] - (d_in + 1) - (SPLITS + 1)]
-    if sizes[-1] < 0:
+    live = plan.shape[0] - plan_size(d_in, 0)
+    if live < 0:
         raise ValueError(
-            f"plan: {plan.shape[0]} values, expected at least {sum(sizes[:2])} for {d_in} inputs"
+            f"plan: {plan.shape[0]} values, expected at least {plan_size(d_in, 0)} for {d_in} "
+            "inputs"
         )
-    return PlanParts(*plan.split(sizes))
+    column_start, split, _, entry = plan.split([*_sizes_without_entries(d_in), live])
+    return PlanParts(column_start, split, entry)
 
 
 def _buffer(tensor: Tensor) -> ctypes.Array[ctypes.c_int32]:

@@ -14,7 +14,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from neuroada_kernels import _extension, check_index, make_plan, order_slots
 from neuroada_kernels._dtypes import FLOATING
-from neuroada_kernels.plan import SPLITS, columns_of, plan_parts
+from neuroada_kernels.plan import SPLITS, columns_of, plan_parts, plan_size
 
 needs_extension = pytest.mark.skipif(
     _extension.module is None, reason=f"no C++ planner: {_extension.module_error}"
@@ -42,9 +42,12 @@ def random_index(d_out: int, d_in: int, k: int, empty: float = 0.0, seed: int = 
 
 
 def unpack(plan: Tensor, d_in: int) -> tuple[list[int], list[int], list[int]]:
-    """``column_start, split, entry``."""
-    sizes = [d_in + 1, SPLITS + 1, len(plan) - d_in - 1 - SPLITS - 1]
-    start, split, entry = plan.split(sizes)
+    """``column_start, split, entry``; on a CPU ``order``, between the last two, is zero."""
+    order = 4 + -(-d_in // 64) * 64
+    sizes = [d_in + 1, SPLITS + 1, order, len(plan) - d_in - 1 - SPLITS - 1 - order]
+    start, split, unordered, entry = plan.split(sizes)
+    assert not unordered.any()
+    assert len(plan) == plan_size(d_in, len(entry))
     return start.tolist(), split.tolist(), entry.tolist()
 
 

@@ -11,7 +11,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from neuroada_kernels.benchmarks.memory_model.tape import AT_REST, PASSED, Tape, Value
-from neuroada_kernels.plan import SPLITS, filled_up
+from neuroada_kernels.plan import filled_up, plan_size
 
 BOOL, INT32, INT64, FLOAT32 = 1, 4, 8, 4
 
@@ -282,7 +282,7 @@ class NeuroAda(Linear):
         entries = place.d_out * k
         self.delta = self._train(entries, FLOAT32)
         self.index = self._select(entries, INT32)
-        self._select(place.d_in + 1 + SPLITS + 1 + entries, INT32)
+        self._select(plan_size(place.d_in, entries), INT32)
         columns = chosen_columns(sum(place.siblings.neurons), k, place.d_in)
         most = {"full": 0, "auto": place.d_in // 2, "compact": place.d_in - 1}[save]
         self.compact = columns <= most

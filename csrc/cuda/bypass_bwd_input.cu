@@ -14,11 +14,11 @@ int64_t column_parts(int64_t blocks, int64_t threads, const Device& device) {
 }
 
 // More than so many connections, far more than the mean, make a column heavy. Where lanes outnumber columns, warps
-// had better read them together.
-int32_t light_of(int64_t d_in, int64_t live, int64_t multiple) {
+// had better read them together. Whole quads, packed or not: a plan's order is for both.
+int32_t light_of(int64_t d_in, int64_t live) {
   constexpr int64_t kLight = 32, kFewColumns = 2 * kMaxThreads;
   const int64_t light = d_in < kFewColumns ? kLight : std::max(kLight, ceil_div(live, d_in) * 2);
-  return static_cast<int32_t>(ceil_div(light, multiple) * multiple);
+  return static_cast<int32_t>(ceil_div(light, 4) * 4);
 }
 
 // Connections of a column on average from which on it pays to spread them over the banks: of fewer there is little to
@@ -110,7 +110,7 @@ ColumnEntries entries_of(const BypassBwdInput& p, const Form& form) {
   const int64_t positions = ceil_div(p.d_in, kWindow) * kWindow;
   const int64_t lists = tiles.stages > 0 ? ceil_div(p.d_out, tiles.width) : 1;
   const uint32_t place_mask = kPacks<T> && tiles.stages > 0 ? mask_of(tiles.zero) : 0;
-  const int32_t light = light_of(p.d_in, ceil_div(p.live, lists), connections_a_quad(place_mask));
+  const int32_t light = light_of(p.d_in, ceil_div(p.live, lists));
   const int32_t window = form.out.width > 0 ? form.out.width : kWindow;
   return {p.ordered, positions, light, static_cast<int32_t>(lists), place_mask, window};
 }
@@ -122,12 +122,10 @@ int64_t parts_of(const Form& form, const ColumnEntries& entries, int64_t blocks,
   return form.out.width > 0 ? std::min(parts, ceil_div(entries.positions, form.out.width)) : parts;
 }
 
-template <class T>
-void run(const BypassBwdInput& p, const Device& device, void* stream) {
-  check_width("bypass_bwd_input", p.d_in);
-  const Form form = form_of<T>(p, device);
+// What is launched before, with a CTA for each window and tile.
+ColumnEntriesLaunch order_of(const BypassBwdInput& p, const Form& form, const ColumnEntries& entries,
+                             const Device& device) {
   const Tiles& tiles = form.tiles;
-  const ColumnEntries entries = entries_of<T>(p, form);
   if (entries.size(p.live) >= int64_t{1} << 29) {
     throw std::runtime_error("bypass_bwd_input: scratch for 2^29 connections or more");
   }
@@ -144,8 +142,22 @@ void run(const BypassBwdInput& p, const Device& device, void* stream) {
                             places,
                             tiles.stages > 0 && p.live >= kLeastSpread * p.d_in};
   if (order.bytes(device.threads) > most_order_bytes(entries)) order.spread = false;
-  launch("column_entries", column_entries_kernel, entries.positions / kWindow, entries.tiles, device.threads,
-         order.bytes(device.threads), stream, order);
+  return order;
+}
+
+void launch_order(const char* name, KernelOf<ColumnEntriesLaunch> kernel, const ColumnEntriesLaunch& order,
+                  const Device& device, void* stream) {
+  launch(name, kernel, order.to.positions / kWindow, order.to.tiles, device.threads, order.bytes(device.threads),
+         stream, order);
+}
+
+template <class T>
+void run(const BypassBwdInput& p, const Device& device, void* stream) {
+  check_width("bypass_bwd_input", p.d_in);
+  const Form form = form_of<T>(p, device);
+  const Tiles& tiles = form.tiles;
+  const ColumnEntries entries = entries_of<T>(p, form);
+  launch_order("column_entries", column_entries_kernel, order_of(p, form, entries, device), device, stream);
   const int64_t blocks = ceil_div(p.tokens, kTokens<T>), parts = parts_of(form, entries, blocks, device);
   const int64_t token_parts = std::clamp<int64_t>(device.multiprocessors / parts, 1, blocks);
   launch("bypass_bwd_input", form.kernel, parts, token_parts, form.threads, form.bytes(), stream,
@@ -167,6 +179,25 @@ int64_t bypass_bwd_input_entries(const BypassBwdInput& p, const Device& device) 
 void bypass_bwd_input(const BypassBwdInput& p, const Device& device, void* stream) {
   if (p.tokens == 0 || p.d_in == 0) return;
   with_element("bypass_bwd_input", p.dtype, [&](auto element) { run<decltype(element)>(p, device, stream); });
+}
+
+void order_plan(const OrderPlan& o, const Device& device, void* stream) {
+  if (o.d_in == 0) return;
+  check_width("order_plan", o.d_in);
+  // Of whatever grad there may be, as long as its rows can be copied ahead; bfloat16 and float16 have one order.
+  BypassBwdInput p{};
+  p.dtype = DType::bf16;
+  p.tokens = 1;
+  p.d_in = o.d_in;
+  p.d_out = o.d_out;
+  p.k = o.k;
+  p.grad_stride = o.d_out;
+  p.plan = o.plan;
+  p.live = o.live;
+  const Form form = form_of<BFloat16>(p, device);
+  ColumnEntriesLaunch order = order_of(p, form, entries_of<BFloat16>(p, form), device);
+  order.ordered = o.out;
+  launch_order("order_plan", order_plan_kernel, order, device, stream);
 }
 
 }  // namespace neuroada::cuda

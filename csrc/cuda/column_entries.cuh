@@ -32,7 +32,7 @@ __host__ __device__ inline int32_t connections_a_quad(uint32_t place_mask) { ret
 struct ColumnEntries {
   WeightedNeuron* scratch;
   int64_t positions;    // of columns, a multiple of kWindow
-  int32_t light;        // a multiple of connections_a_quad
+  int32_t light;        // a multiple of four
   int32_t tiles;        // of the neurons
   uint32_t place_mask;  // where connections of light columns are packed, the bits of a place; or 0
   int32_t window;       // of columns that are in order, a multiple of kWindow; the last may have fewer

@@ -52,7 +52,7 @@ struct BypassBwdInput {
   int64_t tokens, d_in, d_out, k;
   const void* grad;  // [tokens, d_out]
   int64_t grad_stride;
-  const int32_t* plan;  // [d_in + 1 + kSplits + 1 + live], see neuroada/planner.h
+  const int32_t* plan;  // [plan_size(d_in, live)], see neuroada/planner.h; in order for such a Device, or in none
   int64_t live;
   const float* delta;       // [d_out, k]
   WeightedNeuron* ordered;  // [bypass_bwd_input_entries], scratch, 16-byte aligned
@@ -60,6 +60,15 @@ struct BypassBwdInput {
   int64_t out_stride;
   const float* base = nullptr;  // [tokens, d_in], or null for zero
   int64_t base_stride = 0;
+};
+
+// A plan of index [d_out, k] with the order in which bypass_bwd_input reads its columns and entries, which that need not
+// find then, in 16 bits where no base is given; there it changes no bit, and elsewhere the order of sums.
+struct OrderPlan {
+  int64_t d_in, d_out, k;
+  const int32_t* plan;  // [plan_size(d_in, live)]
+  int64_t live;
+  int32_t* out;  // a copy of the plan
 };
 
 constexpr int kGroupNeurons = 16;
@@ -153,6 +162,7 @@ struct ChosenColumns {
 // and CUDA's error.
 void bypass_fwd(const BypassFwd&, const Device&, void* stream);
 void bypass_bwd_input(const BypassBwdInput&, const Device&, void* stream);
+void order_plan(const OrderPlan&, const Device&, void* stream);
 void sddmm(const Sddmm&, const Device&, void* stream);
 void columns(const ChosenColumns&, const Device&, void* stream);
 void merge(const Merge&, const Device&, void* stream);

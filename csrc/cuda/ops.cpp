@@ -47,18 +47,16 @@ void check_bias(const Tensor& bias, int64_t d_out, DType dtype, Site site) {
   check_storage("bias", bias);
 }
 
-// The number of connections in a plan for a weight with d_in inputs.
-int64_t check_plan(const Tensor& plan, int64_t d_in, const Tensor& delta, Site site) {
-  STD_TORCH_CHECK(delta.numel() <= INT32_MAX, "delta: ", delta.numel(), " bypasses, expected fewer than 2^31");
-  STD_TORCH_CHECK(plan.dim() == 1 && plan.size(0) >= plan_size(d_in, 0), "plan: shape ", shape_of(plan),
+// The number of connections in a plan for a weight with d_in inputs, of up to `most`.
+int64_t check_plan(const char* name, const Tensor& plan, int64_t d_in, int64_t most, Site site) {
+  STD_TORCH_CHECK(plan.dim() == 1 && plan.size(0) >= plan_size(d_in, 0), name, ": shape ", shape_of(plan),
                   ", expected at least [", plan_size(d_in, 0), "]");
-  check_site("plan", plan, site);
-  check_dtype("plan", plan, ScalarType::Int, "int32");
-  check_contiguous("plan", plan);
-  check_storage("plan", plan);
+  check_site(name, plan, site);
+  check_dtype(name, plan, ScalarType::Int, "int32");
+  check_contiguous(name, plan);
+  check_storage(name, plan);
   const int64_t live = plan.size(0) - plan_size(d_in, 0);
-  STD_TORCH_CHECK(live <= delta.numel(), "plan: ", live, " connections, expected at most the ", delta.numel(),
-                  " of delta");
+  STD_TORCH_CHECK(live <= most, name, ": ", live, " connections, expected at most ", most);
   return live;
 }
 
@@ -105,7 +103,8 @@ void bypass_bwd_input_op(const Tensor& grad, const Tensor& plan, const Tensor& d
   const int64_t tokens = grad.size(0), d_in = out.size(1);
   const DType dtype = element_dtype("grad", grad);
   check_same_dtype("out", out, dtype, "grad");
-  const int64_t live = check_plan(plan, d_in, delta, site);
+  STD_TORCH_CHECK(delta.numel() <= INT32_MAX, "delta: ", delta.numel(), " bypasses, expected fewer than 2^31");
+  const int64_t live = check_plan("plan", plan, d_in, delta.numel(), site);
   if (base) {
     check_matrix("base", *base, tokens, d_in, site);
     check_dtype("base", *base, ScalarType::Float, "float32");
@@ -130,6 +129,21 @@ void bypass_bwd_input_op(const Tensor& grad, const Tensor& plan, const Tensor& d
   Tensor ordered = torch::stable::new_empty(delta, {bypass_bwd_input_entries(args, device.facts()), kWords});
   args.ordered = static_cast<WeightedNeuron*>(ordered.mutable_data_ptr());
   bypass_bwd_input(args, device.facts(), device.stream());
+}
+
+// The order of dx for an index [d_out, k] into d_in columns, into a copy of its plan.
+void order_plan_op(const Tensor& plan, int64_t d_in, int64_t d_out, int64_t k, Tensor out) {
+  const Site site = site_of("plan", plan);
+  STD_TORCH_CHECK(0 <= d_in && d_in < INT32_MAX, "d_in: ", d_in, ", expected 0 to 2^31 - 2");
+  STD_TORCH_CHECK(d_out >= 0 && k >= 0 && (k == 0 || d_out <= INT32_MAX / k), "d_out: ", d_out, " of k ", k,
+                  ", expected fewer than 2^31 connections");
+  const int64_t live = check_plan("plan", plan, d_in, d_out * k, site);
+  STD_TORCH_CHECK(check_plan("out", out, d_in, d_out * k, site) == live, "out: shape ", shape_of(out),
+                  ", expected that of plan, ", shape_of(plan));
+  STD_TORCH_CHECK(out.const_data_ptr() != plan.const_data_ptr(), "out: is plan itself, expected a copy");
+  const CurrentDevice device(site);
+  order_plan({d_in, d_out, k, int32_values(plan), live, static_cast<int32_t*>(out.mutable_data_ptr())}, device.facts(),
+             device.stream());
 }
 
 Tensor sddmm_op(const Tensor& grad, const Tensor& x, const Tensor& index, std::optional<int64_t> whole_d_in) {
@@ -322,6 +336,7 @@ STABLE_TORCH_LIBRARY_IMPL(neuroada_C, CUDA, m) {
 #endif
   m.impl("bypass_fwd", TORCH_BOX(&bypass_fwd_op));
   m.impl("bypass_bwd_input", TORCH_BOX(&bypass_bwd_input_op));
+  m.impl("order_plan", TORCH_BOX(&order_plan_op));
   m.impl("sddmm", TORCH_BOX(&sddmm_op));
   m.impl("linear_patched_fwd", TORCH_BOX(&linear_patched_fwd_op));
   m.impl("linear_patched_bwd_input", TORCH_BOX(&linear_patched_bwd_input_op));

@@ -1,9 +1,8 @@
-// Writes a plan's connections in the order of column_entries.cuh.
+// Writes a plan's connections in the order of column_entries.cuh: by the order that the plan holds, or one that is found
+// on the way. Or it writes that order into a plan, for the calls to come.
 #pragma once
 
-#include "column_entries.cuh"
-#include "neuroada/planner.h"
-#include "plan.cuh"
+#include "plan_order.cuh"
 #include "sort_columns.cuh"
 
 namespace neuroada::cuda {
@@ -11,13 +10,14 @@ namespace neuroada::cuda {
 struct ColumnEntriesLaunch {
   ColumnEntries to;
   const int32_t* plan;
-  const float* delta;  // [entries]
+  const float* delta;  // [entries]; or null, where an order is written
   int64_t d_in, live;
   uint32_t entries, k;
   int32_t width;   // of a tile of the neurons
   int32_t absent;  // what stands for a neuron where there is no connection
   bool places;     // in their tile, instead of neurons
   bool spread;     // light columns' connections are spread over the banks
+  int32_t* ordered = nullptr;  // a copy of the plan, into which its order is written
 
   // Of shared memory: for each connection of a CTA's columns a bank and a turn.
   int64_t bytes(int64_t threads) const {
@@ -51,12 +51,18 @@ __device__ __forceinline__ void write_light(const ColumnEntries& to, int32_t til
   }
 }
 
-// The connection that the plan names; what is none, or belongs to another tile, adds nothing.
-__device__ __forceinline__ WeightedNeuron connection_of(const ColumnEntriesLaunch& a, uint32_t e, int32_t first) {
-  if (e >= a.entries) return {a.absent, 0.0f};
+// What dx reads for the neuron of an entry of the plan; what is none, or belongs to another tile, is absent.
+__device__ __forceinline__ int32_t neuron_of(const ColumnEntriesLaunch& a, uint32_t e, int32_t first) {
+  if (e >= a.entries) return a.absent;
   const int32_t neuron = static_cast<int32_t>(e / a.k), offset = neuron - first;
-  if (offset < 0 || offset >= a.width) return {a.absent, 0.0f};
-  return {a.places ? place(offset) : neuron, a.delta[e]};
+  if (offset < 0 || offset >= a.width) return a.absent;
+  return a.places ? place(offset) : neuron;
+}
+
+// And its delta. What is absent adds nothing.
+__device__ __forceinline__ WeightedNeuron connection_of(const ColumnEntriesLaunch& a, uint32_t e, int32_t first) {
+  const int32_t neuron = neuron_of(a, e, first);
+  return {neuron, neuron == a.absent ? 0.0f : a.delta[e]};
 }
 
 __device__ __forceinline__ bool any_lane(bool own) { return __ballot_sync(kAllLanes, own) != 0; }
@@ -147,6 +153,52 @@ __device__ __forceinline__ void keep_tile(const ColumnEntriesLaunch& a, const So
   __syncthreads();
 }
 
+// The CTA's columns in their order, and of each what lies in its tile of the neurons. Whether the plan holds the order.
+__device__ __forceinline__ bool order_columns(const ColumnEntriesLaunch& a, int32_t from, int32_t first,
+                                              const SortedColumns& columns) {
+  const ColumnStarts starts{a.plan, a.d_in, static_cast<int32_t>(a.live)};
+  const int32_t* order = order_of_plan(a.plan, a.d_in);
+  const bool ordered = OrderFacts::of(a.to, a.width, a.spread).stand_in(order);
+  if (ordered) {
+    for (int32_t at = threadIdx.x; at < kWindow; at += blockDim.x) {
+      columns.of[at] = starts.column(ordered_column(order, a.to, a.d_in, from + at));
+    }
+    __syncthreads();
+  } else {
+    sort_columns(starts, a.to, int64_t{a.width} * a.k, from, columns);
+  }
+  if (a.to.tiles > 1) keep_tile(a, columns, first);
+  return ordered;
+}
+
+// Where the CTA's columns are spread: for each connection a bank, and behind them a turn, a column's kWindow apart.
+struct Turns {
+  uint16_t *bank, *turn;
+
+  __device__ __forceinline__ static Turns behind(const SortedColumns& columns, const ColumnEntries& to) {
+    uint16_t* const bank = columns.kind + to.window;
+    return {bank, bank + kWindow * to.light};
+  }
+};
+
+// Turns for all light columns of the CTA; neuron(column, i) is what is read for a connection.
+template <class F>
+__device__ __forceinline__ void spread_light(const ColumnEntriesLaunch& a, const SortedColumns& columns, int32_t from,
+                                             const Turns& turns, F&& neuron) {
+  const int warp = threadIdx.x / kWarp, warps = blockDim.x / kWarp;
+  NEUROADA_UNROLL
+  for (int n = 0; n < kWindow / kWarp; ++n) {
+    const int at = threadIdx.x % kWarp + n * kWarp;
+    const SortedColumn own = columns.of[at];
+    for (int32_t i = warp; i < own.count() && own.count() <= a.to.light; i += warps) {
+      turns.bank[i * kWindow + at] = static_cast<uint16_t>(neuron(n, own, i) & (kBanks - 1));
+    }
+  }
+  __syncthreads();
+  spread_columns(columns, static_cast<uint32_t>(from), a.to.light, turns.bank, turns.turn);
+  __syncthreads();
+}
+
 // A CTA has kWindow positions and a tile of the neurons, and a warp every so many-th connection of its columns. The
 // first of each is on its way while what is loaded of all is spread.
 __global__ static void __launch_bounds__(kMaxThreads, 2) column_entries_kernel(ColumnEntriesLaunch a) {
@@ -154,32 +206,21 @@ __global__ static void __launch_bounds__(kMaxThreads, 2) column_entries_kernel(C
   const int lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp, warps = blockDim.x / kWarp;
   const int32_t from = static_cast<int32_t>(blockIdx.x) * kWindow;
   const int32_t tile = static_cast<int32_t>(blockIdx.y), first = tile * a.width;
-  const ColumnStarts starts{a.plan, a.d_in, static_cast<int32_t>(a.live)};
   const SortedColumns columns = SortedColumns::in_shared(a.to);
-  sort_columns(starts, a.to, int64_t{a.width} * a.k, from, columns);
-  if (a.to.tiles > 1) keep_tile(a, columns, first);
+  const bool spread = !order_columns(a, from, first, columns) && a.spread;
+  const int32_t* entries = entries_of_plan(a.plan, a.d_in);
   const auto connection = [&](const SortedColumn& of, int32_t i) {
-    const uint32_t e = i < of.count() ? static_cast<uint32_t>(starts.entries()[of.begin + i]) : a.entries;
+    const uint32_t e = i < of.count() ? static_cast<uint32_t>(entries[of.begin + i]) : a.entries;
     return connection_of(a, e, first);
   };
   WeightedNeuron held[kEach];
   NEUROADA_UNROLL
   for (int n = 0; n < kEach; ++n) held[n] = connection(columns.of[lane + n * kWarp], warp);
-  uint16_t* const bank = columns.kind + a.to.window;
-  uint16_t* const turn = bank + kWindow * a.to.light;
-  if (a.spread) {
-    NEUROADA_UNROLL
-    for (int n = 0; n < kEach; ++n) {
-      const int at = lane + n * kWarp;
-      const SortedColumn own = columns.of[at];
-      for (int32_t i = warp; i < own.count() && own.count() <= a.to.light; i += warps) {
-        const int32_t neuron = i == warp ? held[n].neuron : connection(own, i).neuron;
-        bank[i * kWindow + at] = static_cast<uint16_t>(neuron & (kBanks - 1));
-      }
-    }
-    __syncthreads();
-    spread_columns(columns, static_cast<uint32_t>(from), a.to.light, bank, turn);
-    __syncthreads();
+  const Turns turns = Turns::behind(columns, a.to);
+  if (spread) {
+    spread_light(a, columns, from, turns, [&](int n, const SortedColumn& own, int32_t i) {
+      return i == warp ? held[n].neuron : connection(own, i).neuron;
+    });
   }
   NEUROADA_UNROLL
   for (int n = 0; n < kEach; ++n) {
@@ -197,9 +238,42 @@ __global__ static void __launch_bounds__(kMaxThreads, 2) column_entries_kernel(C
       if (heavy) {
         *a.to.heavy(static_cast<uint32_t>(own.begin + i)) = one;
       } else {
-        const bool spread = a.spread && i < count;
-        write_light(a.to, tile, position, static_cast<uint32_t>(spread ? turn[i * kWindow + at] : i), one);
+        const bool turned = spread && i < count;
+        write_light(a.to, tile, position, static_cast<uint32_t>(turned ? turns.turn[i * kWindow + at] : i), one);
       }
+    }
+  }
+}
+
+// Writes the order that column_entries_kernel would find into a copy of the plan. Its CTAs have what that one's have.
+__global__ static void __launch_bounds__(kMaxThreads, 2) order_plan_kernel(ColumnEntriesLaunch a) {
+  const int warp = threadIdx.x / kWarp, warps = blockDim.x / kWarp;
+  const int32_t from = static_cast<int32_t>(blockIdx.x) * kWindow;
+  const int32_t tile = static_cast<int32_t>(blockIdx.y), first = tile * a.width;
+  const SortedColumns columns = SortedColumns::in_shared(a.to);
+  const bool spread = !order_columns(a, from, first, columns) && a.spread;
+  const int32_t* entries = entries_of_plan(a.plan, a.d_in);
+  const Turns turns = Turns::behind(columns, a.to);
+  if (spread) {
+    spread_light(a, columns, from, turns, [&](int, const SortedColumn& own, int32_t i) {
+      return neuron_of(a, static_cast<uint32_t>(entries[own.begin + i]), first);
+    });
+  }
+  int32_t* const order = a.ordered + (order_of_plan(a.plan, a.d_in) - a.plan);
+  int32_t* const ordered = a.ordered + (entries - a.plan);
+  if (blockIdx.x == 0 && tile == 0 && threadIdx.x == 0) {
+    const OrderFacts facts = OrderFacts::of(a.to, a.width, a.spread);
+    NEUROADA_UNROLL
+    for (int i = 0; i < kOrderFacts; ++i) order[i] = facts.fact[i];
+  }
+  NEUROADA_UNROLL
+  for (int n = 0; n < kWindow / kWarp; ++n) {
+    const int at = threadIdx.x % kWarp + n * kWarp;
+    const SortedColumn own = columns.of[at];
+    if (warp == 0 && tile == 0) order[kOrderFacts + from + at] = own.column;
+    const bool turned = spread && own.count() <= a.to.light;
+    for (int32_t i = warp; i < own.count(); i += warps) {
+      ordered[own.begin + (turned ? turns.turn[i * kWindow + at] : i)] = entries[own.begin + i];
     }
   }
 }

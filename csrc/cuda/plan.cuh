@@ -2,8 +2,17 @@
 #pragma once
 
 #include "device.cuh"
+#include "neuroada/planner.h"
 
 namespace neuroada::cuda {
+
+__device__ __forceinline__ const int32_t* order_of_plan(const int32_t* plan, int64_t d_in) {
+  return plan + d_in + 1 + kSplits + 1;
+}
+
+__device__ __forceinline__ const int32_t* entries_of_plan(const int32_t* plan, int64_t d_in) {
+  return order_of_plan(plan, d_in) + kOrderFacts + (d_in + kOrderWindow - 1) / kOrderWindow * kOrderWindow;
+}
 
 // Where the entries of a column begin, of `live` of them.
 __device__ __forceinline__ int32_t start_of_column(const int32_t* plan, int32_t live, int64_t column) {

@@ -104,7 +104,7 @@ struct ColumnStarts {
     if (column >= d_in) return {static_cast<int32_t>(d_in), 0, -1};
     return {column, start_of_column(plan, live, column), start_of_column(plan, live, column + 1)};
   }
-  __device__ __forceinline__ const int32_t* entries() const { return plan + d_in + 1 + kSplits + 1; }
+  __device__ __forceinline__ const int32_t* entries() const { return entries_of_plan(plan, d_in); }
 };
 
 // middle[i] = the first of the connections of a column, in rising order, that is at least `least`; of several columns

@@ -158,7 +158,7 @@ def bypass_backward(
     if output_mask[1]:
         grad_delta = sddmm(grad, x, index, delta, None)
     if output_mask[0]:
-        plan = make_plan(index, x.shape[1]) if plan is None else contiguous(plan)
+        plan = make_plan(index, x.shape[1], ordered=False) if plan is None else contiguous(plan)
         grad_x = grad.new_empty(x.shape)
         C.bypass_bwd_input.default(grad, plan, wide(delta, grad), None, grad_x)
     return grad_x, grad_delta

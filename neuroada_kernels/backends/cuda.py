@@ -125,8 +125,9 @@ def _linear_backward_onto_product(
     """The op ``linear_backward`` where dx is wanted, with the same rounding."""
     only_delta = [False, output_mask[1]]
     _, grad_delta = _compiled.bypass_backward(grad, x, index, delta, plan, only_delta)
-    grad_x = grad.new_empty(grad.shape[0], weight.shape[1])
-    plan = make_plan(index, weight.shape[1]) if plan is None else plan.contiguous()
+    d_in = weight.shape[1]
+    grad_x = grad.new_empty(grad.shape[0], d_in)
+    plan = make_plan(index, d_in, ordered=False) if plan is None else plan.contiguous()
     wide_delta = _compiled.wide(delta, grad)
     add_bypass = _compiled.C.bypass_bwd_input.default
     for part in wide_parts(*grad_x.shape):

@@ -139,7 +139,7 @@ def _backward(
     if need_x:
         grad_x = grad.new_empty(x.shape)
         fused = weight is not None and _prefer_fused(grad, d_in)
-        plan = make_plan(index, d_in) if plan is None else plan.contiguous()
+        plan = make_plan(index, d_in, ordered=False) if plan is None else plan.contiguous()
         columns = plan_parts(plan, d_in)
     if need_delta:
         partial = kernels.sddmm_partial(index, tokens, x.dtype)

@@ -10,7 +10,7 @@ import torch
 
 from neuroada_kernels.benchmarks import adapting
 from neuroada_kernels.benchmarks.llama import Sizes
-from neuroada_kernels.plan import SPLITS
+from neuroada_kernels.plan import plan_size
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 
@@ -32,7 +32,7 @@ def test_it_measures_and_extrapolates(tmp_path, capsys):
     for row, k in zip(written["results"], (1, 3), strict=True):
         neurons = 2 * (3 * 256 + 2 * 64 + 2 * 512)
         assert row["index_bytes"] == row["delta_bytes"] == 4 * k * neurons
-        plans = 2 * sum(d_in + 1 + SPLITS + 1 + k * d_out for d_out, d_in in shapes.values())
+        plans = 2 * sum(plan_size(d_in, k * d_out) for d_out, d_in in shapes.values())
         assert row["plan_bytes"] == 4 * plans
         kept = row["index_bytes"] + row["delta_bytes"] + row["plan_bytes"]
         assert row["peak_bytes"] == kept + row["peak_bytes_beside_what_is_kept"]

@@ -74,14 +74,29 @@ inline void run_bypass_bwd_input(cuda::BypassBwdInput args, const cuda::Device& 
   cuda::bypass_bwd_input(args, device, nullptr);
 }
 
+// The plan with the order in which dx reads it.
+inline std::vector<int32_t> ordered_plan(const std::vector<int32_t>& plan, const Case& c, const cuda::Device& device) {
+  std::vector<int32_t> ordered = plan;
+  const int64_t live = static_cast<int64_t>(plan.size()) - plan_size(c.d_in, 0);
+  cuda::order_plan({c.d_in, c.d_out, c.k, plan.data(), live, ordered.data()}, device, nullptr);
+  return ordered;
+}
+
+// By a plan, and again by the same in order: it has the same bits.
 template <class T>
 void run_bypass_bwd_input(const Problem<T>& p, Outputs<T>& r, const cuda::Device& device) {
   const Case& c = p.shape;
-  const std::vector<int32_t> plan = make_plan(p.index, c.d_in);
+  const std::vector<int32_t> plan = make_plan(p.index, c.d_in), ordered = ordered_plan(plan, c, device);
   const int64_t live = static_cast<int64_t>(plan.size()) - plan_size(c.d_in, 0);
-  run_bypass_bwd_input({dtype_of<T>(), c.tokens, c.d_in, c.d_out, c.k, p.grad.data(), p.grad.stride(), plan.data(),
-                        live, p.delta.data(), nullptr, r.grad_x.data(), r.grad_x.stride()},
-                       device);
+  const auto run = [&](const std::vector<int32_t>& by, Matrix<T>& out) {
+    run_bypass_bwd_input({dtype_of<T>(), c.tokens, c.d_in, c.d_out, c.k, p.grad.data(), p.grad.stride(), by.data(),
+                          live, p.delta.data(), nullptr, out.data(), out.stride()},
+                         device);
+  };
+  Matrix<T> again = r.grad_x;
+  run(plan, r.grad_x);
+  run(ordered, again);
+  CHECK(again.same_bits(r.grad_x), std::string(dtype_name<T>()) + ", " + c.name() + ": an ordered plan, other bits");
 }
 
 template <class T>
@@ -108,11 +123,17 @@ void check_garbage_plans(const Case& c, const TestDevice& on) {
   for (int64_t range : {2, 60, 1 << 30}) {
     std::vector<int32_t> plan(static_cast<size_t>(plan_size(c.d_in, kLive)));
     for (int32_t& value : plan) value = static_cast<int32_t>(random.below(2 * range) - range / 4);
-    Matrix<T> out(c.tokens, c.d_in, 3);
-    run_bypass_bwd_input({dtype_of<T>(), c.tokens, c.d_in, c.d_out, c.k, problem.grad.data(), problem.grad.stride(),
-                          plan.data(), kLive, problem.delta.data(), nullptr, out.data(), out.stride()},
-                         on.device);
-    CHECK(out.gaps_untouched(), std::string("a garbage plan on ") + on.name + ": wrote between rows");
+    // Also where an order that it holds is taken at its word.
+    std::vector<int32_t> ordered = ordered_plan(plan, c, on.device);
+    int32_t* columns = ordered.data() + plan_size(c.d_in, 0) - order_size(c.d_in) + kOrderFacts;
+    for (int64_t i = 0; i < c.d_in; ++i) columns[i] = static_cast<int32_t>(random.below(2 * range) - range / 4);
+    for (const std::vector<int32_t>& by : {plan, ordered}) {
+      Matrix<T> out(c.tokens, c.d_in, 3);
+      run_bypass_bwd_input({dtype_of<T>(), c.tokens, c.d_in, c.d_out, c.k, problem.grad.data(), problem.grad.stride(),
+                            by.data(), kLive, problem.delta.data(), nullptr, out.data(), out.stride()},
+                           on.device);
+      CHECK(out.gaps_untouched(), std::string("a garbage plan on ") + on.name + ": wrote between rows");
+    }
   }
 }
 

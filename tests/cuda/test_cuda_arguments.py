@@ -9,6 +9,8 @@ import torch
 from host_ops import C
 from torch import Tensor
 
+from neuroada_kernels.plan import plan_size
+
 
 def arguments() -> dict[str, Tensor]:
     return {
@@ -19,7 +21,8 @@ def arguments() -> dict[str, Tensor]:
         "base": torch.randn(5, 4),
         "out": torch.full((5, 4), 7.0),
         "grad": torch.randn(5, 4),
-        "plan": torch.zeros(6 + 1 + 64 + 1 + 7, dtype=torch.int32),
+        "plan": torch.zeros(plan_size(6, 7), dtype=torch.int32),
+        "ordered": torch.full((plan_size(6, 7),), 7, dtype=torch.int32),
         "grad_x": torch.full((5, 6), 7.0),
         "wide_base": torch.randn(5, 6),
         "weight": torch.full((4, 6), 7.0),
@@ -53,6 +56,7 @@ CALLS: dict[str, Callable[..., object]] = {
     "bypass_bwd_input": lambda a: C.bypass_bwd_input(
         *(a[n] for n in ("grad", "plan", "delta", "wide_base", "grad_x"))
     ),
+    "order_plan": lambda a: C.order_plan(a["plan"], 6, 4, 2, a["ordered"]),
     "sddmm": lambda a: C.sddmm(a["grad"], a["x"], a["index"]),
     "linear_patched_fwd": lambda a: C.linear_patched_fwd(
         *(a[n] for n in ("x16", "weight16", "index", "delta", "bias16"))
@@ -106,12 +110,17 @@ WRONG = [
         lambda t: t.half(),
         "base: dtype is not the expected float32",
     ),
-    ("bypass_bwd_input", "plan", lambda t: t[:71], "plan: shape [71], expected at least [72]"),
+    ("bypass_bwd_input", "plan", lambda t: t[:139], "plan: shape [139], expected at least [140]"),
     ("bypass_bwd_input", "plan", lambda t: t.long(), "plan: dtype is not the expected int32"),
     ("bypass_bwd_input", "plan", lambda t: t.repeat(2)[::2], "plan: not contiguous"),
-    ("bypass_bwd_input", "plan", lambda t: t.repeat(2), "plan: 86 connections, expected at most"),
+    ("bypass_bwd_input", "plan", lambda t: t.repeat(2), "plan: 154 connections, expected at most"),
     ("bypass_bwd_input", "grad_x", lambda t: t[:4], "out: shape [4, 6], expected [5, -1]"),
     ("bypass_bwd_input", "grad_x", lambda t: t.half(), "out: dtype differs"),
+    ("order_plan", "plan", lambda t: t[:139], "plan: shape [139], expected at least [140]"),
+    ("order_plan", "plan", lambda t: t.repeat(2), "plan: 154 connections, expected at most 8"),
+    ("order_plan", "plan", lambda t: t.long(), "plan: dtype is not the expected int32"),
+    ("order_plan", "ordered", lambda t: t[:-1], "out: shape [146], expected that of plan, [147]"),
+    ("order_plan", "ordered", lambda t: t.repeat(2)[::2], "out: not contiguous"),
     ("sddmm", "grad", lambda t: t[:4], "grad: shape [4, 4], expected [5, 4]"),
     ("sddmm", "x", lambda t: t.half(), "x: dtype differs"),
     ("sddmm", "index", lambda t: t.short(), "index: dtype is not the expected int32"),
@@ -192,7 +201,7 @@ def test_a_wrong_argument_is_named_and_nothing_is_written(op, name, spoil, messa
     with pytest.raises(RuntimeError) as raised:
         CALLS[op](given)
     assert message in str(raised.value)
-    for written in ("out", "grad_x", "weight", "original", "onto16"):
+    for written in ("out", "grad_x", "weight", "original", "onto16", "ordered"):
         assert (given[written] == 7).all()
 
 
@@ -232,6 +241,7 @@ def test_a_freed_storage_is_refused(op):
     name = {
         "bypass_fwd": "x",
         "bypass_bwd_input": "grad",
+        "order_plan": "plan",
         "sddmm": "grad",
         "columns": "x",
         "linear_patched_fwd": "weight16",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
 from types import SimpleNamespace
 
 import pytest
@@ -10,8 +11,16 @@ from host_ops import C
 from torch import Tensor
 
 import neuroada_kernels as nk
+from neuroada_kernels import _extension
 from neuroada_kernels.backends import _compiled, _dense, cuda
-from neuroada_kernels.plan import chosen_columns, renumber
+from neuroada_kernels.plan import (
+    SPLITS,
+    _in_order,
+    chosen_columns,
+    plan_parts,
+    plan_size,
+    renumber,
+)
 from neuroada_kernels.testing import CASES, Case, Inputs, make_inputs, rms_error, tolerance
 
 #: A thread of a CTA is a thread of the CPU: half a thousand tokens would take minutes.
@@ -103,6 +112,57 @@ def test_backward_is_the_formula(case, dtype, planned):
     grad_x, again = _compiled.linear_backward(grad, inputs.x, inputs.weight, *rest)
     assert rms_error(grad_x, truth.linear_grad_x) <= 2 * tolerance(dtype, terms + case.d_out)
     assert again.equal(grad_delta)
+
+
+@both_stagings
+@every_case
+@every_dtype
+def test_an_ordered_plan_has_the_same_connections_and_in_16_bits_the_same_dx(case, dtype):
+    inputs = make_inputs(case, dtype)
+    plan, d_in = nk.make_plan(inputs.index, case.d_in), case.d_in
+    ordered = plan.clone()
+    C.order_plan(plan, d_in, *inputs.index.shape, ordered)
+    before, after = plan_parts(plan, d_in), plan_parts(ordered, d_in)
+    assert after.column_start.equal(before.column_start)
+    assert after.split.equal(before.split)
+    columns = ordered[d_in + 1 + SPLITS + 1 + 4 : plan_size(d_in, 0)]
+    assert columns[columns < d_in].sort().values.equal(torch.arange(d_in, dtype=torch.int32))
+    for begin, end in pairwise(before.column_start.tolist()):
+        assert after.entry[begin:end].sort().values.equal(before.entry[begin:end])
+    dx = []
+    for by in (plan, ordered):
+        out = inputs.x.new_full((case.tokens, d_in), torch.nan)
+        C.bypass_bwd_input(inputs.grad_output, by, inputs.delta.float(), None, out)
+        dx.append(out)
+    if dtype == torch.float32:  # blocks of which are never copied ahead: the order is for others
+        assert rms_error(dx[1], dx[0].double()) <= tolerance(dtype, case.d_out * case.k)
+    else:
+        assert dx[0].equal(dx[1])
+
+
+def test_make_plan_puts_a_plan_in_order_where_the_kernels_run(monkeypatch):
+    inputs = make_inputs(BULK[0], torch.bfloat16)
+    plan, d_in = nk.make_plan(inputs.index, BULK[0].d_in), BULK[0].d_in
+    before, expected = plan.clone(), plan.clone()
+    C.order_plan(plan, d_in, *inputs.index.shape, expected)
+    monkeypatch.setattr(torch.ops, "neuroada_C", C)
+    monkeypatch.setattr(_extension, "serves_gpu", lambda gpu: False)
+    assert _in_order(plan, inputs.index, d_in) is plan
+    monkeypatch.setattr(_extension, "serves_gpu", lambda gpu: True)
+    ordered = _in_order(plan, inputs.index, d_in)
+    assert ordered.equal(expected)
+    assert not ordered.equal(plan)
+    assert plan.equal(before)
+
+
+def test_an_order_is_not_written_into_the_plan_that_it_is_of():
+    plan = torch.zeros(plan_size(6, 7), dtype=torch.int32)
+    with pytest.raises(RuntimeError, match="out: is plan itself, expected a copy"):
+        C.order_plan(plan, 6, 4, 2, plan)
+    with pytest.raises(RuntimeError, match="d_in: -1, expected 0 to"):
+        C.order_plan(plan, -1, 4, 2, plan.clone())
+    with pytest.raises(RuntimeError, match="d_out: 65536 of k 65536, expected fewer"):
+        C.order_plan(plan, 6, 1 << 16, 1 << 16, plan.clone())
 
 
 #: All of x leaves shared memory room for one group of tokens, its chosen columns for two.
@@ -339,6 +399,6 @@ def test_a_column_that_x_lacks_is_zero():
 def test_whatever_a_plan_holds_nothing_outside_is_reached(value):
     grad, delta, out = torch.randn(9, 40), torch.randn(40, 2), torch.zeros(9, 24)
     guard = out.clone()
-    plan = torch.full((24 + 1 + 64 + 1 + 80,), value, dtype=torch.int32)
+    plan = torch.full((plan_size(24, 80),), value, dtype=torch.int32)
     C.bypass_bwd_input(grad, plan, delta, None, out)
     assert guard.shape == out.shape

@@ -66,19 +66,48 @@ struct Ordered {
     entries.scratch = scratch.data();
     std::vector<float> delta(static_cast<size_t>(live));
     for (size_t e = 0; e < delta.size(); ++e) delta[e] = static_cast<float>(1 + e);
-    const cuda::ColumnEntriesLaunch args{entries,
-                                         plan.data(),
-                                         delta.data(),
-                                         shape.d_in,
-                                         live,
-                                         static_cast<uint32_t>(live),
-                                         static_cast<uint32_t>(shape.k),
-                                         shape.width,
-                                         zero,
-                                         true,
-                                         spread};
-    cuda::launch("column_entries", cuda::column_entries_kernel, positions / 64, tiles, 64, args.bytes(64), nullptr,
-                 args);
+    cuda::ColumnEntriesLaunch args{entries,
+                                   plan.data(),
+                                   delta.data(),
+                                   shape.d_in,
+                                   live,
+                                   static_cast<uint32_t>(live),
+                                   static_cast<uint32_t>(shape.k),
+                                   shape.width,
+                                   zero,
+                                   true,
+                                   spread};
+    const auto launch = [&](const char* name, cuda::KernelOf<cuda::ColumnEntriesLaunch> kernel) {
+      cuda::launch(name, kernel, positions / 64, tiles, 64, args.bytes(64), nullptr, args);
+    };
+    launch("column_entries", cuda::column_entries_kernel);
+    check_by_its_order(args, launch);
+  }
+
+  // From a plan that holds this order comes the same, whatever else a copy of it held.
+  template <class F>
+  void check_by_its_order(cuda::ColumnEntriesLaunch& args, F&& launch) const {
+    std::vector<int32_t> ordered = plan, again = plan;
+    args.ordered = ordered.data();
+    launch("order_plan", cuda::order_plan_kernel);
+    const PlanView before(plan.data(), shape.d_in), after(ordered.data(), shape.d_in);
+    CHECK(std::equal(plan.data(), plan.data() + (before.order - plan.data()), ordered.data()), shape.name());
+    const std::array<int32_t, kOrderFacts> facts{shape.window, shape.width, shape.light, args.spread};
+    CHECK(std::equal(facts.begin(), facts.end(), after.order), shape.name() + ": an order for something else");
+    for (int64_t c = 0; c < shape.d_in; ++c) {
+      const int32_t *begin = after.entry + before.column_start[c], *end = after.entry + before.column_start[c + 1];
+      std::vector<int32_t> own(begin, end);
+      std::sort(own.begin(), own.end());
+      CHECK(std::equal(own.begin(), own.end(), before.entry + before.column_start[c]), shape.name() + ": other entries");
+    }
+    args.plan = ordered.data();
+    args.ordered = again.data();
+    launch("order_plan", cuda::order_plan_kernel);
+    CHECK(again == ordered, shape.name() + ": an order of its own order");
+    Matrix<WeightedNeuron> by_order(1, entries.size(shape.d_out * shape.k));
+    args.to.scratch = by_order.data();
+    launch("column_entries", cuda::column_entries_kernel);
+    CHECK(by_order.same_bits(scratch), shape.name() + ": other connections by the plan's order");
   }
 
   cuda::OrderedColumn column(int32_t tile, int64_t position) const {

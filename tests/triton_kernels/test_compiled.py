@@ -24,7 +24,7 @@ import triton
 from compiling import Compiled, compiling_for
 
 from neuroada_kernels import triton_kernels as kernels
-from neuroada_kernels.plan import plan_parts
+from neuroada_kernels.plan import plan_parts, plan_size
 from neuroada_kernels.triton_kernels import configs
 
 TABLE = Path(__file__).parents[1] / "data" / "triton_resources.json"
@@ -46,7 +46,7 @@ def compiled(arch: int, dtype: torch.dtype, tokens: int) -> dict[str, Compiled]:
     weight = torch.empty(D_OUT, D_IN, dtype=dtype)
     index = torch.empty(D_OUT, K, dtype=torch.int32)
     delta = torch.empty(D_OUT, K)
-    plan = plan_parts(torch.empty(D_IN + 66 + index.numel(), dtype=torch.int32), D_IN)
+    plan = plan_parts(torch.empty(plan_size(D_IN, index.numel()), dtype=torch.int32), D_IN)
     # What the backend has them add to: in 16 bits, the product.
     wide_y = wide_x = None
     if dtype.itemsize == 2:
@@ -152,7 +152,7 @@ def test_what_tuning_tries_compiles_without_spilling_and_fits(arch):
     x, grad = torch.empty(tokens, D_IN, dtype=dtype), torch.empty(tokens, D_OUT, dtype=dtype)
     index, delta = torch.empty(D_OUT, K, dtype=torch.int32), torch.empty(D_OUT, K)
     weight, partial = torch.empty(D_OUT, D_IN, dtype=dtype), torch.empty(4, D_OUT * K)
-    plan = plan_parts(torch.empty(D_IN + 66 + index.numel(), dtype=torch.int32), D_IN)
+    plan = plan_parts(torch.empty(plan_size(D_IN, index.numel()), dtype=torch.int32), D_IN)
     start, entry = plan.column_start, plan.entry
     wide_y, wide_x = torch.empty(tokens, D_OUT), torch.empty(tokens, D_IN)
     with compiling_for(arch) as found:
@@ -185,7 +185,7 @@ def test_sizes_and_strides_of_one_compile(dtype, sizes):
         partial = kernels.sddmm_partial(index, tokens, dtype)
         kernels.sddmm(x_t, grad_t, index, partial)
         for live in {0, 1, d_out * k}:
-            plan = plan_parts(torch.empty(d_in + 66 + live, dtype=torch.int32), d_in)
+            plan = plan_parts(torch.empty(plan_size(d_in, live), dtype=torch.int32), d_in)
             kernels.bypass_bwd_input(grad_t, *plan, delta, x, onto=x.float())
             if dtype != torch.float64:
                 rest = (grad_t, plan.column_start, plan.entry, delta, x)

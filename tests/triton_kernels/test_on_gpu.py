@@ -344,6 +344,27 @@ def _check_launchers(small: Inputs, x: Tensor, grad: Tensor, ends: Tensor, at: P
     at.check((y[ends], grad_x[ends], truth[2]), truth)
 
 
+@pytest.mark.parametrize(
+    "shape", [(1024, 768, 8), (4096, 4096, 8), (4096, 14336, 8), (14336, 4096, 1)]
+)
+def test_a_plan_in_order_has_the_same_entries_and_the_same_dx(shape, named):
+    if named != "cuda":
+        pytest.skip("the order is for the CUDA kernels")
+    problem = Problem(Case(257, *shape))
+    columns, d_in = problem.inputs.index.flatten().long(), shape[0]
+
+    def by_column(plan: Tensor) -> Tensor:
+        entry = plan_parts(plan, d_in).entry.long()
+        return (columns[entry] * len(columns) + entry).sort().values
+
+    ordered, plain = problem.plan, nk.make_plan(problem.inputs.index, d_in, ordered=False)
+    assert not ordered.equal(plain)
+    assert by_column(ordered).equal(by_column(plain))
+    dx = problem.step()[1]
+    problem.plan = plain
+    assert problem.step()[1].equal(dx)
+
+
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="one GPU is visible")
 def test_tensors_may_lie_on_another_gpu_than_the_current():
     problem = Problem(CASE, device="cuda:1")

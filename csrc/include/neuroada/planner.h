@@ -3,7 +3,8 @@
 // A plan is one int32 array, so that it travels as one tensor:
 //   column_start [d_in + 1]   the entries of column c are entry[column_start[c] .. column_start[c + 1])
 //   split [kSplits + 1]       columns at which the work falls into kSplits parts of equal size
-//   entry [live]              j * k + s of each connection, by column, and in rising order within one
+//   order [order_size]        of columns and entries, as the dx of a GPU reads them; zero where they are in none
+//   entry [live]              j * k + s of each connection, by column, and in rising order within one; or in `order`
 #pragma once
 
 #include <algorithm>
@@ -14,14 +15,23 @@ namespace neuroada {
 
 inline constexpr int64_t kSplits = 64;
 
+// What an order is for, four facts that csrc/cuda/plan_order.cuh names, and behind them its columns, by the 64.
+inline constexpr int64_t kOrderFacts = 4, kOrderWindow = 64;
+inline int64_t order_size(int64_t d_in) { return kOrderFacts + (d_in + kOrderWindow - 1) / kOrderWindow * kOrderWindow; }
+
 struct PlanView {
   const int32_t* column_start;
   const int32_t* split;
+  const int32_t* order;
   const int32_t* entry;
   int64_t d_in;
 
   PlanView(const int32_t* plan, int64_t d_in)
-      : column_start(plan), split(plan + d_in + 1), entry(plan + d_in + 1 + kSplits + 1), d_in(d_in) {}
+      : column_start(plan),
+        split(plan + d_in + 1),
+        order(split + kSplits + 1),
+        entry(order + order_size(d_in)),
+        d_in(d_in) {}
 
   int64_t live() const { return column_start[d_in]; }
 
@@ -29,7 +39,7 @@ struct PlanView {
   int64_t boundary(int64_t part, int64_t parts) const { return split[kSplits * part / parts]; }
 };
 
-inline int64_t plan_size(int64_t d_in, int64_t live) { return d_in + 1 + kSplits + 1 + live; }
+inline int64_t plan_size(int64_t d_in, int64_t live) { return d_in + 1 + kSplits + 1 + order_size(d_in) + live; }
 
 // The number of connections in index [d_out, k]; -1 marks a slot without one. Where a column is out
 // of range or stands twice in its row, `error` says so, and the result is -1.

@@ -11,6 +11,8 @@ void define_ops(Library& m) {
       "bypass_fwd(Tensor x, Tensor index, Tensor delta, Tensor? bias, Tensor? base, "
       "Tensor(a!) out) -> ()");
   m.def("bypass_bwd_input(Tensor grad, Tensor plan, Tensor delta, Tensor? base, Tensor(a!) out) -> ()");
+  // On a GPU alone: writes the order in which bypass_bwd_input reads a plan into a copy of it.
+  m.def("order_plan(Tensor plan, int d_in, int d_out, int k, Tensor(a!) out) -> ()");
   // x may lack columns; with the d_in of the whole one the sums have the same bits.
   m.def("sddmm(Tensor grad, Tensor x, Tensor index, int? d_in=None) -> Tensor");
   m.def("merge(Tensor(a!) weight, Tensor index, Tensor delta) -> Tensor");
