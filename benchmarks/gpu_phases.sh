@@ -6,15 +6,17 @@
 PHASES=(build environment cuda-smoke cuda-tests tests linear-8192 model linear-1024 model-checkpointed linear-16384
   cuda-memcheck memcheck sweep-k linear-peers sweep-tokens cuda-racecheck racecheck)
 # By name alone.
-MORE=(cuda-initcheck cuda-synccheck linear-patched linear-no-onto linear-no-bulk linear-plain cuda-no-onto-tests
-  cuda-plain-tests linear-triton-one-kernel kernels kernels-plain)
+MORE=(cuda-initcheck cuda-synccheck linear-patched linear-no-onto linear-no-bulk linear-plain linear-two-tiles
+  cuda-no-onto-tests cuda-plain-tests cuda-two-tiles-tests linear-triton-one-kernel kernels kernels-plain
+  kernels-two-tiles)
 # What sets other kernels for sm_90a than the default ones, by the part of a phase's name that says which.
 declare -A FORM=([patched]=NEUROADA_CUDA_PATCHED=1 [no-onto]=NEUROADA_CUDA_ONTO=0 [no-bulk]=NEUROADA_CUDA_BULK=0
-  [plain]='NEUROADA_CUDA_ONTO=0 NEUROADA_CUDA_BULK=0')
+  [plain]='NEUROADA_CUDA_ONTO=0 NEUROADA_CUDA_BULK=0' [two-tiles]=NEUROADA_CUDA_TWO_TILES=1)
 # Percent of the time that a phase may take of what others need more: a kernel may hang.
 declare -A SHARE=([build]=30 [environment]=10 [cuda-smoke]=15 [cuda-tests]=15 [tests]=15 [linear-8192]=30 [model]=35
   [cuda-memcheck]=20 [memcheck]=20 [linear-patched]=12 [linear-no-onto]=12 [linear-no-bulk]=12
-  [linear-plain]=12 [cuda-no-onto-tests]=15 [cuda-plain-tests]=15 [linear-triton-one-kernel]=12)
+  [linear-plain]=12 [linear-two-tiles]=12 [cuda-no-onto-tests]=15 [cuda-plain-tests]=15 [cuda-two-tiles-tests]=15
+  [linear-triton-one-kernel]=12)
 
 is_phase() {
   [[ " ${PHASES[*]} ${MORE[*]} " == *" $1 "* ]]
@@ -98,11 +100,12 @@ tests() { # BACKEND: every test that runs on a backend, and the Triton kernels' 
 # form 0, the default, nothing is to be had of the backend.
 smoke() {
   [[ -z $DRY_RUN ]] || { skip "there is no kernel to try on the CPU"; return; }
-  local each=$(($(limit_of "$PHASE") / 4 - 1)) # so that all forms end before the phase is stopped
+  local each=$(($(limit_of "$PHASE") / 5 - 1)) # so that all forms end before the phase is stopped
   ((each < 30)) || each=30
+  ((each > 0)) || each=1 # of 0 timeout takes no notice
   # shellcheck disable=SC2016
   run bash -c 'status=0
-    for form in 0 1 2 3; do
+    for form in 0 1 2 3 4; do
       timeout --foreground --signal=KILL "$1" "$PYTHON" "$ROOT/tests/triton_kernels/smoke_gpu.py" cuda --large --forms $form && continue
       said=$?
       echo "form $form FAILED, status $said"
@@ -171,7 +174,9 @@ phase() {
       ;;
     tests) tests triton ;;
     cuda-tests) tests cuda ;;
-    cuda-*-tests | linear-patched | linear-no-* | linear-plain | kernels-plain) another_form "$1" ;;
+    cuda-*-tests | linear-patched | linear-no-* | linear-plain | linear-two-tiles | kernels-plain | kernels-two-tiles)
+      another_form "$1"
+      ;;
     cuda-smoke) smoke ;;
     cuda-*) sanitize "${1#cuda-}" cuda ;;
     memcheck | racecheck) sanitize "$1" triton ;;
@@ -213,7 +218,7 @@ another_form() { # PHASE
     cuda-*) tests cuda ;;
     linear-*)
       local candidates=(neuroada-cuda)
-      [[ ${FORM[$form]} != *BULK* ]] || candidates+=(resident) # whose SDDMM is another then
+      [[ ${FORM[$form]} != *BULK* && $form != two-tiles ]] || candidates+=(resident) # whose SDDMM is another then
       bench_linear "$OUT/$1.json" --cases T8192- --candidates "${candidates[@]}"
       ;;
     kernels-*) phase kernels ;;

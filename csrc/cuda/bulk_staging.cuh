@@ -24,7 +24,7 @@ struct Step {
   }
 };
 
-// Behind the tile: a barrier for each stage, then the stages, a block's columns of one tile each, row by row.
+// Behind the tile, or two: barriers, then the stages, a block's columns of one tile each, row by row.
 template <class T>
 struct RawBlocks {
   static constexpr int V = kTokens<T>;
@@ -34,8 +34,8 @@ struct RawBlocks {
 
   __device__ __forceinline__ static RawBlocks behind(const Tiles& tiles) {
     static_assert(kMostStages * sizeof(Barrier) <= sizeof(Quad));
-    Quad* barriers = shared_quads() + tiles.stride;
-    return {reinterpret_cast<Barrier*>(barriers), reinterpret_cast<T*>(barriers + 1), tiles.width};
+    Quad* barriers = shared_quads() + tiles.count * tiles.stride;
+    return {reinterpret_cast<Barrier*>(barriers), reinterpret_cast<T*>(barriers + tiles.count), tiles.width};
   }
 
 #ifdef NEUROADA_HOPPER

@@ -82,15 +82,26 @@ __device__ __forceinline__ void add_entry(float (&sum)[kTokens<T>], const Tiles&
   }
 }
 
-// The first connections of a light column, 16 bytes with a load, on their way.
+// The first connections of a light column, 16 bytes with a load, on their way before it is known how many there are.
+template <bool kPacked>
 struct FirstLoads {
-  static constexpr int kLoads = 2;
+  static constexpr int kLoads = 2, kEach = kPacked ? 4 : 2;  // connections_a_quad
   Quad quad[kLoads];
 
-  // Where there are fewer it loads what is not used.
-  __device__ __forceinline__ void load(const Quad* from) {
+  // Those of a column that hardly has more than `most`: what a CTA reads anew for each block comes out of L2.
+  __device__ __forceinline__ void load(const Quad* from, int32_t most) {
     NEUROADA_UNROLL
-    for (int n = 0; n < kLoads; ++n) quad[n] = load16(from + n * kWarp);
+    for (int n = 0; n < kLoads; ++n) {
+      quad[n] = Quad{};
+      if (most > n * kEach) quad[n] = load16(from + n * kWarp);
+    }
+  }
+  // What was left out and yet is there: it has a word that is not zero, or does not matter.
+  __device__ __forceinline__ void complete(const Quad* from, int32_t count) {
+    NEUROADA_UNROLL
+    for (int n = 0; n < kLoads; ++n) {
+      if (count > n * kEach && quad[n].word[0] == 0) quad[n] = load16(from + n * kWarp);
+    }
   }
 };
 
@@ -98,8 +109,8 @@ struct FirstLoads {
 // there are the registers for it. What is left at the end of a load are none.
 template <class T, bool kPlaces, bool kPacked, bool kThird>
 __device__ __forceinline__ void add_light(float (&sum)[kTokens<T>], const BypassBwdInputLaunch& a, const Quad* tile,
-                                          int32_t first, const Quad* from, int32_t count, FirstLoads& held) {
-  constexpr int kLoads = FirstLoads::kLoads, kEach = kPacked ? 4 : 2;
+                                          int32_t first, const Quad* from, int32_t count, FirstLoads<kPacked>& held) {
+  constexpr int kLoads = FirstLoads<kPacked>::kLoads, kEach = FirstLoads<kPacked>::kEach;
   for (int32_t left = count; left > 0; left -= kEach * kLoads) {
     from += kLoads * kWarp;
     NEUROADA_UNROLL
@@ -176,15 +187,11 @@ __device__ __forceinline__ void add_heavy(float (&sum)[kTokens<T>], const Bypass
 template <class T, bool kPlaces, bool kPacked>
 __device__ __forceinline__ void add_columns(float (&sum)[kTokens<T>], const BypassBwdInputLaunch& a, const Quad* tile,
                                             int32_t first, int32_t lists, uint32_t position, OrderedColumn own) {
-  constexpr int kEach = kPacked ? 4 : 2;
   const bool heavy = own.count > a.entries.light;
   if (!heavy) {
     const Quad* from = a.entries.quads<kPacked>(lists, position / kWarp, position % kWarp);
-    FirstLoads held{};
-    NEUROADA_UNROLL
-    for (int n = 0; n < FirstLoads::kLoads; ++n) {
-      if (n * kEach < own.count) held.quad[n] = load16(from + n * kWarp);
-    }
+    FirstLoads<kPacked> held;
+    held.load(from, own.count);
     add_light<T, kPlaces, kPacked, true>(sum, a, tile, first, from, own.count, held);
   }
   add_heavy<T, kPlaces>(sum, a, tile, first, lists, position, heavy);

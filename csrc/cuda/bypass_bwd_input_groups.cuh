@@ -13,14 +13,14 @@ struct Round {
   int32_t number;
   OrderedColumn own;
   uint32_t first;  // of the quads in the scratch
-  FirstLoads held;
+  FirstLoads<kPacked> held;
 
-  // Whether there are so many connections is not known: room for them there is.
-  __device__ __forceinline__ void load(const ColumnEntries& entries, int32_t wanted) {
+  // Of columns that have no more than `most` connections each, as those of a round before in the group have.
+  __device__ __forceinline__ void load(const ColumnEntries& entries, int32_t wanted, int32_t most) {
     number = wanted;
     own = *entries.column(0, position());
     first = entries.first_quad<kPacked>(static_cast<uint32_t>(number), threadIdx.x % kWarp);
-    held.load(from(entries));
+    held.load(from(entries), most);
   }
   __device__ __forceinline__ const Quad* from(const ColumnEntries& entries) const {
     return in_row(reinterpret_cast<const Quad*>(entries.scratch), first);
@@ -59,7 +59,7 @@ __device__ __forceinline__ void sum_group(const BypassBwdInputLaunch& a, const Q
   const int32_t d_in = static_cast<int32_t>(a.problem.d_in), first_column = group.begin * kWarp;
   int32_t number = group.first();
   if (number >= group.end) return;
-  if (round.number != number) round.load(a.entries, number);  // there was none for the warp in the group before
+  if (round.number != number) round.load(a.entries, number, INT32_MAX);  // the warp had none in the group before
   const int32_t first_of_next = next.first() < next.end ? next.first() : next.begin;
   do {
     // Nothing of the round but this is needed once its loads are those of the next: no copy waits for them.
@@ -67,9 +67,14 @@ __device__ __forceinline__ void sum_group(const BypassBwdInputLaunch& a, const Q
     const uint32_t position = round.position();
     const bool heavy = round.own.count > a.entries.light;
     float sum[kTokens<T>] = {};
-    if (!heavy) add_light<T, true, kPacked, false>(sum, a, tile, 0, round.from(a.entries), round.own.count, round.held);
+    const int32_t count = round.own.count;
+    if (!heavy) {
+      round.held.complete(round.from(a.entries), count);
+      add_light<T, true, kPacked, false>(sum, a, tile, 0, round.from(a.entries), count, round.held);
+    }
     number = group.begin + shared.next();
-    round.load(a.entries, number < group.end ? number : first_of_next);
+    const bool more = number < group.end;
+    round.load(a.entries, more ? number : first_of_next, more ? count : INT32_MAX);
     add_heavy<T, true>(sum, a, tile, 0, 0, position, heavy);
     if (to >= 0) out[to] = rounded_quad<T>(sum);
   } while (number < group.end);

@@ -13,14 +13,14 @@ template <bool kPacked>
 struct TileRound {
   int32_t count;
   const Quad* from;
-  FirstLoads held;
+  FirstLoads<kPacked> held;
 
-  // Whether there are so many connections is not known: room for them there is.
-  __device__ __forceinline__ void load(const ColumnEntries& entries, int32_t lists, int32_t number) {
+  // Of columns that hardly have more than `most` connections each, as few in a round behind another have.
+  __device__ __forceinline__ void load(const ColumnEntries& entries, int32_t lists, int32_t number, int32_t most) {
     const uint32_t lane = threadIdx.x % kWarp;
     count = entries.column(lists, static_cast<uint32_t>(number * kWarp) + lane)->count;
     from = entries.quads<kPacked>(lists, static_cast<uint32_t>(number), lane);
-    held.load(from);
+    held.load(from, most);
   }
 };
 
@@ -109,7 +109,7 @@ __global__ void __launch_bounds__(kMaxThreads, 1) bypass_bwd_input_tiles_kernel(
   blocks.start();
   const TileRounds rounds = TileRounds::of(a);
   TileRound<kPacked> round{};
-  if (rounds.first() < rounds.end) round.load(a.entries, 0, rounds.first());
+  if (rounds.first() < rounds.end) round.load(a.entries, 0, rounds.first(), INT32_MAX);
   KeptSums<T> sums;
   sums.clear();
   blocks.template for_each<1, 1>([&](int32_t block, const Quad* tile, int32_t first, auto) {
@@ -124,10 +124,15 @@ __global__ void __launch_bounds__(kMaxThreads, 1) bypass_bwd_input_tiles_kernel(
       if (p.base != nullptr && first == 0) {
         set_to_base<T>(sum, p, int64_t{block} * kTokens<T>, a.entries.column(0, position)->column);
       }
-      if (!heavy) add_light<T, true, kPacked, false>(sum, a, tile, 0, round.from, round.count, round.held);
+      const int32_t count = round.count;
+      if (!heavy) {
+        round.held.complete(round.from, count);
+        add_light<T, true, kPacked, false>(sum, a, tile, 0, round.from, count, round.held);
+      }
       number += TileRounds::step();
       const bool more = number < rounds.end;
-      round.load(a.entries, more ? lists : last ? 0 : lists + 1, more ? number : rounds.first());
+      const int32_t next = more ? number : rounds.first();
+      round.load(a.entries, more ? lists : last ? 0 : lists + 1, next, more ? count : INT32_MAX);
       add_heavy<T, true>(sum, a, tile, 0, lists, position, heavy);
       sums.add(r, sum);
     }

@@ -17,10 +17,11 @@ void run(const BypassFwd& p, const Device& device, void* stream) {
     const bool base_vectors = p.wide_base ? pairs_aligned(static_cast<const float*>(p.base), p.base_stride, p.tokens)
                                           : pairs_aligned(static_cast<const T*>(p.base), p.base_stride, p.tokens);
     const bool vectors = base_vectors && pairs_aligned(static_cast<const T*>(p.out), p.out_stride, p.tokens);
-    KernelOf<BypassFwdLaunch> kernel = bypass_fwd_kernel<T, pairs, held, whole, false>;
+    KernelOf<BypassFwdLaunch> kernel = bypass_fwd_kernel<T, pairs, held, whole, Staging::loaded>;
     if constexpr (sizeof(T) == 2 && whole) {
-      tiles = with_bulk_copies(tiles, static_cast<const T*>(p.x), p.x_stride, p.tokens, device);
-      if (tiles.stages > 0) kernel = bypass_fwd_bulk_kernel(p, device);
+      const T* x = static_cast<const T*>(p.x);
+      tiles = with_two_tiles(with_bulk_copies(tiles, x, p.x_stride, p.tokens, device), device);
+      if (tiles.stages > 0) kernel = bypass_fwd_bulk_kernel(p, device, tiles);
     }
     const BypassFwdLaunch args{p, tiles, blocks, shares.rows_a_part, slots_aligned(p.k, p.index, p.delta), vectors};
     launch("bypass_fwd", kernel, shares.row_parts, shares.token_parts, device.threads, tiles.bytes(), stream, args);

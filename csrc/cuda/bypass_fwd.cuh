@@ -20,8 +20,8 @@ struct BypassFwdLaunch {
   bool vectors;  // a pair is written at once, and so is one read from base
 };
 
-// The kernel with blocks that are copied ahead, for what one tile holds: of bypass_fwd_sm90.cu.
-KernelOf<BypassFwdLaunch> bypass_fwd_bulk_kernel(const BypassFwd&, const Device&);
+// The kernel with blocks that are copied ahead, for what one tile holds, or for two such tiles: of bypass_fwd_sm90.cu.
+KernelOf<BypassFwdLaunch> bypass_fwd_bulk_kernel(const BypassFwd&, const Device&, const Tiles&);
 
 // The connections of slot s of a pair: places in the tile that starts at `first`, and deltas.
 struct Connections {
@@ -179,7 +179,7 @@ __device__ __forceinline__ void write_pair(const float (&sum)[2][kTokens<T>], co
   }
 }
 
-template <class T, int kPairs, int kHeld, bool kWhole, bool kBulk>
+template <class T, int kPairs, int kHeld, bool kWhole, Staging kStaging>
 __global__ void __launch_bounds__(kMaxThreads, 1) bypass_fwd_kernel(BypassFwdLaunch a) {
   constexpr int V = kTokens<T>;
   using H = Held<kPairs, kHeld>;
@@ -187,7 +187,8 @@ __global__ void __launch_bounds__(kMaxThreads, 1) bypass_fwd_kernel(BypassFwdLau
   const Pairs pairs = Pairs::of(blockIdx.x, a.neurons_a_part, p.d_out);
   const int32_t begin = static_cast<int32_t>(a.blocks * blockIdx.y / gridDim.y);
   const int32_t end = static_cast<int32_t>(a.blocks * (blockIdx.y + 1) / gridDim.y);
-  const StagedBlocks<T, kBulk> blocks{a.tiles, static_cast<const T*>(p.x), p.x_stride, p.tokens, begin, end};
+  const typename BlocksOf<T, kStaging>::type blocks{a.tiles, static_cast<const T*>(p.x), p.x_stride, p.tokens, begin,
+                                                    end};
   blocks.start();
   Connections own[kPairs][kHeld];
   if (kWhole) load_connections(own, a, pairs);

@@ -4,11 +4,13 @@
 
 namespace neuroada::cuda {
 
-KernelOf<BypassFwdLaunch> bypass_fwd_bulk_kernel(const BypassFwd& p, const Device& device) {
+KernelOf<BypassFwdLaunch> bypass_fwd_bulk_kernel(const BypassFwd& p, const Device& device, const Tiles& tiles) {
   KernelOf<BypassFwdLaunch> kernel = nullptr;
   with_element16("bypass_fwd", p.dtype, [&](auto element) {
+    using T = decltype(element);
     with_held<kMostHeld>(p.d_out, p.k, false, device, [&](auto pairs, auto held) {
-      kernel = bypass_fwd_kernel<decltype(element), pairs, held, true, true>;
+      kernel = tiles.count == 2 ? bypass_fwd_kernel<T, pairs, held, true, Staging::staggered>
+                                : bypass_fwd_kernel<T, pairs, held, true, Staging::copied>;
     });
   });
   return kernel;

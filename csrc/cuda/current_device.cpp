@@ -68,6 +68,7 @@ CurrentDevice::CurrentDevice(Site site)
     : guard_(site.gpu), facts_(facts_of(site.gpu)), stream_(current_stream(site.gpu)) {
   check(site.gpu, "cudaSetDevice", cudaSetDevice(site.gpu));
   facts_.bulk_copies = wants_bulk_copies() && facts_.bulk_copies;
+  facts_.two_tiles = wants_two_tiles() && facts_.bulk_copies;
 }
 
 }  // namespace neuroada::cuda

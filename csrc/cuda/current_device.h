@@ -28,13 +28,17 @@ class CurrentDevice {
   void* stream_;
 };
 
-// Whether the hardware may copy blocks of tokens ahead, where it can: unless NEUROADA_CUDA_BULK=0 forbids it.
-inline bool wants_bulk_copies() {
-  const char* said = std::getenv("NEUROADA_CUDA_BULK");
-  if (said == nullptr) return true;
+// What a variable of the environment says, which may be 0 or 1, or else `otherwise`.
+inline bool wants(const char* variable, bool otherwise) {
+  const char* said = std::getenv(variable);
+  if (said == nullptr) return otherwise;
   const std::string text = said;
-  STD_TORCH_CHECK(text == "0" || text == "1", "NEUROADA_CUDA_BULK: '", text, "', expected 0 or 1");
+  STD_TORCH_CHECK(text == "0" || text == "1", variable, ": '", text, "', expected 0 or 1");
   return text == "1";
 }
+
+// Whether the hardware may copy blocks of tokens ahead, where it can, and whether in two tiles.
+inline bool wants_bulk_copies() { return wants("NEUROADA_CUDA_BULK", true); }
+inline bool wants_two_tiles() { return wants("NEUROADA_CUDA_TWO_TILES", false); }
 
 }  // namespace neuroada::cuda

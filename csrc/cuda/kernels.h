@@ -22,6 +22,7 @@ struct Device {
   int64_t threads = 512;             // of most CTAs, a multiple of 32 and a power of two up to 512
   int64_t scratch_bytes = 32 << 20;  // of SDDMM's partial sums; more where the least is
   bool bulk_copies = false;          // blocks of tokens are copied by the hardware of sm_90a, in 16 bits
+  bool two_tiles = false;            // and of these one is transposed while another is read, in forward and SDDMM
 };
 
 // out[t, j] = base[t, j] + bias[j] + sum_s delta[j, s] x[t, index[j, s]]
@@ -62,8 +63,8 @@ struct BypassBwdInput {
   int64_t base_stride = 0;
 };
 
-// A plan of index [d_out, k] with the order in which bypass_bwd_input reads its columns and entries, which that need not
-// find then, in 16 bits where no base is given; there it changes no bit, and elsewhere the order of sums.
+// A plan of index [d_out, k] with the order in which bypass_bwd_input reads its columns and entries, which that need
+// not find then, in 16 bits where no base is given; there it changes no bit, and elsewhere the order of sums.
 struct OrderPlan {
   int64_t d_in, d_out, k;
   const int32_t* plan;  // [plan_size(d_in, live)]

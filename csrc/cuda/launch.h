@@ -67,6 +67,18 @@ Tiles with_bulk_copies(Tiles tiles, const T* x, int64_t row_stride, int64_t toke
   return tiles;
 }
 
+// Of one tile two where the device wants them and there is room beside one stage: StaggeredBlocks.
+inline Tiles with_two_tiles(Tiles tiles, const Device& device) {
+  constexpr int32_t kLeastColumns = 16, kLeastThreads = 2 * kWarp;
+  if (!device.two_tiles || tiles.stages == 0 || tiles.columns < kLeastColumns || device.threads < kLeastThreads) {
+    return tiles;
+  }
+  Tiles two = tiles;
+  two.count = 2;
+  two.stages = 1;
+  return two.bytes() <= device.shared_bytes ? two : tiles;
+}
+
 // Tiles of some of the columns, as few and as even as can be, with room for the next one behind each. They begin at
 // multiples of 64, where a column's bank is what it is in a tile of all columns: slots are in order for that.
 template <class T>

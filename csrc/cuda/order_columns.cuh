@@ -1,5 +1,5 @@
-// Writes a plan's connections in the order of column_entries.cuh: by the order that the plan holds, or one that is found
-// on the way. Or it writes that order into a plan, for the calls to come.
+// Writes a plan's connections in the order of column_entries.cuh: by the order that the plan holds, or one that is
+// found on the way. Or it writes that order into a plan, for the calls to come.
 #pragma once
 
 #include "plan_order.cuh"
@@ -13,10 +13,10 @@ struct ColumnEntriesLaunch {
   const float* delta;  // [entries]; or null, where an order is written
   int64_t d_in, live;
   uint32_t entries, k;
-  int32_t width;   // of a tile of the neurons
-  int32_t absent;  // what stands for a neuron where there is no connection
-  bool places;     // in their tile, instead of neurons
-  bool spread;     // light columns' connections are spread over the banks
+  int32_t width;               // of a tile of the neurons
+  int32_t absent;              // what stands for a neuron where there is no connection
+  bool places;                 // in their tile, instead of neurons
+  bool spread;                 // light columns' connections are spread over the banks
   int32_t* ordered = nullptr;  // a copy of the plan, into which its order is written
 
   // Of shared memory: for each connection of a CTA's columns a bank and a turn.

@@ -2,7 +2,7 @@
 // so do the places of their columns.
 #pragma once
 
-#include "bulk_staging.cuh"
+#include "staggered_staging.cuh"
 
 namespace neuroada::cuda {
 

@@ -50,16 +50,16 @@ void run(const Sddmm& p, float* partial, const Device& device, void* stream) {
   check_width("sddmm", p.d_out);
   with_held_of<T>(p, device, [&](auto pairs, auto held, auto whole) {
     Tiles tiles = tiles_of<T>(p, p.d_in, device);
-    KernelOf<SddmmLaunch> kernel = sddmm_kernel<T, pairs, held, whole, false>;
+    KernelOf<SddmmLaunch> kernel = sddmm_kernel<T, pairs, held, whole, Staging::loaded>;
     if constexpr (sizeof(T) == 2 && whole) {
       const T* x = static_cast<const T*>(p.x);
-      tiles = with_bulk_copies(tiles, x, p.x_stride, p.tokens, device);
+      tiles = with_two_tiles(with_bulk_copies(tiles, x, p.x_stride, p.tokens, device), device);
       // In tiles each connection is read from all of them, which is sooner done only where a lane holds all slots.
       if (tiles.stages == 0 && holds_all_slots(p.k)) {
         const Tiles cut = cut_for_bulk_copies(tiles, x, p.x_stride, p.tokens, device);
         if (cut.stages > 0 && TilePlaces::of(cut).fit(cut)) tiles = cut;
       }
-      if (tiles.stages > 0) kernel = sddmm_bulk_kernel(p, device, tiles.single());
+      if (tiles.stages > 0) kernel = sddmm_bulk_kernel(p, device, tiles);
     }
     const SddmmShares all = shares_of<T>(p, pairs, held, whole, tiles.stages > 0, device);
     const int64_t slots = ceil_div(p.k, all.slot_parts);

@@ -27,9 +27,9 @@ struct SddmmLaunch {
 // of them twice.
 inline bool holds_all_slots(int64_t k) { return k > kFewHeld && k <= kMostHeld; }
 
-// The kernel with blocks that are copied ahead, for one tile that holds all columns, or for several where a lane holds
-// all slots: of sddmm_sm90.cu.
-KernelOf<SddmmLaunch> sddmm_bulk_kernel(const Sddmm&, const Device&, bool whole);
+// The kernel with blocks that are copied ahead: for one tile that holds all columns, for two of them, or for several
+// tiles where a lane holds all slots. Of sddmm_sm90.cu.
+KernelOf<SddmmLaunch> sddmm_bulk_kernel(const Sddmm&, const Device&, const Tiles&);
 
 // Asks for grad[t .. t + V] of a pair.
 template <class T>
@@ -148,9 +148,10 @@ __device__ __forceinline__ void write_sums(const float (&sum)[kPairs][kHeld][2],
 
 // A lane holds its places where a tile has all columns, or where tiles are copied ahead: then a block's tiles follow
 // one another, and its grad comes anew for each.
-template <class T, int kPairs, int kHeld, bool kWhole, bool kBulk>
+template <class T, int kPairs, int kHeld, bool kWhole, Staging kStaging>
 __global__ void __launch_bounds__(kMaxThreads, 1) sddmm_kernel(SddmmLaunch a) {
   constexpr int V = kTokens<T>;
+  constexpr bool kBulk = kStaging != Staging::loaded;
   constexpr bool kHolds = kWhole || kBulk;
   using H = Held<kPairs, kHeld>;
   // Slots whose columns are read at once: what is copied ahead leaves the registers for two.
@@ -161,7 +162,8 @@ __global__ void __launch_bounds__(kMaxThreads, 1) sddmm_kernel(SddmmLaunch a) {
   const int slots = static_cast<int>(p.k - slot < a.slots ? p.k - slot : a.slots);
   const int32_t begin = static_cast<int32_t>(a.blocks * blockIdx.y / gridDim.y);
   const int32_t end = static_cast<int32_t>(a.blocks * (blockIdx.y + 1) / gridDim.y);
-  const StagedBlocks<T, kBulk> blocks{a.tiles, static_cast<const T*>(p.x), p.x_stride, p.tokens, begin, end};
+  const typename BlocksOf<T, kStaging>::type blocks{a.tiles, static_cast<const T*>(p.x), p.x_stride, p.tokens, begin,
+                                                    end};
   blocks.start();
   uint32_t places[kPairs][kHeld] = {};
   float sum[kPairs][kHeld][2] = {}, grad[2][V];

@@ -64,7 +64,8 @@ PYTHON = """#!/bin/bash
 patched=${NEUROADA_CUDA_PATCHED:+patched=$NEUROADA_CUDA_PATCHED }
 onto=${NEUROADA_CUDA_ONTO:+onto=$NEUROADA_CUDA_ONTO }
 bulk=${NEUROADA_CUDA_BULK:+bulk=$NEUROADA_CUDA_BULK }
-echo "$patched$onto$bulk$@" >>"$CALLS"
+two=${NEUROADA_CUDA_TWO_TILES:+two=$NEUROADA_CUDA_TWO_TILES }
+echo "$patched$onto$bulk$two$@" >>"$CALLS"
 case "$*" in
   *"--forms $BROKEN") exit 139 ;;
   *"--forms "*) [[ -z ${HANGS:-} ]] || sleep 30 ;;
@@ -105,7 +106,10 @@ def test_other_kernels_than_the_default_ones_are_set_in_their_phases(tmp_path: P
         "linear-no-onto": "onto=0",
         "linear-no-bulk": "bulk=0",
         "linear-plain": "onto=0 bulk=0",
+        "linear-two-tiles": "two=1",
+        "cuda-two-tiles-tests": "two=1",
         "kernels-plain": "onto=0 bulk=0",
+        "kernels-two-tiles": "two=1",
         "kernels": "",
     }
     subprocess.run([SCRIPT, tmp_path / "out", *said], env=environment, capture_output=True)
@@ -114,7 +118,8 @@ def test_other_kernels_than_the_default_ones_are_set_in_their_phases(tmp_path: P
         assert line.startswith(f"{variables} -m ".lstrip()), phase
         assert (" -m pytest " in line) == phase.endswith("-tests")
         assert (f"/{phase}.json" in line) == phase.startswith("linear-")
-        assert (" resident" in line) == (phase.startswith("linear-") and "bulk" in variables)
+        another_sddmm = "bulk" in variables or "two" in variables
+        assert (" resident" in line) == (phase.startswith("linear-") and another_sddmm)
 
 
 def test_without_cutlass_no_two_forms_that_are_the_same_are_measured(tmp_path: Path):
@@ -129,7 +134,9 @@ def test_without_cutlass_no_two_forms_that_are_the_same_are_measured(tmp_path: P
     assert " -m " not in calls.read_text()
 
 
-@pytest.mark.parametrize(("broken", "left"), [("0", False), ("1", True), ("2", True), ("3", True)])
+@pytest.mark.parametrize(
+    ("broken", "left"), [("0", False), ("1", True), ("2", True), ("3", True), ("4", True)]
+)
 def test_every_form_is_tried_and_without_the_default_one_the_backend_is_left_out(
     broken, left, tmp_path: Path
 ):
@@ -140,7 +147,7 @@ def test_every_form_is_tried_and_without_the_default_one_the_backend_is_left_out
     arguments = [SCRIPT, out, "cuda-smoke", "linear-8192"]  # OUTDIR may be what OUT says already
     done = subprocess.run(arguments, env={**ENVIRONMENT, **named}, capture_output=True)
     assert done.returncode == 1
-    assert calls.read_text().count("smoke_gpu.py cuda --large --forms") == 4
+    assert calls.read_text().count("smoke_gpu.py cuda --large --forms") == 5
     assert f"form {broken} FAILED, status 139" in (out / "log.txt").read_text()
     assert ("neuroada-cuda" in calls.read_text()) == left
 
@@ -152,7 +159,7 @@ def test_forms_that_hang_leave_the_backend_out_before_the_phase_is_stopped(tmp_p
     named = {"PYTHON": str(python), "CALLS": str(calls), "HANGS": "1"}
     arguments = [SCRIPT, tmp_path / "out", "cuda-smoke", "linear-8192", "--minutes", "1"]
     subprocess.run(arguments, env={**ENVIRONMENT, **named}, capture_output=True)
-    assert calls.read_text().count("smoke_gpu.py cuda --large --forms") == 4
+    assert calls.read_text().count("smoke_gpu.py cuda --large --forms") == 5
     assert "neuroada-cuda" not in calls.read_text()
 
 

@@ -13,6 +13,7 @@ Site site_of(const char* name, const Tensor& tensor) {
 }
 
 // Small, so that the cases are cut as large ones are on a GPU.
-CurrentDevice::CurrentDevice(Site) : facts_{24 << 10, 3, 64, 1 << 20, wants_bulk_copies()}, stream_(nullptr) {}
+CurrentDevice::CurrentDevice(Site)
+    : facts_{24 << 10, 3, 64, 1 << 20, wants_bulk_copies(), wants_two_tiles()}, stream_(nullptr) {}
 
 }  // namespace neuroada::cuda

@@ -93,6 +93,54 @@ void many_neurons_give_the_same_bits() {
   for (int64_t k : {1, 2, 4, 8, 9}) check_case<BFloat16>({33, 48, 600, k, IndexKind::ragged, true}, 2, 7);
 }
 
+// In two tiles, of which one is transposed while the other is read: by two warps and by four, of few columns and of
+// odd halves, of one block and of many, whose barriers take turns.
+template <class T>
+void check_two_tiles(const Case& c, int64_t threads, uint64_t seed) {
+  Random random(seed);
+  const Problem<T> problem(c, random);
+  const std::string where = std::string(dtype_name<T>()) + ", two tiles, " + c.name();
+  const int64_t quads = 2 * (c.d_in + 1) + 2 + c.d_in;
+  Device device{quads * kQuad, 3, threads, 1 << 20, true};
+  const Outputs<T> expected = run(problem, device);
+  device.two_tiles = true;
+  const cuda::Tiles tiles = cuda::with_two_tiles(bulk_tiles(problem.x, device, false), device);
+  CHECK(tiles.count == 2 && tiles.bytes() == device.shared_bytes, where + ": other tiles");
+  Outputs<T> found = make_outputs(problem);
+  CHECK(copies([&] { run_bypass_fwd(problem, found, device); }), where + ": no copies in the forward");
+  CHECK(found.out.same_bits(expected.out), where + ": other bits of out");
+  CHECK(run_sddmm(problem, device).same_bits(expected.grad_delta), where + ": other bits of grad_delta");
+}
+
+void blocks_in_two_tiles_give_the_same_bits() {
+  uint64_t seed = 300;
+  for (int64_t tokens : {1, 8, 9, 17, 130}) {
+    for (int64_t k : {1, 3, 8, 20}) {
+      for (int64_t d_in : {16, 40, 328}) {
+        ++seed;
+        if (k > d_in) continue;
+        Case c{tokens, d_in, 72, k, static_cast<IndexKind>(seed % 4), seed % 3 == 0};
+        c.base = static_cast<Base>(seed % 3);
+        c.values = Values::real;
+        const int64_t threads = seed % 2 == 0 ? 64 : 128;
+        if (seed % 5 < 3) {
+          check_two_tiles<BFloat16>(c, threads, seed);
+        } else {
+          check_two_tiles<Half>(c, threads, seed);
+        }
+      }
+    }
+  }
+  for (int64_t k : {1, 2, 4, 8, 9}) check_two_tiles<BFloat16>({33, 48, 1200, k, IndexKind::ragged, true}, 64, 7);
+  const Device wide{4 << 10, 3, 64, 1 << 20, true, true}, narrow{4 << 10, 3, 32, 1 << 20, true, true};
+  const Matrix<BFloat16> some(4, 16), few(4, 8), many(4, 104);
+  const auto count = [](const Matrix<BFloat16>& x, const Device& device) {
+    return cuda::with_two_tiles(bulk_tiles(x, device, false), device).count;
+  };
+  CHECK(count(some, wide) == 2 && count(some, narrow) == 1 && count(few, wide) == 1 && count(many, wide) == 1,
+        "two tiles where there are not two of the warps, the columns or the rooms");
+}
+
 // What the hardware does not copy, threads load: odd rows, rows that begin between 16 bytes, and a row too short.
 void what_cannot_be_copied_is_loaded() {
   const auto check_loaded = [](const Case& c, int64_t stages) { check_case<BFloat16>(c, stages, 1, false); };
@@ -371,6 +419,7 @@ int main() {
   blocks_that_are_copied_give_the_same_bits();
   many_neurons_give_the_same_bits();
   what_cannot_be_copied_is_loaded();
+  blocks_in_two_tiles_give_the_same_bits();
   dx_takes_neurons_in_tiles();
   dx_writes_columns_of_tiles_in_windows();
   dx_writes_columns_in_groups();

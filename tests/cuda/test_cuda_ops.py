@@ -36,17 +36,21 @@ every_16_bits = pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16]
 @pytest.fixture(autouse=True)
 def _on_host(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(_compiled, "C", C)
-    monkeypatch.delenv("NEUROADA_CUDA_BULK", raising=False)
+    for variable in ("NEUROADA_CUDA_BULK", "NEUROADA_CUDA_TWO_TILES"):
+        monkeypatch.delenv(variable, raising=False)
 
 
-@pytest.fixture(params=["copied", "loaded"])
+@pytest.fixture(params=["copied", "two_tiles", "loaded"])
 def _staging(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-    """In 16 bits blocks of tokens are copied ahead, as on sm_90a, or loaded, as everywhere else."""
+    """In 16 bits blocks of tokens are copied ahead, as on sm_90a, into one tile or two, or loaded,
+    as everywhere else."""
     if request.param == "loaded":
         monkeypatch.setenv("NEUROADA_CUDA_BULK", "0")
+    if request.param == "two_tiles":
+        monkeypatch.setenv("NEUROADA_CUDA_TWO_TILES", "1")
 
 
-both_stagings = pytest.mark.usefixtures("_staging")
+every_staging = pytest.mark.usefixtures("_staging")
 
 
 def exact(inputs: Inputs) -> SimpleNamespace:
@@ -65,7 +69,7 @@ def exact(inputs: Inputs) -> SimpleNamespace:
     )
 
 
-@both_stagings
+@every_staging
 @every_case
 @every_dtype
 def test_forward_is_the_formula(case, dtype):
@@ -79,7 +83,7 @@ def test_forward_is_the_formula(case, dtype):
     assert rms_error(y, truth.bypass + onto.double()) <= tolerance(dtype, case.k + 1)
 
 
-@both_stagings
+@every_staging
 @every_case
 @every_dtype
 def test_all_is_added_to_the_product_in_float32_and_rounded_once(case, dtype, monkeypatch):
@@ -96,7 +100,7 @@ def test_all_is_added_to_the_product_in_float32_and_rounded_once(case, dtype, mo
     assert rms_error(grad_delta, truth.grad_delta) <= tolerance(dtype, case.tokens, torch.float32)
 
 
-@both_stagings
+@every_staging
 @every_case
 @every_dtype
 @pytest.mark.parametrize("planned", [True, False], ids=["planned", "unplanned"])
@@ -114,7 +118,7 @@ def test_backward_is_the_formula(case, dtype, planned):
     assert again.equal(grad_delta)
 
 
-@both_stagings
+@every_staging
 @every_case
 @every_dtype
 def test_an_ordered_plan_has_the_same_connections_and_in_16_bits_the_same_dx(case, dtype):
@@ -169,7 +173,7 @@ def test_an_order_is_not_written_into_the_plan_that_it_is_of():
 WIDE = Case(tokens=40, d_in=8000, d_out=12, k=2, index="ragged")
 
 
-@both_stagings
+@every_staging
 @pytest.mark.parametrize("case", [SMALL[0], WIDE], ids=lambda case: case.name)
 @every_dtype
 def test_columns_of_x_alone_have_the_gradient_of_all_of_it_to_the_bit(case, dtype):
@@ -204,6 +208,9 @@ def test_blocks_that_the_hardware_copies_give_the_same_numbers(case, dtype, monk
     monkeypatch.setenv("NEUROADA_CUDA_BULK", "1")
     for asked, by_default in zip(run(), (y, grad_x, grad_delta), strict=True):
         assert asked.equal(by_default)
+    monkeypatch.setenv("NEUROADA_CUDA_TWO_TILES", "1")
+    for asked, by_default in zip(run(), (y, grad_x, grad_delta), strict=True):
+        assert asked.equal(by_default)
     monkeypatch.setenv("NEUROADA_CUDA_BULK", "0")
     loaded = run()
     assert y.equal(loaded[0])
@@ -217,11 +224,12 @@ def test_blocks_that_the_hardware_copies_give_the_same_numbers(case, dtype, monk
     assert rms_error(grad_x, exact(i).bypass_grad_x) <= tolerance(dtype, case.d_out * case.k)
 
 
-def test_what_is_said_of_bulk_copies_is_0_or_1(monkeypatch):
+@pytest.mark.parametrize("variable", ["NEUROADA_CUDA_BULK", "NEUROADA_CUDA_TWO_TILES"])
+def test_what_is_said_of_bulk_copies_is_0_or_1(variable, monkeypatch):
     i = make_inputs(BULK[0], torch.bfloat16)
     for wrong in ("yes", "2", ""):
-        monkeypatch.setenv("NEUROADA_CUDA_BULK", wrong)
-        with pytest.raises(RuntimeError, match=f"NEUROADA_CUDA_BULK: '{wrong}', expected 0 or 1"):
+        monkeypatch.setenv(variable, wrong)
+        with pytest.raises(RuntimeError, match=f"{variable}: '{wrong}', expected 0 or 1"):
             C.sddmm(i.grad_output, i.x, i.index)
 
 

@@ -98,7 +98,8 @@ struct Ordered {
       const int32_t *begin = after.entry + before.column_start[c], *end = after.entry + before.column_start[c + 1];
       std::vector<int32_t> own(begin, end);
       std::sort(own.begin(), own.end());
-      CHECK(std::equal(own.begin(), own.end(), before.entry + before.column_start[c]), shape.name() + ": other entries");
+      CHECK(std::equal(own.begin(), own.end(), before.entry + before.column_start[c]),
+            shape.name() + ": other entries");
     }
     args.plan = ordered.data();
     args.ordered = again.data();

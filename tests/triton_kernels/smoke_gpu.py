@@ -53,6 +53,7 @@ SETTINGS = {
         ("NEUROADA_CUDA_PATCHED", "1"),
         ("NEUROADA_CUDA_ONTO", "0"),
         ("NEUROADA_CUDA_BULK", "0"),
+        ("NEUROADA_CUDA_TWO_TILES", "1"),
     ),
 }
 
