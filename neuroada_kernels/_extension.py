@@ -87,6 +87,26 @@ def serves_gpu(gpu: int) -> bool:
     return any(runs_on(arch, capability) for arch in cuda_archs())
 
 
+@functools.cache
+def serves_by_default(gpu: int) -> bool:
+    """Whether there are, and their tests have run on such a GPU."""
+    return torch.cuda.get_device_capability(gpu) == TRIED and serves_gpu(gpu)
+
+
+def asked(name: str) -> bool | None:
+    """What the environment variable ``name`` says, 0 or 1; None where it is not set.
+
+    Raises
+    ------
+    ValueError
+        If it says anything else.
+    """
+    said = os.environ.get(name)
+    if said not in (None, "0", "1"):
+        raise ValueError(f"{name}: {said!r}, expected 0 or 1")
+    return None if said is None else said == "1"
+
+
 #: The pybind11 module, or None.
 module: ModuleType | None
 #: Why the module is missing, in words, or None.

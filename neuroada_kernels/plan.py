@@ -122,8 +122,8 @@ def make_plan(index: Tensor, d_in: int, *, ordered: bool = True) -> Tensor:
     d_in : int
         Number of inputs of the weight.
     ordered : bool
-        Whether the CUDA kernels, where there are such, put it into the order in which they read it.
-        That takes as long as they gain by it in one backward.
+        Whether the CUDA kernels, where they serve by default, put it into the order in which they
+        read it, which takes longer than one backward gains by it. Elsewhere it changes nothing.
 
     Raises
     ------
@@ -152,12 +152,37 @@ def make_plan(index: Tensor, d_in: int, *, ordered: bool = True) -> Tensor:
 
 
 def _in_order(plan: Tensor, index: Tensor, d_in: int) -> Tensor:
-    """A plan with the order in which the CUDA kernels read it, where they run on its GPU."""
-    if not _extension.serves_gpu(plan.device.index):
+    """A plan in the order in which the CUDA kernels read it, where they serve by default.
+
+    ``NEUROADA_CUDA_ORDER=0`` leaves it as it is.
+    """
+    serves = _extension.serves_by_default(plan.device.index)
+    if not serves or _extension.asked("NEUROADA_CUDA_ORDER") is False:
         return plan
     ordered = plan.clone()
     torch.ops.neuroada_C.order_plan.default(plan, d_in, *index.shape, ordered)
     return ordered
+
+
+def is_plan_of(plan: Tensor, index: Tensor, d_in: int) -> bool:
+    """Whether ``plan`` is one of the checked ``index [d_out, k]``, in whatever order.
+
+    Raises
+    ------
+    TypeError, ValueError, RuntimeError
+        As :func:`make_plan`, and where the two are not on one device.
+    """
+    made = make_plan(index, d_in, ordered=False)
+    if plan.shape != made.shape:
+        return False
+    found, expected = plan_parts(plan, d_in), plan_parts(made, d_in)
+    if not found.column_start.equal(expected.column_start):
+        return False
+    # By column, and then in rising order, as those of the plan that was made are.
+    counts = expected.column_start.diff()
+    column = torch.arange(d_in, device=made.device).repeat_interleave(counts)
+    key = column * index.numel()
+    return bool((key + found.entry).sort().values.equal(key + expected.entry))
 
 
 def count_connections(index: Tensor, d_in: int) -> int:
@@ -314,9 +339,7 @@ def _copied_by_kernel(x: Tensor) -> bool:
     if x.dtype not in FLOATING:
         return False
     if x.is_cuda:
-        gpu = x.device.index
-        tried = torch.cuda.get_device_capability(gpu) == _extension.TRIED
-        return tried and x.dtype != torch.float64 and _extension.serves_gpu(gpu)
+        return x.dtype != torch.float64 and _extension.serves_by_default(x.device.index)
     return x.is_cpu and _extension.library_error is None
 
 

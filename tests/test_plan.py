@@ -14,7 +14,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from neuroada_kernels import _extension, check_index, make_plan, order_slots
 from neuroada_kernels._dtypes import FLOATING
-from neuroada_kernels.plan import SPLITS, columns_of, plan_parts, plan_size
+from neuroada_kernels.plan import SPLITS, columns_of, is_plan_of, plan_parts, plan_size
 
 needs_extension = pytest.mark.skipif(
     _extension.module is None, reason=f"no C++ planner: {_extension.module_error}"
@@ -117,6 +117,38 @@ def test_splits_rise_and_share_the_work_evenly(plan, index_and_width):
     parts = [work[b] - work[a] for a, b in pairwise(split)]
     assert sum(parts) == work[-1]
     assert max(parts) <= work[-1] / SPLITS + widest
+
+
+def in_another_order(plan: Tensor, d_in: int) -> Tensor:
+    """The plan with the entries of each column turned round, and a trace of it in its order."""
+    other = plan.clone()
+    parts = plan_parts(other, d_in)
+    for begin, end in pairwise(parts.column_start.tolist()):
+        parts.entry[begin:end] = parts.entry[begin:end].flip(0).clone()
+    other[d_in + 1 + SPLITS + 1] = 64
+    return other
+
+
+def test_a_plan_in_another_order_is_one_of_the_same_index(plan, index_and_width):
+    index, d_in = index_and_width
+    other = in_another_order(plan, d_in)
+    assert is_plan_of(plan, index, d_in)
+    assert is_plan_of(other, index, d_in)
+    if len(plan_parts(plan, d_in).entry):
+        assert not is_plan_of(plan[:-1], index, d_in)
+        other[-1] += 1
+        assert not is_plan_of(other, index, d_in)
+
+
+def test_the_plan_of_another_index_is_none_of_this_one():
+    index, other = random_index(30, 40, 4, seed=1), random_index(30, 40, 4, seed=2)
+    assert not is_plan_of(make_plan(other, 40), index, 40)
+    swapped = make_plan(index, 40)
+    parts = plan_parts(swapped, 40)
+    first, second = (int(c) for c in parts.column_start.diff().nonzero()[:2, 0])
+    at = parts.column_start[[first, second]].tolist()
+    parts.entry[at] = parts.entry[at[::-1]].clone()
+    assert not is_plan_of(swapped, index, 40)
 
 
 @st.composite

@@ -1,7 +1,7 @@
 // The launchers of bypass_bwd_input.cuh.
 #include "bypass_bwd_input.cuh"
 #include "launch.h"
-#include "order_columns.cuh"
+#include "order_plan.cuh"
 
 namespace neuroada::cuda {
 namespace {
@@ -24,6 +24,10 @@ int32_t light_of(int64_t d_in, int64_t live) {
 // Connections of a column on average from which on it pays to spread them over the banks: of fewer there is little to
 // choose.
 constexpr int64_t kLeastSpread = 4;
+
+// Connections of a column on average below which rounds without any are left out, for which what is written has to be
+// cleared: of two on average every seventh column has none.
+constexpr int64_t kFewConnections = 2;
 
 // As many of the lowest bits as `most` has.
 uint32_t mask_of(int32_t most) {
@@ -64,7 +68,9 @@ Form with_groups(Form form, const BypassBwdInput& p, const Device& device) {
   form.out.width = static_cast<int32_t>(width);
   form.out.vectors = writes_vectors(p);
   form.tiles.stages = static_cast<int32_t>(std::clamp<int64_t>((quads - width) / columns, 1, kMostStages));
-  form.kernel = bypass_bwd_input_bulk_kernel(p, BulkForm::groups);
+  // Behind a round of columns without connections there is none with any, if each number of them is a kind of its own.
+  const bool apart = light_of(p.d_in, p.live) < Kinds::kOfOne - 2, sparse = apart && p.live < kFewConnections * p.d_in;
+  form.kernel = bypass_bwd_input_bulk_kernel(p, sparse ? BulkForm::sparse_groups : BulkForm::groups);
   return form;
 }
 
@@ -112,7 +118,7 @@ ColumnEntries entries_of(const BypassBwdInput& p, const Form& form) {
   const uint32_t place_mask = kPacks<T> && tiles.stages > 0 ? mask_of(tiles.zero) : 0;
   const int32_t light = light_of(p.d_in, ceil_div(p.live, lists));
   const int32_t window = form.out.width > 0 ? form.out.width : kWindow;
-  return {p.ordered, positions, light, static_cast<int32_t>(lists), place_mask, window};
+  return {p.scratch, positions, light, static_cast<int32_t>(lists), place_mask, window};
 }
 
 // CTAs that share the columns.
@@ -123,11 +129,11 @@ int64_t parts_of(const Form& form, const ColumnEntries& entries, int64_t blocks,
 }
 
 // What is launched before, with a CTA for each window and tile.
-ColumnEntriesLaunch order_of(const BypassBwdInput& p, const Form& form, const ColumnEntries& entries,
-                             const Device& device) {
+ColumnEntriesLaunch entries_launch_of(const char* name, const BypassBwdInput& p, const Form& form,
+                                      const ColumnEntries& entries, const Device& device) {
   const Tiles& tiles = form.tiles;
   if (entries.size(p.live) >= int64_t{1} << 29) {
-    throw std::runtime_error("bypass_bwd_input: scratch for 2^29 connections or more");
+    throw std::runtime_error(std::string(name) + ": scratch for 2^29 connections or more");
   }
   const bool places = tiles.single() || tiles.stages > 0;
   ColumnEntriesLaunch order{entries,
@@ -145,19 +151,15 @@ ColumnEntriesLaunch order_of(const BypassBwdInput& p, const Form& form, const Co
   return order;
 }
 
-void launch_order(const char* name, KernelOf<ColumnEntriesLaunch> kernel, const ColumnEntriesLaunch& order,
-                  const Device& device, void* stream) {
-  launch(name, kernel, order.to.positions / kWindow, order.to.tiles, device.threads, order.bytes(device.threads),
-         stream, order);
-}
-
 template <class T>
 void run(const BypassBwdInput& p, const Device& device, void* stream) {
   check_width("bypass_bwd_input", p.d_in);
   const Form form = form_of<T>(p, device);
   const Tiles& tiles = form.tiles;
   const ColumnEntries entries = entries_of<T>(p, form);
-  launch_order("column_entries", column_entries_kernel, order_of(p, form, entries, device), device, stream);
+  const ColumnEntriesLaunch order = entries_launch_of("bypass_bwd_input", p, form, entries, device);
+  launch("column_entries", column_entries_kernel, entries.positions / kWindow, entries.tiles, device.threads,
+         order.bytes(device.threads), stream, order);
   const int64_t blocks = ceil_div(p.tokens, kTokens<T>), parts = parts_of(form, entries, blocks, device);
   const int64_t token_parts = std::clamp<int64_t>(device.multiprocessors / parts, 1, blocks);
   launch("bypass_bwd_input", form.kernel, parts, token_parts, form.threads, form.bytes(), stream,
@@ -195,9 +197,10 @@ void order_plan(const OrderPlan& o, const Device& device, void* stream) {
   p.plan = o.plan;
   p.live = o.live;
   const Form form = form_of<BFloat16>(p, device);
-  ColumnEntriesLaunch order = order_of(p, form, entries_of<BFloat16>(p, form), device);
-  order.ordered = o.out;
-  launch_order("order_plan", order_plan_kernel, order, device, stream);
+  const ColumnEntries entries = entries_of<BFloat16>(p, form);
+  const OrderPlanLaunch order{entries_launch_of("order_plan", p, form, entries, device), o.out};
+  launch("order_plan", order_plan_kernel, entries.positions / kWindow, entries.tiles, device.threads,
+         order.bytes(device.threads), stream, order);
 }
 
 }  // namespace neuroada::cuda

@@ -34,9 +34,13 @@ constexpr bool kPacks = std::is_same_v<T, BFloat16>;
 // Rounds of 32 columns of which a warp keeps the sums where the neurons come in tiles that are copied ahead.
 constexpr int kKeptRounds = 8;
 
-// The kernel with blocks that are copied ahead: for one tile that holds all neurons, and room for what is summed
-// behind it or none, or for several tiles. Of bypass_bwd_input_sm90.cu.
-enum class BulkForm { groups, whole, tiles };
+// The kernel with blocks that are copied ahead, of bypass_bwd_input_sm90.cu.
+enum class BulkForm {
+  groups,         // one tile that holds all neurons, and behind it one for what is summed
+  sparse_groups,  // the same where many columns have no connections
+  whole,          // one tile that holds all neurons, and no room behind it
+  tiles           // several
+};
 KernelOf<BypassBwdInputLaunch> bypass_bwd_input_bulk_kernel(const BypassBwdInput&, BulkForm);
 
 // The positions [begin, end) of columns of one of `parts` parts of equal work, at most kSplits.
@@ -96,7 +100,7 @@ struct FirstLoads {
       if (most > n * kEach) quad[n] = load16(from + n * kWarp);
     }
   }
-  // What was left out and yet is there: it has a word that is not zero, or does not matter.
+  // What was left out and yet is there. A quad whose first word is zero was left out, or is loaded again for nothing.
   __device__ __forceinline__ void complete(const Quad* from, int32_t count) {
     NEUROADA_UNROLL
     for (int n = 0; n < kLoads; ++n) {

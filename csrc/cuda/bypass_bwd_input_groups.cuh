@@ -33,13 +33,18 @@ struct Round {
 // The rounds of a group, which warps share: a warp begins with the one of its own number, and then takes the next that
 // none has. Those with the most connections go first. Which warp has a round changes no bit of its sums.
 struct SharedRounds {
-  uint32_t* taken;  // by all warps in all groups so far: a group of n rounds takes n
-  uint32_t before;  // in groups before this one
+  uint32_t* taken;  // by all warps, in groups of even number and in others
+  int32_t group;    // its number, over all blocks
 
+  // Behind a barrier that all have come to: nobody takes a round of the group before any more, and nobody one of the
+  // next yet.
+  __device__ __forceinline__ void begin() const {
+    if (threadIdx.x == 0) taken[(group + 1) % 2] = 0;
+  }
   __device__ __forceinline__ int32_t next() const {
     uint32_t ticket = 0;
-    if (threadIdx.x % kWarp == 0) ticket = count_up(taken);
-    return static_cast<int32_t>(blockDim.x / kWarp + (__shfl_sync(kAllLanes, ticket, 0) - before));
+    if (threadIdx.x % kWarp == 0) ticket = count_up(taken + group % 2);
+    return static_cast<int32_t>(blockDim.x / kWarp + __shfl_sync(kAllLanes, ticket, 0));
   }
 };
 
@@ -51,9 +56,10 @@ struct Group {
   __device__ __forceinline__ int32_t first() const { return begin + static_cast<int32_t>(threadIdx.x / kWarp); }
 };
 
-// Sums all columns of a group over a block, and leaves them in the tile for what is written. Before the last are
-// summed, the first of the next group are on their way.
-template <class T, bool kPacked>
+// Sums all columns of a group over a block, and leaves them in the tile for what is written; but for rounds without any
+// connection, behind which there are no others, if kSparse: the tile is zero. Before the last are summed, the first of
+// the next group are on their way.
+template <class T, bool kPacked, bool kSparse>
 __device__ __forceinline__ void sum_group(const BypassBwdInputLaunch& a, const Quad* tile, Quad* out, Group group,
                                           Group next, const SharedRounds& shared, Round<kPacked>& round) {
   const int32_t d_in = static_cast<int32_t>(a.problem.d_in), first_column = group.begin * kWarp;
@@ -72,7 +78,8 @@ __device__ __forceinline__ void sum_group(const BypassBwdInputLaunch& a, const Q
       round.held.complete(round.from(a.entries), count);
       add_light<T, true, kPacked, false>(sum, a, tile, 0, round.from(a.entries), count, round.held);
     }
-    number = group.begin + shared.next();
+    const bool last = kSparse && __ballot_sync(kAllLanes, count > 0) == 0;
+    number = last ? group.end : group.begin + shared.next();
     const bool more = number < group.end;
     round.load(a.entries, more ? number : first_of_next, more ? count : INT32_MAX);
     add_heavy<T, true>(sum, a, tile, 0, 0, position, heavy);
@@ -80,14 +87,16 @@ __device__ __forceinline__ void sum_group(const BypassBwdInputLaunch& a, const Q
   } while (number < group.end);
 }
 
-// A CTA has some of the groups and some of the blocks.
-template <class T>
+// A CTA has some of the groups and some of the blocks. If kSparse, many columns have no connections.
+template <class T, bool kSparse>
 __global__ void __launch_bounds__(2 * kMaxThreads, 1) bypass_bwd_input_groups_kernel(BypassBwdInputLaunch a) {
   constexpr bool kPacked = kPacks<T>;
   const BypassBwdInput& p = a.problem;
   Quad* const out = shared_quads() + a.tiles.quads();
   SharedRounds shared{reinterpret_cast<uint32_t*>(out + a.out.width), 0};
-  if (threadIdx.x == 0) out[a.out.width] = Quad{};  // of `taken`; start() shows it to all
+  // start() shows them to all: `taken`, and where that is wanted all sums.
+  if (threadIdx.x == 0) out[a.out.width] = Quad{};
+  for (int32_t i = threadIdx.x; kSparse && i < a.out.width; i += blockDim.x) out[i] = Quad{};
   const StagedBlocks<T, true> blocks = blocks_of<T, true>(a);
   blocks.start();
   const int32_t positions = static_cast<int32_t>(a.entries.positions), width = a.out.width;
@@ -101,8 +110,8 @@ __global__ void __launch_bounds__(2 * kMaxThreads, 1) bypass_bwd_input_groups_ke
   const auto write_group = [&](int32_t block, int32_t g) {
     const int32_t d_in = static_cast<int32_t>(p.d_in), left = d_in - g * width;
     const int64_t t = int64_t{block} * kTokens<T>;
-    write_tile(out, a.out, static_cast<T*>(p.out) + t * p.out_stride + g * width, p.out_stride,
-               rows_of_block<T>(p.tokens, t), left < width ? left : width);
+    write_tile<T, kSparse>(out, a.out, static_cast<T*>(p.out) + t * p.out_stride + g * width, p.out_stride,
+                           rows_of_block<T>(p.tokens, t), left < width ? left : width);
   };
   Round<kPacked> round{};
   round.number = -1;  // none is on its way
@@ -115,8 +124,9 @@ __global__ void __launch_bounds__(2 * kMaxThreads, 1) bypass_bwd_input_groups_ke
             __syncthreads();  // it is written, and its place is free
           }
           const Group group = group_of(g), next = group_of(g + 1 < end ? g + 1 : begin);
-          sum_group<T, kPacked>(a, tile, out, group, next, shared, round);
-          shared.before += static_cast<uint32_t>(group.end - group.begin);
+          shared.begin();
+          sum_group<T, kPacked, kSparse>(a, tile, out, group, next, shared, round);
+          ++shared.group;
         }
       },
       [&](int32_t block) {

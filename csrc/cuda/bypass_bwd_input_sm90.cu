@@ -10,9 +10,12 @@ KernelOf<BypassBwdInputLaunch> bypass_bwd_input_bulk_kernel(const BypassBwdInput
   KernelOf<BypassBwdInputLaunch> kernel = nullptr;
   with_element16("bypass_bwd_input", p.dtype, [&](auto element) {
     using T = decltype(element);
-    kernel = form == BulkForm::groups  ? bypass_bwd_input_groups_kernel<T>
-             : form == BulkForm::whole ? bypass_bwd_input_kernel<T, true, true>
-                                       : bypass_bwd_input_tiles_kernel<T>;
+    switch (form) {
+      case BulkForm::groups: kernel = bypass_bwd_input_groups_kernel<T, false>; break;
+      case BulkForm::sparse_groups: kernel = bypass_bwd_input_groups_kernel<T, true>; break;
+      case BulkForm::whole: kernel = bypass_bwd_input_kernel<T, true, true>; break;
+      case BulkForm::tiles: kernel = bypass_bwd_input_tiles_kernel<T>; break;
+    }
   });
   return kernel;
 }

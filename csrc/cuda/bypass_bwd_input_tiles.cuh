@@ -96,8 +96,8 @@ __device__ __forceinline__ void write_windows(const BypassBwdInputLaunch& a, con
       if (offset < static_cast<uint32_t>(here)) tile[place(static_cast<int>(offset))] = rounded_quad<T>(sums.of[r]);
     }
     __syncthreads();
-    write_tile(tile, a.out, static_cast<T*>(p.out) + t * p.out_stride + begin, p.out_stride,
-               rows_of_block<T>(p.tokens, t), here);
+    write_tile<T, false>(tile, a.out, static_cast<T*>(p.out) + t * p.out_stride + begin, p.out_stride,
+                         rows_of_block<T>(p.tokens, t), here);
   }
 }
 
@@ -132,7 +132,9 @@ __global__ void __launch_bounds__(kMaxThreads, 1) bypass_bwd_input_tiles_kernel(
       number += TileRounds::step();
       const bool more = number < rounds.end;
       const int32_t next = more ? number : rounds.first();
-      round.load(a.entries, more ? lists : last ? 0 : lists + 1, next, more ? count : INT32_MAX);
+      // Behind the first tile counts rise as often as they fall, by little.
+      const int32_t most = !more ? INT32_MAX : count > 0 ? count : 1;
+      round.load(a.entries, more ? lists : last ? 0 : lists + 1, next, most);
       add_heavy<T, true>(sum, a, tile, 0, lists, position, heavy);
       sums.add(r, sum);
     }

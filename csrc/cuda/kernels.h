@@ -1,6 +1,6 @@
 // The CUDA kernels as plain functions over pointers, sizes and strides. Matrices are row-major with
 // unit stride along a row; strides count elements between rows. Sums are taken in float32, in an
-// order that the shapes and the device fix; no kernel synchronises or allocates. Where blocks are
+// order that the shapes, a plan and the device fix; no kernel synchronises or allocates. Where blocks are
 // copied in bulk, dx has another order, and deltas that are rounded for it in bfloat16: whether they
 // are depends on the alignment of grad and its rows too.
 //
@@ -53,10 +53,10 @@ struct BypassBwdInput {
   int64_t tokens, d_in, d_out, k;
   const void* grad;  // [tokens, d_out]
   int64_t grad_stride;
-  const int32_t* plan;  // [plan_size(d_in, live)], see neuroada/planner.h; in order for such a Device, or in none
+  const int32_t* plan;  // [plan_size(d_in, live)], see neuroada/planner.h; in an order for the same Device, or in none
   int64_t live;
   const float* delta;       // [d_out, k]
-  WeightedNeuron* ordered;  // [bypass_bwd_input_entries], scratch, 16-byte aligned
+  WeightedNeuron* scratch;  // [bypass_bwd_input_entries], 16-byte aligned
   void* out;                // [tokens, d_in]
   int64_t out_stride;
   const float* base = nullptr;  // [tokens, d_in], or null for zero
@@ -64,7 +64,7 @@ struct BypassBwdInput {
 };
 
 // A plan of index [d_out, k] with the order in which bypass_bwd_input reads its columns and entries, which that need
-// not find then, in 16 bits where no base is given; there it changes no bit, and elsewhere the order of sums.
+// not find then, in 16 bits where no base is given. Sums by such a plan are in another order than by one without.
 struct OrderPlan {
   int64_t d_in, d_out, k;
   const int32_t* plan;  // [plan_size(d_in, live)]

@@ -126,8 +126,8 @@ void bypass_bwd_input_op(const Tensor& grad, const Tensor& plan, const Tensor& d
                       base ? static_cast<const float*>(base->const_data_ptr()) : nullptr,
                       base ? base->stride(0) : 0};
   constexpr int64_t kWords = sizeof(WeightedNeuron) / sizeof(float);
-  Tensor ordered = torch::stable::new_empty(delta, {bypass_bwd_input_entries(args, device.facts()), kWords});
-  args.ordered = static_cast<WeightedNeuron*>(ordered.mutable_data_ptr());
+  Tensor scratch = torch::stable::new_empty(delta, {bypass_bwd_input_entries(args, device.facts()), kWords});
+  args.scratch = static_cast<WeightedNeuron*>(scratch.mutable_data_ptr());
   bypass_bwd_input(args, device.facts(), device.stream());
 }
 
@@ -140,7 +140,8 @@ void order_plan_op(const Tensor& plan, int64_t d_in, int64_t d_out, int64_t k, T
   const int64_t live = check_plan("plan", plan, d_in, d_out * k, site);
   STD_TORCH_CHECK(check_plan("out", out, d_in, d_out * k, site) == live, "out: shape ", shape_of(out),
                   ", expected that of plan, ", shape_of(plan));
-  STD_TORCH_CHECK(out.const_data_ptr() != plan.const_data_ptr(), "out: is plan itself, expected a copy");
+  const int32_t *from = int32_values(plan), *to = int32_values(out);
+  STD_TORCH_CHECK(from + plan.size(0) <= to || to + plan.size(0) <= from, "out: overlaps with plan, expected a copy");
   const CurrentDevice device(site);
   order_plan({d_in, d_out, k, int32_values(plan), live, static_cast<int32_t*>(out.mutable_data_ptr())}, device.facts(),
              device.stream());

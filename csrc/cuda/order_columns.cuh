@@ -1,8 +1,8 @@
-// Writes a plan's connections in the order of column_entries.cuh: by the order that the plan holds, or one that is
-// found on the way. Or it writes that order into a plan, for the calls to come.
+// Writes a plan's connections in the order of column_entries.cuh: by the order that the plan holds (order_plan.cuh), or
+// one that is found on the way.
 #pragma once
 
-#include "plan_order.cuh"
+#include "order_facts.cuh"
 #include "sort_columns.cuh"
 
 namespace neuroada::cuda {
@@ -10,14 +10,13 @@ namespace neuroada::cuda {
 struct ColumnEntriesLaunch {
   ColumnEntries to;
   const int32_t* plan;
-  const float* delta;  // [entries]; or null, where an order is written
+  const float* delta;  // [entries]
   int64_t d_in, live;
   uint32_t entries, k;
-  int32_t width;               // of a tile of the neurons
-  int32_t absent;              // what stands for a neuron where there is no connection
-  bool places;                 // in their tile, instead of neurons
-  bool spread;                 // light columns' connections are spread over the banks
-  int32_t* ordered = nullptr;  // a copy of the plan, into which its order is written
+  int32_t width;   // of a tile of the neurons
+  int32_t absent;  // what stands for a neuron where there is no connection
+  bool places;     // in their tile, instead of neurons
+  bool spread;     // light columns' connections are spread over the banks
 
   // Of shared memory: for each connection of a CTA's columns a bank and a turn.
   int64_t bytes(int64_t threads) const {
@@ -181,10 +180,10 @@ struct Turns {
   }
 };
 
-// Turns for all light columns of the CTA; neuron(column, i) is what is read for a connection.
+// The bank of each connection of all light columns of the CTA: neuron(n, column, i) is what is read for connection i.
 template <class F>
-__device__ __forceinline__ void spread_light(const ColumnEntriesLaunch& a, const SortedColumns& columns, int32_t from,
-                                             const Turns& turns, F&& neuron) {
+__device__ __forceinline__ void find_banks(const ColumnEntriesLaunch& a, const SortedColumns& columns,
+                                           const Turns& turns, F&& neuron) {
   const int warp = threadIdx.x / kWarp, warps = blockDim.x / kWarp;
   NEUROADA_UNROLL
   for (int n = 0; n < kWindow / kWarp; ++n) {
@@ -194,8 +193,6 @@ __device__ __forceinline__ void spread_light(const ColumnEntriesLaunch& a, const
       turns.bank[i * kWindow + at] = static_cast<uint16_t>(neuron(n, own, i) & (kBanks - 1));
     }
   }
-  __syncthreads();
-  spread_columns(columns, static_cast<uint32_t>(from), a.to.light, turns.bank, turns.turn);
   __syncthreads();
 }
 
@@ -218,9 +215,11 @@ __global__ static void __launch_bounds__(kMaxThreads, 2) column_entries_kernel(C
   for (int n = 0; n < kEach; ++n) held[n] = connection(columns.of[lane + n * kWarp], warp);
   const Turns turns = Turns::behind(columns, a.to);
   if (spread) {
-    spread_light(a, columns, from, turns, [&](int n, const SortedColumn& own, int32_t i) {
+    find_banks(a, columns, turns, [&](int n, const SortedColumn& own, int32_t i) {
       return i == warp ? held[n].neuron : connection(own, i).neuron;
     });
+    spread_columns(columns, static_cast<uint32_t>(from), a.to.light, turns.bank, turns.turn);
+    __syncthreads();
   }
   NEUROADA_UNROLL
   for (int n = 0; n < kEach; ++n) {
@@ -241,39 +240,6 @@ __global__ static void __launch_bounds__(kMaxThreads, 2) column_entries_kernel(C
         const bool turned = spread && i < count;
         write_light(a.to, tile, position, static_cast<uint32_t>(turned ? turns.turn[i * kWindow + at] : i), one);
       }
-    }
-  }
-}
-
-// Writes the order that column_entries_kernel would find into a copy of the plan. Its CTAs have what that one's have.
-__global__ static void __launch_bounds__(kMaxThreads, 2) order_plan_kernel(ColumnEntriesLaunch a) {
-  const int warp = threadIdx.x / kWarp, warps = blockDim.x / kWarp;
-  const int32_t from = static_cast<int32_t>(blockIdx.x) * kWindow;
-  const int32_t tile = static_cast<int32_t>(blockIdx.y), first = tile * a.width;
-  const SortedColumns columns = SortedColumns::in_shared(a.to);
-  const bool spread = !order_columns(a, from, first, columns) && a.spread;
-  const int32_t* entries = entries_of_plan(a.plan, a.d_in);
-  const Turns turns = Turns::behind(columns, a.to);
-  if (spread) {
-    spread_light(a, columns, from, turns, [&](int, const SortedColumn& own, int32_t i) {
-      return neuron_of(a, static_cast<uint32_t>(entries[own.begin + i]), first);
-    });
-  }
-  int32_t* const order = a.ordered + (order_of_plan(a.plan, a.d_in) - a.plan);
-  int32_t* const ordered = a.ordered + (entries - a.plan);
-  if (blockIdx.x == 0 && tile == 0 && threadIdx.x == 0) {
-    const OrderFacts facts = OrderFacts::of(a.to, a.width, a.spread);
-    NEUROADA_UNROLL
-    for (int i = 0; i < kOrderFacts; ++i) order[i] = facts.fact[i];
-  }
-  NEUROADA_UNROLL
-  for (int n = 0; n < kWindow / kWarp; ++n) {
-    const int at = threadIdx.x % kWarp + n * kWarp;
-    const SortedColumn own = columns.of[at];
-    if (warp == 0 && tile == 0) order[kOrderFacts + from + at] = own.column;
-    const bool turned = spread && own.count() <= a.to.light;
-    for (int32_t i = warp; i < own.count(); i += warps) {
-      ordered[own.begin + (turned ? turns.turn[i * kWindow + at] : i)] = entries[own.begin + i];
     }
   }
 }

@@ -15,12 +15,16 @@ struct OutTile {
 };
 
 // Four neighbouring columns of the tile to 8 bytes of each of `rows` rows, from `out` on.
-template <class T>
-__device__ __forceinline__ void write_four(const Quad* tile, int32_t column, T* out, int64_t row_stride, int32_t rows) {
+template <class T, bool kClears>
+__device__ __forceinline__ void write_four(Quad* tile, int32_t column, T* out, int64_t row_stride, int32_t rows) {
   const int32_t first = place(column);  // q columns on, of up to 3, the place is first ^ q
   Quad quad[4];
   NEUROADA_UNROLL
   for (int q = 0; q < 4; ++q) quad[q] = tile[first ^ q];
+  NEUROADA_UNROLL
+  for (int q = 0; q < 4; ++q) {
+    if (kClears) tile[first ^ q] = Quad{};
+  }
   NEUROADA_UNROLL
   for (int v = 0; v < kTokens<T>; ++v, out += row_stride) {
     const uint32_t which = v % 2 ? 0x7632 : 0x5410;
@@ -31,20 +35,22 @@ __device__ __forceinline__ void write_four(const Quad* tile, int32_t column, T* 
 }
 
 // out[v, c] = the v-th token of column c of the tile, for c < width, by the whole CTA. Stores run along the columns.
-template <class T>
-__device__ __forceinline__ void write_tile(const Quad* tile, const OutTile& shape, T* out, int64_t row_stride,
-                                           int32_t rows, int32_t width) {
+// What is written is zero then, if kClears.
+template <class T, bool kClears>
+__device__ __forceinline__ void write_tile(Quad* tile, const OutTile& shape, T* out, int64_t row_stride, int32_t rows,
+                                           int32_t width) {
   const int32_t fours = shape.vectors ? width / 4 * 4 : 0;
   for (int32_t c = static_cast<int32_t>(threadIdx.x) * 4; c < fours; c += blockDim.x * 4) {
     T* const to = in_row(out, static_cast<uint32_t>(c));
     if (rows >= kTokens<T>) {  // nearly always
-      write_four(tile, c, to, row_stride, kTokens<T>);
+      write_four<T, kClears>(tile, c, to, row_stride, kTokens<T>);
     } else {
-      write_four(tile, c, to, row_stride, rows);
+      write_four<T, kClears>(tile, c, to, row_stride, rows);
     }
   }
   for (int32_t c = fours + static_cast<int32_t>(threadIdx.x); c < width; c += blockDim.x) {
     const Quad quad = tile[place(c)];
+    if (kClears) tile[place(c)] = Quad{};
     T* to = in_row(out, static_cast<uint32_t>(c));
     NEUROADA_UNROLL
     for (int v = 0; v < kTokens<T>; ++v, to += row_stride) {

@@ -25,6 +25,7 @@ struct StaggeredBlocks {
 #ifdef NEUROADA_HOPPER
     if (threadIdx.x == 0) {
       for (int i = 0; i < tiles.count; ++i) shared_quads()[i * tiles.stride + tiles.zero] = Quad{};
+      static_assert((kRead + 1) * sizeof(Barrier) <= 2 * sizeof(Quad), "the barriers of two tiles");
       Barrier* const barriers = RawBlocks<T>::behind(tiles).full;
       init_barrier(barriers[0], 1);
       init_barrier(barriers[1], 1);

@@ -27,7 +27,7 @@ struct Tiles {
   int32_t stages;   // of tiles that are copied as they lie behind the one that is read, or 0: bulk_staging.cuh
   bool vectors;     // rows are read 8 bytes at a time: they are aligned
 
-  // A block has 16 bytes of each column, whatever the dtype; so much have two barriers, of which two tiles need three.
+  // A block has 16 bytes of each column, whatever the dtype. Each tile has as much for barriers, two of them.
   __host__ __device__ int32_t quads() const { return count * stride + (stages == 0 ? 0 : count + stages * width); }
   __host__ __device__ int64_t bytes() const { return int64_t{quads()} * 16; }
   __host__ __device__ bool single() const { return width == columns; }

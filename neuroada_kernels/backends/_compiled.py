@@ -3,7 +3,6 @@ product by torch."""
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable
 
 import torch
@@ -211,20 +210,6 @@ def contiguous(tensor: Tensor) -> Tensor:
     What runs between two products of the CPU does this in place.
     """
     return tensor if tensor.is_contiguous() else tensor.contiguous()
-
-
-def asked(name: str) -> bool | None:
-    """What the environment variable ``name`` says, 0 or 1; None where it is not set.
-
-    Raises
-    ------
-    ValueError
-        If it says anything else.
-    """
-    said = os.environ.get(name)
-    if said not in (None, "0", "1"):
-        raise ValueError(f"{name}: {said!r}, expected 0 or 1")
-    return None if said is None else said == "1"
 
 
 def implementations(

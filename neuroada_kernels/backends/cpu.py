@@ -52,7 +52,7 @@ def _tokens_of_one_kernel(dtype: torch.dtype) -> tuple[float, float]:
 
     As measured: ``docs/kernels.md`` says where. ``NEUROADA_CPU_FUSED=0|1`` decides instead.
     """
-    forced = _compiled.asked("NEUROADA_CPU_FUSED")
+    forced = _extension.asked("NEUROADA_CPU_FUSED")
     if forced is not None:
         return _ALWAYS if forced else _NEVER
     isa = "generic" if _extension.module is None else _extension.module.cpu_isa()

@@ -142,7 +142,7 @@ def _wants_patched() -> bool:
     the strategy ``resident``. A call that it does not take, for its dtypes, shapes or strides,
     goes as by default. ``docs/kernels/cuda-product.md`` has the figures.
     """
-    return _compiled.asked("NEUROADA_CUDA_PATCHED") is True
+    return _extension.asked("NEUROADA_CUDA_PATCHED") is True
 
 
 def _wants_onto() -> bool:
@@ -153,7 +153,7 @@ def _wants_onto() -> bool:
     memory. A call that it does not take goes product first, and one that is to be patched and can
     be is.
     """
-    return _compiled.asked("NEUROADA_CUDA_ONTO") is not False
+    return _extension.asked("NEUROADA_CUDA_ONTO") is not False
 
 
 def _not_patched(inputs: Tensor, weight: Tensor, bias: Tensor | None = None) -> list[str]:

@@ -19,7 +19,7 @@ from neuroada_kernels.nn._named import NamedLayer
 from neuroada_kernels.nn._offloaded import check_trains
 from neuroada_kernels.nn._planned import PlannedLayer
 from neuroada_kernels.nn._weight import entries_of
-from neuroada_kernels.plan import check_index_form, make_plan
+from neuroada_kernels.plan import check_index_form, is_plan_of, make_plan
 
 #: The stacks of a module of experts, ``[experts, 2 d_ff, d]`` and ``[experts, d, d_ff]``.
 STACKS = ("gate_up_proj", "down_proj")
@@ -82,6 +82,10 @@ class StackedLinear(NamedLayer, PlannedLayer):
         plans = [make_plan(part, self.in_features) for part in index.split(self.d_out)]
         self._plan_sizes = tuple(map(len, plans))
         return torch.cat(plans)
+
+    def _has_plan_of(self, index: Tensor) -> bool:
+        plans, parts = self.plan.split(self._plan_sizes), index.split(self.d_out)
+        return all(map(is_plan_of, plans, parts, [self.in_features] * len(parts)))
 
     def _is_planned(self) -> bool:
         return False  # for what is kept of x: every expert reads another, and keeps it whole

@@ -65,7 +65,8 @@ patched=${NEUROADA_CUDA_PATCHED:+patched=$NEUROADA_CUDA_PATCHED }
 onto=${NEUROADA_CUDA_ONTO:+onto=$NEUROADA_CUDA_ONTO }
 bulk=${NEUROADA_CUDA_BULK:+bulk=$NEUROADA_CUDA_BULK }
 two=${NEUROADA_CUDA_TWO_TILES:+two=$NEUROADA_CUDA_TWO_TILES }
-echo "$patched$onto$bulk$two$@" >>"$CALLS"
+order=${NEUROADA_CUDA_ORDER:+order=$NEUROADA_CUDA_ORDER }
+echo "$patched$onto$bulk$two$order$@" >>"$CALLS"
 case "$*" in
   *"--forms $BROKEN") exit 139 ;;
   *"--forms "*) [[ -z ${HANGS:-} ]] || sleep 30 ;;
@@ -107,6 +108,7 @@ def test_other_kernels_than_the_default_ones_are_set_in_their_phases(tmp_path: P
         "linear-no-bulk": "bulk=0",
         "linear-plain": "onto=0 bulk=0",
         "linear-two-tiles": "two=1",
+        "linear-unordered": "order=0",
         "cuda-two-tiles-tests": "two=1",
         "kernels-plain": "onto=0 bulk=0",
         "kernels-two-tiles": "two=1",

@@ -25,7 +25,7 @@ SETTING = Setting(SIZES, batch=2, sequence=24, dtype="float32", k=2)
 ENCODER = Setting(Sizes(64, 256, 2, 4, 64), batch=2, sequence=24, dtype="bfloat16", k=2)
 T, N, K, k, e = 24, 32, 48, 3, 2  # tokens, outputs, inputs, bypasses a neuron, bytes an element
 W, X, Y = N * K * e, T * K * e, T * N * e
-PLAN = 4 * (K + 66 + N * k)
+PLAN = 4 * (K + 66 + 4 + 64 + N * k)  # of columns in order, by the 64
 C = chosen_columns(N, k, K)
 SHIRA = 16 * (N + K)
 

@@ -7,13 +7,15 @@ import io
 import pickle
 import threading
 import time
+from itertools import pairwise
 
 import pytest
 import torch
 from layer_facts import assert_state, effective_weight, input_gradient, other_index, state_of
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
-from neuroada_kernels import NeuroAdaLinear, merge, save_adapter
+from neuroada_kernels import NeuroAdaLinear, make_plan, merge, save_adapter
+from neuroada_kernels.plan import plan_parts
 from neuroada_kernels.testing import rms_error, tolerance
 
 
@@ -217,6 +219,27 @@ def test_an_average_of_all_buffers_that_left_the_index_as_it_was_is_none_to_refu
     assert torch.equal(model(x), layer(x))
     model[0].index.copy_(other_index(layer))  # by hand, after which the plan is another
     model(x)
+
+
+@pytest.mark.parametrize("strategy", ["bypass", "resident"])
+def test_another_index_with_its_plan_in_whatever_order_is_none_to_refuse(strategy):
+    """As DistributedDataParallel sends both; a GPU has its plans in an order of its own."""
+    layer = NeuroAdaLinear(300, 40, k=8, strategy=strategy)
+    index = other_index(layer)
+    plan = make_plan(index, 300)
+    parts = plan_parts(plan, 300)
+    for begin, end in pairwise(parts.column_start.tolist()):
+        parts.entry[begin:end] = parts.entry[begin:end].flip(0).clone()
+    assert not plan.equal(make_plan(index, 300))
+    layer.index.copy_(index)
+    layer.plan.copy_(plan)
+    x = torch.randn(9, 300)
+    expected = x @ effective_weight(layer).float().t() + layer.bias
+    torch.testing.assert_close(layer(x), expected, rtol=1e-5, atol=1e-5)
+    layer.index.copy_(other_index(layer))
+    layer.plan[-3:] -= 1  # as averaging would
+    with pytest.raises((RuntimeError, ValueError), match="index: was averaged"):
+        layer(x)
 
 
 def test_threads_in_the_first_forward_of_a_copy_patch_its_weight_once(monkeypatch):

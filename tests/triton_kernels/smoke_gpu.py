@@ -61,15 +61,16 @@ SETTINGS = {
 def check(case: Case, dtype: torch.dtype, device: str) -> None:
     i = make_inputs(case, dtype, device=device)
     x, delta = i.x.requires_grad_(), i.delta.requires_grad_()
-    y = nk.functional.neuroada_linear(x, i.weight, i.index, delta, i.bias)
-    grads = torch.autograd.grad(y, (x, delta), i.grad_output)
     wide = [t.detach().double().requires_grad_() for t in (x, delta)]
     bias = None if i.bias is None else i.bias.double()
     exact = nk.reference.neuroada_linear(wide[0], i.weight.double(), i.index, wide[1], bias)
     truth = (exact, *torch.autograd.grad(exact, wide, i.grad_output.double()))
-    for found, expected in zip((y, *grads), truth, strict=True):
-        error = rms_error(found, expected)
-        assert error <= 2 * tolerance(dtype, 2048, found.dtype), f"{case.name} {dtype}: {error}"
+    for plan in (nk.make_plan(i.index, case.d_in), None):  # in order where kernels read it so
+        y = nk.functional.neuroada_linear(x, i.weight, i.index, delta, i.bias, plan=plan)
+        grads = torch.autograd.grad(y, (x, delta), i.grad_output)
+        for found, expected in zip((y, *grads), truth, strict=True):
+            error = rms_error(found, expected)
+            assert error <= 2 * tolerance(dtype, 2048, found.dtype), f"{case.name} {dtype}: {error}"
     out = nk.functional.neuroada_bypass(i.grad_output, x, i.index, delta)
     torch.autograd.grad(out, (x, delta), i.grad_output)
     weight = i.weight.clone()
@@ -82,8 +83,8 @@ def check(case: Case, dtype: torch.dtype, device: str) -> None:
 
 
 def y_and_dx(i: Inputs, delta: Tensor) -> tuple[Tensor, Tensor]:
-    x = i.x.detach().requires_grad_()
-    y = nk.functional.neuroada_linear(x, i.weight, i.index, delta, i.bias)
+    x, plan = i.x.detach().requires_grad_(), nk.make_plan(i.index, i.x.shape[1])
+    y = nk.functional.neuroada_linear(x, i.weight, i.index, delta, i.bias, plan=plan)
     return y.detach(), *torch.autograd.grad(y, x, i.grad_output)
 
 

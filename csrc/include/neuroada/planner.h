@@ -3,8 +3,9 @@
 // A plan is one int32 array, so that it travels as one tensor:
 //   column_start [d_in + 1]   the entries of column c are entry[column_start[c] .. column_start[c + 1])
 //   split [kSplits + 1]       columns at which the work falls into kSplits parts of equal size
-//   order [order_size]        of columns and entries, as the dx of a GPU reads them; zero where they are in none
-//   entry [live]              j * k + s of each connection, by column, and in rising order within one; or in `order`
+//   order [order_size]        facts, and the columns by their positions in the dx of a GPU; all zero if nobody ordered
+//   it entry [live]              j * k + s of each connection, by column; in rising order within one, or as that dx
+//   reads them
 #pragma once
 
 #include <algorithm>
@@ -15,9 +16,11 @@ namespace neuroada {
 
 inline constexpr int64_t kSplits = 64;
 
-// What an order is for, four facts that csrc/cuda/plan_order.cuh names, and behind them its columns, by the 64.
+// What an order is for, four facts that csrc/cuda/order_facts.cuh names, and behind them its columns, by the 64.
 inline constexpr int64_t kOrderFacts = 4, kOrderWindow = 64;
-inline int64_t order_size(int64_t d_in) { return kOrderFacts + (d_in + kOrderWindow - 1) / kOrderWindow * kOrderWindow; }
+inline int64_t order_size(int64_t d_in) {
+  return kOrderFacts + (d_in + kOrderWindow - 1) / kOrderWindow * kOrderWindow;
+}
 
 struct PlanView {
   const int32_t* column_start;

@@ -10,8 +10,9 @@ namespace neuroada::cuda {
 
 static_assert(kOrderWindow == kWindow, "a plan has room for the columns of whole windows");
 
-// What an order is for, as a plan names it in front of the columns. By another one nothing is found: entries are then
-// in the order of the plan, or of the same tiles, and columns are sorted anew.
+// What an order is for, as a plan names it in front of the columns. Where it is for something else, columns are sorted
+// anew. So are entries, but for tiles of the neurons: a column's must be in rising order, or one tile after another of
+// the very width. That they are, since tiles are cut on sm_90 alone, where all GPUs have as much shared memory.
 struct OrderFacts {
   int32_t fact[kOrderFacts];
 

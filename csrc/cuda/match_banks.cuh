@@ -1,0 +1,111 @@
+// The order in which an octet of lanes reads the connections of its columns, a matching of lanes with banks at a time:
+// as csrc/order_slots.cpp has it for the slots of neurons, which says why. It takes one thread an octet, and many
+// steps: for what is done once, not in each backward.
+#pragma once
+
+#include "device.cuh"
+#include "neuroada/planner.h"
+
+namespace neuroada::cuda {
+
+// Eight numbers of four bits.
+struct Nibbles {
+  uint32_t bits = 0;
+
+  __device__ __forceinline__ int operator[](int i) const { return static_cast<int>(bits >> 4 * i & 15); }
+  __device__ __forceinline__ void set(int i, int value) {
+    bits = (bits & ~(15u << 4 * i)) | static_cast<uint32_t>(value) << 4 * i;
+  }
+};
+
+__device__ __forceinline__ int first_in(uint32_t set) { return __ffs(static_cast<int>(set)) - 1; }
+
+// Eight lanes, and how many connections of each bank each has left. Sets of lanes and of banks are bits.
+struct Octet {
+  uint16_t (*left)[kBanks];  // [lane][bank], in shared memory
+  Nibbles choice{};          // the bank of each lane in the present step
+  uint32_t free = 0;         // lanes that have none yet
+
+  __device__ __forceinline__ uint32_t lanes_of(int bank) const {
+    uint32_t lanes = 0;
+    for (int lane = 0; lane < kBanks; ++lane) lanes |= left[lane][bank] > 0 ? 1u << lane : 0;
+    return lanes;
+  }
+  __device__ __forceinline__ int32_t left_of(int bank) const {
+    int32_t sum = 0;
+    for (int lane = 0; lane < kBanks; ++lane) sum += left[lane][bank];
+    return sum;
+  }
+
+  // Gives the bank to a lane more: a free one, or else one whose bank in turn finds another (an augmenting path).
+  __device__ bool give(int bank, uint32_t active) {
+    Nibbles from{}, by{};  // which bank a lane was reached from, and by which lane a bank was
+    uint32_t reached = 0, open = 1u << bank, seen = open;
+    while (open != 0) {
+      int at = first_in(open);
+      open &= open - 1;
+      const uint32_t lanes = lanes_of(at) & active & ~reached;
+      if ((lanes & free) != 0) {
+        int lane = first_in(lanes & free);
+        for (uint32_t rest = lanes & free; rest != 0; rest &= rest - 1) {
+          if (left[first_in(rest)][at] > left[lane][at]) lane = first_in(rest);
+        }
+        free &= ~(1u << lane);
+        choice.set(lane, at);
+        while (at != bank) {
+          lane = by[at];
+          at = from[lane];
+          choice.set(lane, at);
+        }
+        return true;
+      }
+      reached |= lanes;
+      for (uint32_t rest = lanes; rest != 0; rest &= rest - 1) {
+        const int lane = first_in(rest), own = choice[lane];
+        from.set(lane, at);
+        if ((seen >> own & 1) != 0) continue;
+        seen |= 1u << own;
+        open |= 1u << own;
+        by.set(own, lane);
+      }
+    }
+    return false;
+  }
+
+  // Chooses the banks of the `active` lanes for the next of `steps` steps: most from those that have most left, and
+  // none more often than the fullest one needs, as long as that serves all.
+  __device__ void choose(uint32_t active, int32_t steps) {
+    free = active;
+    int32_t bank_left[kBanks], most = 0;
+    NEUROADA_UNROLL
+    for (int b = 0; b < kBanks; ++b) {
+      bank_left[b] = left_of(b);
+      most = most < bank_left[b] ? bank_left[b] : most;
+    }
+    Nibbles reads{};
+    for (int most_reads = most > steps ? (most + steps - 1) / steps : 1; free != 0; ++most_reads) {
+      for (uint32_t open = (1u << kBanks) - 1; free != 0 && open != 0;) {
+        int best = -1;
+        int32_t best_left = 0;
+        NEUROADA_UNROLL
+        for (int b = 0; b < kBanks; ++b) {
+          const int32_t after = bank_left[b] - reads[b];
+          if ((open >> b & 1) != 0 && (best < 0 || after > best_left)) {
+            best = b;
+            best_left = after;
+          }
+        }
+        const bool given = reads[best] < most_reads && give(best, active);
+        if (given) reads.set(best, reads[best] + 1);
+        if (!given || reads[best] >= most_reads) open &= ~(1u << best);
+      }
+    }
+  }
+
+  // What is left after a step.
+  __device__ __forceinline__ void take(uint32_t active) {
+    for (; active != 0; active &= active - 1) --left[first_in(active)][choice[first_in(active)]];
+  }
+};
+
+}  // namespace neuroada::cuda
