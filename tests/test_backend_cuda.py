@@ -27,6 +27,7 @@ def _asked_anew():
         _extension.cuda_archs,
         _extension.cutlass_version,
         _extension.serves_gpu,
+        _extension.serves_by_default,
         cuda._unavailable,
         cuda._arch_reasons,
         cuda._not_sm90,
