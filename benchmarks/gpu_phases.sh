@@ -6,9 +6,9 @@
 PHASES=(build environment cuda-smoke cuda-tests tests linear-8192 model linear-1024 model-checkpointed linear-16384
   cuda-memcheck memcheck sweep-k linear-peers sweep-tokens cuda-racecheck racecheck)
 # By name alone.
-MORE=(cuda-initcheck cuda-synccheck linear-patched linear-no-onto linear-no-bulk linear-plain linear-two-tiles linear-unordered
-  cuda-no-onto-tests cuda-plain-tests cuda-two-tiles-tests linear-triton-one-kernel kernels kernels-plain
-  kernels-two-tiles)
+MORE=(cuda-initcheck cuda-synccheck linear-patched linear-no-onto linear-no-bulk linear-plain linear-two-tiles
+  linear-unordered cuda-no-onto-tests cuda-plain-tests cuda-two-tiles-tests linear-triton-one-kernel kernels
+  kernels-plain kernels-two-tiles)
 # What sets other kernels for sm_90a than the default ones, by the part of a phase's name that says which.
 declare -A FORM=([patched]=NEUROADA_CUDA_PATCHED=1 [no-onto]=NEUROADA_CUDA_ONTO=0 [no-bulk]=NEUROADA_CUDA_BULK=0
   [plain]='NEUROADA_CUDA_ONTO=0 NEUROADA_CUDA_BULK=0' [two-tiles]=NEUROADA_CUDA_TWO_TILES=1
@@ -16,8 +16,8 @@ declare -A FORM=([patched]=NEUROADA_CUDA_PATCHED=1 [no-onto]=NEUROADA_CUDA_ONTO=
 # Percent of the time that a phase may take of what others need more: a kernel may hang.
 declare -A SHARE=([build]=30 [environment]=10 [cuda-smoke]=15 [cuda-tests]=15 [tests]=15 [linear-8192]=30 [model]=35
   [cuda-memcheck]=20 [memcheck]=20 [linear-patched]=12 [linear-no-onto]=12 [linear-no-bulk]=12
-  [linear-plain]=12 [linear-two-tiles]=12 [linear-unordered]=12 [cuda-no-onto-tests]=15 [cuda-plain-tests]=15 [cuda-two-tiles-tests]=15
-  [linear-triton-one-kernel]=12)
+  [linear-plain]=12 [linear-two-tiles]=12 [linear-unordered]=12 [linear-triton-one-kernel]=12
+  [cuda-no-onto-tests]=15 [cuda-plain-tests]=15 [cuda-two-tiles-tests]=15)
 
 is_phase() {
   [[ " ${PHASES[*]} ${MORE[*]} " == *" $1 "* ]]

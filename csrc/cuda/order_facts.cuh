@@ -10,9 +10,10 @@ namespace neuroada::cuda {
 
 static_assert(kOrderWindow == kWindow, "a plan has room for the columns of whole windows");
 
-// What an order is for, as a plan names it in front of the columns. Where it is for something else, columns are sorted
-// anew. So are entries, but for tiles of the neurons: a column's must be in rising order, or one tile after another of
-// the very width. That they are, since tiles are cut on sm_90 alone, where all GPUs have as much shared memory.
+// What an order is for, as a plan names it in front of the columns. A call that it is not for sorts the columns anew,
+// and takes their entries in whatever order they are. Only if it has several tiles of the neurons must a column's
+// entries rise, or come tile by tile in the call's own width, where they are searched for borders. They do: tiles are
+// cut on sm_90a alone, whose GPUs all have as much shared memory, and so the same width.
 struct OrderFacts {
   int32_t fact[kOrderFacts];
 

@@ -3,9 +3,8 @@
 // A plan is one int32 array, so that it travels as one tensor:
 //   column_start [d_in + 1]   the entries of column c are entry[column_start[c] .. column_start[c + 1])
 //   split [kSplits + 1]       columns at which the work falls into kSplits parts of equal size
-//   order [order_size]        facts, and the columns by their positions in the dx of a GPU; all zero if nobody ordered
-//   it entry [live]              j * k + s of each connection, by column; in rising order within one, or as that dx
-//   reads them
+//   order [order_size]        facts, and the columns by their positions in the dx of a GPU; zeros if there is no order
+//   entry [live]              j * k + s of each connection, by column, and in rising order within one, or in that one
 #pragma once
 
 #include <algorithm>
