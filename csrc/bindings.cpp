@@ -18,10 +18,12 @@ namespace {
 
 // The int32 values behind a one-dimensional buffer of exactly `count` of them.
 int32_t* int32_values(const char* name, const py::buffer_info& info, int64_t count) {
-  if (info.itemsize != 4 || info.ndim != 1 || info.size != count || (count > 1 && info.strides[0] != 4)) {
+  const char kind = info.format.empty() ? '\0' : info.format.back();
+  if (info.itemsize != 4 || (kind != 'i' && kind != 'l') || info.ndim != 1 || info.size != count ||
+      (count > 1 && info.strides[0] != 4)) {
     throw std::invalid_argument(std::string(name) + ": " + std::to_string(info.size) + " elements of " +
-                                std::to_string(info.itemsize) + " bytes, expected " + std::to_string(count) +
-                                " contiguous int32 values");
+                                std::to_string(info.itemsize) + " bytes, format '" + info.format + "', expected " +
+                                std::to_string(count) + " contiguous int32 values");
   }
   return static_cast<int32_t*>(info.ptr);
 }

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+import subprocess
+import sys
 from dataclasses import replace
 
 import pytest
@@ -239,3 +241,63 @@ def test_a_bias_of_another_dtype_joins_torchs_product(monkeypatch):
     y = cpu._linear(inputs.x, inputs.weight, inputs.index, inputs.delta, narrow)
     wide = cpu._linear(inputs.x, inputs.weight, inputs.index, inputs.delta, narrow.float())
     torch.testing.assert_close(y, wide)
+
+
+def overlapping(rows: int, columns: int) -> Tensor:
+    return torch.zeros(1, columns).expand(rows, columns)
+
+
+def test_what_is_written_has_rows_apart():
+    given = arguments()
+    index, delta, plan = given["index"], given["delta"], given["plan"]
+    refused = pytest.raises(RuntimeError, match=r"stride 0 between rows .* not overlap")
+    with refused:
+        C.bypass_fwd(given["x"], index, delta, None, None, overlapping(CASE.tokens, CASE.d_out))
+    with refused:
+        C.bypass_bwd_input(given["grad"], plan, delta, None, overlapping(CASE.tokens, CASE.d_in))
+    with refused:
+        C.merge(overlapping(CASE.d_out, CASE.d_in), index, delta)
+    assert C.gather(overlapping(CASE.d_out, CASE.d_in), index).eq(0).all()  # read alone
+
+
+@pytest.mark.parametrize(
+    ("argument", "change", "message"),
+    [
+        ("x", lambda x: x[:, :-2], "x: shape .* expected .* 72"),
+        ("index", lambda i: i[:, :1].contiguous(), "delta: shape .* expected .90, 1"),
+    ],
+)
+def test_the_backward_in_one_call_has_arguments_that_fit(argument, change, message):
+    given = arguments()
+    given[argument] = change(given[argument])
+    names = ("grad", "x", "weight", "index", "plan", "delta")
+    with pytest.raises(RuntimeError, match=message):
+        C.linear_bwd(*(given[name] for name in names))
+
+
+OUT_OF_MEMORY = """
+import resource, sys, torch, neuroada_kernels as nk
+torch.set_num_threads(int(sys.argv[1]))
+x, out = torch.zeros(32, 1 << 20), torch.zeros(32, 64)
+index, delta = torch.zeros(64, 1, dtype=torch.int32), torch.zeros(64, 1)
+torch.ops.neuroada_C.bypass_fwd(x[:, :64], index, delta, None, None, out)  # its threads are there
+pages = int(open("/proc/self/statm").read().split()[0])
+most = pages * resource.getpagesize() + (16 << 20)
+resource.setrlimit(resource.RLIMIT_AS, (most, most))
+try:
+    torch.ops.neuroada_C.bypass_fwd(x, index, delta, None, None, out)
+except Exception as error:
+    print(type(error).__name__, error)
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="limits memory")
+def test_memory_that_is_not_to_be_had_reads_the_same_for_any_number_of_threads():
+    said = [run_python(OUT_OF_MEMORY, threads) for threads in ("1", "2")]
+    assert said[0] == said[1]
+    assert "bad_alloc" in said[0]
+
+
+def run_python(code: str, *arguments: str) -> str:
+    command = [sys.executable, "-c", code, *arguments]
+    return subprocess.run(command, capture_output=True, text=True, check=True).stdout

@@ -259,6 +259,11 @@ def test_the_named_instruction_set_runs(isa):
 
 
 @pytest.mark.skipif(_extension.module is None, reason="the extension is not built")
+def test_no_name_at_all_is_no_choice():
+    assert _cpu_isa("").stdout.strip() in _extension.module.build_facts()["instruction_sets"]
+
+
+@pytest.mark.skipif(_extension.module is None, reason="the extension is not built")
 def test_an_instruction_set_that_cannot_run_is_refused():
     assert "NEUROADA_CPU_ISA: 'mmx' was not built" in _cpu_isa("mmx").stderr
 

@@ -19,6 +19,7 @@ struct CopyJob {
 template <class Weight>
 class BlockCopy {
  public:
+  static constexpr bool kIdle = false;
   static constexpr int64_t kCells = 16;
 
   BlockCopy() = default;
@@ -28,7 +29,7 @@ class BlockCopy {
 
   // Lets step() copy so much, of a copy that has not begun, that it is done after `steps` of them.
   void share_out(int64_t steps) {
-    lines_a_step_ = steps > 0 ? (job_.rows * job_.lines + steps - 1) / steps : 0;
+    lines_a_step_ = steps > 0 ? ceil_div(job_.rows * job_.lines, steps) : 0;
     for (int64_t line = 0; line < job_.lines && job_.rows > 0; ++line) {
       weight_->template prefetch_line<kFirstCache>(job_.source + line * Weight::kLine);
     }
@@ -43,9 +44,9 @@ class BlockCopy {
   }
 
  private:
-  // Where __builtin_prefetch is to put a line. Beside a product, whose steps give memory time, that is the first cache
+  // Where __builtin_prefetch is to put a line. Beside a product, whose steps give memory time, that is L1
   // alone: rows that lie a power of two apart would push out of the second, from the same sets of it, what the forward
-  // reads; to dx it is the same. By itself a copy soon gets through what the first cache has.
+  // reads; to dx it is the same. By itself a copy soon gets through what L1 has.
   static constexpr int kFirstCache = 0, kSecondCache = 2;
 
   const Weight* weight_ = nullptr;

@@ -16,6 +16,7 @@ void gather_columns(const BypassBwdInput& a, const PlanView& plan, const Rows& r
   executor.parallel(tasks.count(), [&](int64_t task) {
     const int64_t range = tasks.range(task);
     const int64_t first = plan.boundary(range, tasks.ranges), last = plan.boundary(range + 1, tasks.ranges);
+    if (first == last) return;
     const T* none = nullptr;
     const Scratch<A> staged = make_scratch<A>(a.d_out * block);
     for (int64_t b = tasks.first_block(task); b < tasks.last_block(task); ++b) {
@@ -33,7 +34,8 @@ void run(const BypassBwdInput& a, const Executor& all) {
   using A = accumulate_t<T>;
   const PlanView plan(a.plan, a.d_in);
   const Executor executor = all.limited(a.tokens * (a.d_in + a.d_out + plan.live()));
-  const GatherTasks tasks(a.tokens, a.d_in, block, executor.threads);
+  // A plan knows kSplits parts of equal work.
+  const GatherTasks tasks(a.tokens, a.d_in, block, executor.threads, kSplits);
   with_plan_rows<A>(a, tasks.blocks, all,
                     [&](const auto& rows) { gather_columns<T, block>(a, plan, rows, tasks, executor); });
 }

@@ -41,7 +41,7 @@ struct WideCell {
   static void add(Vec<A>& sum, Vec<A> x, Vec<A> weight) { sum += x * weight; }
 };
 
-#ifdef __AVX512BF16__
+#ifdef NEUROADA_PAIRS
 
 // For the lower and for the upper half of each lane, which of the bytes around it become the lane, widened; 0x80
 // stands for zero.
@@ -103,7 +103,7 @@ struct WideTokens {
   static void add(Vec<A>& sum, Vec<A> a, Vec<A> b) { sum += a * b; }
 };
 
-#ifdef __AVX512BF16__
+#ifdef NEUROADA_PAIRS
 struct PairedTokens {
   static constexpr int kTokens = 2;
   static void add(Vec<float>& sum, Vec<float> a, Vec<float> b) { PairCell::add(sum, a, b); }
@@ -116,7 +116,7 @@ struct ProductCell {
   using type = WideCell<T>;
   using tokens = WideTokens<T>;
 };
-#ifdef __AVX512BF16__
+#ifdef NEUROADA_PAIRS
 template <>
 struct ProductCell<BFloat16> {
   using type = PairCell;

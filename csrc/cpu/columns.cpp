@@ -106,9 +106,8 @@ class Runs {
 template <class T, class F>
 void each_token(const Columns& a, const Executor& all, F&& copy) {
   const Executor executor = all.limited(2 * a.tokens * a.count);
-  const int64_t parts = std::min(executor.threads, a.tokens);
-  executor.parallel(parts, [&](int64_t part) {
-    for (int64_t t = a.tokens * part / parts; t < a.tokens * (part + 1) / parts; ++t) {
+  executor.parallel_ranges(a.tokens, [&](int64_t begin, int64_t end) {
+    for (int64_t t = begin; t < end; ++t) {
       copy(static_cast<const T*>(a.x) + t * a.x_stride, static_cast<T*>(a.out) + t * a.count);
     }
   });

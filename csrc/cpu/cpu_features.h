@@ -1,8 +1,10 @@
 // What this processor can do, asked at run time.
 #pragma once
 
-#if defined(__x86_64__) && defined(__linux__)
+#if defined(__x86_64__)
 #include <cpuid.h>
+#endif
+#if defined(__x86_64__) && defined(__linux__)
 #include <sys/syscall.h>
 #include <unistd.h>
 #endif
@@ -12,7 +14,10 @@ namespace neuroada::cpu {
 // AVX2 with FMA and F16C, as the avx2 kernels are compiled for.
 inline bool has_avx2() {
 #if defined(__x86_64__)
-  return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
+  constexpr unsigned kF16c = 1u << 29;  // of cpuid: Clang before 18 does not know "f16c" by name
+  unsigned a, b, c, d;
+  return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __get_cpuid(1, &a, &b, &c, &d) &&
+         (c & kF16c);
 #else
   return false;
 #endif

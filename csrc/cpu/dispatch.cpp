@@ -38,36 +38,25 @@ namespace neuroada::cpu {
 namespace {
 
 #ifdef NEUROADA_X86
-// Whether staging blocks of all columns costs more than gathering: where k d_out <= quarters / 4 (d_in + d_out). By the
-// shape alone, that of a whole x.
-bool is_few(const Sddmm& args, int64_t quarters) {
-  const int64_t columns = std::max(args.d_in, args.whole_d_in) + args.d_out;
-  return args.dtype == DType::bf16 && 4 * args.k * args.d_out <= quarters * columns;
-}
-
-// As measured: a processor with tiles gathers faster than one without.
-constexpr int64_t kFewQuarters = 4;
-[[maybe_unused]] constexpr int64_t kFewQuartersWithTiles = 7;
-
+// bfloat16 is gathered directly where staging blocks of all columns costs more: where k d_out <= quarters / 4 (d_in +
+// d_out), by the shape alone, that of a whole x.
+template <int64_t quarters, bool prefetches>
 void sddmm_of_pairs(const Sddmm& args, const Executor& executor) {
-  if (is_few(args, kFewQuarters)) return avx512_bf16::sddmm_few(args, executor, true);
+  const int64_t columns = std::max(args.d_in, args.whole_d_in) + args.d_out;
+  if (args.dtype == DType::bf16 && 4 * args.k * args.d_out <= quarters * columns) {
+    return avx512_bf16::sddmm_few(args, executor, prefetches);
+  }
   avx512_bf16::sddmm(args, executor);
 }
 
 constexpr Kernels kernels_with_pairs() {
   Kernels kernels = NEUROADA_KERNELS(avx512_bf16);
-  kernels.sddmm = &sddmm_of_pairs;
+  kernels.sddmm = &sddmm_of_pairs<4, true>;
   return kernels;
 }
 #endif
 
 #ifdef NEUROADA_AMX
-// Whether asking ahead gains here too was not measured.
-void sddmm_beside_tiles(const Sddmm& args, const Executor& executor) {
-  if (is_few(args, kFewQuartersWithTiles)) return avx512_bf16::sddmm_few(args, executor, false);
-  avx512_bf16::sddmm(args, executor);
-}
-
 // Tiles multiply bfloat16, and all else but the SDDMM is as it is without them.
 void linear_fwd_in_tiles(const LinearFwd& args, const Executor& executor) {
   (args.bypass.dtype == DType::bf16 ? amx_bf16::linear_fwd : avx512_bf16::linear_fwd)(args, executor);
@@ -79,7 +68,7 @@ void linear_bwd_input_in_tiles(const LinearBwdInput& args, const Executor& execu
 constexpr Kernels kernels_with_tiles() {
   Kernels kernels = kernels_with_pairs();
   kernels.isa = "amx_bf16";
-  kernels.sddmm = &sddmm_beside_tiles;
+  kernels.sddmm = &sddmm_of_pairs<7, false>;  // processors with tiles gather faster; prefetching was not measured there
   kernels.linear_fwd = &linear_fwd_in_tiles;
   kernels.linear_bwd_input = &linear_bwd_input_in_tiles;
   return kernels;
@@ -105,7 +94,7 @@ const Candidate kCandidates[] = {
 
 const Kernels& choose() {
   const char* named = std::getenv("NEUROADA_CPU_ISA");
-  if (named != nullptr) {
+  if (named != nullptr && *named != '\0') {
     if (const Kernels* kernels = kernels_for(named)) return *kernels;
     throw std::invalid_argument(std::string("NEUROADA_CPU_ISA: '") + named +
                                 "' was not built or does not run here; neuroada info lists what does");

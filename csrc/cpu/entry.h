@@ -1,5 +1,5 @@
-// The entry points that every instruction set's copy of the kernels has, but for sddmm_few(), which avx512_bf16 alone
-// has. No include guard: who chooses among the copies includes it once for each.
+// The entry points of one instruction set's copy of the kernels. sddmm_few() is in avx512_bf16 alone, and amx_bf16 has
+// linear_fwd() and linear_bwd_input() alone. No include guard: who chooses among the copies includes it once for each.
 
 #include "kernels.h"
 
@@ -8,7 +8,7 @@ namespace neuroada::cpu::NEUROADA_ISA {
 void bypass_fwd(const BypassFwd&, const Executor&);
 void bypass_bwd_input(const BypassBwdInput&, const Executor&);
 void sddmm(const Sddmm&, const Executor&);
-void sddmm_few(const Sddmm&, const Executor&, bool asks_ahead);
+void sddmm_few(const Sddmm&, const Executor&, bool prefetches);
 void merge(const Merge&, const Executor&);
 void linear_fwd(const LinearFwd&, const Executor&);
 void linear_bwd_input(const LinearBwdInput&, const Executor&);

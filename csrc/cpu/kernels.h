@@ -5,6 +5,7 @@
 
 #include <algorithm>
 #include <cstdint>
+#include <type_traits>
 
 #include "neuroada/dtype.h"
 #include "neuroada/merge_mode.h"
@@ -17,8 +18,10 @@ struct Executor {
   void (*run)(int64_t tasks, void (*body)(void* context, int64_t task), void* context);
   int64_t grain = 1 << 16;  // multiply-adds that are worth waking a thread, about 10 microseconds
 
-  // With no more threads than the work is worth.
-  Executor limited(int64_t work) const { return {std::min(threads, work / grain + 1), run, grain}; }
+  // With no more threads than the work is worth. Inlined, or the linker might keep a wide copy's for all.
+  __attribute__((always_inline)) Executor limited(int64_t work) const {
+    return {std::min(threads, work / grain + 1), run, grain};
+  }
 
   template <class F>
   void parallel(int64_t tasks, F&& f) const {
@@ -26,7 +29,15 @@ struct Executor {
       for (int64_t task = 0; task < tasks; ++task) f(task);
       return;
     }
-    run(tasks, [](void* context, int64_t task) { (*static_cast<F*>(context))(task); }, &f);
+    using Body = std::remove_reference_t<F>;
+    run(tasks, [](void* context, int64_t task) { (*static_cast<Body*>(context))(task); }, &f);
+  }
+
+  // f(begin, end) for the parts of [0, count), one for each thread.
+  template <class F>
+  void parallel_ranges(int64_t count, F&& f) const {
+    const int64_t parts = threads < count ? threads : count;
+    parallel(parts, [&](int64_t part) { f(count * part / parts, count * (part + 1) / parts); });
   }
 };
 
@@ -119,7 +130,7 @@ struct Columns {
   void* out;               // [tokens, count]
 };
 
-// What no value is below, and above; of no values, INT32_MAX and INT32_MIN.
+// The least and the largest value; of none INT32_MAX and INT32_MIN, which are within any range.
 struct Bounds {
   int32_t lowest = INT32_MAX, highest = INT32_MIN;
 };

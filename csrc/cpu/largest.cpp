@@ -142,9 +142,8 @@ template <class T, Ranking by>
 void run(const Largest& a, const Executor& all) {
   using U = Bits<T>;
   const Executor executor = all.limited(a.rows * a.columns);
-  const int64_t parts = executor.threads;
-  executor.parallel(parts, [&](int64_t part) {
-    for (int64_t r = a.rows * part / parts; r < a.rows * (part + 1) / parts; ++r) {
+  executor.parallel_ranges(a.rows, [&](int64_t begin, int64_t end) {
+    for (int64_t r = begin; r < end; ++r) {
       write_row<T, by>(static_cast<const U*>(a.scores) + r * a.stride, a.columns, a.k, a.index + r * a.k);
     }
   });

@@ -4,7 +4,7 @@
 // a time, and laid down as the tile of the product reads it.
 #include "entry.h"
 #include "plan_rows.h"
-#ifdef __AMX_BF16__
+#ifdef NEUROADA_TILES
 #include "transposed_weight.h"
 #else
 #include "packed_weight.h"

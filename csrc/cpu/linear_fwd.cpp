@@ -1,7 +1,7 @@
 // out[t, j] = sum_c x[t, c] W[j, c] + bias[j] + sum_s delta[j, s] x[t, index[j, s]]
 //
 // One pass: product.h stages x for the product and the bypass alike. Rows of W lie a power of two apart
-// and would push each other out of the first cache, so for many tokens a block of them is copied, and widened on the
+// and would push each other out of L1, so for many tokens a block of them is copied, and widened on the
 // way.
 #include "entry.h"
 #include "product.h"

@@ -19,10 +19,9 @@ void run(const Merge& a, const Executor& all) {
   // An entry is a cache line of its own, and mostly a page, that the products before have pushed out.
   constexpr int64_t kMissCost = 256;  // in multiply-adds
   const Executor executor = all.limited(kMissCost * a.d_out * a.k);
-  const int64_t parts = executor.threads;
   T* const original = static_cast<T*>(a.original);
-  executor.parallel(parts, [&](int64_t part) {
-    for (int64_t j = a.d_out * part / parts; j < a.d_out * (part + 1) / parts; ++j) {
+  executor.parallel_ranges(a.d_out, [&](int64_t begin, int64_t end) {
+    for (int64_t j = begin; j < end; ++j) {
       T* row = static_cast<T*>(a.weight) + j * a.weight_stride;
       for (int64_t e = j * a.k; e < (j + 1) * a.k; ++e) {
         const int32_t column = a.index[e];

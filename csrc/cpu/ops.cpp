@@ -4,6 +4,8 @@
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
 
+#include <exception>
+#include <mutex>
 #include <optional>
 #include <tuple>
 
@@ -17,9 +19,18 @@ namespace {
 Executor torch_executor() {
   return {static_cast<int64_t>(torch::stable::get_num_threads()),
           [](int64_t tasks, void (*body)(void*, int64_t), void* context) {
-            torch::stable::parallel_for(0, tasks, 1, [=](int64_t begin, int64_t end) {
-              for (int64_t task = begin; task < end; ++task) body(context, task);
+            // Through torch's C interface an error would lose its kind and its words.
+            std::mutex mutex;
+            std::exception_ptr error;
+            torch::stable::parallel_for(0, tasks, 1, [&](int64_t begin, int64_t end) {
+              try {
+                for (int64_t task = begin; task < end; ++task) body(context, task);
+              } catch (...) {
+                const std::lock_guard<std::mutex> lock(mutex);
+                if (!error) error = std::current_exception();
+              }
             });
+            if (error) std::rethrow_exception(error);
           }};
 }
 
@@ -56,6 +67,7 @@ BypassFwd forward_args(const Tensor& x, const Tensor& index, const Tensor& delta
   check_matrix("delta", delta, d_out, k);
   check_delta("delta", delta, dtype);
   check_matrix("out", out, tokens, d_out);
+  check_written("out", out);
   check_same_dtype("out", out, dtype, "x");
   if (base) {
     check_matrix("base", *base, tokens, d_out);
@@ -128,6 +140,7 @@ BypassBwdInput backward_args(const Tensor& grad, const Tensor& plan, const Tenso
   check_matrix("grad", grad, -1, d_out);
   const int64_t tokens = grad.size(0);
   check_matrix("out", out, tokens, -1);
+  check_written("out", out);
   const int64_t d_in = out.size(1);
   const DType dtype = dtype_of("grad", grad);
   check_same_dtype("out", out, dtype, "grad");
@@ -183,6 +196,10 @@ Tensor sddmm_op(const Tensor& grad, const Tensor& x, const Tensor& index, std::o
 // linear_bwd_input and sddmm
 std::tuple<Tensor, Tensor> linear_bwd_op(const Tensor& grad, const Tensor& x, const Tensor& weight, const Tensor& index,
                                          const Tensor& plan, const Tensor& delta) {
+  check_matrix("weight", weight, -1, -1);
+  check_matrix("x", x, -1, weight.size(1));
+  check_matrix("index", index, -1, -1);
+  check_matrix("delta", delta, index.size(0), index.size(1));
   const Tensor grad_delta = sddmm_op(grad, x, index, std::nullopt);
   return {linear_bwd_input_op(grad, weight, plan, delta), grad_delta};
 }
@@ -202,6 +219,7 @@ void run_merge(MergeMode mode, const Tensor& weight, const Tensor& index, const 
   check_matrix("original", original, d_out, k);
   check_same_dtype("original", original, dtype, "weight");
   check_contiguous("original", original);
+  if (writes_weight(mode)) check_written("weight", weight);
   kernels().merge({dtype, mode, d_out, k, data_of(weight, writes_weight(mode)), weight.stride(0),
                    static_cast<const int32_t*>(index.const_data_ptr()), delta ? delta->const_data_ptr() : nullptr,
                    data_of(original, writes_original(mode))},

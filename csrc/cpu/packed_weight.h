@@ -32,7 +32,7 @@ struct BackwardWeight {
   BlockSize block(int64_t tokens) const {
     constexpr BlockSize many{kColumns * Cell::kDepth, kBlockCells<Cell>, kBlockCells<Cell> * Cell::kDepth};
     if (tokens > kTokensInTurn) return many;
-    if (!is_few(tokens)) return {2 * many.rows, many.cells, many.elements_a_row};
+    if (!is_short_block(tokens)) return {2 * many.rows, many.cells, many.elements_a_row};
     constexpr int64_t kRun = 2048, kRows = 24, kSums = 170;
     const int64_t cells = std::max(kRows, ceil_div(ceil_div(d_out, Cell::kDepth), kSums));
     const int64_t run = std::clamp<int64_t>(2 * many.rows * many.cells / cells, kColumns, kRun);
@@ -90,7 +90,7 @@ struct BackwardWeight {
   // From one cell of a block to the next.
   static int64_t step(const BlockPlace& b) { return b.rows * Cell::kDepth; }
 
-#ifdef __AVX512BF16__
+#ifdef NEUROADA_PAIRS
   // A line of pairs: target[place(i)] = low[i], target[place(i) + 1] = high[i]
   static void pack_pairs(const BFloat16* low, const BFloat16* high, BFloat16* target) {
     const __m512i lower = _mm512_loadu_si512(low), upper = _mm512_loadu_si512(high);

@@ -38,9 +38,8 @@ struct CsrRows {
       : start(rows.plan.column_start),
         columns(make_scratch<int32_t>(rows.plan.live())),
         values(make_scratch<A>(rows.plan.live())) {
-    const int64_t live = rows.plan.live(), parts = executor.threads;
-    executor.parallel(parts, [&](int64_t part) {
-      for (int64_t e = live * part / parts; e < live * (part + 1) / parts; ++e) {
+    executor.parallel_ranges(rows.plan.live(), [&](int64_t begin, int64_t end) {
+      for (int64_t e = begin; e < end; ++e) {
         columns[e] = rows.column(e);
         values[e] = rows.value(e);
       }

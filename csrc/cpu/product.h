@@ -8,7 +8,7 @@
 
 #include "block_copy.h"
 #include "staging.h"
-#ifdef __AMX_BF16__
+#ifdef NEUROADA_TILES
 #include "product_tile_amx.h"
 #else
 #include "product_tile.h"
@@ -25,10 +25,7 @@ inline constexpr int64_t kMostTokens = 256;
 // Weight's kTokensInTurn: that saves the copy. It must leave the cells of a block, and so every sum, as they are,
 // since how many tokens a block has depends on the threads.
 inline constexpr int64_t kFewTokens = 32;
-inline bool is_few(int64_t tokens) { return tokens <= kFewTokens; }
-
-inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
-inline int64_t round_up(int64_t value, int64_t step) { return ceil_div(value, step) * step; }
+inline bool is_short_block(int64_t tokens) { return tokens <= kFewTokens; }
 
 template <class T>
 struct Product {
@@ -304,7 +301,7 @@ void run_task(const Product<T>& p, const Weight& weight, const Rows& rows, const
 // Calls f(element) with an element of the dtype: tiles of AMX multiply bfloat16 alone.
 template <class F>
 void with_product_dtype([[maybe_unused]] DType dtype, F&& f) {
-#ifdef __AMX_BF16__
+#ifdef NEUROADA_TILES
   f(BFloat16{});
 #else
   with_dtype(dtype, f);
@@ -319,13 +316,10 @@ void multiply_and_gather(const Product<T>& p, const Weight& weight, const Rows& 
   const Executor executor = all.limited(p.tokens * (p.columns + p.rows * (1 + p.columns / kProductsABypass)));
   const int64_t bytes = ceil_div(p.columns, Cell::kDepth) * static_cast<int64_t>(sizeof(A));
   const ProductTasks tasks(p.tokens, p.rows, Weight::most_tokens(bytes), bytes, kLanes<A>, executor.threads);
-  const int64_t parts = std::min(tasks.count(), executor.threads);
-  executor.parallel(parts, [&](int64_t part) {
+  executor.parallel_ranges(tasks.count(), [&](int64_t begin, int64_t end) {
     const int64_t blocks = copies_aside<Weight>(tasks) ? 2 : 1;
     const ProductScratch<Cell> scratch(p.columns, tasks, weight.block(tasks.block_tokens), blocks);
-    for (int64_t task = tasks.count() * part / parts; task < tasks.count() * (part + 1) / parts; ++task) {
-      run_task(p, weight, entries, tasks, task, scratch);
-    }
+    for (int64_t task = begin; task < end; ++task) run_task(p, weight, entries, tasks, task, scratch);
   });
 }
 

@@ -12,7 +12,7 @@ template <class Element>
 struct WeightBlock {
   const Element* at = nullptr;
   int64_t row_step = 0, cell_step = 0;
-  bool stays = false;  // whether the rows of a tile are to stay in the first cache while all tokens of a block go by
+  bool stays = false;  // whether the rows of a tile are to stay in L1 while all tokens of a block go by
 };
 
 // What a tile reads and adds to: total[r][i] = or += sum over `cells` of panel[c][i] W(row + r, c).
@@ -26,11 +26,12 @@ struct TileJob {
   int64_t cells;
   A* total;
   int64_t total_stride;
-  bool first;  // whether total is set, not added to
+  bool overwrite;  // total, as beta = 0 does in BLAS; else it is added to
 };
 
-// What may be done aside: a step of it every kCells cells.
+// What may be done aside: a step of it every kCells cells; or nothing, idle.
 struct NothingAside {
+  static constexpr bool kIdle = true;
   static constexpr int64_t kCells = INT64_MAX;
   void step() {}
 };

@@ -26,9 +26,9 @@ template <int vectors>
 inline constexpr int kPanelVectors = vectors;
 
 // Rows and cells of W that are multiplied by all tokens of a block before the next are, in the forward pass: as many
-// as the second cache holds twice.
+// as L2 holds twice.
 inline constexpr int64_t kBlockRows = 4 * kTileSums, kLeastTokens = 96;
-// Of staged tokens the third cache may hold a part, which tiles read in long runs: another pass over W costs more.
+// Of staged tokens L3 may hold a part, which tiles read in long runs: another pass over W costs more.
 inline constexpr int64_t kStagedBytes = kVectorBytes == 64 ? 4 << 20 : 2 << 20;
 template <class Cell>
 inline constexpr int64_t kBlockCells = 512 / Cell::kDepth;
@@ -54,7 +54,7 @@ inline __attribute__((always_inline)) void unroll(F&& f) {
 
 // The sums of the cells [begin, end), for the rows of a tile and a panel of `vectors` vectors of tokens,
 // as a new first value of `sums` or added to it. `packed` says how W lies.
-template <class Cell, int vectors, bool packed, bool first, class Aside>
+template <class Cell, int vectors, bool packed, bool overwrite, class Aside>
 inline void sum_cells(const TileJob<Cell>& job, int64_t begin, int64_t end, typename Cell::A* sums, int64_t stride,
                       Aside& aside) {
   using A = typename Cell::A;
@@ -72,7 +72,7 @@ inline void sum_cells(const TileJob<Cell>& job, int64_t begin, int64_t end, type
     rows[i] = job.weight.at + (packed ? Cell::place(row) : row * row_step);
   }
   // The rows of tiles to come, where W is read as it lies, a row to a cell: more streams than the processor follows.
-  constexpr int64_t ahead = packed && Aside::kCells == INT64_MAX ? 128 / sizeof(Element) : 0;
+  constexpr int64_t ahead = packed && Aside::kIdle ? 128 / sizeof(Element) : 0;
   Vec<A> sum[tile_rows][vectors];
   const auto each_sum = [](auto&& f) __attribute__((always_inline)) {
     unroll<tile_rows>([&](auto r) __attribute__((always_inline)) {
@@ -82,7 +82,7 @@ inline void sum_cells(const TileJob<Cell>& job, int64_t begin, int64_t end, type
   each_sum([&](auto r, auto v) __attribute__((always_inline)) { sum[r][v] = zero<A>(); });
   for (int64_t c = begin; c < end;) {
     aside.step();
-    for (const int64_t pause = Aside::kCells == INT64_MAX ? end : std::min(c + Aside::kCells, end); c < pause; ++c) {
+    for (const int64_t pause = Aside::kIdle ? end : std::min(c + Aside::kCells, end); c < pause; ++c) {
       if constexpr (ahead != 0) __builtin_prefetch(rows[0] + c * cell_step + ahead);
       Vec<A> x[vectors], value;
       unroll<vectors>([&](auto v)
@@ -96,19 +96,19 @@ inline void sum_cells(const TileJob<Cell>& job, int64_t begin, int64_t end, type
   }
   each_sum([&](auto r, auto v) __attribute__((always_inline)) {
     A* place = sums + r * stride + v * lanes;
-    store(place, first ? sum[r][v] : load(place) + sum[r][v]);
+    store(place, overwrite ? sum[r][v] : load(place) + sum[r][v]);
   });
 }
 
 // The same, not inlined where a tile leaves few registers for what surrounds it: in loops of its caller gcc read x, and
 // even a counter, from memory for each product.
-template <class Cell, int vectors, bool packed, bool first, class Aside>
+template <class Cell, int vectors, bool packed, bool overwrite, class Aside>
 #ifndef __AVX512F__
 __attribute__((noinline))
 #endif
 void sum_cells_apart(const TileJob<Cell>& job, int64_t begin, int64_t end, typename Cell::A* sums, int64_t stride,
                      Aside& aside) {
-  sum_cells<Cell, vectors, packed, first>(job, begin, end, sums, stride, aside);
+  sum_cells<Cell, vectors, packed, overwrite>(job, begin, end, sums, stride, aside);
 }
 
 // Short sums round less than one long one: where it shows, those of a tile are added up beside the total.
@@ -116,7 +116,8 @@ template <class Cell, int vectors, bool packed, class Aside>
 void multiply_tile(const TileJob<Cell>& job, Aside& aside) {
   using A = typename Cell::A;
   if (job.cells <= Cell::kShortSum) {
-    if (job.first) return sum_cells<Cell, vectors, packed, true>(job, 0, job.cells, job.total, job.total_stride, aside);
+    if (job.overwrite)
+      return sum_cells<Cell, vectors, packed, true>(job, 0, job.cells, job.total, job.total_stride, aside);
     return sum_cells<Cell, vectors, packed, false>(job, 0, job.cells, job.total, job.total_stride, aside);
   }
   constexpr int width = vectors * kLanes<A>;
@@ -129,7 +130,7 @@ void multiply_tile(const TileJob<Cell>& job, Aside& aside) {
     for (int i = 0; i < width; i += kLanes<A>) {
       A* place = job.total + r * job.total_stride + i;
       const Vec<A> sum = load(sums + r * width + i);
-      store(place, job.first ? sum : load(place) + sum);
+      store(place, job.overwrite ? sum : load(place) + sum);
     }
   }
 }

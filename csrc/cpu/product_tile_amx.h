@@ -25,11 +25,11 @@ inline constexpr int kPanelVectors = 1;
 // between theirs, and the rows of a tile stay in a cache while all tokens of a block go by. Threads share the rows of
 // a block rather than each have one of fewer tokens.
 inline constexpr int64_t kLeastTokens = 512;
-// More than the second cache holds: tiles reading x from farther away cost less than another pass over W does.
+// More than L2 holds: tiles reading x from farther away cost less than another pass over W does.
 inline constexpr int64_t kStagedBytes = 8 << 20;
 inline constexpr bool kCopiesAside = false, kRowsFirst = true;
 // The block that the forward pass reads where it lies. Sums stay in registers for as many cells; of x these are what
-// the second cache holds, for as many rows.
+// L2 holds, for as many rows.
 inline constexpr int64_t kBlockRows = 8 * kTileSums;
 template <class Cell>
 inline constexpr int64_t kBlockCells = 1024;
@@ -74,7 +74,7 @@ inline void clear_tile() {
   asm volatile("tilezero %%tmm%c0" : : "i"(tile));
 }
 
-// What passes is not to stay in the first cache.
+// What passes is not to stay in L1.
 template <int tile, bool passes>
 inline void load_tile(const void* source, int64_t row_bytes) {
   show_to_sanitizer(source, row_bytes);
@@ -110,7 +110,7 @@ inline void each_sum_tile(F&& f) {
 }
 
 // Sixteen cells after the other join the total: as exact as the output's own rounding to bfloat16 lets one see. What is
-// read once goes past the first cache: x and the totals, to leave W there, or W, where it does not fit anyway.
+// read once goes past L1: x and the totals, to leave W there, or W, where it does not fit anyway.
 template <int vectors, bool stays>
 void multiply_registers(const TileJob<PairCell>& job) {
   constexpr int64_t x_step = 64, float_bytes = sizeof(float);
@@ -122,7 +122,7 @@ void multiply_registers(const TileJob<PairCell>& job) {
   const int64_t total_step = job.total_stride * float_bytes;
   asm volatile("" : : : "memory");  // what tile registers read is written by now
   each_sum_tile<vectors>([&](auto tile, int64_t row, int64_t token) {
-    if (job.first) return clear_tile<tile>();
+    if (job.overwrite) return clear_tile<tile>();
     load_tile<tile, stays>(job.total + row * job.total_stride + token, total_step);
   });
   for (int64_t c = 0; c < job.cells; c += kTileCells) {

@@ -17,17 +17,17 @@ struct Partial {
   Scratch<A> sums;
 
   Partial(int64_t chunks, int64_t d_out, int64_t k)
-      : groups((d_out + kLanes<A> - 1) / kLanes<A>), k(k), sums(make_scratch<A>(chunks * groups * k * kLanes<A>)) {}
+      : groups(ceil_div(d_out, kLanes<A>)), k(k), sums(make_scratch<A>(chunks * groups * k * kLanes<A>)) {}
 
   A* at(int64_t chunk, int64_t group) const { return sums.get() + (chunk * groups + group) * k * kLanes<A>; }
 };
 
-// Groups whose grad is staged at once: in pairs two cache lines of each row, half of a first cache of 32 KB. A block
+// Groups whose grad is staged at once: in pairs two cache lines of each row, half of an L1 of 32 KB. A block
 // of wide tokens has fewer rows, and nothing to gain.
 template <class Tokens>
 constexpr int kStagedGroups = Tokens::kTokens == 1 ? 1 : 4;
 
-#ifdef __AVX512BF16__
+#ifdef NEUROADA_PAIRS
 
 // staged[c - first][i] = the tokens t and t + 16 of column c, t = 32 (i / 16) + i % 16, zero past the
 // last. Which tokens are paired is the same for x and grad, and so of no matter to their product.

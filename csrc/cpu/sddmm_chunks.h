@@ -6,6 +6,7 @@
 #include <cstdint>
 
 #include "kernels.h"
+#include "sizes.h"
 
 namespace neuroada::cpu::NEUROADA_ISA {
 
@@ -17,9 +18,9 @@ struct TokenChunks {
 
   // The length of a chunk is a multiple of a block's.
   TokenChunks(int64_t tokens, int64_t block) : tokens(tokens) {
-    const int64_t wanted = std::max<int64_t>(1, std::min(kMostChunks, (tokens + kChunkTokens - 1) / kChunkTokens));
-    length = std::max<int64_t>(1, ((tokens + wanted - 1) / wanted + block - 1) / block) * block;
-    count = (tokens + length - 1) / length;
+    const int64_t wanted = std::max<int64_t>(1, std::min(kMostChunks, ceil_div(tokens, kChunkTokens)));
+    length = std::max<int64_t>(1, ceil_div(ceil_div(tokens, wanted), block)) * block;
+    count = ceil_div(tokens, length);
   }
 
   int64_t begin(int64_t chunk) const { return chunk * length; }
@@ -31,7 +32,7 @@ struct TokenChunks {
 template <class F>
 void each_chunk(const TokenChunks& chunks, int64_t groups, const Executor& executor, F&& f) {
   const int64_t count = chunks.count, threads = executor.threads;
-  const int64_t ranges = count == 0 ? 1 : std::max<int64_t>(1, std::min((threads + count - 1) / count, groups));
+  const int64_t ranges = count == 0 ? 1 : std::max<int64_t>(1, std::min(ceil_div(threads, count), groups));
   executor.parallel(count * ranges, [&](int64_t task) {
     const int64_t range = task % ranges;
     f(task / ranges, groups * range / ranges, groups * (range + 1) / ranges);
@@ -41,10 +42,8 @@ void each_chunk(const TokenChunks& chunks, int64_t groups, const Executor& execu
 // Calls f(group) for all groups, once they have `sums` partial sums altogether.
 template <class F>
 void each_group(int64_t groups, int64_t sums, const Executor& all, F&& f) {
-  const Executor executor = all.limited(sums);
-  const int64_t parts = std::min(executor.threads, groups);
-  executor.parallel(parts, [&](int64_t part) {
-    for (int64_t group = groups * part / parts; group < groups * (part + 1) / parts; ++group) f(group);
+  all.limited(sums).parallel_ranges(groups, [&](int64_t begin, int64_t end) {
+    for (int64_t group = begin; group < end; ++group) f(group);
   });
 }
 

@@ -1,7 +1,7 @@
 // out[j, s] = sum_t grad[t, j] x[t, index[j, s]], for few bypasses a neuron, in bfloat16 alone.
 //
 // Four tokens of a column lie side by side in a cell of 8 bytes, which is all that is done to x and grad: rows are
-// read as they lie, four at a time, and the cells of x stay in the first cache. A vector gathers the cells of eight
+// read as they lie, four at a time, and the cells of x stay in L1. A vector gathers the cells of eight
 // neurons. Transposing whole blocks, as sddmm.cpp does, costs more than the products of few bypasses a neuron, but
 // makes each of them cheaper: a sum stays in registers there, and is read and written here for every four tokens.
 #include "entry.h"
@@ -46,7 +46,7 @@ struct Line {
   }
 };
 
-int64_t lines_of(int64_t columns) { return (columns + kLine - 1) / kLine; }
+int64_t lines_of(int64_t columns) { return ceil_div(columns, kLine); }
 
 // What stands for (line, vector v, slot s) in an array of vectors.
 int64_t place(int64_t line, int64_t v, int64_t s, int64_t k) { return (line * kVectors + v) * k + s; }
@@ -101,7 +101,7 @@ inline void add_line(const Line& grad, const int64_t* x, const int32_t* cells, i
 }
 
 // The sums of one chunk for the neurons of the lines [first, last).
-void sum_chunk(const Sddmm& a, const TokenChunks& chunks, int64_t chunk, int64_t first, int64_t last, bool asks_ahead,
+void sum_chunk(const Sddmm& a, const TokenChunks& chunks, int64_t chunk, int64_t first, int64_t last, bool prefetches,
                float* partial) {
   const int64_t k = a.k, vectors = place(last - first, 0, 0, k), end = chunks.end(chunk);
   const Scratch<int32_t> cells = make_scratch<int32_t>(vectors * kCells);
@@ -112,7 +112,7 @@ void sum_chunk(const Sddmm& a, const TokenChunks& chunks, int64_t chunk, int64_t
   std::fill(sums.get(), sums.get() + vectors * kLanes<float>, 0.0f);
   for (int64_t t = chunks.begin(chunk); t < end; t += kTokens) {
     // What the processor reads ahead by itself ends with a page, which many a row fills.
-    const int64_t rows_ahead = asks_ahead ? std::max<int64_t>(std::min(kTokens, end - t - kTokens), 0) : 0;
+    const int64_t rows_ahead = prefetches ? std::max<int64_t>(std::min(kTokens, end - t - kTokens), 0) : 0;
     const BFloat16* x = static_cast<const BFloat16*>(a.x) + t * a.x_stride;
     const BFloat16* grad = static_cast<const BFloat16*>(a.grad) + t * a.grad_stride;
     for (int64_t c = 0; c < a.d_in; c += kLine) {
@@ -149,12 +149,12 @@ void add_chunks(const Sddmm& a, const TokenChunks& chunks, const float* partial,
 
 }  // namespace
 
-void sddmm_few(const Sddmm& a, const Executor& executor, bool asks_ahead) {
+void sddmm_few(const Sddmm& a, const Executor& executor, bool prefetches) {
   const TokenChunks chunks(a.tokens, kTokens);
   const int64_t lines = lines_of(a.d_out), stride = place(lines, 0, 0, a.k) * kCells;
   const Scratch<float> partial = make_scratch<float>(chunks.count * stride);
   each_chunk(chunks, lines, executor.limited(work_of(a)), [&](int64_t chunk, int64_t first, int64_t last) {
-    sum_chunk(a, chunks, chunk, first, last, asks_ahead, partial.get() + chunk * stride);
+    sum_chunk(a, chunks, chunk, first, last, prefetches, partial.get() + chunk * stride);
   });
   each_group(lines, chunks.count * stride, executor,
              [&](int64_t line) { add_chunks(a, chunks, partial.get(), stride, line); });

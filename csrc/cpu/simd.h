@@ -7,9 +7,17 @@
 #include <utility>
 
 #include "neuroada/dtype.h"
+#include "sizes.h"
 
 #if defined(__F16C__) || defined(__AVX512F__)
 #include <immintrin.h>
+#endif
+
+// What a copy has is said by who compiles it, NEUROADA_VECTOR_BYTES, _PAIRS and _TILES; that flags for all sources say
+// more, as -march=native may, would give every copy the products of the widest.
+#if (defined(__AVX2__) && !defined(NEUROADA_VECTOR_BYTES)) || (defined(__AVX512BF16__) && !defined(NEUROADA_PAIRS)) || \
+    (defined(__AMX_BF16__) && !defined(NEUROADA_TILES))
+#error "flags name more than the instruction set of this copy, expected them for this target alone"
 #endif
 
 #ifndef NEUROADA_ISA
@@ -18,10 +26,8 @@
 
 namespace neuroada::cpu::NEUROADA_ISA {
 
-#if defined(__AVX512F__)
-inline constexpr int kVectorBytes = 64;
-#elif defined(__AVX2__)
-inline constexpr int kVectorBytes = 32;
+#ifdef NEUROADA_VECTOR_BYTES
+inline constexpr int kVectorBytes = NEUROADA_VECTOR_BYTES;
 #else
 inline constexpr int kVectorBytes = 16;
 #endif

@@ -15,7 +15,7 @@
 namespace neuroada::cpu::NEUROADA_ISA {
 
 // Tokens in a block. A long one shares each entry's index and delta among more tokens; a short one
-// wastes less on few tokens, and keeps more columns in the second cache.
+// wastes less on few tokens, and keeps more columns in L2.
 template <class A>
 inline constexpr int kLongBlock = 128 / sizeof(A);
 template <class A>
@@ -50,7 +50,7 @@ template <class Cell>
 inline constexpr int kLineVectors = 64 / sizeof(typename Cell::Source) / Cell::kDepth / kLanes<typename Cell::A>;
 
 // Transposes `line` vectors of kLanes rows each into staged. A row's cache line is read once: rows
-// often lie a power of two apart, and then push each other out of the first cache.
+// often lie a power of two apart, and then push each other out of L1.
 template <class Cell, int block, int line>
 inline void stage_tile(const typename Cell::Source* source, int64_t stride, int64_t tokens, typename Cell::A* staged) {
   using A = typename Cell::A;
@@ -72,7 +72,7 @@ inline void stage_tile(const typename Cell::Source* source, int64_t stride, int6
 }
 
 // Asks for the cache line at `column` of each of `tokens` rows. The rows are too many streams for the
-// processor to guess, and too far apart for the first cache: into the second.
+// processor to guess, and too far apart for L1: into L2.
 //
 // Always inlined, as all functions here that do nothing but this: GCC takes one for a function without effects, and
 // where it does not inline a call, drops it.
@@ -247,10 +247,11 @@ void gather_rows(const Rows& rows, const Staged staged, int64_t first, int64_t l
 struct GatherTasks {
   int64_t blocks, runs, ranges;
 
-  GatherTasks(int64_t tokens, int64_t rows, int64_t block, int64_t threads)
-      : blocks((tokens + block - 1) / block), runs(std::min(blocks, threads)), ranges(1) {
+  GatherTasks(int64_t tokens, int64_t rows, int64_t block, int64_t threads, int64_t most_ranges = INT64_MAX)
+      : blocks(ceil_div(tokens, block)), runs(std::min(blocks, threads)), ranges(1) {
     constexpr int64_t fewest_rows = 64;
-    if (blocks > 0 && blocks < threads) ranges = std::min((threads + blocks - 1) / blocks, rows / fewest_rows + 1);
+    if (blocks > 0 && blocks < threads)
+      ranges = std::min({ceil_div(threads, blocks), rows / fewest_rows + 1, most_ranges});
   }
 
   int64_t count() const { return runs * ranges; }

@@ -13,7 +13,7 @@ struct BackwardWeight {
   using Cell = PairCell;
   using Element = BFloat16;
   static constexpr bool kPacked = false;
-  // Of a block, so few that those of the columns of a tile stay in the first cache while all tokens go by.
+  // Of a block, so few that those of the columns of a tile stay in L1 while all tokens go by.
   static constexpr int64_t kCells = 128;
   // A cache line more than a block's row, so that the rows of a tile lie in different sets of the cache.
   static constexpr int64_t kStep = kCells * Cell::kDepth + 64 / sizeof(Element);
@@ -27,7 +27,7 @@ struct BackwardWeight {
     return 2 * kMostTokens * staged_bytes_a_token <= 1 << 20 ? 2 * kMostTokens : kMostTokens;
   }
   // Many: what a block has of a row of W lies side by side, and memory reads long runs faster. As many as have
-  // their totals in the second cache.
+  // their totals in L2.
   static BlockSize block(int64_t tokens) { return {tokens > kMostTokens ? 256 : 512, kCells, kStep}; }
 
   WeightBlock<Element> in_place(const BlockPlace&) const { return {}; }

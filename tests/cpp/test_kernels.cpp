@@ -60,7 +60,7 @@ void formulas_hold_for_many_tokens() {
   check_case({2049, 3, 33, 1, IndexKind::one_column}, 3);
 }
 
-// More columns or rows than a block of tokens is staged for at once in the second cache.
+// More columns or rows than a block of tokens is staged for at once in L2.
 void formulas_hold_for_wide_weights() {
   check_case({45, 2100, 13, 20, IndexKind::ragged, true, Base::out, 1}, 6);
   check_case({45, 67, 2100, 2, IndexKind::ragged, true, Base::separate, 1}, 7);

@@ -182,6 +182,13 @@ def test_the_extension_refuses_sizes_that_overflow():
             nk._extension.module.check_index(empty, *sizes)
 
 
+@pytest.mark.skipif(nk._extension.module is None, reason="the extension is not built")
+def test_the_extension_refuses_values_of_another_kind():
+    floats = (nk.plan.ctypes.c_float * 2)()
+    with pytest.raises(ValueError, match=r"index: 2 elements of 4 bytes, format '<f', expected 2"):
+        nk._extension.module.check_index(floats, 1, 2, 4)
+
+
 def test_a_tensor_whose_storage_was_freed_is_refused():
     layer = NeuroAdaLinear(6, 5)
     x = torch.randn(4, 6)

@@ -60,6 +60,12 @@ inline void check_matrix(const char* name, const Tensor& tensor, int64_t rows, i
   check_storage(name, tensor);
 }
 
+// A matrix that is written: its rows lie apart, or threads would write one value at once.
+inline void check_written(const char* name, const Tensor& tensor) {
+  STD_TORCH_CHECK(tensor.numel() == 0 || tensor.size(0) == 1 || tensor.stride(0) >= tensor.size(1), name, ": stride ",
+                  tensor.stride(0), " between rows of ", tensor.size(1), ", expected rows that do not overlap");
+}
+
 // The number of columns of which x may have only some.
 inline void check_whole_d_in(const std::optional<int64_t>& d_in, const Tensor& x) {
   STD_TORCH_CHECK(!d_in.has_value() || *d_in >= x.size(1), "d_in: ", d_in.value_or(0), ", expected at least the ",

@@ -21,6 +21,7 @@ inline int64_t order_size(int64_t d_in) {
   return kOrderFacts + (d_in + kOrderWindow - 1) / kOrderWindow * kOrderWindow;
 }
 
+// Inlined as a whole: whoever reads a plan may be compiled for wide vectors, and the linker keep that copy for all.
 struct PlanView {
   const int32_t* column_start;
   const int32_t* split;
@@ -28,17 +29,19 @@ struct PlanView {
   const int32_t* entry;
   int64_t d_in;
 
-  PlanView(const int32_t* plan, int64_t d_in)
+  __attribute__((always_inline)) PlanView(const int32_t* plan, int64_t d_in)
       : column_start(plan),
         split(plan + d_in + 1),
         order(split + kSplits + 1),
         entry(order + order_size(d_in)),
         d_in(d_in) {}
 
-  int64_t live() const { return column_start[d_in]; }
+  __attribute__((always_inline)) int64_t live() const { return column_start[d_in]; }
 
   // The first column of part `part` of `parts`, from the nearest of the stored splits.
-  int64_t boundary(int64_t part, int64_t parts) const { return split[kSplits * part / parts]; }
+  __attribute__((always_inline)) int64_t boundary(int64_t part, int64_t parts) const {
+    return split[kSplits * part / parts];
+  }
 };
 
 inline int64_t plan_size(int64_t d_in, int64_t live) { return d_in + 1 + kSplits + 1 + order_size(d_in) + live; }
