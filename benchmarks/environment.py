@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 
+from neuroada_kernels._extension import cutlass_version
 from neuroada_kernels._version import __version__
 
 #: Variables that change which kernels run, or how these round: the package's own, and those of
@@ -75,6 +76,7 @@ def _gpu() -> dict[str, Any]:
         "capability": torch.cuda.get_device_capability(),
         "driver": _driver(),
         "cuda": torch.version.cuda,
+        "cutlass": cutlass_version() or None,
         "triton": _version("triton"),
         "peft": _version("peft"),
     }

@@ -13,8 +13,9 @@ MORE=(cuda-initcheck cuda-synccheck linear-patched linear-no-onto linear-no-bulk
 declare -A FORM=([patched]=NEUROADA_CUDA_PATCHED=1 [no-onto]=NEUROADA_CUDA_ONTO=0 [no-bulk]=NEUROADA_CUDA_BULK=0
   [plain]='NEUROADA_CUDA_ONTO=0 NEUROADA_CUDA_BULK=0' [two-tiles]=NEUROADA_CUDA_TWO_TILES=1
   [unordered]=NEUROADA_CUDA_ORDER=0)
-# Percent of the time that a phase may take of what others need more: a kernel may hang.
-declare -A SHARE=([build]=30 [environment]=10 [cuda-smoke]=15 [cuda-tests]=15 [tests]=15 [linear-8192]=30 [model]=35
+# Percent of the time that a phase may take of what others need more: a kernel may hang. Nothing of a build does, and
+# without it there is nothing to measure.
+declare -A SHARE=([build]=60 [environment]=10 [cuda-smoke]=25 [cuda-tests]=22 [tests]=15 [linear-8192]=20 [model]=35
   [cuda-memcheck]=20 [memcheck]=20 [linear-patched]=12 [linear-no-onto]=12 [linear-no-bulk]=12
   [linear-plain]=12 [linear-two-tiles]=12 [linear-unordered]=12 [linear-triton-one-kernel]=12
   [cuda-no-onto-tests]=15 [cuda-plain-tests]=15 [cuda-two-tiles-tests]=15)
@@ -98,30 +99,39 @@ tests() { # BACKEND: every test that runs on a backend, and the Triton kernels' 
 }
 
 # Each form in a process of its own: where one crashes or hangs, the others are tried all the same. Without
-# form 0, the default, nothing is to be had of the backend.
+# form 0, the default, nothing is to be had of the backend: it is the first, and has the time for a cold start.
 smoke() {
   [[ -z $DRY_RUN ]] || { skip "there is no kernel to try on the CPU"; return; }
-  local each=$(($(limit_of "$PHASE") / 5 - 1)) # so that all forms end before the phase is stopped
+  local limit first each
+  limit=$(limit_of "$PHASE")
+  first=$((limit > 60 ? 40 : limit * 2 / 3))
+  each=$(((limit - first) / 4 - 1)) # so that all forms end before the phase is stopped
   ((each < 30)) || each=30
   ((each > 0)) || each=1 # of 0 timeout takes no notice
   # shellcheck disable=SC2016
   run bash -c 'status=0
     for form in 0 1 2 3 4; do
-      timeout --foreground --signal=KILL "$1" "$PYTHON" "$ROOT/tests/triton_kernels/smoke_gpu.py" cuda --large --forms $form && continue
+      timeout --foreground --signal=KILL $((form == 0 ? $1 : $2)) "$PYTHON" "$ROOT/tests/triton_kernels/smoke_gpu.py" cuda --large --forms $form && continue
       said=$?
       echo "form $form FAILED, status $said"
-      ((form == 0 && said != 3)) && status=20 || status=$((status ? status : 1)) # 3: right, but rounded twice
+      if ((form == 0 && said != 3)); then # 3: right, but rounded twice
+        status=20
+      elif ((status == 0)); then
+        status=1
+      fi
     done
-    exit $status' smoke "$each"
+    exit $status' smoke "$first" "$each"
   ((STATUS == 20)) && left_cuda_out 0
 }
 
 sanitize() { # TOOL BACKEND
   command -v compute-sanitizer >/dev/null || { skip "compute-sanitizer is not found"; return; }
   [[ -z $DRY_RUN ]] || { skip "there is nothing to sanitize on the CPU"; return; }
+  local forms=()
+  [[ $2 != cuda ]] || forms=(--forms 04321) # after the default the newest: the last ones may be cut off
   # Each tensor an allocation of its own, so that its bounds are seen.
   run env PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --tool "$1" --error-exitcode 9 \
-    "$PYTHON" "$ROOT/tests/triton_kernels/smoke_gpu.py" "$2"
+    "$PYTHON" "$ROOT/tests/triton_kernels/smoke_gpu.py" "$2" "${forms[@]}"
 }
 
 # FILE OPTIONS...: the linear suite, its rows added to FILE; in a dry run at tiny sizes instead.

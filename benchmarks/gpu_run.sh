@@ -184,6 +184,8 @@ build() {
     -B "$BUILT/cmake" -S "$ROOT" "${generator[@]}" -DPython_EXECUTABLE="$PYTHON" -DNEUROADA_VERSION="$version" \
     -DNEUROADA_CUDA=AUTO -DNEUROADA_TESTS=OFF
   link_built
+  ! has_cuda || has_cutlass ||
+    NOTES+='built without CUTLASS: neuroada-cuda is the product first, see NEUROADA_CUTLASS'$'\n'
 }
 
 say_what_is_missing() {

@@ -51,8 +51,10 @@ struct Form {
   OutTile out{};
   int32_t part = 0;  // positions of a CTA, where the neurons come in tiles that are copied ahead
 
-  // Of groups there are shared rounds, too; else what waits has the place of the tile.
-  int64_t bytes() const { return tiles.bytes() + (out.width > 0 && part == 0 ? out.bytes() + 16 : 0); }
+  // What waits to be written; where the neurons come in several tiles, it has the place of one.
+  bool sums_behind_tile() const { return out.width > 0 && part == 0; }
+  // Behind the sums, 16 bytes of counters of shared rounds.
+  int64_t bytes() const { return tiles.bytes() + (sums_behind_tile() ? out.bytes() + 16 : 0); }
 };
 
 bool writes_vectors(const BypassBwdInput& p) { return aligned8(p.out) && (p.tokens <= 1 || p.out_stride % 4 == 0); }

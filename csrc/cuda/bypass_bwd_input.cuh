@@ -101,7 +101,7 @@ struct FirstLoads {
     }
   }
   // What was left out and yet is there. A quad whose first word is zero was left out, or is loaded again for nothing.
-  __device__ __forceinline__ void complete(const Quad* from, int32_t count) {
+  __device__ __forceinline__ void load_missing(const Quad* from, int32_t count) {
     NEUROADA_UNROLL
     for (int n = 0; n < kLoads; ++n) {
       if (count > n * kEach && quad[n].word[0] == 0) quad[n] = load16(from + n * kWarp);

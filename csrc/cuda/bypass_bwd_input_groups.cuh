@@ -38,7 +38,7 @@ struct SharedRounds {
 
   // Behind a barrier that all have come to: nobody takes a round of the group before any more, and nobody one of the
   // next yet.
-  __device__ __forceinline__ void begin() const {
+  __device__ __forceinline__ void clear_next() const {
     if (threadIdx.x == 0) taken[(group + 1) % 2] = 0;
   }
   __device__ __forceinline__ int32_t next() const {
@@ -75,7 +75,7 @@ __device__ __forceinline__ void sum_group(const BypassBwdInputLaunch& a, const Q
     float sum[kTokens<T>] = {};
     const int32_t count = round.own.count;
     if (!heavy) {
-      round.held.complete(round.from(a.entries), count);
+      round.held.load_missing(round.from(a.entries), count);
       add_light<T, true, kPacked, false>(sum, a, tile, 0, round.from(a.entries), count, round.held);
     }
     const bool last = kSparse && __ballot_sync(kAllLanes, count > 0) == 0;
@@ -124,7 +124,7 @@ __global__ void __launch_bounds__(2 * kMaxThreads, 1) bypass_bwd_input_groups_ke
             __syncthreads();  // it is written, and its place is free
           }
           const Group group = group_of(g), next = group_of(g + 1 < end ? g + 1 : begin);
-          shared.begin();
+          shared.clear_next();
           sum_group<T, kPacked, kSparse>(a, tile, out, group, next, shared, round);
           ++shared.group;
         }

@@ -126,7 +126,7 @@ __global__ void __launch_bounds__(kMaxThreads, 1) bypass_bwd_input_tiles_kernel(
       }
       const int32_t count = round.count;
       if (!heavy) {
-        round.held.complete(round.from, count);
+        round.held.load_missing(round.from, count);
         add_light<T, true, kPacked, false>(sum, a, tile, 0, round.from, count, round.held);
       }
       number += TileRounds::step();

@@ -21,7 +21,9 @@ template <class T, int kGroups>
 __global__ void __launch_bounds__(2 * kMaxThreads, 1) bypass_fwd_rows_kernel(BypassFwdRowsLaunch a) {
   using Columns = GroupColumns<kGroups>;
   const BypassFwd& p = a.problem;
-  const auto [first_neuron, neurons] = NeuronPart::of_cta(a.neurons_a_part, p.d_out);
+  const NeuronPart part = NeuronPart::of_cta(a.neurons_a_part, p.d_out);
+  const int64_t first_neuron = part.first;
+  const int32_t neurons = part.count;
   const TokenRows<T, true> tokens{a.ring,
                                   {static_cast<const T*>(p.x), p.x_stride, static_cast<int32_t>(p.d_in)},
                                   {},

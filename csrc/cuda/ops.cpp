@@ -78,6 +78,7 @@ void bypass_fwd_op(const Tensor& x, const Tensor& index, const Tensor& delta, st
   const DType dtype = element_dtype("x", x);
   check_delta(delta, d_out, k, site);
   check_matrix("out", out, tokens, d_out, site);
+  check_written("out", out);
   check_same_dtype("out", out, dtype, "x");
   if (base) {
     check_matrix("base", *base, tokens, d_out, site);
@@ -100,6 +101,7 @@ void bypass_bwd_input_op(const Tensor& grad, const Tensor& plan, const Tensor& d
   const int64_t d_out = delta.size(0), k = delta.size(1);
   check_matrix("grad", grad, -1, d_out, site);
   check_matrix("out", out, grad.size(0), -1, site);
+  check_written("out", out);
   const int64_t tokens = grad.size(0), d_in = out.size(1);
   const DType dtype = element_dtype("grad", grad);
   check_same_dtype("out", out, dtype, "grad");
@@ -242,6 +244,7 @@ void product_onto(const char* name, const Tensor& from, const Tensor& weight, co
   const int64_t tokens = from.size(0), d_out = weight.size(0), d_in = weight.size(1);
   const DType dtype = dtype_of(name, from);
   check_matrix("onto", onto, tokens, forward ? d_out : d_in, site);
+  check_written("onto", onto);
   check_same_dtype("onto", onto, dtype, name);
   if (bias) check_bias(*bias, d_out, dtype, site);
   if (onto.numel() == 0) return;
@@ -278,6 +281,7 @@ void run_merge(MergeMode mode, const Tensor& weight, const Tensor& index, const 
   if (delta) check_delta(*delta, d_out, k, site);
   check_slots("original", original, d_out, k, site);
   check_same_dtype("original", original, dtype, "weight");
+  if (writes_weight(mode)) check_written("weight", weight);
   const CurrentDevice device(site);
   merge({dtype, mode, d_in, d_out, k, data_of(weight, writes_weight(mode)), weight.stride(0), int32_values(index),
          delta ? float_values(*delta) : nullptr, data_of(original, writes_original(mode))},

@@ -157,7 +157,7 @@ __device__ __forceinline__ bool order_columns(const ColumnEntriesLaunch& a, int3
                                               const SortedColumns& columns) {
   const ColumnStarts starts{a.plan, a.d_in, static_cast<int32_t>(a.live)};
   const int32_t* order = order_of_plan(a.plan, a.d_in);
-  const bool ordered = OrderFacts::of(a.to, a.width, a.spread).stand_in(order);
+  const bool ordered = OrderFacts::of(a.to, a.width, a.spread).match(order);
   if (ordered) {
     for (int32_t at = threadIdx.x; at < kWindow; at += blockDim.x) {
       columns.of[at] = starts.column(ordered_column(order, a.to, a.d_in, from + at));
@@ -204,7 +204,8 @@ __global__ static void __launch_bounds__(kMaxThreads, 2) column_entries_kernel(C
   const int32_t from = static_cast<int32_t>(blockIdx.x) * kWindow;
   const int32_t tile = static_cast<int32_t>(blockIdx.y), first = tile * a.width;
   const SortedColumns columns = SortedColumns::in_shared(a.to);
-  const bool spread = !order_columns(a, from, first, columns) && a.spread;
+  const bool in_order = order_columns(a, from, first, columns);
+  const bool spread = a.spread && !in_order;
   const int32_t* entries = entries_of_plan(a.plan, a.d_in);
   const auto connection = [&](const SortedColumn& of, int32_t i) {
     const uint32_t e = i < of.count() ? static_cast<uint32_t>(entries[of.begin + i]) : a.entries;

@@ -21,7 +21,7 @@ struct OrderFacts {
   __device__ __forceinline__ static OrderFacts of(const ColumnEntries& to, int32_t width, bool spread) {
     return {{to.window, width, to.light, spread ? 1 : 0}};
   }
-  __device__ __forceinline__ bool stand_in(const int32_t* order) const {
+  __device__ __forceinline__ bool match(const int32_t* order) const {
     bool same = true;
     NEUROADA_UNROLL
     for (int i = 0; i < kOrderFacts; ++i) same &= order[i] == fact[i];

@@ -69,7 +69,8 @@ __global__ static void __launch_bounds__(kMaxThreads, 1) order_plan_kernel(Order
   const int32_t from = static_cast<int32_t>(blockIdx.x) * kWindow;
   const int32_t tile = static_cast<int32_t>(blockIdx.y), first = tile * a.width;
   const SortedColumns columns = SortedColumns::in_shared(a.to);
-  const bool spread = !order_columns(a, from, first, columns) && a.spread;
+  const bool in_order = order_columns(a, from, first, columns);
+  const bool spread = a.spread && !in_order;
   const int32_t* entries = entries_of_plan(a.plan, a.d_in);
   const Turns turns = Turns::behind(columns, a.to);
   if (spread) {

@@ -64,7 +64,7 @@ struct TilePlace {
   int32_t row, column;  // of the first element
 };
 
-// Neighbouring CTAs share rows of both operands in the second cache: tiles go down columns of kDown.
+// Neighbouring CTAs share rows of both operands in L2: tiles go down columns of kDown.
 template <class Tile>
 __device__ __forceinline__ TilePlace place_of(const Grid& grid, int64_t tile) {
   constexpr int32_t kDown = 8;

@@ -37,7 +37,9 @@ template <class T, int kGroups, bool kBulk>
 __global__ void __launch_bounds__(kMaxThreads, 1) sddmm_rows_kernel(SddmmRowsLaunch a) {
   using Columns = GroupColumns<kGroups>;
   const Sddmm& p = a.problem;
-  const auto [first_neuron, neurons] = NeuronPart::of_cta(a.neurons_a_part, p.d_out);
+  const NeuronPart part = NeuronPart::of_cta(a.neurons_a_part, p.d_out);
+  const int64_t first_neuron = part.first;
+  const int32_t neurons = part.count;
   const TokenRows<T, kBulk> tokens{a.ring,
                                    {static_cast<const T*>(p.x), p.x_stride, static_cast<int32_t>(p.d_in)},
                                    {static_cast<const T*>(p.grad) + first_neuron, p.grad_stride, neurons},

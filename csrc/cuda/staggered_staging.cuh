@@ -29,11 +29,11 @@ struct StaggeredBlocks {
       Barrier* const barriers = RawBlocks<T>::behind(tiles).full;
       init_barrier(barriers[0], 1);
       init_barrier(barriers[1], 1);
-      init_barrier(barriers[kRead], Half::of(tiles).warps());
+      init_barrier(barriers[kRead], CtaHalf::of(tiles).warps());
       publish_barriers();
     }
     __syncthreads();
-    if (begin < end) copy(Half::of(tiles), begin);
+    if (begin < end) copy(CtaHalf::of(tiles), begin);
 #endif
   }
 
@@ -41,7 +41,7 @@ struct StaggeredBlocks {
   __device__ __forceinline__ void for_each(Read&& read) const {
 #ifdef NEUROADA_HOPPER
     if (begin >= end) return;
-    const Half own = Half::of(tiles);
+    const CtaHalf own = CtaHalf::of(tiles);
     Quad* tile = shared_quads();
     Quad* other = tile + tiles.stride;
     transpose(own, tile, begin);
@@ -66,12 +66,12 @@ struct StaggeredBlocks {
  private:
   static constexpr int kRead = 2;  // behind the barriers of both halves, that of warps that have read the first
 
-  // Half of the threads, with the columns [from, to).
-  struct Half {
+  // CtaHalf of the threads, with the columns [from, to).
+  struct CtaHalf {
     int number;
     int32_t from, to, thread;
 
-    __device__ __forceinline__ static Half of(const Tiles& tiles) {
+    __device__ __forceinline__ static CtaHalf of(const Tiles& tiles) {
       const int32_t threads = blockDim.x / 2, middle = tiles.columns / 2 / 8 * 8;
       const int32_t thread = static_cast<int32_t>(threadIdx.x);
       if (thread < threads) return {0, 0, middle, thread};
@@ -83,7 +83,7 @@ struct StaggeredBlocks {
 
 #ifdef NEUROADA_HOPPER
   // Starts the copy of a block's half, by a lane for each row, which all have read.
-  __device__ __forceinline__ void copy(const Half& own, int32_t block) const {
+  __device__ __forceinline__ void copy(const CtaHalf& own, int32_t block) const {
     const RawBlocks<T> raw = RawBlocks<T>::behind(tiles);
     const int64_t t = int64_t{block} * V;
     const int32_t count = rows_of_block<T>(tokens, t);
@@ -96,7 +96,7 @@ struct StaggeredBlocks {
   }
 
   // The same, by the first warp, once the others of the half have read it too.
-  __device__ __forceinline__ void copy_when_read(const Half& own, int32_t block) const {
+  __device__ __forceinline__ void copy_when_read(const CtaHalf& own, int32_t block) const {
     Barrier& read = RawBlocks<T>::behind(tiles).full[kRead];
     sync_warp();
     if (own.thread % kWarp == 0) arrive(read);
@@ -106,12 +106,12 @@ struct StaggeredBlocks {
   }
 
   // tile[place(c)] = column c of a block's half, zeros past its last row.
-  __device__ __forceinline__ void transpose(const Half& own, Quad* tile, int32_t block) const {
+  __device__ __forceinline__ void transpose(const CtaHalf& own, Quad* tile, int32_t block) const {
     constexpr int32_t kColumns = Rows<T, 8>::kColumns;
     const RawBlocks<T> raw = RawBlocks<T>::behind(tiles);
     const int32_t count = rows_of_block<T>(tokens, int64_t{block} * V);
     wait(raw.full[own.number], static_cast<uint32_t>(block - begin) & 1);
-    for (int32_t c = own.from + own.thread * kColumns; c < own.to; c += Half::threads() * kColumns) {
+    for (int32_t c = own.from + own.thread * kColumns; c < own.to; c += CtaHalf::threads() * kColumns) {
       Rows<T, 8> chunk;
       chunk.load(raw.rows, raw.pitch, count, c);
       chunk.store(tile, c);

@@ -134,7 +134,7 @@ __device__ __forceinline__ void stage_columns(Quad* tile, const Tiles& tiles, co
   }
 }
 
-// Asks for a block that is staged soon, so that its loads wait for the second cache at most. All CTAs load theirs at
+// Asks for a block that is staged soon, so that its loads wait for L2 at most. All CTAs load theirs at
 // the same moments, and memory has nothing to do in between.
 template <class T>
 __device__ __forceinline__ void fetch_block(const T* x, int64_t row_stride, int64_t rows, int32_t columns) {

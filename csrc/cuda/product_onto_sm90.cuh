@@ -1,6 +1,10 @@
 // onto = from weight^T + bias + onto, or onto = from weight + onto, by CUTLASS for sm_90a: what is there already is
 // added to the float32 sums, and all of it is rounded once. cuBLAS, asked for the same, rounds the product first, and
 // what lies below its last place is lost.
+//
+// Forward and dx are compiled by themselves, as each takes longest of all sources.
+#pragma once
+
 #include "product_onto_sm90.h"
 
 #ifdef NEUROADA_CUTLASS
@@ -194,15 +198,3 @@ void product_onto(const char* name, const ProductOnto& p, const Device&, void*) 
 }  // namespace neuroada::cuda
 
 #endif
-
-namespace neuroada::cuda {
-
-void product_onto_fwd(const ProductOnto& p, const Device& device, void* stream) {
-  product_onto<true>("product_onto_fwd", p, device, stream);
-}
-
-void product_onto_bwd_input(const ProductOnto& p, const Device& device, void* stream) {
-  product_onto<false>("product_onto_bwd_input", p, device, stream);
-}
-
-}  // namespace neuroada::cuda
