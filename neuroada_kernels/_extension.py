@@ -25,8 +25,13 @@ def _in_words(error: BaseException) -> str:
     return words if error.__cause__ is None else f"{words} ({_in_words(error.__cause__)})"
 
 
+def _is_disabled() -> bool:
+    """Any value but 0 disables it: whoever sets one that is not known wants no error here."""
+    return os.environ.get("NEUROADA_DISABLE_EXTENSION", "0") not in ("", "0")
+
+
 def _load_module() -> tuple[ModuleType | None, str | None]:
-    if os.environ.get("NEUROADA_DISABLE_EXTENSION"):
+    if _is_disabled():
         return None, "NEUROADA_DISABLE_EXTENSION is set"
     if not list(_PACKAGE.glob("_C.*")):
         return None, _PURE
@@ -37,7 +42,7 @@ def _load_module() -> tuple[ModuleType | None, str | None]:
 
 
 def _load_library() -> str | None:
-    if os.environ.get("NEUROADA_DISABLE_EXTENSION"):
+    if _is_disabled():
         return "NEUROADA_DISABLE_EXTENSION is set"
     path = _PACKAGE / "libneuroada.so"
     if not path.exists():

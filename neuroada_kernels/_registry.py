@@ -52,7 +52,9 @@ class Backend:
 
 _backends: dict[str, Backend] = {}
 _order: dict[str, list[Backend]] = {}
-_named: str | None = os.environ.get("NEUROADA_BACKEND") or None
+_from_environment: str | None = os.environ.get("NEUROADA_BACKEND") or None
+_named: str | None = _from_environment
+_blocks: list[list[str | None]] = []  # of use_backend() that are open, the newest last
 
 
 def register(backend: Backend) -> None:
@@ -82,7 +84,8 @@ def use_backend(name: str | None) -> Iterator[None]:
     """Within the block, calls are served by the backend ``name``, or raise with its reasons.
 
     The choice holds for the whole process, backward passes that run inside the block included.
-    ``None`` returns to the automatic choice. ``NEUROADA_BACKEND`` does the same from outside.
+    ``None`` returns to the automatic choice. Of blocks of several threads the newest that is open
+    holds. ``NEUROADA_BACKEND`` does the same from outside.
 
     Raises
     ------
@@ -94,11 +97,15 @@ def use_backend(name: str | None) -> Iterator[None]:
     global _named
     if name is not None:
         _check_named(name)
-    previous, _named = _named, name
+    block = [name]
+    _blocks.append(block)
+    _named = name
     try:
         yield
     finally:
-        _named = previous
+        # Another thread may have opened one since, and not be done with it.
+        del _blocks[next(n for n, other in enumerate(_blocks) if other is block)]
+        _named = _blocks[-1][0] if _blocks else _from_environment
 
 
 def run(op: str, *args: Any) -> Any:

@@ -32,6 +32,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
 
+from neuroada_kernels._dtypes import FLOATING, NAMES
 from neuroada_kernels._files import replacing
 from neuroada_kernels._version import __version__
 from neuroada_kernels.plan import check_index
@@ -114,10 +115,14 @@ def write_adapter(adapter: Adapter, path: str | os.PathLike[str]) -> None:
     Raises
     ------
     ValueError
-        If ``path`` is a folder, or the adapter has no modules.
+        If ``path`` is a folder, or the adapter has no modules, or a delta of a dtype that no file
+        may have.
     """
     if not adapter.modules:
         raise ValueError("adapter: has no modules, expected at least one")
+    for name, module in adapter.modules.items():
+        if module.delta.dtype not in FLOATING:
+            raise ValueError(f"{name}.delta: dtype {module.delta.dtype}, expected {NAMES}")
     tensors = {}
     for name, module in adapter.modules.items():
         tensors[within(name, "index")] = _narrow(module.index, module.base.shape[1])

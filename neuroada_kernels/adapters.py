@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from neuroada_kernels._dtypes import name_of
+from neuroada_kernels._models import unwrapped
 from neuroada_kernels._sharding import (
     is_managed_by_fsdp,
     is_sharded,
@@ -50,7 +51,6 @@ from neuroada_kernels.named import (
     named_layers,
     names_in,
     siblings_of,
-    unwrapped,
 )
 from neuroada_kernels.nn._layer import BypassLayer
 from neuroada_kernels.nn._named import DEFAULT, NamedLayer

@@ -8,6 +8,7 @@ from typing import Any, overload
 import torch
 from torch import Tensor, nn
 
+from neuroada_kernels._models import check_not_replicated, unwrapped
 from neuroada_kernels.arguments import check_selection, config_of
 from neuroada_kernels.choices import each_choice
 from neuroada_kernels.combination import Weighted, check_weights, weighted_sum
@@ -34,7 +35,6 @@ from neuroada_kernels.named import (
     named_layers,
     settle,
     siblings_of,
-    unwrapped,
 )
 from neuroada_kernels.nn._base import BypassLinear
 from neuroada_kernels.nn._named import NamedLayer
@@ -124,6 +124,7 @@ def add_adapter(
         If a layer is merged, or its connections are still to be chosen. The model is unchanged
         then.
     """
+    check_not_replicated(model)
     model = unwrapped(model)
     existing = named_layers(model)
     check_new_name(adapter_names(model), adapter_name)

@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from neuroada_kernels._dtypes import name_of
+from neuroada_kernels._dtypes import FLOATING, NAMES, name_of
 from neuroada_kernels.selection import METHODS
 
 ALL_LINEAR = "all-linear"
@@ -116,7 +116,10 @@ class NeuroAdaConfig:
         if not isinstance(self.k_pattern, Mapping):
             raise TypeError(f"k_pattern: {self.k_pattern!r}, expected k by name")
         for name, k in self.k_pattern.items():
+            if not isinstance(name, str):
+                raise TypeError(f"k_pattern: {name!r}, expected a name or a regular expression")
             _names("k_pattern", name)
+            _names("k_pattern", _ending_in(name))
             _check_k(f"k_pattern[{name!r}]", k)
         self._set("k_pattern", dict(self.k_pattern))
 
@@ -138,7 +141,7 @@ class NeuroAdaConfig:
     @staticmethod
     def k_matches(pattern: str, name: str) -> bool:
         """Whether a key of ``k_pattern`` means the module of that name."""
-        return matches(name, (pattern,)) or matches(name, rf"(?:.*\.)?(?:{pattern})")
+        return matches(name, (pattern,)) or matches(name, _ending_in(pattern))
 
     def generator_of(self, name: str) -> torch.Generator | None:
         """What chooses at random in the module of that name, where something does."""
@@ -188,6 +191,11 @@ def matches(name: str, patterns: str | Sequence[str]) -> bool:
     return any(name == pattern or name.endswith("." + pattern) for pattern in patterns)
 
 
+def _ending_in(pattern: str) -> str:
+    """The expression of names whose last parts match ``pattern``."""
+    return rf"(?:.*\.)?(?:{pattern})"
+
+
 def _names(argument: str, value: object) -> str | tuple[str, ...]:
     if isinstance(value, str):
         try:
@@ -234,8 +242,8 @@ def _check_k(argument: str, k: object) -> None:
 
 def _dtype_name(dtype: object) -> str:
     found = getattr(torch, dtype, None) if isinstance(dtype, str) else dtype
-    if not (isinstance(found, torch.dtype) and found.is_floating_point):
-        raise TypeError(f"delta_dtype: {dtype}, expected a floating torch.dtype or its name")
+    if found not in FLOATING:
+        raise TypeError(f"delta_dtype: {dtype}, expected {NAMES}")
     return name_of(found)
 
 

@@ -78,6 +78,7 @@ def check_linear(
 ) -> None:
     """Raise where a shape, a device or a dtype of the adapter's does not fit."""
     _check_bypass(x, index, delta)
+    _check_tensors(weight=weight, bias=x if bias is None else bias)
     if weight.dim() != 2 or weight.shape[1] != x.shape[-1] or weight.shape[0] != index.shape[0]:
         raise ValueError(
             f"weight: shape {list(weight.shape)}, expected [d_out, d_in] = "
@@ -192,6 +193,7 @@ def apply_bypass(
 ) -> Tensor:
     """:func:`neuroada_bypass` for a layer, which may have columns of x saved in its stead."""
     _check_bypass(x, index, delta)
+    _check_tensors(y=y)
     if y.shape != (*x.shape[:-1], index.shape[0]):
         raise ValueError(
             f"y: shape {list(y.shape)}, expected {[*x.shape[:-1], index.shape[0]]}, as x and index"
@@ -208,10 +210,14 @@ def apply_bypass(
     return ops.bypass_add(y, x, index, delta, plan, *(kept or NOTHING_KEPT))
 
 
+def _check_tensors(**arguments: object) -> None:
+    for name, value in arguments.items():
+        if not isinstance(value, Tensor):
+            raise TypeError(f"{name}: {type(value).__name__}, expected a tensor")
+
+
 def _check_bypass(x: Tensor, index: Tensor, delta: Tensor) -> None:
-    for name, tensor in (("x", x), ("index", index), ("delta", delta)):
-        if not isinstance(tensor, Tensor):
-            raise TypeError(f"{name}: {type(tensor).__name__}, expected a tensor")
+    _check_tensors(x=x, index=index, delta=delta)
     if x.dtype not in FLOATING:
         raise TypeError(_WRONG_X.format(x.dtype))
     if x.dim() == 0:
@@ -235,7 +241,10 @@ def _check_bypass(x: Tensor, index: Tensor, delta: Tensor) -> None:
 
 
 def _check_plan(plan: Tensor | None, x: Tensor) -> None:
-    if plan is not None and (plan.dtype != torch.int32 or plan.device != x.device):
+    if plan is None:
+        return
+    _check_tensors(plan=plan)
+    if plan.dtype != torch.int32 or plan.device != x.device:
         raise ValueError(
             f"plan: {plan.dtype} on {plan.device}, expected torch.int32 on {x.device}, as x"
         )

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from neuroada_kernels._dtypes import accumulated_in
 from neuroada_kernels._progress import progress_bar
 from neuroada_kernels.functional import autocast_dtype
 from neuroada_kernels.nn.foreign import base_weight
@@ -83,7 +84,7 @@ class _Sum:
     def __init__(self, name: str, linear: nn.Module) -> None:
         self.name = name
         weight = base_weight(linear)
-        dtype = torch.float64 if weight.dtype == torch.float64 else torch.float32
+        dtype = accumulated_in(weight.dtype)
         self.total = torch.zeros(weight.shape, dtype=dtype, device=weight.device)
         self.reached = False
 

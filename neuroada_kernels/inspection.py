@@ -69,8 +69,8 @@ def _text(facts: dict[str, Any]) -> str:
             f"  {name:{width}}  {d_in} to {d_out} {module['dtype']}"
             + (f" ({module['kind']})" if module["kind"] else "")
             + f", k {module['k']}, "
-            f"{module['connections']:,} connections, {module['delta_dtype']} up to "
-            f"{module['largest_delta']:.3g}"
+            f"{module['connections']:,} connections, {module['delta_dtype']}, "
+            f"max |delta| {module['largest_delta']:.3g}"
         )
     lines += [f"  {name}: {shape}, as a whole" for name, shape in facts["parameters"].items()]
     return "\n".join(lines)

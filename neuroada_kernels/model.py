@@ -10,6 +10,7 @@ from typing import Any, overload
 import torch
 from torch import Tensor, nn
 
+from neuroada_kernels._models import check_not_replicated, layers_in, unwrapped
 from neuroada_kernels.arguments import check_selection, config_of
 from neuroada_kernels.choices import each_choice
 from neuroada_kernels.config import ALL_LINEAR, NeuroAdaConfig
@@ -17,7 +18,6 @@ from neuroada_kernels.gradient import SCORE_BYTES, Loss
 from neuroada_kernels.nn._base import BypassLinear
 from neuroada_kernels.nn._bitsandbytes import elements, packing_kept
 from neuroada_kernels.nn._deferred import Deferred
-from neuroada_kernels.nn._layer import BypassLayer
 from neuroada_kernels.nn._named import DEFAULT, NamedLayer
 from neuroada_kernels.nn._strategy import refusal
 from neuroada_kernels.nn.bypass import NeuroAdaBypass
@@ -26,7 +26,12 @@ from neuroada_kernels.nn.linear import NeuroAdaLinear
 from neuroada_kernels.replacing import hand_on_attributes
 from neuroada_kernels.siblings import check_siblings, link_siblings
 from neuroada_kernels.strategies import shared_weights
-from neuroada_kernels.targets import errors_name, find_targets, is_foreign, modules_of_peft
+from neuroada_kernels.targets import (
+    errors_name,
+    find_targets,
+    is_foreign,
+    modules_of_peft,
+)
 
 
 @dataclass(frozen=True)
@@ -215,6 +220,8 @@ def adapt(
         be resident, or if an argument is not as expected. The model is unchanged then.
     """
     config = config_of(arguments, options, scores, data, loss)
+    check_not_replicated(model)
+    model = unwrapped(model)
     _check_unnamed(model)
     targets = find_targets(model, config)
     check_selection(config, targets, scores)
@@ -268,9 +275,10 @@ def select_connections(model: nn.Module) -> list[str]:
     Raises
     ------
     ValueError
-        If a weight has NaN, or may not be resident though that was asked for.
+        If the model has no NeuroAda layer, a weight has NaN, or one may not be resident though
+        that was asked for.
     """
-    layers = {n: m for n, m in model.named_modules() if isinstance(m, BypassLayer)}
+    layers = layers_in(model)
     ready = [m for m in layers.values() if not (m.index.is_meta and m.weight.is_meta)]
     shared = shared_weights(model, ready)
     waiting = []
@@ -354,6 +362,10 @@ def layer_over(
     """The layer that takes the place of ``module``: round it, where its forward is not ours."""
     if is_experts(module):
         options.pop("save_activations", None)  # each expert's x is another, and kept whole
+        if options.pop("scores", None) is not None:
+            raise ValueError(
+                "scores: for experts, expected selection by their weights or at random"
+            )
         return NeuroAdaExperts(module, k, **options)
     if is_foreign(module):
         return NeuroAdaBypass(module, k, **options)

@@ -8,9 +8,11 @@ from contextlib import ExitStack
 
 from torch import nn
 
+from neuroada_kernels._models import layers_in
 from neuroada_kernels.nn._layer import BypassLayer
 from neuroada_kernels.nn.bypass import NeuroAdaBypass, Requantization
 from neuroada_kernels.nn.foreign import base_weight
+from neuroada_kernels.strategies import shared_weights
 
 
 def merge(model: nn.Module) -> None:
@@ -22,9 +24,10 @@ def merge(model: nn.Module) -> None:
     Raises
     ------
     RuntimeError, ValueError
-        If a layer cannot be merged, with its name: it has no connections yet, its adapter is
-        disabled or another one for each row, or its base is quantised, for which there is
-        :func:`merge_requantized`. No layer is merged then that was not before.
+        If the model has no NeuroAda layer, or one that cannot be merged, with its name: it has no
+        connections yet, its adapter is disabled or another one for each row, its base is quantised,
+        for which there is :func:`merge_requantized`, or has a forward of its own that does not
+        compute ``x W^T``. No layer is merged then that was not before.
     """
     layers = [(name, layer) for name, layer in _active(model) if not layer.merged]
     for name, layer in layers:
@@ -38,10 +41,16 @@ def merge(model: nn.Module) -> None:
 
 
 def unmerge(model: nn.Module) -> None:
-    """Undo :func:`merge`, bit for bit."""
+    """Undo :func:`merge`, bit for bit.
+
+    Raises
+    ------
+    ValueError
+        If the model has no NeuroAda layer.
+    """
     # In reverse, so that weights which two layers share unwind as they were merged.
     with ExitStack() as undo:
-        for _, layer in reversed(_layers(model)):
+        for layer in reversed(layers_in(model).values()):
             undo.callback(layer.merged_again())
             layer.unmerge()
         undo.pop_all()
@@ -61,9 +70,9 @@ def merge_requantized(model: nn.Module) -> dict[str, Requantization]:
     Raises
     ------
     RuntimeError, ValueError
-        If a layer has no connections yet, or a base that cannot be quantised again, with its
-        name. The model is unchanged then; until it is clear that this does not happen, the
-        weights before and after are both in memory.
+        If the model has no NeuroAda layer, or one without connections yet, or with a base that
+        cannot be quantised again, with its name. The model is unchanged then; until it is clear
+        that this does not happen, the weights before and after are both in memory.
     """
     quantised = {
         name: layer
@@ -98,30 +107,18 @@ def _check(name: str, layer: BypassLayer) -> None:
 
 def _warn_of_readers(model: nn.Module, layers: Sequence[tuple[str, BypassLayer]]) -> None:
     """Say where merging ``layers`` changes what other modules of ``model`` compute."""
-    readers: dict[int, list[tuple[nn.Module, str]]] = {}
-    for prefix, module in model.named_modules():
-        for name, parameter in module._parameters.items():
-            place = f"{prefix}.{name}" if prefix else name
-            readers.setdefault(id(parameter), []).append((module, place))
-    for name, layer in layers:
-        own, weight = set(layer.modules()), getattr(layer, "weight", None)
-        shared = [] if weight is None else readers.get(id(weight), [])
-        places = [place for module, place in shared if module not in own]
-        if places:
-            warnings.warn(
-                f"{name}: its weight is {', '.join(places)} too, which changes by merging",
-                stacklevel=3,
-            )
+    holders = {
+        name: layer.base if isinstance(layer, NeuroAdaBypass) else layer for name, layer in layers
+    }
+    shared = shared_weights(model, holders.values())
+    for name, holder in holders.items():
+        if holder in shared:
+            warnings.warn(f"{name}: its {shared[holder]}, which changes by merging", stacklevel=3)
 
 
 def _active(model: nn.Module) -> list[tuple[str, BypassLayer]]:
     """The layers that the active adapter has connections in."""
-    layers = _layers(model)
-    active = [(name, layer) for name, layer in layers if not layer._idle]
-    if layers and not active:
+    active = [(name, layer) for name, layer in layers_in(model).items() if not layer._idle]
+    if not active:
         raise RuntimeError("model: its adapter is disabled, expected an active one to merge")
     return active
-
-
-def _layers(model: nn.Module) -> list[tuple[str, BypassLayer]]:
-    return [(n, module) for n, module in model.named_modules() if isinstance(module, BypassLayer)]

@@ -10,8 +10,8 @@ import contextlib
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 
 from torch import nn
-from torch.nn.parallel import DistributedDataParallel
 
+from neuroada_kernels._models import unwrapped
 from neuroada_kernels._sharding import is_managed_by_fsdp, is_sharded
 from neuroada_kernels.config import NeuroAdaConfig
 from neuroada_kernels.model import keep_config
@@ -118,8 +118,9 @@ def disable_adapter(model: nn.Module) -> Iterator[None]:
             layer.join_rows()
         yield
     finally:
-        unmerge(model)
         after = _layers_in(model)  # which may be others, or none
+        if after:
+            unmerge(model)
         for layer in after.values():
             adapter, layer._rows = before.get(layer, (active, None))
             layer.seat(adapter)
@@ -207,19 +208,6 @@ def set_requires_grad(
     for layer in layers.values():
         for name in set(names) & set(layer.adapter_names):
             layer.holder_of(name).delta.requires_grad_(requires_grad)
-
-
-def unwrapped(model: nn.Module) -> nn.Module:
-    """The model itself, where ``torch.compile`` or DDP has put something round it."""
-    if not isinstance(model, nn.Module):
-        raise TypeError(f"model: {type(model).__name__}, expected torch.nn.Module")
-    while True:
-        if isinstance(model, DistributedDataParallel):
-            model = model.module
-        elif "_orig_mod" in model._modules:
-            model = model.get_submodule("_orig_mod")
-        else:
-            return model
 
 
 def named_layers(model: nn.Module) -> dict[str, NamedLayer]:

@@ -86,18 +86,22 @@ def _first_fault(columns: list[int], row: int, d_in: int) -> str:
 
 def check_index_form(index: Tensor, d_in: int) -> None:
     """The part of :func:`check_index` that reads no value of the index."""
-    if not isinstance(index, Tensor):
-        raise TypeError(f"index: {type(index).__name__}, expected an int32 tensor")
-    if index.dtype != torch.int32:
-        raise TypeError(f"index: dtype {index.dtype}, expected torch.int32")
-    if index.dim() != 2:
-        raise ValueError(f"index: shape {list(index.shape)}, expected [d_out, k]")
+    _check_matrix(index)
     if not 1 <= index.shape[1] <= d_in:
         raise ValueError(
             f"index: {index.shape[1]} connections a neuron, expected 1 to {d_in}, the inputs"
         )
     if index.numel() >= 2**31:
         raise ValueError(f"index: {index.numel()} connections, expected fewer than 2^31")
+
+
+def _check_matrix(index: Tensor) -> None:
+    if not isinstance(index, Tensor):
+        raise TypeError(f"index: {type(index).__name__}, expected an int32 tensor")
+    if index.dtype != torch.int32:
+        raise TypeError(f"index: dtype {index.dtype}, expected torch.int32")
+    if index.dim() != 2:
+        raise ValueError(f"index: shape {list(index.shape)}, expected [d_out, k]")
     if index.is_meta:
         raise ValueError("index: is on the meta device, expected values")
 
@@ -267,7 +271,13 @@ def order_slots(index: Tensor) -> Tensor:
     -------
     Tensor
         Of the same shape, on the same device.
+
+    Raises
+    ------
+    TypeError, ValueError
+        If ``index`` is no int32 matrix with values.
     """
+    _check_matrix(index)
     if _extension.module is None or index.shape[1] == 1:
         return index
     return order_slots_(index.to("cpu", copy=True).contiguous()).to(index.device)
@@ -370,7 +380,8 @@ def plan_parts(plan: Tensor, d_in: int) -> PlanParts:
 
 
 def _buffer(tensor: Tensor) -> ctypes.Array[ctypes.c_int32]:
-    """The values of a CPU tensor through the buffer protocol, with their bounds and no copy."""
+    """The values of an int32 tensor on the CPU through the buffer protocol, bounded, not copied."""
+    assert tensor.dtype == torch.int32
     dense = tensor.contiguous()
     view = (ctypes.c_int32 * dense.numel()).from_address(dense.data_ptr())
     view.owner = dense  # type: ignore[attr-defined]

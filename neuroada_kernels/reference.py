@@ -6,12 +6,17 @@ EMNLP 2025 (arXiv 2510.18940). Everything here is differentiable by autograd, to
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager, nullcontext
+
 import torch
 from torch import Tensor
 
+from neuroada_kernels._dtypes import accumulated_in
 
-def _accumulate_dtype(dtype: torch.dtype) -> torch.dtype:
-    return torch.float64 if dtype == torch.float64 else torch.float32
+
+def _without_autocast(device_type: str) -> AbstractContextManager[object]:
+    has_autocast = torch.amp.is_autocast_available(device_type)
+    return torch.autocast(device_type, enabled=False) if has_autocast else nullcontext()
 
 
 def bypass(x: Tensor, index: Tensor, delta: Tensor) -> Tensor:
@@ -26,7 +31,7 @@ def bypass(x: Tensor, index: Tensor, delta: Tensor) -> Tensor:
     delta : Tensor
         Shape ``[d_out, k]``.
     """
-    dtype = _accumulate_dtype(x.dtype)
+    dtype = accumulated_in(x.dtype)
     empty = index < 0
     gathered = x.to(dtype)[..., index.clamp(min=0).long()]  # [..., d_out, k]
     # Both factors are masked, so that neither the product nor a gradient has 0 times infinity.
@@ -56,8 +61,9 @@ def neuroada_linear(
     Tensor
         Shape ``[..., d_out]``, dtype of ``x``.
     """
-    dtype = _accumulate_dtype(x.dtype)
-    y = x.to(dtype) @ weight.to(dtype).t() + bypass(x, index, delta)
+    dtype = accumulated_in(x.dtype)
+    with _without_autocast(x.device.type):  # which would round the product
+        y = x.to(dtype) @ weight.to(dtype).t() + bypass(x, index, delta)
     if bias is not None:
         y = y + bias.to(dtype)
     return y.to(x.dtype)
@@ -65,13 +71,13 @@ def neuroada_linear(
 
 def neuroada_bypass(y: Tensor, x: Tensor, index: Tensor, delta: Tensor) -> Tensor:
     """``y[t, j] + sum_s delta[j, s] x[t, index[j, s]]``, rounded once, to the dtype of ``y``."""
-    dtype = _accumulate_dtype(y.dtype)
+    dtype = accumulated_in(y.dtype)
     return (y.to(dtype) + bypass(x, index, delta)).to(y.dtype)
 
 
 def merged_weight(weight: Tensor, index: Tensor, delta: Tensor) -> Tensor:
     """A copy of ``weight`` with ``W[j, index[j, s]] += delta[j, s]``, rounded once."""
-    dtype = _accumulate_dtype(weight.dtype)
+    dtype = accumulated_in(weight.dtype)
     update = torch.where(index >= 0, delta.to(dtype), torch.zeros_like(delta, dtype=dtype))
     dense = torch.zeros_like(weight, dtype=dtype).scatter_add(1, index.clamp(min=0).long(), update)
     return (weight.to(dtype) + dense).to(weight.dtype)

@@ -9,19 +9,14 @@ from torch import nn
 from torch.nn.utils import parametrize
 
 from neuroada_kernels.nn._base import BypassLinear
+from neuroada_kernels.nn.foreign import has_hooks
 
-_CALL_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 _STATE_HOOKS = (
     "_state_dict_hooks",
     "_state_dict_pre_hooks",
     "_load_state_dict_pre_hooks",
     "_load_state_dict_post_hooks",
 )
-
-
-def has_hooks(module: nn.Module) -> bool:
-    """Whether calling it runs more than its forward."""
-    return any(getattr(module, hooks) for hooks in _CALL_HOOKS)
 
 
 def check_hooks(name: str, module: nn.Module) -> None:

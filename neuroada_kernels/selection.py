@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from neuroada_kernels import _extension
+from neuroada_kernels._dtypes import FLOATING, NAMES
 from neuroada_kernels._tracing import has_no_values
 
 #: Elements of the weight that are looked at together, so that no mask of its size is made.
@@ -16,7 +17,6 @@ _BLOCK_ELEMENTS = 1 << 22
 
 #: How the C++ kernel ranks, by its number.
 _RANKINGS = {"scores": 0, "magnitude": 1, "smallest": 2}
-_COMPILED = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 _HAS_NAN = "{}: has NaN, expected numbers"
 
 METHODS = ("magnitude", "smallest", "random", "scores")
@@ -59,7 +59,8 @@ def select(
         Connections a neuron, from 1 to ``d_in``.
     method : str
         ``"magnitude"`` (largest \\|W\\|, the paper's choice), ``"smallest"`` (smallest \\|W\\|),
-        ``"random"``, or ``"scores"`` (largest of ``scores``). ``scores`` given implies the last.
+        ``"random"``, or ``"scores"`` (largest of ``scores``). The first with ``scores`` given is
+        the last.
     scores : Tensor, optional
         Shape of ``weight``, any real dtype: magnitudes of gradients, activation-aware scores.
     generator : torch.Generator, optional
@@ -97,8 +98,7 @@ def select_rows(
     neuron_fraction: float = 1.0,
 ) -> Tensor:
     """:func:`select` for a weight of which a few rows are to be had at a time."""
-    if scores is not None and method == "magnitude":
-        method = "scores"
+    method = method_for(method, scores)
     check_arguments(weight.shape, k, method, scores, neuron_fraction)
     index = _compiled(weight, k, method, scores)
     if index is None:
@@ -107,6 +107,11 @@ def select_rows(
         drawn = _drawn_neurons(weight.shape[0], neuron_fraction, generator)
         index[~drawn.to(weight.device)] = -1
     return index
+
+
+def method_for(method: str, scores: Tensor | None) -> str:
+    """Scores given without another method than the default are what it goes by."""
+    return "scores" if scores is not None and method == "magnitude" else method
 
 
 def row_blocks(shape: Sequence[int]) -> Iterator[slice]:
@@ -132,8 +137,8 @@ def check_weight(weight: Tensor, *, values: bool = True) -> None:
     """Raise unless ``weight`` is a floating matrix, with values where these are needed."""
     if not isinstance(weight, Tensor):
         raise TypeError(f"weight: {type(weight).__name__}, expected a tensor")
-    if not weight.is_floating_point():
-        raise TypeError(f"weight: dtype {weight.dtype}, expected a floating dtype")
+    if weight.dtype not in FLOATING:
+        raise TypeError(f"weight: dtype {weight.dtype}, expected {NAMES}")
     if weight.dim() != 2 or 0 in weight.shape:
         raise ValueError(f"weight: shape {list(weight.shape)}, expected [d_out, d_in]")
     if values and has_no_values(weight):
@@ -163,6 +168,8 @@ def check_arguments(
             )
         if scores.is_meta:
             raise ValueError("scores: is on the meta device, expected values")
+    if isinstance(neuron_fraction, bool) or not isinstance(neuron_fraction, int | float):
+        raise TypeError(f"neuron_fraction: {neuron_fraction!r}, expected a number")
     if not 0 < neuron_fraction <= 1:
         raise ValueError(f"neuron_fraction: {neuron_fraction}, expected a share in (0, 1]")
 
@@ -186,7 +193,7 @@ def _compiled(weight: Rows, k: int, method: str, scores: Tensor | None) -> Tenso
         or method not in _RANKINGS
         or not (weight.device.type == "cpu" and tensor.is_cpu)
         or type(tensor) not in (Tensor, nn.Parameter)
-        or tensor.dtype not in _COMPILED
+        or tensor.dtype not in FLOATING
         or (tensor.shape[1] > 1 and tensor.stride(1) != 1)
     ):
         return None

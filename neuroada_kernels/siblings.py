@@ -11,6 +11,7 @@ from typing import Protocol
 
 from torch import nn
 
+from neuroada_kernels._models import layers_in
 from neuroada_kernels.config import NeuroAdaConfig, matches
 from neuroada_kernels.nn._layer import BypassLayer
 from neuroada_kernels.nn._siblings import Siblings
@@ -58,9 +59,7 @@ def set_save_activations(
         has no layer; no layer changes then.
     """
     siblings = NeuroAdaConfig(save_activations=save_activations, siblings=siblings).siblings
-    layers = {n: m for n, m in model.named_modules() if isinstance(m, BypassLayer)}
-    if not layers:
-        raise ValueError("model: has no NeuroAda layer inside, expected an adapted model")
+    layers = layers_in(model)
     check_siblings(layers, siblings)
     for layer in layers.values():
         layer.save_activations = save_activations

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Iterator
 
 from torch import Tensor, nn
 
-from neuroada_kernels.nn._layer import BypassLayer
+from neuroada_kernels._models import layers_in
 from neuroada_kernels.nn._strategy import check_known, refusal
 
 
@@ -33,9 +33,7 @@ def set_strategy(model: nn.Module, strategy: str) -> dict[str, str]:
         then.
     """
     check_known(strategy)
-    layers = {n: m for n, m in model.named_modules() if isinstance(m, BypassLayer)}
-    if not layers:
-        raise ValueError("model: has no NeuroAda layer inside, expected an adapted model")
+    layers = layers_in(model)
     shared = shared_weights(model, layers.values())
     for name, layer in layers.items():
         # What is still on the meta device is checked when it has values.

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 
 from torch import nn
 
+from neuroada_kernels._models import unwrapped
 from neuroada_kernels.model import parts_of, replace
 from neuroada_kernels.model_merge import merge as merge_layers
 from neuroada_kernels.named import (
@@ -15,7 +16,6 @@ from neuroada_kernels.named import (
     check_whole,
     configs_of,
     named_layers,
-    unwrapped,
 )
 from neuroada_kernels.nn._base import BypassLinear
 from neuroada_kernels.nn._named import NamedLayer

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import pickle
 import random
@@ -300,3 +301,13 @@ def test_a_file_that_claims_much_takes_little_memory(tmp_path):
     assert max(huge, long) < 4 << 20
     # In proportion, a gigabyte for the longest there may be.
     assert lists < 32 * limit + (4 << 20)
+
+
+def test_a_delta_that_no_file_may_have_is_not_written(path):
+    adapter, before = read_adapter(path), path.read_bytes()
+    module = adapter.modules[MODULE]
+    narrow = dataclasses.replace(module, delta=module.delta.to(torch.float8_e4m3fn))
+    odd = dataclasses.replace(adapter, modules={**adapter.modules, MODULE: narrow})
+    with pytest.raises(ValueError, match=r"up\.delta: dtype torch\.float8_e4m3fn, exp"):
+        adapter_file.write_adapter(odd, path)
+    assert path.read_bytes() == before

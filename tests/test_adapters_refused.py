@@ -197,7 +197,7 @@ def test_merged_layers_over_one_weight_cannot_be_saved(path):
     trained(model, 0)
     nk.save_adapter(model, path)
     before = path.read_bytes()
-    with pytest.warns(UserWarning, match=r"its weight is \d\.weight too"):
+    with pytest.warns(UserWarning, match=r"its weight is shared with \d\.weight"):
         nk.merge(model)
     with pytest.raises(ValueError, match="1: is merged and shares its weight with 0"):
         nk.save_adapter(model, path)

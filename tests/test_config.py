@@ -118,8 +118,9 @@ WRONG = [
     ({"neuron_fraction": "all"}, TypeError, "neuron_fraction: 'all', expected a number"),
     ({"bias": "lora_only"}, ValueError, r"bias: 'lora_only', expected one of \['none', 'all'\]"),
     ({"bias": True}, ValueError, "bias: True"),
-    ({"delta_dtype": "int8"}, TypeError, "delta_dtype: int8, expected a floating"),
+    ({"delta_dtype": "int8"}, TypeError, "delta_dtype: int8, expected float32, "),
     ({"delta_dtype": "Tensor"}, TypeError, "delta_dtype: Tensor"),
+    ({"delta_dtype": "float8_e4m3fn"}, TypeError, "delta_dtype: float8_e4m3fn, expected"),
     ({"delta_dtype": torch.int32}, TypeError, "delta_dtype: torch.int32"),
     ({"strategy": "dense"}, ValueError, "strategy: 'dense', expected one of"),
     ({"layers": []}, ValueError, r"layers: \[\], expected numbers of layers"),
@@ -132,7 +133,9 @@ WRONG = [
     ({"k_pattern": ["a"]}, TypeError, "k_pattern: "),
     ({"k_pattern": {"a": 0}}, ValueError, r"k_pattern\['a'\]: 0, expected at least 1"),
     ({"k_pattern": {"(": 1}}, ValueError, r"k_pattern: '\(' is no regular expression"),
-    ({"k_pattern": {1: 1}}, TypeError, "k_pattern: 1, expected names"),
+    ({"k_pattern": {"(?i)q": 1}}, ValueError, r"k_pattern: .* is no regular expression"),
+    ({"k_pattern": {1: 1}}, TypeError, "k_pattern: 1, expected a name"),
+    ({"k_pattern": {("a",): 1}}, TypeError, "k_pattern: .*, expected a name"),
 ]
 
 

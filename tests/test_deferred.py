@@ -266,6 +266,7 @@ def test_a_failed_load_leaves_it_waiting(tmp_path, monkeypatch):
     [
         ({"k": 7}, "k: 7, expected 1 to 6"),
         ({"selection": "scores", "scores": {"0": torch.zeros(1, 1)}}, r"0: scores: shape \[1, 1\]"),
+        ({"neuron_fraction": 0.0}, "neuron_fraction: 0.0, expected a share"),
     ],
     ids=str,
 )
@@ -283,3 +284,10 @@ def test_nan_is_found_when_values_have_come():
     model.load_state_dict(state, strict=False, assign=True)
     with pytest.raises(ValueError, match=r"blocks\.1\.up: weight: has NaN"):
         nk.select_connections(model)
+
+
+@pytest.mark.parametrize("device", ["meta", "cpu"])
+def test_scores_with_another_method_are_refused(device):
+    options = {"selection": "random", "scores": torch.zeros(4, 6), "device": device}
+    with pytest.raises(ValueError, match="scores: given with method 'random'"):
+        nk.NeuroAdaLinear(6, 4, **options)

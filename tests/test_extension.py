@@ -105,6 +105,10 @@ def test_disabled_extension_leaves_the_eager_backend(tmp_path):
     assert "column 9 in row 0 is out of range" in facts["refused"]
 
 
+def test_zero_does_not_disable_it(tmp_path):
+    assert probe(tmp_path, NEUROADA_DISABLE_EXTENSION="0") == probe(tmp_path)
+
+
 def test_pure_python_files_say_that_they_are(make_copy):
     directory = make_copy()
     facts = probe(directory, PYTHONPATH=str(directory))

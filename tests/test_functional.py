@@ -270,6 +270,9 @@ def test_arguments_that_fit_are_taken(backend, device):
         ("delta", torch.ones(12), ValueError, r"delta: shape \[12\]"),
         ("delta", torch.ones(4, 3).int(), TypeError, r"delta: dtype torch\.int32"),
         ("delta", torch.ones(4, 3, device="meta"), ValueError, "delta: on meta, expected cpu"),
+        ("weight", None, TypeError, "weight: NoneType, expected a tensor"),
+        ("plan", [1, 2], TypeError, "plan: list, expected a tensor"),
+        ("bias", [0.0] * 4, TypeError, "bias: list, expected a tensor"),
         ("bias", torch.ones(6), ValueError, r"bias: shape \[6\], expected \[4\]"),
         ("bias", torch.ones(1, 4), ValueError, r"bias: shape \[1, 4\], expected \[4\]"),
         ("bias", torch.ones(4).half(), TypeError, r"bias: dtype torch\.float16"),
@@ -286,6 +289,7 @@ def test_linear_refuses_a_wrong_argument_by_its_name(name, value, error, message
     [
         ("y", torch.ones(5, 3), ValueError, r"y: shape \[5, 3\], expected \[5, 4\]"),
         ("y", torch.ones(4), ValueError, r"y: shape \[4\], expected \[5, 4\]"),
+        ("y", None, TypeError, "y: NoneType, expected a tensor"),
         ("y", torch.ones(5, 4).half(), TypeError, r"y: dtype torch\.float16"),
         ("y", torch.ones(5, 4, device="meta"), ValueError, "y: on meta, expected cpu"),
         ("x", torch.ones(5, 6).bool(), TypeError, r"x: dtype torch\.bool"),

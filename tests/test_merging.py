@@ -335,7 +335,7 @@ def test_the_command_inspects(tmp_path, adapter, capsys):
     assert f"{adapter.stat().st_size:,} bytes" in shown
     assert "72 connections in 4 modules" in shown
     largest = model.blocks[0].up.delta.abs().max().item()
-    assert f"6 to 12 float32, k 2, 24 connections, float32 up to {largest:.3g}" in shown
+    assert f"6 to 12 float32, k 2, 24 connections, float32, max |delta| {largest:.3g}" in shown
 
     assert main(["inspect", "--json", str(adapter)]) == 0
     facts = json.loads(capsys.readouterr().out)
@@ -348,3 +348,11 @@ def test_the_command_inspects(tmp_path, adapter, capsys):
         main(["inspect", str(adapter)])
     assert ended.value.code == 1
     assert "no safetensors file" in capsys.readouterr().err
+
+
+def test_merging_warns_of_whoever_reads_the_same_memory():
+    model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4))
+    model[1].weight = nn.Parameter(model[0].weight.data)
+    nk.adapt(model, target_modules=["0"])
+    with pytest.warns(UserWarning, match=r"0: its weight is shared with 1\.weight, which changes"):
+        nk.merge(model)

@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import nn
 
+import neuroada_kernels as nk
 from neuroada_kernels import (
     NeuroAdaLinear,
     ReferenceNeuroAdaLinear,
@@ -389,7 +390,7 @@ def test_two_layers_over_one_weight_unmerge_bit_for_bit():
     disturb(model)
     weight = first.weight.detach().clone()
     for _ in range(3):
-        with pytest.warns(UserWarning, match="^[01]: its weight is [01].weight too"):
+        with pytest.warns(UserWarning, match="^[01]: its weight is shared with [01].weight"):
             merge(model)
         assert not torch.equal(model[0].weight, weight)
         unmerge(model)
@@ -401,7 +402,7 @@ def test_two_layers_over_one_weight_unmerge_bit_for_bit():
 @pytest.mark.parametrize("merging", [merge, merge_requantized])
 def test_merging_into_a_tied_weight_warns(model, merging):
     adapt(model, 1)
-    with pytest.warns(UserWarning, match="^head: its weight is embed.weight too") as warnings:
+    with pytest.warns(UserWarning, match="^head: its weight is shared with embed.w") as warnings:
         merging(model)
     assert len(warnings) == 1
 
@@ -414,7 +415,25 @@ def test_merging_a_layer_that_stands_in_two_places_does_not_warn():
     assert model[0].merged
 
 
-def test_merge_of_a_model_without_layers_does_nothing(model):
-    with Unchanged(model):
-        merge(model)
-        unmerge(model)
+@pytest.mark.filterwarnings("ignore:.*script_method:DeprecationWarning")  # torch's own
+def test_a_compiled_model_is_adapted_as_itself():
+    models = []
+    for wrap in (lambda m: m, torch.compile):
+        torch.manual_seed(0)
+        models.append(LanguageModel())
+        nk.adapt(wrap(models[-1]), k=2, selection="random")
+    plain, compiled = models
+    assert compiled.neuroada_config == plain.neuroada_config
+    state = plain.state_dict()
+    assert all(tensor.equal(state[name]) for name, tensor in compiled.state_dict().items())
+
+
+@pytest.mark.parametrize("call", [nk.merge, nk.unmerge, nk.select_connections])
+def test_a_model_that_is_not_adapted_is_refused(call, model):
+    with Unchanged(model), pytest.raises(ValueError, match="model: has no NeuroAda layer inside"):
+        call(model)
+
+
+def test_what_is_no_model_is_refused():
+    with pytest.raises(TypeError, match=r"model: list, expected torch\.nn\.Module"):
+        nk.adapt([nn.Linear(4, 4)])

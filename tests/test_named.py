@@ -337,3 +337,15 @@ def test_compiled_it_takes_up_another_adapter_without_compiling_again():
     with nk.rows_of(compiled, ROWS):
         both_ways()
     torch.compiler.reset()
+
+
+def test_a_parked_adapter_follows_a_model_through_memory_without_values():
+    model = both()
+    nk.set_adapter(model, "second")
+    expected = model(inputs())  # so that it has a plan, which is parked then
+    nk.set_adapter(model, "default")
+    state = copy.deepcopy(model.state_dict())
+    model.to("meta").to_empty(device="cpu")
+    model.load_state_dict(state)
+    nk.set_adapter(model, "second")
+    assert model(inputs()).equal(expected)

@@ -296,3 +296,15 @@ def test_columns_are_copied_as_they_are(layout, dtype):
 def test_columns_that_x_lacks_are_refused(columns, message):
     with pytest.raises(RuntimeError, match=message):
         columns_of(torch.zeros(4, 9), columns, torch.float32)
+
+
+@pytest.mark.parametrize("case", ["int64", "vector", "meta"])
+def test_slots_of_what_is_no_index_are_not_ordered(case):
+    index, error, message = WRONG[case]
+    with pytest.raises(error, match=message):
+        order_slots(index)
+
+
+def test_slots_of_narrower_numbers_are_not_ordered():
+    with pytest.raises(TypeError, match=r"index: dtype torch\.int16, expected torch\.int32"):
+        order_slots(torch.zeros(64, 8, dtype=torch.int16))

@@ -100,3 +100,11 @@ def test_an_infinite_column_does_not_leak_through_empty_slots():
     out[:, :2].sum().backward()
     assert x.grad.tolist() == [[0.0, 1.0]]
     assert delta.grad[:2].tolist() == [[1.0, 0.0], [0.0, 0.0]]
+
+
+def test_autocast_does_not_round_the_product():
+    inputs = make_inputs(RAGGED, torch.bfloat16)
+    arguments = (inputs.x, inputs.weight, inputs.index, inputs.delta)
+    expected = reference.neuroada_linear(*arguments)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert reference.neuroada_linear(*arguments).equal(expected)

@@ -93,6 +93,20 @@ def test_use_backend_restores_after_an_exception():
         assert serving() == "eager"
 
 
+def test_blocks_of_threads_that_overlap_leave_nothing_behind():
+    first, second = use_backend("eager"), use_backend(None)
+    first.__enter__()
+    second.__enter__()
+    first.__exit__(None, None, None)
+    assert _registry._named is None
+    third = use_backend("eager")
+    third.__enter__()
+    second.__exit__(None, None, None)
+    assert _registry._named == "eager"
+    third.__exit__(None, None, None)
+    assert _registry._named is None
+
+
 def test_unknown_name_lists_the_known_ones():
     names = ", ".join(repr(name) for name in sorted(available_backends()))
     with pytest.raises(ValueError, match=rf"'nonsense' is unknown, .*\[{names}\]"):

@@ -99,7 +99,7 @@ def bypass_bwd_input(
     if config is None:
         config = pick(
             "bypass_bwd_input",
-            problem(tokens, d_in, delta, grad_x.dtype),
+            problem(tokens, d_in, delta, grad_x, delta, onto),
             transposed_configs(tokens, grad_x.dtype),
             lambda c: bypass_bwd_input(
                 grad_t, column_start, split, entry, delta, grad_x, onto=onto, config=c

@@ -67,7 +67,7 @@ def bypass_fwd(
     if config is None:
         config = pick(
             "bypass_fwd",
-            problem(tokens, x_t.shape[0], index, y.dtype),
+            problem(tokens, x_t.shape[0], index, y, delta, onto, bias),
             bypass_configs(tokens, y.dtype),
             # Timed into a tensor of its own: onto may be y.
             lambda c: bypass_fwd(

@@ -117,7 +117,7 @@ def linear_bwd_input(
     if config is None:
         config = pick(
             "linear_bwd_input",
-            problem(tokens, d_in, delta, grad.dtype),
+            problem(tokens, d_in, delta, grad, delta),
             gemm_configs(tokens, grad.dtype, gpu_of(grad.device)),
             lambda c: linear_bwd_input(grad, weight, grad_t, column_start, entry, delta, grad_x, c),
             grad.device,

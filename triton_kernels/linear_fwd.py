@@ -96,7 +96,7 @@ def linear_fwd(
     if config is None:
         config = pick(
             "linear_fwd",
-            problem(tokens, d_in, index, x.dtype),
+            problem(tokens, d_in, index, x, delta, bias),
             gemm_configs(tokens, x.dtype, gpu_of(x.device)),
             lambda c: linear_fwd(x, weight, x_t, index, delta, bias, y, c),
             x.device,

@@ -79,7 +79,7 @@ def sddmm(
     if config is None:
         config = pick(
             "sddmm",
-            problem(padded, x_t.shape[0], index, x_t.dtype),
+            problem(padded, x_t.shape[0], index, x_t, partial),
             sddmm_configs(padded, x_t.dtype),
             # Timed into a tensor of its own: the kernel accumulates.
             lambda c: sddmm(x_t, grad_t, index, torch.zeros_like(partial), c),

@@ -28,9 +28,15 @@ def enabled() -> bool:
     return os.environ.get("NEUROADA_AUTOTUNE") == "1"
 
 
-def problem(tokens: int, d_in: int, entries: Tensor, dtype: torch.dtype) -> tuple[object, ...]:
-    """What a choice depends on, the tokens as the next power of two; ``entries`` is [d_out, k]."""
-    return (1 << max(tokens - 1, 0).bit_length(), d_in, *entries.shape, dtype)
+def problem(
+    tokens: int, d_in: int, entries: Tensor, *operands: Tensor | None
+) -> tuple[object, ...]:
+    """What a choice depends on, the tokens as the next power of two; ``entries`` is [d_out, k].
+
+    Of the operands it is the dtype, or that there is none.
+    """
+    dtypes = (None if operand is None else operand.dtype for operand in operands)
+    return (1 << max(tokens - 1, 0).bit_length(), d_in, *entries.shape, *dtypes)
 
 
 def cache_file(gpu_name: str) -> Path:
@@ -90,7 +96,8 @@ class _Results:
                 seconds[candidate] = time(functools.partial(run, candidate))
         best = min(seconds, key=seconds.__getitem__, default=candidates[0])
         known[key] = asdict(best)  # type: ignore[call-overload]
-        _write(self.path, known)
+        with contextlib.suppress(OSError):  # what was found holds for this process all the same
+            _write(self.path, known)
         return best
 
 
@@ -99,14 +106,20 @@ _loaded: dict[Path, dict[str, Any]] = {}
 
 def _read(path: Path) -> dict[str, Any]:
     if path not in _loaded:
-        try:
-            _loaded[path] = dict(json.loads(path.read_text()))
-        except (OSError, ValueError):  # none yet, or not ours: tune again
-            _loaded[path] = {}
+        _loaded[path] = _in_file(path)
     return _loaded[path]
 
 
+def _in_file(path: Path) -> dict[str, Any]:
+    try:
+        found = json.loads(path.read_text())
+    except (OSError, ValueError):  # none yet, or not ours: tune again
+        return {}
+    return found if isinstance(found, dict) else {}
+
+
 def _write(path: Path, known: dict[str, Any]) -> None:
+    known = {**_in_file(path), **known}  # which another process may have written since
     path.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.NamedTemporaryFile("w", dir=path.parent, delete=False) as file:
         json.dump(known, file, indent=1, sort_keys=True)

@@ -8,6 +8,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from neuroada_kernels._dtypes import accumulated_in
+
 _INTEGERS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
@@ -39,5 +41,5 @@ def assign_entries(weight: Tensor, index: Tensor, values: Tensor) -> None:
 
 def patch_entries(weight: Tensor, index: Tensor, delta: Tensor, original: Tensor) -> None:
     """``W[j, index[j, s]] = original[j, s] + delta[j, s]``, rounded once."""
-    dtype = torch.float64 if weight.dtype == torch.float64 else torch.float32
+    dtype = accumulated_in(weight.dtype)
     assign_entries(weight, index, (original.to(dtype) + delta.to(dtype)).to(weight.dtype))

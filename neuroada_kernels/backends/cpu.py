@@ -11,11 +11,10 @@ import torch
 from torch import Tensor
 
 from neuroada_kernels import _extension
+from neuroada_kernels._dtypes import FLOATING
 from neuroada_kernels._registry import Backend, register
 from neuroada_kernels.backends import _compiled
 from neuroada_kernels.backends._dense import has_product
-
-_DTYPES = frozenset({torch.float32, torch.float64, torch.bfloat16, torch.float16})
 
 
 def _linear(x: Tensor, weight: Tensor, index: Tensor, delta: Tensor, bias: Tensor | None) -> Tensor:
@@ -85,12 +84,12 @@ def _has_amx() -> bool:
 
 
 def _unsupported(first: Tensor, *rest: object) -> list[str]:
-    if first.is_cpu and first.dtype in _DTYPES:
+    if first.is_cpu and first.dtype in FLOATING:
         return []
     reasons = []
     if not first.is_cpu:
         reasons.append(f"tensors on {first.device.type}, expected CPU")
-    if first.dtype not in _DTYPES:
+    if first.dtype not in FLOATING:
         reasons.append(f"dtype {first.dtype}, expected float32, float64, bfloat16 or float16")
     return reasons
 
@@ -101,7 +100,7 @@ register(
         priority={"cpu": 2},
         unavailable=lambda: _extension.library_error,
         implementations=_compiled.implementations(
-            _linear, _linear_backward, _unsupported, always=_DTYPES
+            _linear, _linear_backward, _unsupported, always=frozenset(FLOATING)
         ),
     )
 )

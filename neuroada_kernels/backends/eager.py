@@ -10,6 +10,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
+from neuroada_kernels._dtypes import accumulated_in
 from neuroada_kernels._registry import Backend, Implementation, register
 from neuroada_kernels.backends._dense import add_dense, bias_for_bypass
 from neuroada_kernels.backends._entries import assign_entries, chosen_entries, patch_entries
@@ -119,7 +120,7 @@ class _Slots:
     """
 
     def __init__(self, index: Tensor, delta: Tensor, dtype: torch.dtype) -> None:
-        self.dtype = torch.float64 if dtype == torch.float64 else torch.float32
+        self.dtype = accumulated_in(dtype)
         empty = index < 0
         # On an accelerator, asking whether there is any would wait for the device.
         self.empty = None if index.is_cpu and not bool(empty.any()) else empty

@@ -17,12 +17,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from neuroada_kernels._dtypes import FLOATING
 from neuroada_kernels._registry import Backend, Implementation, register
 from neuroada_kernels.backends._dense import add_dense, bias_for_bypass, wide_product
 from neuroada_kernels.backends._entries import chosen_entries
 from neuroada_kernels.plan import make_plan, plan_parts
 
-_DTYPES = {torch.float32, torch.float64, torch.bfloat16, torch.float16}
 _OLDEST = (8, 0)
 
 
@@ -242,7 +242,7 @@ def _unsupported(first: Tensor, *rest: object) -> list[str]:
         capability = torch.cuda.get_device_capability(first.device)
         if capability < _OLDEST:
             reasons.append(f"compute capability {capability}, expected {_OLDEST} or newer")
-    if first.dtype not in _DTYPES:
+    if first.dtype not in FLOATING:
         reasons.append(f"dtype {first.dtype}, expected float32, float64, bfloat16 or float16")
     return reasons
 

@@ -17,7 +17,7 @@ from neuroada_kernels.nn._offloaded import check_trains
 from neuroada_kernels.nn._own import wrong_shape
 from neuroada_kernels.nn._strategy import check_strategy, why_not_resident
 from neuroada_kernels.nn._weight import entries_of
-from neuroada_kernels.nn.foreign import is_library
+from neuroada_kernels.nn.foreign import has_hooks, has_own_forward, is_library
 from neuroada_kernels.plan import check_index_form
 from neuroada_kernels.selection import check_weight
 
@@ -137,19 +137,25 @@ class BypassLinear(BypassLayer):
         Raises
         ------
         TypeError, ValueError
-            If ``linear`` is no ``nn.Linear`` with a floating weight of its own, if its weight may
-            not be resident, or an argument is not as expected; then ``linear`` is unchanged.
+            If ``linear`` is no ``nn.Linear`` with a floating weight of its own and the forward of
+            ``nn.Linear``, without hooks, if its weight may not be resident, or an argument is not
+            as expected; then ``linear`` is unchanged.
         """
         if not isinstance(linear, nn.Linear):
             raise TypeError(f"linear: {type(linear).__name__}, expected torch.nn.Linear")
         if is_library(linear):
             kind = type(linear._parameters["weight"]).__name__
             raise TypeError(f"linear: has a {kind}, expected plain numbers; see NeuroAdaBypass")
+        if has_own_forward(linear):
+            kind = type(linear).__name__
+            raise TypeError(f"linear: {kind} has a forward of its own; see NeuroAdaBypass")
         if parametrize.is_parametrized(linear):
             raise ValueError("linear: has parametrizations, expected a weight of its own")
         for name in ("weight", "bias"):
             if name not in linear._parameters:
                 raise ValueError(f"linear: its {name} is no parameter, expected one of its own")
+        if has_hooks(linear):
+            raise ValueError("linear: has hooks, which the layer would lose; remove them first")
         check_weight(linear.weight, values=index is not None)
         check_strategy(strategy, linear.weight)
         check_save_activations(save_activations)

@@ -9,7 +9,14 @@ from torch import Tensor
 
 from neuroada_kernels._sharding import whole
 from neuroada_kernels.plan import order_slots, order_slots_
-from neuroada_kernels.selection import Rows, check_arguments, drawn_count, select, select_rows
+from neuroada_kernels.selection import (
+    Rows,
+    check_arguments,
+    drawn_count,
+    method_for,
+    select,
+    select_rows,
+)
 
 
 @dataclass(frozen=True)
@@ -41,7 +48,7 @@ class Deferred:
         if not weight.is_meta:
             index = select(whole(weight.detach()), *self._how, neuron_fraction=share)
             return order_slots_(index) if index.is_cpu else order_slots(index)
-        method = "scores" if self.scores is not None else self.method
+        method = method_for(self.method, self.scores)
         check_arguments(weight.shape, self.k, method, self.scores, self.neuron_fraction)
         return torch.empty(weight.shape[0], self.k, dtype=torch.int32, device="meta")
 

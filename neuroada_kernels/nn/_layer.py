@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from neuroada_kernels._dtypes import name_of
+from neuroada_kernels._dtypes import FLOATING, NAMES, name_of
 from neuroada_kernels._sharding import is_managed_by_fsdp, is_sharded, local, split_as, whole
 from neuroada_kernels.nn._activations import ActivationSaver
 from neuroada_kernels.nn._deferred import Deferred
@@ -59,8 +59,8 @@ class BypassLayer(ActivationSaver, OwnTensors):
 
     def _check_connections(self, index: Tensor, delta_dtype: torch.dtype) -> None:
         """Raise unless :meth:`_hold_connections` may have these."""
-        if not (isinstance(delta_dtype, torch.dtype) and delta_dtype.is_floating_point):
-            raise TypeError(f"delta_dtype: {delta_dtype}, expected a floating torch.dtype")
+        if delta_dtype not in FLOATING:
+            raise TypeError(f"delta_dtype: {delta_dtype}, expected {NAMES}")
         if not index.is_meta:
             self._check_index(index)
 
@@ -165,8 +165,12 @@ class BypassLayer(ActivationSaver, OwnTensors):
             self._leave_resident()
             with torch.no_grad():
                 index = self.index.clone()
-                self.original = self._fold()
-                self.merged_index = index
+                original = self._fold()
+            # An inference tensor could not be loaded into later.
+            with torch.inference_mode(False):
+                self.original, self.merged_index = (
+                    t.clone() if t.is_inference() else t for t in (original, index)
+                )
 
     def check_mergeable(self) -> None:
         """Raise where :meth:`merge` would."""

@@ -65,7 +65,9 @@ class ParkedAdapter(nn.Module):
         self._facts = facts
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
-        return super()._apply(uncast(fn), recurse)  # type: ignore[no-untyped-call]
+        super()._apply(uncast(fn), recurse)  # type: ignore[no-untyped-call]
+        self._facts = {}  # of another index and plan, or of memory that has no values now
+        return self
 
     def _load_from_state_dict(
         self, state_dict: dict[str, Any], prefix: str, *args: Any, **options: Any

@@ -118,7 +118,7 @@ class ResidentLinear(BypassLinear):
         address = self.weight.data_ptr()
         for other in list(_layers):
             held = other.base_values is not None and other.weight.data_ptr() == address
-            if held and other is not self:
+            if held and other._buffers is not self._buffers:  # as a shallow copy's are
                 return "another adapter is resident in this weight"
         return None
 
@@ -330,7 +330,8 @@ class ResidentLinear(BypassLinear):
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
-        self._owner = id(self)
+        is_shallow = any(other._buffers is self._buffers for other in list(_layers))
+        self._owner = None if is_shallow else id(self)
         _layers.add(self)
 
     def __del__(self) -> None:

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from neuroada_kernels import functional, ops
@@ -19,7 +20,7 @@ from neuroada_kernels.nn._named import NamedLayer
 from neuroada_kernels.nn._offloaded import check_trains
 from neuroada_kernels.nn._planned import PlannedLayer
 from neuroada_kernels.nn._weight import BaseWeight
-from neuroada_kernels.nn.foreign import base_weight
+from neuroada_kernels.nn.foreign import MODULE, base_weight
 from neuroada_kernels.plan import check_index_form
 from neuroada_kernels.selection import row_blocks
 
@@ -218,6 +219,11 @@ class NeuroAdaBypass(NamedLayer, PlannedLayer):
         weight = base_weight(self.base)
         if weight.matrix is None:
             raise ValueError(f"base: {weight.name}, {weight.unmergeable}")
+        if weight.kind == MODULE and not _multiplies(self.base, weight.matrix):
+            raise ValueError(
+                f"base: {type(self.base).__name__} does not compute x W^T, expected that to merge: "
+                "in its weight delta would act otherwise than beside it"
+            )
 
     def base_entries(self, index: Tensor) -> Tensor:
         return base_weight(self.base).entries(index)
@@ -261,6 +267,27 @@ class NeuroAdaBypass(NamedLayer, PlannedLayer):
         if "original" in incoming and not self._is_plain():
             raise ValueError(f"original: of a merged layer, but the base is a {self._kind}")
         super()._check_incoming(incoming)
+
+
+@torch.no_grad()
+def _multiplies(base: nn.Module, matrix: Tensor) -> bool:
+    """Whether ``base(x) - base(0)`` is ``x W^T`` for some x, as far as rounding lets one tell.
+
+    A base that does not take x alone is believed.
+    """
+    draw = torch.randn(2, matrix.shape[1], generator=torch.Generator().manual_seed(0))
+    x = torch.stack([draw, torch.zeros_like(draw)]).to(matrix.device, matrix.dtype)
+    training = base.training
+    base.eval()  # no dropout
+    try:
+        y = base(x)
+        found = (y[0] - y[1]).float()
+    except (TypeError, ValueError, IndexError, RuntimeError):
+        return True
+    finally:
+        base.train(training)
+    expected = F.linear(x[0], matrix).float()
+    return bool((found - expected).norm() <= torch.finfo(matrix.dtype).eps ** 0.5 * expected.norm())
 
 
 def _form_of(value: object) -> str:

@@ -73,9 +73,9 @@ class StackedLinear(NamedLayer, PlannedLayer):
             if plain
             else functional.apply_linear(part, weight, index, delta, None, plan)
             for part, weight, index, delta, plan in parts
-            if len(part)
+            if len(part) or not len(x)  # without any tokens, all: the output still has a gradient
         ]
-        return torch.cat(outputs) if outputs else x.new_zeros(0, self.d_out)
+        return torch.cat(outputs)
 
     def _plan_of(self, index: Tensor) -> Tensor:
         """One plan an expert, one behind the other."""
@@ -165,13 +165,12 @@ class NeuroAdaExperts(nn.Module):
         neuron_fraction: float = 1.0,
         delta_dtype: torch.dtype = torch.float32,
         index: Mapping[str, Tensor] | None = None,
-        scores: Tensor | None = None,
     ) -> None:
         super().__init__()
         reason = why_not_experts(experts)
         if reason is not None:
             raise TypeError(f"experts: {type(experts).__name__} {reason}")
-        if scores is not None or selection not in ("magnitude", "smallest", "random"):
+        if selection not in ("magnitude", "smallest", "random"):
             raise ValueError(
                 f"selection: {selection!r}, expected 'magnitude', 'smallest' or 'random'"
             )
@@ -211,7 +210,7 @@ class NeuroAdaExperts(nn.Module):
         y = self.down_proj(h, counts) * top_k_weights.reshape(-1)[order, None]
         # Each token's own places are summed, in an order that does not depend on the experts.
         each = y.new_zeros(len(ids), y.shape[-1]).index_copy(0, order, y)
-        summed: Tensor = each.view(*top_k_index.shape, -1).sum(-2)
+        summed: Tensor = each.view(*top_k_index.shape, each.shape[-1]).sum(-2)
         return summed.to(hidden_states.dtype)
 
 

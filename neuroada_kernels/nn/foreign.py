@@ -19,6 +19,8 @@ from neuroada_kernels.nn._offloaded import OffloadedWeight, is_dispatched, offlo
 from neuroada_kernels.nn._torchao import TorchaoWeight
 from neuroada_kernels.nn._weight import BaseWeight, entries_of, is_of
 
+#: What nn.Module runs beside a forward.
+_CALL_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 #: Libraries with bases of their own, and the extra that installs each.
 EXTRAS = {
     "bitsandbytes": "quantized",
@@ -28,6 +30,8 @@ EXTRAS = {
 }
 #: The kind of GPT-2's layer, as an adapter's file has it.
 CONV1D = "transformers Conv1D"
+#: That of a module of no library, with a weight ``[d_out, d_in]``.
+MODULE = "module"
 
 
 class _PlainWeight(BaseWeight):
@@ -96,7 +100,7 @@ def base_weight(module: nn.Module) -> BaseWeight:
     weight = module._parameters.get("weight")
     if weight is None or tuple(weight.shape) != (d_out, d_in) or not _is_numbers(weight):
         return _Weightless(module, (d_out, d_in))
-    return _of_numbers(module, "module", weight)
+    return _of_numbers(module, MODULE, weight)
 
 
 def is_library(module: nn.Module) -> bool:
@@ -115,6 +119,11 @@ def has_own_forward(module: nn.Module) -> bool:
     kind = type(module)
     own = kind.forward is not nn.Linear.forward or kind.__call__ is not nn.Linear.__call__
     return own or "forward" in vars(module)
+
+
+def has_hooks(module: nn.Module) -> bool:
+    """Whether calling it runs more than its forward."""
+    return any(getattr(module, hooks) for hooks in _CALL_HOOKS)
 
 
 def missing_library(kind: str) -> str | None:

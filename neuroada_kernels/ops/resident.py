@@ -21,6 +21,7 @@ from neuroada_kernels.ops._library import (
     delta_gradient,
     is_plain_eager,
     plain_apply,
+    refuse_double_backward,
     saved_of,
 )
 
@@ -85,6 +86,19 @@ def _grad_delta(ctx: Any, grad_output: Tensor) -> Tensor:
     return grad_delta
 
 
+class _Once(torch.autograd.Function):
+    """The identity of dy, which nobody may differentiate.
+
+    By way of W, which holds it, dx depends on ``delta``; autograd would leave that out.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, grad_output: Tensor, delta: Tensor) -> Tensor:
+        return grad_output.view_as(grad_output)
+
+    backward = staticmethod(refuse_double_backward)
+
+
 class _DeltaGradient(torch.autograd.Function):
     """The identity of y, whose gradient passes through and gives delta's on its way.
 
@@ -101,6 +115,8 @@ class _DeltaGradient(torch.autograd.Function):
     def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
         need_y, _, _, need_delta = ctx.needs_input_grad[:4]
         grad_delta = _grad_delta(ctx, grad_output) if need_delta else None
+        if torch.is_grad_enabled():
+            grad_output = _Once.apply(grad_output, ctx.saved_tensors[2])  # type: ignore[no-untyped-call]
         return grad_output if need_y else None, None, None, grad_delta, None, None
 
 

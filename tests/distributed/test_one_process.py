@@ -33,6 +33,16 @@ def test_one_process_trains_as_one(check, tmp_path):
     check(tmp_path)
 
 
+def test_what_ddp_holds_already_is_refused():
+    model = adapted()
+    wrapped = nn.parallel.DistributedDataParallel(model)
+    plain = nn.parallel.DistributedDataParallel(Transformer())
+    for call in (lambda: nk.adapt(plain, 1), lambda: nk.add_adapter(wrapped, "other", 1)):
+        with pytest.raises(ValueError, match="model: is in DistributedDataParallel"):
+            call()
+    assert nk.adapter_names(model) == ("default",)
+
+
 def test_no_buffer_has_16_bits_which_nccl_does_not_take():
     for strategy in ("bypass", "resident"):
         model = adapted(strategy=strategy)

@@ -8,6 +8,7 @@ import pickle
 import foreign
 import pytest
 import torch
+import torch.nn.functional as F
 from foreign import D_IN, PLAIN, QUANTISED
 from test_bypass_layer import wrap
 
@@ -181,3 +182,34 @@ def test_an_error_in_quantising_leaves_the_layer_as_it_was(monkeypatch):
         layer.merge_requantized()
     assert foreign.same(foreign.raw(layer.base), before)
     assert torch.equal(layer.delta, delta)
+
+
+class Halved(foreign.Scaled):
+    """One that does something else with its weight, which dropout hides in training."""
+
+    def forward(self, x):
+        return F.dropout(super().forward(x), 0.5, self.training) / 2
+
+
+class Guided(foreign.Scaled):
+    """One that takes more than x."""
+
+    def forward(self, x, scale):
+        return super().forward(x) * scale
+
+
+def test_a_base_that_does_something_else_with_its_weight_is_not_merged():
+    layer = wrap(Halved(D_IN, foreign.D_OUT).train())
+    before = state_of(layer)
+    with pytest.raises(ValueError, match="base: Halved does not compute x W"):
+        layer.merge()
+    assert_state(layer, before)
+    assert layer.base.training
+
+
+def test_a_base_that_takes_more_than_x_is_believed():
+    layer = wrap(Guided(D_IN, foreign.D_OUT))
+    x = torch.randn(5, D_IN)
+    expected = layer(x, 1.0)
+    layer.merge()
+    torch.testing.assert_close(layer(x, 1.0), expected)

@@ -312,3 +312,13 @@ def test_experts_of_transformers(kind):
     summary = nk.adapt(model, 2, ["experts"])
     assert len(summary.modules) == 2
     assert rms_error(model(tokens).logits, expected) <= 1e-6
+
+
+def test_no_tokens_at_all():
+    experts = nk.NeuroAdaExperts(Experts())
+    ids, weights = torch.zeros(0, TOP_K, dtype=torch.long), torch.zeros(0, TOP_K)
+    x = torch.zeros(0, D, requires_grad=True)
+    y = experts(x, ids, weights)
+    assert y.shape == (0, D)
+    y.sum().backward()
+    assert x.grad.shape == (0, D)

@@ -82,10 +82,11 @@ def test_parametrized_linear(layer_type):
     assert all(parameter.requires_grad for parameter in linear.parameters())
 
 
-def test_integer_weight(layer_type):
+@pytest.mark.parametrize("dtype", [torch.int8, torch.float8_e4m3fn])
+def test_weight_of_another_dtype(layer_type, dtype):
     linear = nn.Linear(24, 16)
-    linear.weight = nn.Parameter(torch.ones(16, 24, dtype=torch.int8), requires_grad=False)
-    with pytest.raises(TypeError, match=r"weight: dtype torch\.int8, expected a floating dtype"):
+    linear.weight = nn.Parameter(torch.ones(16, 24).to(dtype), requires_grad=False)
+    with pytest.raises(TypeError, match=rf"weight: dtype {dtype}, expected float32, "):
         layer_type.from_linear(linear)
     assert linear.bias.requires_grad
 
@@ -102,5 +103,25 @@ def test_weight_with_nan(layer_type):
     with torch.no_grad():
         linear.weight[3, 4] = float("nan")
     with pytest.raises(ValueError, match="weight: has NaN"):
+        layer_type.from_linear(linear)
+    assert linear.weight.requires_grad
+
+
+class Scaled(nn.Linear):
+    def forward(self, x):
+        return super().forward(x) / 2
+
+
+def test_linear_with_a_forward_of_its_own(layer_type):
+    linear = Scaled(24, 16)
+    with pytest.raises(TypeError, match="linear: Scaled has a forward of its own; see NeuroAdaB"):
+        layer_type.from_linear(linear)
+    assert linear.weight.requires_grad
+
+
+def test_linear_with_hooks(layer_type):
+    linear = nn.Linear(24, 16)
+    linear.register_forward_hook(lambda module, args, y: 3 * y)
+    with pytest.raises(ValueError, match="linear: has hooks, which the layer would lose"):
         layer_type.from_linear(linear)
     assert linear.weight.requires_grad

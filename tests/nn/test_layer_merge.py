@@ -136,3 +136,14 @@ def test_weight_with_other_strides(layer_type, dtype):
     assert rms_error(layer(x), y) <= tolerance(dtype, 24)
     layer.unmerge()
     assert torch.equal(linear.weight, weight)
+
+
+def test_what_was_merged_in_inference_mode_takes_a_state_later(trained):
+    layer = trained()
+    before = {name: tensor.clone() for name, tensor in layer.state_dict().items()}
+    with torch.inference_mode():
+        layer.merge()
+    merged = layer.state_dict()
+    layer.load_state_dict(merged)
+    layer.unmerge()
+    assert all(tensor.equal(before[name]) for name, tensor in layer.state_dict().items())

@@ -220,10 +220,14 @@ def test_a_tangent_of_delta_comes_through_in_forward_mode(strategy, grad):
     torch.testing.assert_close(tangent, reference.bypass(x, layer.index, along))
 
 
-def test_a_second_derivative_is_refused():
+@pytest.mark.parametrize("of", ["delta", "x"])
+def test_a_second_derivative_is_refused(of):
     layer = NeuroAdaLinear(6, 5, 2, strategy="resident")
     x = torch.randn(3, 6, requires_grad=True)
     loss = layer(x).square().sum()
-    (grad,) = torch.autograd.grad(loss, layer.delta, create_graph=True)
+    wanted = layer.delta if of == "delta" else x
+    (grad,) = torch.autograd.grad(loss, wanted, create_graph=True)
+    expected = torch.autograd.grad(layer(x).square().sum(), wanted)[0]
+    assert grad.equal(expected)
     with pytest.raises(RuntimeError, match="double backward is not supported"):
-        grad.sum().backward()
+        grad.square().sum().backward()

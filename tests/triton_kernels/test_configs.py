@@ -185,11 +185,27 @@ def test_a_result_that_is_no_candidate_any_more_is_found_anew(tuned):
     assert len(json.loads(tuned.file.read_text())) == 2
 
 
-def test_a_broken_file_is_replaced(tuned):
+@pytest.mark.parametrize("content", ["{", "[1]", "3"])
+def test_a_broken_file_is_replaced(tuned, content):
     tuned.file.parent.mkdir(parents=True)
-    tuned.file.write_text("{")
+    tuned.file.write_text(content)
     assert tuned.pick() is FAST
     assert json.loads(tuned.file.read_text())
+
+
+def test_what_another_process_has_written_since_stays(tuned):
+    tuned.pick()
+    known = json.loads(tuned.file.read_text())
+    tuned.file.write_text(json.dumps({**known, "sddmm 3": {"block_t": 1}}))
+    tuned.pick(kernel="other")
+    assert json.loads(tuned.file.read_text()).keys() == {"bypass_fwd 1 2", "sddmm 3", "other 1 2"}
+
+
+def test_where_nothing_can_be_written_the_fastest_is_taken_all_the_same(tuned):
+    tuned.file.parent.parent.joinpath("neuroada_kernels").write_text("no folder")
+    assert tuned.pick() is FAST
+    assert tuned.pick() is FAST
+    assert len(tuned.timed) == 3
 
 
 def test_nothing_is_timed_while_a_graph_is_captured(tuned, monkeypatch):
@@ -201,6 +217,6 @@ def test_nothing_is_timed_while_a_graph_is_captured(tuned, monkeypatch):
 
 def test_a_problem_is_the_same_for_all_tokens_up_to_a_power_of_two():
     index = torch.zeros(5, 3)
-    keys = {tuning.problem(tokens, 7, index, torch.float32) for tokens in (513, 1000, 1024)}
-    assert keys == {(1024, 7, 5, 3, torch.float32)}
-    assert tuning.problem(0, 7, index, torch.float32)[0] == 1
+    keys = {tuning.problem(tokens, 7, index, index, None) for tokens in (513, 1000, 1024)}
+    assert keys == {(1024, 7, 5, 3, torch.float32, None)}
+    assert tuning.problem(0, 7, index, index)[0] == 1

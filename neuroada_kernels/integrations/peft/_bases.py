@@ -9,8 +9,7 @@ from peft.tuners.tuners_utils import _get_in_out_features
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from neuroada_kernels.nn.foreign import has_own_forward
-from neuroada_kernels.replacing import has_hooks
+from neuroada_kernels.nn.foreign import has_hooks, has_own_forward
 
 
 def is_plain(module: nn.Module) -> bool:
