@@ -1,4 +1,4 @@
-"""Adapting a randomly initialised Llama: seconds a billion parameters, and memory beside the model.
+"""Adapting a randomly initialised Llama: seconds per 10⁹ parameters, and memory beside the model.
 
 ``python -m neuroada_kernels.benchmarks.adapting --json FILE``. The sizes default to Llama-3-8B's.
 Of its layers as many are made as half the free memory holds, since all of them cost the same;
@@ -134,12 +134,13 @@ def main(argv: list[str] | None = None) -> int:
         kept = ", ".join(f"{p} {whole[p + '_bytes'] / 1e6:.0f}" for p in ("index", "delta", "plan"))
         print(
             f"k {row['k']}: {row['parameters'] / 1e9:.2f} billion parameters in {row['layers']} of "
-            f"{sizes.layers} layers, {row['seconds_per_billion']:.2f} s a billion, "
+            f"{sizes.layers} layers, {row['seconds_per_billion']:.2f} s per 10⁹, "
             f"{row['peak_bytes_beside_what_is_kept'] / 1e6:.0f} MB beside what is kept; in all "
             f"layers that is (extrapolated) {kept} MB"
         )
     if options.json is not None:
-        results = {"environment": environment(), "sizes": asdict(sizes), "results": rows}
+        facts = {"kind": "adapting", "environment": environment(), "sizes": asdict(sizes)}
+        results = {**facts, "results": rows}
         options.json.write_text(json.dumps(results, indent=1) + "\n")
     return 0
 

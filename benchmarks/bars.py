@@ -36,7 +36,7 @@ class Bar:
         if self.against == HOST:
             return f"host cost of one call over the frozen linear: at most {self.limit:g} us"
         judged = "" if self.candidate is None else f"{self.candidate} "
-        return f"{self.case} {self.dtype}: {judged}at most {self.limit:.3g} of {self.against}"
+        return f"{self.case} {self.dtype}: {judged}at most {self.limit:.3g}x {self.against}"
 
 
 #: T = 512, forward and backward over the frozen linear's, by dtype and k.

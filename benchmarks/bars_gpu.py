@@ -1,8 +1,8 @@
 """The command ``neuroada bench gpu-bars``: results of an H200 beside its bars and goals.
 
 Nothing is measured: it reads ``linear.json`` and ``model.json`` of a folder, as
-``benchmarks/gpu_run.sh`` writes them, and prints a line a target. The exit status is 1 where a bar
-is missed, or where not one was measured.
+``benchmarks/gpu_run.sh`` writes them, and prints one line per target. The exit status is 1 where a
+bar is missed, or where not one was measured.
 """
 
 from __future__ import annotations
@@ -83,7 +83,7 @@ def status(verdicts: Sequence[Verdict]) -> int:
 
 
 def table(verdicts: Sequence[Verdict]) -> Table:
-    """A row a target."""
+    """One row per target."""
     rows = [
         [
             v.target.meaning,
@@ -95,10 +95,10 @@ def table(verdicts: Sequence[Verdict]) -> Table:
         for v in verdicts
     ]
     note = (
-        f"Forward and backward in {DTYPE}, medians of ratios round by round. `bypass` is the "
-        "backend that serves where none is named."
+        f"Forward and backward in {DTYPE}, medians of the ratios within each round. `bypass` "
+        "is the backend selected by default."
     )
-    return Table("Bars and goals", ("", "measured", "bar", "goal", "of"), rows, note=note)
+    return Table("Bars and goals", ("", "measured", "bar", "goal", "measured on"), rows, note=note)
 
 
 def _with_limit(outcome: str, limit: str) -> str:
@@ -137,7 +137,7 @@ def judged(sources: Sequence[Source]) -> list[Verdict]:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Print a line a target; the exit status."""
+    """Print one line per target; the exit status."""
     parser = argparse.ArgumentParser(prog="neuroada bench gpu-bars", description=__doc__)
     parser.add_argument(
         "folder", type=Path, metavar="FOLDER", help=f"with {', '.join(FILES.values())}"

@@ -1,4 +1,4 @@
-"""What a transformer's block keeps for its backward, by method.
+"""Activations that a transformer's block saves for backward, by method.
 
 The command is ``neuroada bench memory --block``.
 
@@ -198,7 +198,7 @@ def run(device: str, dtypes: list[str], console: Console) -> dict[str, Any]:
 
 
 def _table(dtype: str, sizes: BlockSizes, methods: dict[str, int]) -> Table:
-    title = f"kept for the backward, T {sizes.tokens}, d {sizes.width}, k {sizes.k}, {dtype}"
+    title = f"saved for backward, T {sizes.tokens}, d {sizes.width}, k {sizes.k}, {dtype}"
     table = Table(title=title, box=SIMPLE_HEAD)
     table.add_column("method")
     for heading in ("block\nMiB", "of\nfull", "by the linears\nMiB", "of\nfull"):

@@ -22,7 +22,7 @@ from neuroada_kernels.benchmarks.options import positive
 from neuroada_kernels.benchmarks.shapes import add_cases, bench_cases
 from neuroada_kernels.testing import GPU_BENCH_CASES, Case
 
-#: Larger than any GPU's second cache.
+#: Larger than any GPU's L2.
 _FLUSH_BYTES = 256 << 20
 _NOISE = re.compile(r"^void |neuroada::(cuda::)?|\(anonymous namespace\)::|\(.*$")
 

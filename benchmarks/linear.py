@@ -228,7 +228,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     add_outputs(parser)
     add("--png", type=output_file, metavar="FILE", help="write a bar chart (needs matplotlib)")
-    add("--memory", action="store_true", help="instead: what a block keeps for its backward")
+    add("--memory", action="store_true", help="alias of neuroada bench memory --block")
     add("--host-cost", action="store_true", help="also the microseconds of a call at T = 1")
     add("--assert-bars", action="store_true", help="exit 1 where a bar is missed")
     return parser

@@ -13,10 +13,10 @@ from neuroada_kernels.benchmarks.html.source import machine_of
 from neuroada_kernels.benchmarks.records import Records, Row
 
 _HEADINGS = (
-    "trains",
+    "trainable",
     "step\nms",
     "tokens\n/ s",
-    "of\nfrozen",
+    "x\nfrozen",
     "quartiles",
     "held\nMiB",
     "peak\nMiB",

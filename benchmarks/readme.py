@@ -16,7 +16,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from neuroada_kernels.benchmarks import readme_gpu
+from neuroada_kernels.benchmarks import readme_gpu, readme_headline
 from neuroada_kernels.benchmarks.html import (
     adapting,
     block_memory,
@@ -128,13 +128,15 @@ def model_tables(source: Source) -> str:
     for mode, rows in model.by_mode(source.document).items():
         content = model.steps(mode, rows)
         parts += [f"{content.title}:", content.markdown()]
-    return "\n\n".join([*parts, _noted(source, "")])
+    missing = "Rows that a mode lacks were not measured." * model.incomplete(source.document)
+    return "\n\n".join([*parts, _noted(source, missing)])
 
 
 def peers_table(source: Source) -> str:
     """A row a method."""
     content = peers_training.compared(source.document)
-    return "\n\n".join((peers_training.described(source), content.markdown(), _noted(source, "")))
+    note = _noted(source, content.note)
+    return "\n\n".join((peers_training.described(source), content.markdown(), note))
 
 
 def _noted(source: Source, note: str) -> str:
@@ -157,6 +159,14 @@ GROWTH_METHODS = (
     "peft-lora-r8",
 )
 PARTS = (
+    Part(
+        "README.md",
+        "headline",
+        "linear",
+        tuple(readme_headline.MACHINES),
+        readme_headline.table,
+        readme_headline.RESULTS,
+    ),
     Part("README.md", "benchmark table", "linear", LINEAR_FILES[:1], linear_table),
     Part("README.md", "memory table", "block-memory", BLOCK_FILES, block_table),
     Part("docs/quality.md", "quality tables", "quality", ("quality.json",), quality_tables),

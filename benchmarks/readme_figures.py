@@ -128,7 +128,7 @@ FIGURES = (
     ),
     Figure(
         "docs/figures/block-memory.svg",
-        "MiB that a Llama-shaped block keeps for its backward",
+        "MiB of activations that a Llama-shaped block saves for backward",
         "block-memory",
         BLOCK_FILES,
         block_panels,

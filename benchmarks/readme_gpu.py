@@ -21,14 +21,15 @@ def block_table(source: Source) -> str:
 
 
 def model_table(source: Source) -> str:
-    """Tokens a second and peak memory of a training step."""
+    """Tokens per second and peak memory of a training step."""
     content = model.in_short(source.document)
     title = f"A training step of a whole model on an {_gpu(source)}. {model.described(source)}"
-    return "\n\n".join((title, content.markdown(), _where(source)))
+    blank = "Blank cells were not measured. " * model.incomplete(source.document)
+    return "\n\n".join((title, content.markdown(), blank + _where(source)))
 
 
 def targets(*sources: Source) -> str:
-    """What was to be reached, a row a target, and whether it was."""
+    """The targets, one per row, and whether each was reached."""
     content = bars_gpu.table(bars_gpu.judged(sources))
     command = f"`neuroada bench gpu-bars {RESULTS}` says the same."
     where = " ".join(dict.fromkeys(_versions(source) for source in sources))

@@ -22,7 +22,7 @@ _HEADINGS = (
     "fwd\nms",
     "bwd\nms",
     "both\nms",
-    "of\nfrozen",
+    "x\nfrozen",
     "quartiles",
     "T\nFLOP/s",
     "\nGB/s",

@@ -38,7 +38,8 @@ def add_cases(parser: argparse.ArgumentParser, tokens: str) -> None:
         help=f"linears of a model ({', '.join(MODEL_SHAPES)}) or one, D_INxD_OUT",
     )
     add("--tokens", nargs="+", type=positive, metavar="T", help=f"default: {tokens}")
-    add("--k", nargs="+", type=positive, metavar="K", help="bypasses a neuron; default: 1 8 20")
+    connections = "connections per neuron; default: 1 8 20"
+    add("--k", nargs="+", type=positive, metavar="K", help=connections)
 
 
 def bench_cases(

@@ -11,11 +11,11 @@ SUITES = {
     DEFAULT: ("neuroada_kernels.benchmarks.linear", "time linear layers, methods side by side"),
     "memory": (
         "neuroada_kernels.benchmarks.memory_model.command",
-        "bytes that training holds, by method: a stated model, and measured",
+        "memory of training, by method: an analytical model, and measurements",
     ),
     "model": (
         "neuroada_kernels.benchmarks.model",
-        "training steps of a whole transformer: tokens a second, peak memory",
+        "training steps of a whole transformer: tokens per second, peak memory",
     ),
     "peers-training": (
         "neuroada_kernels.benchmarks.peers.command",
@@ -46,7 +46,12 @@ def main(argv: list[str] | None = None) -> int:
     if arguments[:1] in (["-h"], ["--help"]):
         print(_help())
         return 0
-    named = bool(arguments) and arguments[0] in SUITES
+    named = bool(arguments) and not arguments[0].startswith("-")
+    if named and arguments[0] not in SUITES:
+        expected = ", ".join(SUITES)
+        unknown = f"unknown suite {arguments[0]!r}"
+        print(f"neuroada bench: {unknown}, expected one of {expected}", file=sys.stderr)
+        return 2
     module = importlib.import_module(SUITES[arguments[0] if named else DEFAULT][0])
     status: int = module.main(arguments[named:])
     return status

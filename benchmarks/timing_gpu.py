@@ -1,7 +1,7 @@
 """Interleaved timing on a GPU: each step captured as a CUDA graph and replayed in every round.
 
 A graph leaves out the host's time to launch, which is the same question for every candidate and
-is measured apart. Before each replay the second cache is overwritten, as a model's other layers
+is measured apart. Before each replay L2 is overwritten, as a model's other layers
 would.
 """
 
@@ -14,7 +14,7 @@ from torch import Tensor
 
 from neuroada_kernels.benchmarks.timing import Step, Timings
 
-#: Larger than any GPU's second cache.
+#: Larger than any GPU's L2.
 _FLUSH_BYTES = 256 << 20
 
 

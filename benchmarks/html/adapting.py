@@ -25,25 +25,26 @@ def section(source: Source) -> Section:
 
 def costs(document: Mapping[str, Any]) -> Table:
     """Seconds and bytes of the layers that were made, and seconds extrapolated to all."""
+    kept = ("index", "delta", "plan")
     rows = [
         [
             str(row["k"]),
             f"{row['parameters'] / 1e9:.2f} billion in {row['layers']} layers, {row['dtype']}",
             f"{row['seconds']:.2f}",
             f"{row['seconds_per_billion']:.2f}",
-            f"{row['adapter_bytes'] / 1e6:.1f}",
-            f"{row['plan_bytes'] / 1e6:.1f}",
-            f"{row['peak_bytes_beside_indices_and_plans'] / 1e6:.1f}",
+            *(f"{row[part + '_bytes'] / 1e6:.1f}" for part in kept),
+            f"{row['peak_bytes_beside_what_is_kept'] / 1e6:.1f}",
             f"{row['extrapolated_to_all_layers']['seconds']:.1f}",
         ]
         for row in document["results"]
     ]
     headings = (
-        "k", "parameters", "seconds", "s a billion", "adapter, MB", "plans, MB", "scratch, MB",
-        "all layers, s",
+        "k", "parameters", "seconds", "s per 10⁹ parameters", "indices, MB", "deltas, MB",
+        "plans, MB", "peak beside these, MB", "all layers, s",
     )  # fmt: skip
     note = (
-        "Scratch: the peak of the process beside the model, the indices and the plans. The last "
-        "column is extrapolated, all layers costing the same."
+        "Peak: of the process, beside the model, indices, deltas and plans; below zero where the "
+        "process had enough free memory before. The last column is extrapolated: all layers cost "
+        "the same."
     )
     return Table("Seconds and memory of adapt", headings, rows, words=2, note=note)

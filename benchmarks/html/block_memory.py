@@ -1,4 +1,4 @@
-"""What a transformer's block keeps for its backward, by method."""
+"""Activations that a transformer's block saves for backward, by method."""
 
 from __future__ import annotations
 
@@ -13,21 +13,21 @@ from neuroada_kernels.benchmarks.html.source import Source
 from neuroada_kernels.benchmarks.html.tables import Table
 
 MIB = 1 << 20
-PARTS = (Part("kept by the rest of the block", "grey", faint=True), Part("by its linears", "blue"))
+PARTS = (Part("saved by the rest of the block", "grey", faint=True), Part("by its linears", "blue"))
 
 
 def section(source: Source) -> Section:
     """A bar for each method and dtype, and the table."""
-    found = Section("What a block keeps for its backward", described(source.document))
+    found = Section("Activations saved for backward by a block", described(source.document))
     panels = []
     for dtype in _dtypes(source.document):
         bars = bars_of(source.document, dtype)
         paint = stacked(bars, PARTS, "MiB")
         name = f"{source.name} {dtype}"
-        svg = draw(name, f"Bytes kept, {dtype}", paint, height=rows_height(len(bars)))
+        svg = draw(name, f"Bytes saved, {dtype}", paint, height=rows_height(len(bars)))
         panels.append((dtype, svg))
     note = "Storages that autograd saves, each once; parameters and buffers are not counted."
-    title = "Kept from forward to backward"
+    title = "Saved for backward"
     found.blocks.append(blocks.figure(source, title, panels, legend=legend(PARTS), note=note))
     found.blocks.append(blocks.table(source, kept(source.document)))
     return found
@@ -41,7 +41,7 @@ def bars_of(document: Mapping[str, Any], dtype: str) -> list[tuple[str, tuple[fl
 
 
 def kept(document: Mapping[str, Any]) -> Table:
-    """MiB that the block keeps, and those that its linears keep."""
+    """MiB that the block saves, and of these what its linears save."""
     dtypes = _dtypes(document)
     found = {(row["dtype"], row["method"]): row for row in document["results"]}
     headings = ["", *(f"{part}, {d}" for d in dtypes for part in ("block", "by its linears"))]
@@ -53,14 +53,14 @@ def kept(document: Mapping[str, Any]) -> Table:
             for key in ("kept_bytes", "kept_bytes_by_the_linears")
         ]
         rows.append([method, *cells])
-    return Table("In MiB", headings, rows, note="In brackets: how much less than full keeps.")
+    return Table("In MiB", headings, rows, note="In brackets: how much less than with full.")
 
 
 def described(document: Mapping[str, Any]) -> str:
     """Sizes, in a sentence."""
     sizes = document["sizes"]
     return (
-        f"MiB that a Llama-shaped block keeps for its backward: T {sizes['tokens']}, "
+        f"MiB of activations that a Llama-shaped block saves for backward: T {sizes['tokens']}, "
         f"d {sizes['width']}, MLP {sizes['hidden']}, k {sizes['k']}, random weights."
     )
 

@@ -24,7 +24,7 @@ from neuroada_kernels.benchmarks.html.plots import Series, Style, legend, lines,
 from neuroada_kernels.benchmarks.html.source import Source
 
 Group = tuple[str, list[Row]]
-_SWEEPS = (("k", "k", "connections a neuron, k"), ("tokens", "T", "tokens, T"))
+_SWEEPS = (("k", "k", "connections per neuron, k"), ("tokens", "T", "tokens, T"))
 
 
 def section(source: Source) -> Section:

@@ -37,8 +37,8 @@ def host_sentence(document: Mapping[str, Any]) -> str:
     if host is None:
         return ""
     return (
-        f"One call at T = 1 costs {host['over_frozen_us']['median']:.0f} µs of host time "
-        f"more than the frozen linear's {host['frozen_us']['median']:.0f} µs."
+        f"A call at T = 1 costs {host['over_frozen_us']['median']:.0f} µs of Python and dispatch "
+        f"overhead beyond the frozen linear's {host['frozen_us']['median']:.0f} µs."
     )
 
 
@@ -102,7 +102,7 @@ def measured(source: Source) -> str:
     rounds = document.get("settings", document)["rounds"]
     text = (
         f"Forward and backward as a ratio to the frozen linear (`F.linear` and dx alone), medians "
-        f"of {rounds} interleaved rounds, ratio taken round by round; "
+        f"of {rounds} interleaved rounds, the ratio taken within each round; "
         f"{source.machine}, torch {here['torch']}, "
         f"commit {source.commit}. `{source.command}` repeats it."
     )
@@ -127,7 +127,7 @@ def growth(document: Mapping[str, Any]) -> Table:
     headings = ("method", "layer", "dtype", "over", "at", "a, ms", "b, µs", "residual")
     note = (
         "Time of forward and backward, a + b k or a + b T. The residual is the root mean square "
-        "of the relative errors: where it is large, a line is not what happens."
+        "of the relative errors: where it is large, time is not linear."
     )
     return Table("Fitted lines", headings, rows, words=5, note=note)
 
@@ -141,7 +141,7 @@ def growth_in_short(document: Mapping[str, Any], methods: Collection[str]) -> Ta
     rows = [[name, *(found.get((name, sweep), "") for sweep in sweeps)] for name in names]
     note = (
         "Lines fitted to the time of forward and backward. In brackets the root mean square of "
-        "the relative errors: where it is large, a line is not what happens."
+        "the relative errors: where it is large, time is not linear."
     )
     return Table("Fitted lines, in short", ("", *sweeps), rows, note=note)
 
@@ -191,7 +191,7 @@ def everything(document: Mapping[str, Any]) -> Table:
         for row in found
     ]
     headings = (
-        "method", "case", "dtype", "forward, ms", "backward, ms", "both, ms", "of frozen",
+        "method", "case", "dtype", "forward, ms", "backward, ms", "both, ms", "x frozen",
         "quartiles", unit, "GB/s", "host, µs", "peak, MiB", "kept, MiB",
     )  # fmt: skip
     return Table(f"All {len(rows)} measurements", headings, rows, words=3)

@@ -30,7 +30,7 @@ BYTES = {
     "selection": Part("which of it trains", "olive"),
     "optimizer": Part("AdamW’s state", "orange"),
     "peak_gradients": Part("gradients", "purple"),
-    "peak_kept": Part("kept activations", "green", faint=True),
+    "peak_kept": Part("saved activations", "green", faint=True),
     "peak_scratch": Part("scratch", "red"),
 }
 
@@ -65,17 +65,17 @@ def described(document: Mapping[str, Any]) -> str:
         abs(row["error"][name]) for row in _validated(document) for name in ("peak", "step_peak")
     ]
     said = (
-        "Bytes at the peak of a training step with AdamW, computed for real models by a stated "
-        "model of torch’s autograd and allocator."
+        "Bytes at the peak of a training step with AdamW, computed for real models by an "
+        "analytical model of torch’s autograd and allocator."
     )
     if not errors:
         return f"{said} No measurement checks it."
     tolerance = document["settings"]["tolerance"]
     inside = sum(error <= tolerance for error in errors)
     return (
-        f"{said} Beside {len(_validated(document))} measured training steps, {inside} of "
-        f"{len(errors)} computed peaks (of all that is held, and of what the step adds) are within "
-        f"{tolerance:.0%}, and the worst is {max(errors):.2%} off."
+        f"{said} Compared with {len(_validated(document))} measured training steps, {inside} of "
+        f"{len(errors)} computed peaks (in total, and what the step adds) are within "
+        f"{tolerance:.0%}; the largest error is {max(errors):.2%}."
     )
 
 
@@ -137,7 +137,10 @@ def against_masked(document: Mapping[str, Any]) -> Table:
             cells.append(f"{ours / GIB:.1f} of {masked / GIB:.1f} ({_percent(less)})")
         rows.append(cells)
     headings = ["", *(f"k {k}{', checkpointing' * c}" for k, c in columns)]
-    note = "GiB at the peak, NeuroAda of mask-based tuning. Computed, not measured."
+    note = (
+        "Peak in GiB with NeuroAda, of that with mask-based tuning, and the difference. Computed, "
+        "not measured."
+    )
     return Table("NeuroAda beside mask-based tuning", headings, rows, note=note)
 
 
@@ -164,16 +167,16 @@ def models(rows: list[Row]) -> Table:
             ]
         )
     headings = (
-        "GiB", "weights", "trains", "selection", "AdamW", "gradients", "kept", "scratch", "peak",
-        "beside masked", "a layer holds, MiB", "keeps, MiB", "peak in",
+        "GiB", "weights", "trains", "selection", "AdamW", "gradients", "saved", "scratch", "peak",
+        "vs masked", "held per layer, MiB", "saved, MiB", "peak in",
     )  # fmt: skip
     title = (
         f"{rows[0]['model']}, k {setting['k']}, {setting['dtype']}, "
         f"{setting['batch']} × {setting['sequence']} tokens, {_mode(setting['checkpointing'])}"
     )
     note = (
-        "Gradients, kept and scratch are those of the instant of the peak, which stands last. A "
-        "layer holds what is there between steps, and its gradients."
+        "Gradients, saved activations and scratch are those at the instant of the peak, which the "
+        "last column names. Held per layer: what stays between steps, and the gradients."
     )
     return Table(title, headings, content, note=note)
 
@@ -194,7 +197,7 @@ def _validation(source: Source) -> str:
         y = [row["predicted"]["step_peak"] / MIB for row in mine]
         series.append(Series(name, x, y, look))
     tolerance = source.document["settings"]["tolerance"]
-    title = "The stated model beside measurements"
+    title = "The analytical model and measurements"
     paint = parity(series, tolerance, "measured, MiB", "computed, MiB")
     panel = ("what a step adds at its peak", draw(f"{source.name} {title}", title, paint))
     note = f"Scaled models on this machine’s CPU; the band is {tolerance:.0%} on either side."

@@ -24,7 +24,7 @@ Row = Mapping[str, Any]
 MIB, GIB = 1 << 20, 1 << 30
 PARTS = (
     Part("held between steps: weights, adapter, optimiser", "grey", faint=True),
-    Part("beside it within a step, at most", "blue"),
+    Part("added within a step, at most", "blue"),
 )
 
 
@@ -58,6 +58,12 @@ def by_mode(document: Mapping[str, Any]) -> dict[str, list[Row]]:
         if "skipped" not in row:
             found.setdefault(row["mode"], []).append(row)
     return found
+
+
+def incomplete(document: Mapping[str, Any]) -> bool:
+    """Whether a mode lacks a method that another one has."""
+    rows = {(row["mode"], row["method"]) for row in document["results"]}
+    return len(rows) < len({mode for mode, _ in rows}) * len({method for _, method in rows})
 
 
 def skipped(document: Mapping[str, Any]) -> dict[str, str]:
@@ -125,8 +131,8 @@ def steps(mode: str, rows: list[Row]) -> Table:
             ]
         )
     headings = (
-        "method", "trains", "step, ms", "tokens/s", "of frozen", "quartiles", f"held, {unit}",
-        f"peak, {unit}", "from",
+        "method", "trainable", "step, ms", "tokens/s", "x frozen", "quartiles", f"held, {unit}",
+        f"peak, {unit}", "implementation",
     )  # fmt: skip
     return Table(f"Mode: {mode}", headings, content)
 
@@ -138,7 +144,7 @@ def _unit(rows: list[Row]) -> tuple[str, int]:
 
 
 def in_short(document: Mapping[str, Any]) -> Table:
-    """A row a method; of every mode tokens a second and the peak, or that memory was too small."""
+    """One row per method: of every mode tokens per second and the peak, or that memory ran out."""
     modes = list(dict.fromkeys(row["mode"] for row in document["results"]))
     found = {(row["mode"], row["method"]): row for row in document["results"]}
     rows = []

@@ -56,8 +56,8 @@ def described(source: Source) -> str:
         f"A Llama over bytes, {sizes['layers']} layers of width {sizes['hidden']}, pretrained here "
         f"on CPython’s documentation and trained by each method for {settings['steps']} steps on "
         "the source of its library, through Hugging Face’s Trainer. Budgets are not equal here: "
-        "the table says what trains. Each method has the best of "
-        f"{len(settings['rates'])} learning rates, by windows that its loss is not of."
+        "see the column “trainable”. Each method has the best of "
+        f"{len(settings['rates'])} learning rates, chosen on other windows than those reported."
     )
 
 
@@ -67,18 +67,18 @@ def _learned(source: Source, rows: list[Row]) -> str:
     series = [
         Series(row["method"], *_smooth(row["curve"]), looks[row["method"]].plain) for row in rows
     ]
-    paint = _from_the_data(lines(series, "steps", "training loss, bits a byte", log=""), series)
+    paint = _from_the_data(lines(series, "steps", "training loss, bits per byte", log=""), series)
     curve = draw(f"{source.name} curves", "Training loss by method", paint, height=320)
     after = [
         Dot(row["method"], row["held_out"]["after"], (0, 0), looks[row["method"]]) for row in rows
     ]
     title, before = "Held-out loss after training", rows[0]["held_out"]["before"]
-    paint = dots(after, "bits a byte", reference=before)
+    paint = dots(after, "bits per byte", reference=before)
     held_out = draw(f"{source.name} held out", title, paint, height=rows_height(len(after)))
     panels = [("training loss", curve), ("held-out loss after training", held_out)]
     note = (
         "Training loss as a running mean over a tenth of the steps. Held-out loss was "
-        f"{before:.3f} bits a byte before (dashed); one run of each method, so that small "
+        f"{before:.3f} bits per byte before (dashed); one run of each method, so that small "
         "differences say nothing."
     )
     key = legend({row["method"]: looks[row["method"]].plain for row in rows})
@@ -134,8 +134,8 @@ def _costs(source: Source, rows: list[Row]) -> str:
     )
     panels = [("time of a step", time), ("memory at the peak", memory)]
     note = (
-        "Time as a ratio to full fine-tuning (dashed), medians with quartiles over short runs that "
-        "take turns. Memory: model, adapter, gradients and AdamW’s state included."
+        "Time as a ratio to full fine-tuning (dashed), medians with quartiles over short "
+        "interleaved runs. Memory: model, adapter, gradients and AdamW’s state included."
     )
     found: str = blocks.figure(source, "What it costs", panels, note=note)
     return found
@@ -161,7 +161,12 @@ def compared(document: Mapping[str, Any]) -> Table:
             ]
         )
     headings = (
-        "method", "trains", "rate", "held out, bits a byte", "step, ms", "tokens/s", "of full",
-        "peak, MiB", "saved, KiB", "from",
+        "method", "trainable", "rate", "held-out loss, bits per byte", "step, ms", "tokens/s",
+        "x full", "peak, MiB", "saved, KiB", "implementation",
     )  # fmt: skip
-    return Table("Methods compared", headings, rows)
+    note = (
+        "“x full” is the time of a step over that of full fine-tuning, whose steps ran interleaved "
+        "with the method’s. The times of different rows were taken one after the other, so compare "
+        "rows by “x full”, not by ms."
+    )
+    return Table("Methods compared", headings, rows, note=note)

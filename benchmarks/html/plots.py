@@ -134,7 +134,7 @@ def _draw_curves(
 
 
 def roofline(series: Sequence[Series], rates: tuple[float, float]) -> Painter:
-    """Work done a second over work a byte, below the roofs of ``rates``, GB/s and GFLOP/s.
+    """Work per second over work per byte, below the roofs of ``rates``, GB/s and GFLOP/s.
 
     Series are in GFLOP/s too; the axis is in TFLOP/s where the roof is of so many.
     """
@@ -147,7 +147,7 @@ def roofline(series: Sequence[Series], rates: tuple[float, float]) -> Painter:
             work = [rate * scale for rate in one.y]
             axes.plot(one.x, work, one.style.marker, color=color(one.style.color), ms=4, alpha=0.8)
         _roof(axes, *rates)
-        axes.set_xlabel("FLOP a byte")
+        axes.set_xlabel("FLOP per byte")
         axes.set_ylabel(unit)
         axes.grid(axis="both")
         _log_ticks(axes.yaxis, *axes.get_ylim())

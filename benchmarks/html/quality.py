@@ -24,6 +24,8 @@ from neuroada_kernels.benchmarks.html.tables import Table
 Group = Mapping[str, Any]
 #: The suite's name of the method that the others are compared with.
 OURS = "NeuroAda"
+#: Wording of older files to today's.
+_REWORDED = {"bits a byte": "bits per byte", "Connections a neuron": "Connections per neuron"}
 HEADINGS = ("", "trainable", "rate", "held-out loss", "minus NeuroAda's", "")
 
 
@@ -32,7 +34,7 @@ def section(source: Source) -> Section:
     document = framed(source.document)
     found = Section("Quality at equal budgets", described(document))
     if "summary" not in document:
-        found.blocks.append("<p>The suite was stopped before its end; its command goes on.</p>")
+        found.blocks.append("<p>The suite was stopped before its end; its command resumes it.</p>")
     for question, groups in _by_question(groups_of(document)).items():
         if groups[0]["name"] == "k":
             found.blocks += [_budgets(source, group) for group in groups]
@@ -69,7 +71,11 @@ def run_key(run: Mapping[str, Any]) -> str:
 
 def groups_of(document: Mapping[str, Any]) -> list[Group]:
     """The answers to the questions, in the order of tasks; none before the suite's end."""
-    return list(framed(document).get("summary", {}).get("groups", ()))
+    groups = framed(document).get("summary", {}).get("groups", ())
+    return [
+        {**g, **{n: _REWORDED.get(g[n], g[n]) for n in ("unit", "question") if n in g}}
+        for g in groups
+    ]
 
 
 def _by_question(groups: Sequence[Group]) -> dict[str, list[Group]]:

@@ -28,7 +28,8 @@ class Source:
     @property
     def command(self) -> str:
         command: str = self.document.get("command") or _COMMANDS[self.kind]
-        return command
+        selected = _selected(self.kind, self.document)
+        return " && ".join(part + selected for part in command.split(" && "))
 
     @property
     def commit(self) -> str:
@@ -85,6 +86,21 @@ def with_variables(session: Mapping[str, Any]) -> str:
     """`` with NAME=value`` of what was set and changes which kernels run, to follow the machine."""
     variables = session.get("environment") or {}
     return " with " * bool(variables) + " ".join(f"{n}={v}" for n, v in variables.items())
+
+
+def _selected(kind: str, document: Mapping[str, Any]) -> str:
+    """Modes and methods of the rows of the suite ``model``, as options, where it ran on a GPU.
+
+    Its stored command leaves them out, since several calls may fill one file. On a CPU the default
+    is all of them; on a GPU it is one mode, and seldom does memory hold every method.
+    """
+    if kind != "model" or document["settings"].get("device") != "cuda":
+        return ""
+    modes, methods = (
+        " ".join(dict.fromkeys(row[name] for row in document["results"]))
+        for name in ("mode", "method")
+    )
+    return f" --modes {modes} --methods {methods}"
 
 
 #: Fact of a session to its name in a sentence.

@@ -73,13 +73,13 @@ def main(argv: list[str] | None = None) -> int:
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="neuroada bench memory",
-        description="What training holds, by method: measured on scaled models, computed for real "
-        "ones by a model that the measurements check.",
+        description="Memory of training, by method: measured on scaled models, computed for real "
+        "ones by an analytical model, which the measurements validate.",
     )
     add = parser.add_argument
     add("--quick", action="store_true", help="fewer measurements, under three minutes")
     add("--threads", type=positive, metavar="N", help="default: torch's")
-    add("--block", action="store_true", help="instead: what one block keeps for its backward")
+    add("--block", action="store_true", help="instead: activations a block saves for backward")
     dtypes = ["float32", "bfloat16"]
     add("--dtypes", nargs="+", choices=dtypes, default=dtypes, help="of --block; default: both")
     add_outputs(parser)

@@ -14,7 +14,7 @@ def validation_table(results: dict[str, Any]) -> str:
     rows = [row for row in results["results"] if "measured" in row]
     lines = _table(
         ("model", "tokens", "dtype", "k", "checkpointing", "method"),
-        ("at rest, MiB", "step measured", "predicted", "error", "error of peak", "at"),
+        ("at rest, MiB", "step measured", "predicted", "error", "error of peak", "peak at"),
         (
             [
                 row["model"],
@@ -36,7 +36,7 @@ def validation_table(results: dict[str, Any]) -> str:
     worst = max(max(abs(row["error"][n]) for n in ("peak", "step_peak")) for row in rows)
     session = results["sessions"][0]
     return (
-        f"{lines}\n\n{len(rows)} measurements, the worst error {worst:.2%}; torch "
+        f"{lines}\n\n{len(rows)} measurements, the largest error {worst:.2%}; torch "
         f"{session['torch']}, commit {session['commit'][:7]}. `{results['command']}` repeats them."
     )
 
@@ -49,7 +49,7 @@ def headline_table(results: dict[str, Any]) -> str:
             groups.setdefault(described(row), {})[row["method"]] = row
     return _table(
         ("model and step",),
-        ("neuroada, GiB", *(f"to {peer}" for peer in PEERS)),
+        ("neuroada, GiB", *(f"vs {peer}" for peer in PEERS)),
         (
             [title, f"{peak(group['neuroada']) / GIB:.2f}", *_ratios(group)]
             for title, group in groups.items()
@@ -70,8 +70,8 @@ def parts_table(results: dict[str, Any], model: str, k: int, checkpointing: bool
     return _table(
         (f"{described(rows[0])}, GiB",),
         (
-            *("weights", "trained", "selection", "optimiser", "gradients", "kept", "scratch"),
-            *("peak", "a layer holds", "a layer keeps"),
+            *("weights", "trained", "selection", "optimizer", "gradients", "saved", "scratch"),
+            *("peak", "held per layer", "saved per layer"),
         ),
         (
             [

@@ -9,7 +9,7 @@ A row of the results has ``method``, its ``source`` (a package, or ``"stand-in"`
 ``skipped``, the reason, or:
 
 - ``trainable``: how many numbers train; ``learning_rate``, of ``rates``, those tried, each with its
-  ``validation`` loss; ``curve``: the loss of each step, in bits a byte; ``held_out``: that of
+  ``validation`` loss; ``curve``: the loss of each step, in bits per byte; ``held_out``: that of
   held-out windows, ``before`` and ``after``;
 - ``step_ms``: quartiles over short runs of the Trainer, ``samples_ms`` their medians;
   ``tokens_per_second`` by the median; ``ratio_to_full``: quartiles of the ratio to full
@@ -49,10 +49,10 @@ QUICK = Budget(Sizes(64, 128, 2, 4, 2, 256), steps=40, pretrain_steps=150, round
 _HEADINGS = (
     "trains",
     "rate",
-    "bits a\nbyte",
+    "bits per\nbyte",
     "step\nms",
     "tokens\n/ s",
-    "of\nfull",
+    "x\nfull",
     "peak\nMiB",
     "saved\nKiB",
 )
@@ -138,7 +138,7 @@ def _command(options: argparse.Namespace) -> str:
 def _table(rows: list[Row]) -> Table:
     measured = [row for row in rows if "skipped" not in row]
     before = measured[0]["held_out"]["before"] if measured else float("nan")
-    found: Table = plain_table(f"held out, before: {before:.3f} bits a byte", "method", _HEADINGS)
+    found: Table = plain_table(f"held out, before: {before:.3f} bits per byte", "method", _HEADINGS)
     for row in measured:
         found.add_row(
             row["method"],

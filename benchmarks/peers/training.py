@@ -90,7 +90,7 @@ class Peers:
         }
 
     def _search(self, method: str, rate: float) -> float | None:
-        """Bits a byte of the validation windows, or None where training diverged."""
+        """Bits per byte of the validation windows, or None where training diverged."""
         model, _ = self._adapted(method)
         self._train(model, rate, self.budget.steps)
         bits = self._bits_of(model, self._validation)
@@ -157,7 +157,7 @@ class Peers:
         return run
 
     def _times(self, method: str) -> Row:
-        """Short runs in turn with full fine-tuning, so that both see the same drift.
+        """Short runs interleaved with full fine-tuning, so that both see the same drift.
 
         At the smallest rate: a step's work is the same at any, but what the best one of a few
         small parameters makes of all of them diverges, and such numbers took half as long again.

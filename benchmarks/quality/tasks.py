@@ -62,7 +62,7 @@ class TextTask:
     """Documentation to Python source: one pretrained model, adapted in each seed's own order."""
 
     name = "text"
-    unit = "bits a byte"
+    unit = "bits per byte"
 
     def __init__(self, settings: TextSettings) -> None:
         self.settings = settings

@@ -27,7 +27,7 @@ class Variant:
 QUESTIONS = {
     "methods": "Methods at the same number of trainable parameters",
     "selection": "Which connections of a neuron",
-    "k": "Connections a neuron",
+    "k": "Connections per neuron",
     "fraction": "Share of the neurons",
     "dtype": "Dtype of the deltas",
 }

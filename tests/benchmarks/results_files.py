@@ -1,4 +1,22 @@
-"""Small results files of the suites, as these write them."""
+"""Small results files of the suites, as these write them, and the page of one just written."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+
+def on_a_page(results: Path) -> str:
+    """What ``neuroada report`` makes of a results file."""
+    pytest.importorskip("matplotlib")
+    from neuroada_kernels.benchmarks.html import write_html
+
+    page = results.with_suffix(".html")
+    assert write_html({results.name: json.loads(results.read_text())}, page) == {}
+    return page.read_text()
+
 
 FACTS = {"threads": 2, "cpu": "a processor", "cpu_capability": "AVX2", "commit": "0123456789"}
 SPREAD = {"lower": 0.9, "median": 1.25, "upper": 1.5}

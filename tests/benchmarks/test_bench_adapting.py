@@ -7,6 +7,7 @@ import sys
 
 import pytest
 import torch
+from results_files import on_a_page
 
 from neuroada_kernels.benchmarks import adapting
 from neuroada_kernels.benchmarks.llama import Sizes
@@ -26,7 +27,7 @@ def test_it_measures_and_extrapolates(tmp_path, capsys):
     threads = str(torch.get_num_threads())
     arguments = ["--hidden", "256", "--intermediate", "512", "--layers", "2", "--k", "1", "3"]
     assert adapting.main([*arguments, "--threads", threads, "--json", str(path)]) == 0
-    assert capsys.readouterr().out.count("s a billion") == 2
+    assert capsys.readouterr().out.count("s per 10⁹") == 2
     written = json.loads(path.read_text())
     shapes = adapting.shapes(Sizes(hidden=256, intermediate=512))
     for row, k in zip(written["results"], (1, 3), strict=True):
@@ -42,3 +43,4 @@ def test_it_measures_and_extrapolates(tmp_path, capsys):
         assert whole["plan_bytes"] == 16 * row["plan_bytes"]
         assert whole["peak_bytes"] == 16 * kept + row["peak_bytes_beside_what_is_kept"]
         assert whole["seconds"] == pytest.approx(16 * row["seconds"])
+    assert "Seconds and memory of adapt" in on_a_page(path)

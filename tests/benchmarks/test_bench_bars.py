@@ -92,9 +92,9 @@ def test_the_bar_of_the_host_cost() -> None:
 def test_every_bar_says_what_it_means() -> None:
     meanings = [bar.meaning for bar in BARS]
     assert len(set(meanings)) == len(meanings)
-    assert "T512-2048to2048-k8 float32: at most 1.08 of frozen" in meanings
-    assert "T512-2048to2048-k8 float32: at most 0.667 of materialised" in meanings
-    assert "T512-2048to2048-k8 float32: resident at most 1.05 of frozen" in meanings
+    assert "T512-2048to2048-k8 float32: at most 1.08x frozen" in meanings
+    assert "T512-2048to2048-k8 float32: at most 0.667x materialised" in meanings
+    assert "T512-2048to2048-k8 float32: resident at most 1.05x frozen" in meanings
 
 
 @pytest.mark.parametrize(

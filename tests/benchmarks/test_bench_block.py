@@ -6,6 +6,7 @@ import json
 
 import pytest
 import torch
+from results_files import on_a_page
 
 from neuroada_kernels.benchmarks import block
 from neuroada_kernels.benchmarks.block import METHODS, Block, BlockSizes, measure_block
@@ -63,5 +64,5 @@ def test_the_command_prints_and_writes_it(monkeypatch, tmp_path, capsys):
     assert [row["method"] for row in found["results"]] == list(METHODS)
     expected = measure_block(SIZES, torch.float32)
     assert {row["method"]: row["kept_bytes"] for row in found["results"]} == expected
-    shown = capsys.readouterr().out
-    assert all(method in shown for method in METHODS)
+    shown, page = capsys.readouterr().out, on_a_page(path)
+    assert all(method in shown and method in page for method in METHODS)

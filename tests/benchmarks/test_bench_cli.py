@@ -234,6 +234,12 @@ def test_the_help_shows_the_suites_and_how_to_see_their_options(capsys) -> None:
     assert "usage: neuroada bench linear" in capsys.readouterr().out
 
 
+def test_an_unknown_suite_is_refused_by_name(capsys) -> None:
+    assert cli.main(["bench", "peersx", "--quick"]) == 2
+    shown = capsys.readouterr().err
+    assert f"unknown suite 'peersx', expected one of {', '.join(suites.SUITES)}" in shown
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [

@@ -77,6 +77,12 @@ def test_every_variable_that_the_package_reads_is_known() -> None:
     assert variables_in(ROOT) == known | CHANGE_NOTHING | FAMILIES
 
 
+def test_the_documentation_names_every_variable_and_no_other() -> None:
+    page = (ROOT / "docs/environment.md").read_text()
+    assert set(re.findall(r"NEUROADA_\w*", page)) == variables_in(ROOT) - FAMILIES
+    assert set(environment.VARIABLES) <= set(re.findall(r"`(\w+)", page))
+
+
 @pytest.mark.parametrize(
     ("path", "text", "name"),
     [

@@ -10,6 +10,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from results_files import on_a_page
 from torch import nn
 
 pytest.importorskip("transformers")
@@ -46,7 +47,9 @@ def rows(tmp_path_factory) -> dict[str, dict]:
     path = tmp_path_factory.mktemp("model") / "model.json"
     with threads(1):
         run(path, "--modes", "checkpointed", "--methods", "frozen", "neuroada")
-        return run(path, "--modes", "plain", "--methods", *COVERED)
+        found = run(path, "--modes", "plain", "--methods", *COVERED)
+    assert "checkpointed" in on_a_page(path)
+    return found
 
 
 def test_every_method_is_checked_timed_and_weighed(rows):

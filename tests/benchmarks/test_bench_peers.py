@@ -7,6 +7,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from results_files import on_a_page
 
 pytest.importorskip("accelerate")
 pytest.importorskip("peft")
@@ -51,6 +52,7 @@ def rows(tmp_path_factory) -> dict[str, dict]:
         assert suites.main(arguments) == 0
     found = json.loads(path.read_text())
     assert found["kind"] == "peers-training"
+    assert "neuroada" in on_a_page(path)
     return {row["key"]: row for row in found["results"]}
 
 

@@ -12,7 +12,7 @@ import pytest
 
 pytest.importorskip("matplotlib")
 
-from neuroada_kernels.benchmarks import readme
+from neuroada_kernels.benchmarks import readme, readme_headline
 from neuroada_kernels.benchmarks.html import block_memory, linear_tables
 from neuroada_kernels.benchmarks.html.source import Source
 
@@ -56,7 +56,25 @@ def test_the_table_has_a_row_a_case_with_ours_in_bold(document):
     assert lines[2] == "| 16 | 8 × 4 | float32 | 2 | **1.04** | 1.13 |"
     assert "9 interleaved rounds" in lines[-1]
     assert "2 threads of an a processor (AVX2), torch 2.13.0, commit 0123456." in lines[-1]
-    assert "costs 14 µs of host time more" in lines[-1]
+    assert "costs 14 µs of Python and dispatch overhead" in lines[-1]
+
+
+@pytest.mark.parametrize(
+    ("least", "most", "said"),
+    [
+        (0.858, 0.944, "6 to 14 % *less* time"),
+        (0.97, 1.084, "3 % less to 8 % more"),
+        (1.003, 1.107, "up to 11 % more"),
+        (1.065, 1.911, "6 to 91 % more"),
+    ],
+)
+def test_the_headline_says_what_is_added_to_the_frozen_linear(least, most, said):
+    rows = [_row("neuroada-cpu", ratio, True) for ratio in (most, least)]
+    rows = [{**row, "case": {**row["case"], "tokens": 512}} for row in rows]
+    rows += [{**row, "dtype": "bfloat16"} for row in rows] + ROWS
+    source = Source("benchmarks/results/cpu/linear.json", "linear", {**FRAMED, "results": rows})
+    line = readme_headline.table(source).splitlines()[-1]
+    assert line == f"| AMD EPYC with AVX-512; 512 tokens | {said} | {said} |"
 
 
 def _kept(method: str, count: int) -> dict:

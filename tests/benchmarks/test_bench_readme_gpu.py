@@ -78,7 +78,14 @@ def test_results_of_a_gpu_become_tables(checkout):
         "| peft-lora-r16 | 8,765 | 30.0 |  |  |",
         "| masked-dense | out of memory |  |  |  |",
     ]
+    assert note.startswith("Blank cells were not measured. NVIDIA H200")
     assert note.endswith("commit 0123456. `benchmarks/gpu_run.sh OUTDIR` repeats it.")
+
+    machine = "NVIDIA H200; 8192 tokens, the linears of a Llama-3-8B block"
+    more = "25 / 25 / 25 % more at k = 1 / 8 / 20 (`resident`: 10 / 10 / 10 %)"
+    assert between(pages["README.md"], "headline")[2:] == [
+        f"| {machine} | not served by default | {more} |"
+    ]
 
     targets = between(pages[readme.BENCHMARKS], "GPU targets")
     assert (
@@ -88,7 +95,18 @@ def test_results_of_a_gpu_become_tables(checkout):
     assert any("| -18.3 % | met (not more) | met (less) |" in row for row in targets)
     cases = between(pages[readme.BENCHMARKS], "GPU cases")
     assert sum(line.startswith("| 8192 | 4096 × ") for line in cases) == 9
+    *_, steps = between(pages[readme.BENCHMARKS], "GPU model tables")
     assert "Mode: checkpointed:" in between(pages[readme.BENCHMARKS], "GPU model tables")
+    assert steps.startswith("Rows that a mode lacks were not measured.")
+
+
+def test_a_gpus_command_selects_the_modes_and_methods_of_its_rows():
+    settings = {**MODEL["settings"], "device": "cuda"}
+    source = Source("model.json", "model", {**MODEL, "settings": settings})
+    methods = "neuroada peft-lora-r16 masked-dense"
+    modes = "--modes plain checkpointed"
+    assert source.command == f"neuroada bench model --device cuda {modes} --methods {methods}"
+    assert Source("model.json", "model", MODEL).command == "neuroada bench model --device cuda"
 
 
 def test_linears_that_make_no_block_are_no_table():

@@ -162,7 +162,7 @@ def test_memory_stands_beside_mask_based_tuning_and_beside_measurements():
     section = memory.section(Source("memory.json", "memory", MEMORY))
     shown = "".join(section.blocks)
     assert "1 of 2 computed peaks" in section.lead
-    assert "within 3%, and the worst is 4.00% off" in section.lead
+    assert "within 3%; the largest error is 4.00%" in section.lead
     assert "<td>14.0 of 28.0 (−50%)</td>" in shown
     assert ">14.0</text>" in shown
     assert "with gradient checkpointing" not in shown
@@ -175,7 +175,7 @@ def test_peers_show_what_is_learned_and_what_it_costs():
     shown = "".join(section.blocks)
     assert "2 layers of width 8" in section.lead
     assert "<strong>neuroada</strong></td><td>12</td><td>0.03</td><td>3.250</td>" in shown
-    assert "Held-out loss was 4.500 bits a byte before (dashed)" in shown
+    assert "Held-out loss was 4.500 bits per byte before (dashed)" in shown
     assert "frozen: nothing trains" in shown
     assert "liger: on a GPU alone" in shown
 
