@@ -1,20 +1,20 @@
-# Two commands do everything: `make demo` and `make test`. All of it lives in .venv and build/.
+# The main commands are `make demo` and `make test`. They install and build in .venv and build/.
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
-# torch comes first and pinned: any looser range may draw gigabytes of CUDA.
+# torch is installed first and pinned: a looser range may download gigabytes of CUDA.
 TORCH ?= torch==2.13.0
-# Processes that run the tests; 0 for one, with a debugger at hand.
+# Processes that run the tests; 0 for a single one, which a debugger can use.
 WORKERS ?= 2
 CTEST := $(BIN)/ctest --parallel $(or $(filter-out 0,$(WORKERS)),1) --output-on-failure
 BUILD ?= $(or $(NEUROADA_BUILD),auto)
-# With BUILD=cuda nvcc comes from PyPI, pinned, about 100 MB; `NVCC=` takes the one on the PATH.
+# With BUILD=cuda nvcc comes from PyPI, pinned, about 100 MB; `NVCC=` uses the one on the PATH.
 NVCC ?= nvidia-cuda-nvcc==13.0.88 nvidia-nvvm==13.0.88 nvidia-cuda-crt==13.0.88 nvidia-cuda-cccl==13.0.85 nvidia-cuda-runtime==13.0.96
-# CUTLASS as well, of which the headers alone are used: what its Python part depends on stays away.
+# CUTLASS as well. Only its headers are used, so the dependencies of its Python part are not installed.
 CUTLASS ?= nvidia-cutlass==4.2.0.0
-# Where setup.py compiles: the C++ tests and the wheel are of the same objects.
+# Where setup.py compiles: the C++ tests and the wheel use the same objects.
 CPP_BUILD := build/cmake
-# What a source distribution has to have, beside tests and documentation.
+# What a source distribution must contain, besides tests and documentation.
 PACKED := csrc neuroada_kernels triton_kernels benchmarks CMakeLists.txt setup.py pyproject.toml MANIFEST.in README.md LICENSE
 SOURCES := $(shell find csrc -type f) CMakeLists.txt setup.py pyproject.toml
 
@@ -56,8 +56,8 @@ $(VENV)/installed-$(BUILD): $(VENV)/torch $(if $(filter cuda,$(BUILD)),$(VENV)/n
 	PATH="$(CURDIR)/$(BIN):$$PATH" NEUROADA_BUILD=$(BUILD) $(BIN)/python -m pip install --quiet --no-build-isolation --editable '.[dev]'
 	touch $@
 
-# The kernels in Triton's interpreter, in a process of their own: it replaces the compiler as a whole.
-# Left out are the tests of threads and of host memory, and what is large.
+# The kernels in Triton's interpreter, in a separate process, where it replaces the compiler entirely.
+# The tests of threads and of host memory, and large ones, are left out.
 INTERPRETED := tests/triton_kernels tests/ops tests/test_compile.py tests/test_compile_resident.py tests/test_functional.py tests/test_numerics.py
 test-triton: install
 	TRITON_INTERPRET=1 NEUROADA_REQUIRE=triton $(BIN)/python -m pytest -n $(WORKERS) -m on_backend $(INTERPRETED)
@@ -77,7 +77,7 @@ test-cpp: install
 	$(BIN)/cmake --build $(CPP_BUILD)
 	$(CTEST) --test-dir $(CPP_BUILD)
 
-# The C++ tests, those of the CUDA kernels too, and the fuzzer again, under AddressSanitizer and
+# The C++ tests, including those of the CUDA kernels, and the fuzzer, under AddressSanitizer and
 # UndefinedBehaviorSanitizer.
 fuzz: install
 	$(BIN)/cmake -G Ninja -S . -B build/sanitized -DNEUROADA_PYTHON=OFF -DNEUROADA_SANITIZE=address,undefined -DCMAKE_MAKE_PROGRAM=$(CURDIR)/$(BIN)/ninja
@@ -90,7 +90,7 @@ test-cuda-host: install
 	$(BIN)/cmake --build build/threads --target cuda_tests
 	$(CTEST) --test-dir build/threads --tests-regex '^cuda_'
 
-# Instructions of the CPU kernels, by callgrind, against the committed figures; WRITE=1 writes those anew.
+# Compares the instructions of the CPU kernels, by callgrind, with the committed figures; WRITE=1 rewrites them.
 count-instructions: install
 	$(BIN)/cmake -G Ninja -S . -B $(CPP_BUILD) -DNEUROADA_PYTHON=OFF -DNEUROADA_TESTS=ON -DCMAKE_MAKE_PROGRAM=$(CURDIR)/$(BIN)/ninja
 	$(BIN)/cmake --build $(CPP_BUILD) --target count_instructions
@@ -107,13 +107,13 @@ format: install
 	$(BIN)/ruff format .
 	$(BIN)/clang-format -i $$(git ls-files '*.cpp' '*.h' '*.cu' '*.cuh')
 
-# Both from this tree, whose objects are built. What setuptools kept of an older one would go into the wheel.
+# Both from this tree and its objects. Files that setuptools kept from an older tree would go into the wheel.
 dist: install
 	rm -rf dist build/lib* build/bdist* *.egg-info/SOURCES.txt
 	PATH="$(CURDIR)/$(BIN):$$PATH" NEUROADA_BUILD=$(BUILD) $(BIN)/python -m build --sdist --wheel --no-isolation --outdir dist
 
-# In an environment with nothing else: the wheel, then a pure-Python one over it. That one is made of the sdist, which
-# has to have all sources, and be enough for CMake.
+# Installs the wheel into an empty environment, then a pure-Python one over it. The latter is built from the sdist,
+# which must have all sources and suffice for CMake.
 UNPACKED := build/unpacked
 smoke: dist
 	rm -rf build/empty build/pure $(UNPACKED)

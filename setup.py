@@ -1,9 +1,9 @@
 """Builds the compiled parts with CMake and ninja; see NEUROADA_BUILD below.
 
-``NEUROADA_BUILD`` says what to build: ``auto`` (the C++ kernels, and CUDA where nvcc is found),
-``cpu``, ``cuda`` (fails without nvcc; one from PyPI will do, the Makefile's ``NVCC``) or ``none``
-(a pure-Python install). ``NEUROADA_CUTLASS`` names the folder ``include`` of CUTLASS, where that is
-not PyPI's ``nvidia-cutlass`` in this environment; without it one product is left out.
+``NEUROADA_BUILD`` selects what to build: ``auto`` (the C++ kernels, and CUDA where nvcc is found),
+``cpu``, ``cuda`` (fails without nvcc; PyPI's will do, see the Makefile's ``NVCC``) or ``none`` (a
+pure-Python install). ``NEUROADA_CUTLASS`` names the folder ``include`` of CUTLASS, if that is not
+PyPI's ``nvidia-cutlass`` in this environment; without CUTLASS its GEMM is left out.
 """
 
 from __future__ import annotations
@@ -57,14 +57,14 @@ class CMakeBuild(build_ext):
         settings = [f"-D{name}={value}" for name, value in options.items()]
         jobs = os.environ.get("MAX_JOBS", str(os.cpu_count() or 1))
         build = self.cmake_build()
-        # What it says of the last run may be gone: a ninja of pip's own, a checkout that was moved.
+        # The cache may name files that are gone: pip's temporary ninja, a checkout that was moved.
         (Path(build) / "CMakeCache.txt").unlink(missing_ok=True)
         subprocess.run([cmake, "-G", "Ninja", "-S", str(ROOT), "-B", build, *settings], check=True)
         subprocess.run([cmake, "--build", build, "--parallel", jobs], check=True)
 
     def cmake_build(self) -> str:
-        # What one install compiled stays, for the next one, a wheel and the C++ tests. No two
-        # builds may run at once.
+        # Objects stay here for the next install, a wheel and the C++ tests. Two builds must not
+        # run at once.
         return str(ROOT / "build" / "cmake")
 
     def build_extension(self, ext: Extension) -> None:
@@ -73,7 +73,7 @@ class CMakeBuild(build_ext):
         shutil.copy2(Path(self.cmake_build()) / target.name, target)
 
     def get_ext_filename(self, fullname: str) -> str:
-        # The op library has no Python in it, and so no Python version in its name.
+        # The op library does not use Python, so its name has no Python version.
         if fullname.rpartition(".")[2] == "libneuroada":
             return os.path.join(*fullname.split(".")) + ".so"
         return super().get_ext_filename(fullname)

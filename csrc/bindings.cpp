@@ -1,5 +1,5 @@
-// The pybind11 module neuroada_kernels._C: how the extension was built, what this processor can do,
-// and the index planner. It knows nothing of torch: arrays come through the buffer protocol.
+// The pybind11 module neuroada_kernels._C: how the extension was built, the processor's instruction
+// sets, and the index planner. It does not use torch: arrays are passed through the buffer protocol.
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
@@ -16,7 +16,7 @@ namespace py = pybind11;
 
 namespace {
 
-// The int32 values behind a one-dimensional buffer of exactly `count` of them.
+// The values of a one-dimensional buffer, which must hold exactly `count` int32 values.
 int32_t* int32_values(const char* name, const py::buffer_info& info, int64_t count) {
   const char kind = info.format.empty() ? '\0' : info.format.back();
   if (info.itemsize != 4 || (kind != 'i' && kind != 'l') || info.ndim != 1 || info.size != count ||
@@ -28,7 +28,7 @@ int32_t* int32_values(const char* name, const py::buffer_info& info, int64_t cou
   return static_cast<int32_t*>(info.ptr);
 }
 
-// d_out * k, once it is known to fit where the kernels count entries.
+// Returns d_out * k; throws if it exceeds the int32 range of the kernels' entries.
 int64_t entries(int64_t d_out, int64_t k, int64_t d_in) {
   int64_t count = 0;
   if (d_out < 0 || k < 0 || d_in < 0 || __builtin_mul_overflow(d_out, k, &count) || count > INT32_MAX) {
@@ -84,7 +84,7 @@ std::vector<std::string> cpu_features() {
   if (neuroada::cpu::has_avx2()) features.push_back("avx2");
   if (neuroada::cpu::has_avx512()) features.push_back("avx512");
   if (neuroada::cpu::has_avx512_bf16()) features.push_back("avx512_bf16");
-  if (neuroada::cpu::kernels_for("amx_bf16") != nullptr) features.push_back("amx_bf16");  // not all compilers know it
+  if (neuroada::cpu::kernels_for("amx_bf16") != nullptr) features.push_back("amx_bf16");  // depends on the compiler
 #if defined(__aarch64__)
   features.push_back("neon");
 #endif

@@ -1,8 +1,8 @@
-// The order of a neuron's slots: slot by slot, a matching of an octet's neurons with banks.
+// Orders the slots of neurons: for each slot, a matching of an octet's neurons with banks.
 //
-// A slot is read once where its eight neurons have columns of eight banks, which is a perfect matching. By König's
-// theorem such matchings follow one another to the last slot if every bank has as many columns left as there are
-// slots. So each slot takes most from the banks that have most left, two or more columns where a bank has more of
+// A slot is read once if its eight neurons have columns in eight banks, which is a perfect matching. By König's
+// theorem there are such matchings up to the last slot if every bank has as many columns left as there are slots
+// left. So each slot takes most from the banks that have most left, two or more columns from a bank that has more of
 // them than there are slots, and spares the banks that have few.
 #include <limits>
 #include <vector>
@@ -19,7 +19,7 @@ int first_of(Lanes lanes) { return __builtin_ctz(lanes); }
 int size_of(Lanes lanes) { return __builtin_popcount(lanes); }
 bool are_several(Lanes lanes) { return (lanes & (lanes - 1)) != 0; }
 
-// Up to eight neurons whose slots are read together, a lane each.
+// Up to eight neurons whose slots are read together, one per lane.
 class Octet {
  public:
   explicit Octet(int64_t k) : k_(k), own_(static_cast<size_t>(kBanks * k)) {}
@@ -36,15 +36,15 @@ class Octet {
  private:
   static constexpr int32_t kAnyOwn = -1;
 
-  // A different column. Others name it by its position in columns_.
+  // A distinct column, referred to by its position in columns_.
   struct Column {
     int32_t column;
-    Lanes lanes;  // that have it left
+    Lanes lanes;  // that have yet to read it
   };
   struct Bank {
-    int64_t left = 0;             // different columns
+    int64_t left = 0;             // distinct columns
     Lanes lanes = 0;              // that have columns left
-    std::vector<int32_t> shared;  // columns that several lanes have, or had
+    std::vector<int32_t> shared;  // columns that several lanes have or had
   };
   // A lane's columns of one bank: a stack, where some may have been taken from below the top.
   struct Stack {
@@ -74,9 +74,9 @@ class Octet {
   Stack stacks_[kBanks][kBanks];
   Bank banks_[kBanks];
 
-  // Of the slot that is chosen.
+  // State of the current slot.
   Lanes all_ = 0, free_ = 0, sharing_ = 0;
-  Choice choices_[kBanks];  // of the lanes
+  Choice choices_[kBanks];  // per lane
 };
 
 void Octet::read(const int32_t* rows, int lanes, int64_t stride) {
@@ -88,7 +88,7 @@ void Octet::read(const int32_t* rows, int lanes, int64_t stride) {
   }
   make_stacks(rows, lanes, stride);
   sort_columns(rows, lanes, stride);
-  // On top of a stack are those that are no other lane's.
+  // Columns that no other lane has are on top of a stack.
   const auto count = static_cast<int32_t>(columns_.size());
   for (int32_t c = 0; c < count; ++c) {
     if (!are_several(columns_[c].lanes)) continue;
@@ -100,7 +100,7 @@ void Octet::read(const int32_t* rows, int lanes, int64_t stride) {
   }
 }
 
-// Empty ones, each with room for as many columns as it will have.
+// Makes empty stacks, each with room for as many columns as it will have.
 void Octet::make_stacks(const int32_t* rows, int lanes, int64_t stride) {
   for (int lane = 0; lane < lanes; ++lane) {
     for (Stack& stack : stacks_[lane]) stack.left = 0;
@@ -113,8 +113,8 @@ void Octet::make_stacks(const int32_t* rows, int lanes, int64_t stride) {
   }
 }
 
-// The different columns of all lanes. A slot without a connection reads a column of zeros in the bank of -1. A row
-// may have many of them, and the n-th ones of all rows make one column.
+// The distinct columns of all lanes. A slot without a connection reads a column of zeros in the bank of -1. A row
+// may have many such slots; the n-th ones of all rows count as one column.
 void Octet::sort_columns(const int32_t* rows, int lanes, int64_t stride) {
   keys_.clear();
   for (int lane = 0; lane < lanes; ++lane) {
@@ -129,7 +129,7 @@ void Octet::sort_columns(const int32_t* rows, int lanes, int64_t stride) {
   columns_.clear();
   uint64_t last = 0;
   for (const uint64_t key : keys_) {
-    // A row that has a column twice, which no checked one has, has it as two.
+    // A column that occurs twice in a row, which check_index() rejects, counts as two.
     if (columns_.empty() || key >> 3 != last >> 3 || key == last) {
       columns_.push_back({static_cast<int32_t>(static_cast<uint32_t>(key >> 3)), 0});
     }
@@ -168,15 +168,15 @@ void Octet::choose(int64_t slots_left) {
   }
 }
 
-// First the bank with most columns left after those of the slot; of several, that with most shared ones, which
-// are to be taken while their lanes are free. The last bits name the bank.
+// Highest for the bank with most columns left after this slot's reads; ties go to the one with most shared columns,
+// which are to be taken while their lanes are free. The low bits are the bank's number.
 int64_t Octet::priority_of(int bank, int64_t reads) const {
   constexpr int64_t kShared = kBanks, kLeft = int64_t{1} << 32;
   const auto shared = static_cast<int64_t>(banks_[bank].shared.size());
   return (banks_[bank].left - reads) * kLeft + shared * kShared + bank;
 }
 
-// Gives the column of the bank that most free lanes have to all of them, if they are several.
+// Assigns the bank's column that most free lanes have to all these lanes, if there are several of them.
 bool Octet::choose_shared(int bank) {
   constexpr size_t kWindow = 16;  // so that the work is linear in k
   std::vector<int32_t>& shared = banks_[bank].shared;
@@ -202,7 +202,7 @@ bool Octet::choose_shared(int bank) {
   return true;
 }
 
-// Gives the bank to a lane more: a free one, or else one whose bank in turn finds another (an augmenting path).
+// Assigns the bank to one more lane: a free one, or one whose bank can be assigned to another (an augmenting path).
 bool Octet::choose_own(int bank, Lanes& tried) {
   if (const Lanes free = free_ & banks_[bank].lanes; free != 0) {
     int most = first_of(free);
@@ -224,7 +224,7 @@ bool Octet::choose_own(int bank, Lanes& tried) {
   return false;
 }
 
-// The column that a lane has chosen, no longer left.
+// Removes and returns the column chosen for a lane.
 int32_t Octet::take(int lane) {
   auto [bank, column] = choices_[lane];
   Stack& stack = stacks_[lane][bank];
@@ -245,7 +245,7 @@ int32_t Octet::take(int lane) {
 void order_slots(int32_t* index, int64_t d_out, int64_t k) {
   if (k < 2) return;
   Octet octet(k);
-  // A lane has two neighbouring neurons, and reads for one after the other.
+  // A lane has two neighbouring neurons and reads their slots one after the other.
   for (int64_t j = 0; j < d_out; j += j % 2 == 0 ? 1 : 2 * kBanks - 1) {
     octet.order(index + j * k, static_cast<int>(std::min<int64_t>(kBanks, (d_out - j + 1) / 2)), 2 * k);
   }

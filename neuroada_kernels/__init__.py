@@ -1,7 +1,7 @@
-"""NeuroAda for PyTorch: k trainable bypass connections a neuron, beside a frozen linear.
+"""NeuroAda for PyTorch: k trainable bypass connections per neuron, beside a frozen linear.
 
-``NeuroAdaLinear`` replaces ``nn.Linear``; its kernels build neither ``W + delta`` nor a gradient
-of W's shape. Zhang et al., NeuroAda, EMNLP 2025 (arXiv 2510.18940).
+``NeuroAdaLinear`` replaces ``nn.Linear``; its kernels materialize neither ``W + delta`` nor a
+gradient of W's shape. Zhang et al., NeuroAda, EMNLP 2025 (arXiv 2510.18940).
 """
 
 from neuroada_kernels import backends as _backends  # noqa: F401 - registers them

@@ -11,10 +11,10 @@ NAMES = "float32, float64, bfloat16 or float16"
 
 
 def accumulated_in(dtype: torch.dtype) -> torch.dtype:
-    """What sums of products of ``dtype`` are taken in."""
+    """The accumulation dtype for ``dtype``."""
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
 def name_of(dtype: torch.dtype) -> str:
-    """As in ``"bfloat16"``."""
+    """The name, as in ``"bfloat16"``."""
     return str(dtype).removeprefix("torch.")

@@ -1,8 +1,8 @@
-"""Finds and loads the two compiled parts, and keeps the error of one that does not load.
+"""Finds and loads the two compiled parts, and records the error if one fails to load.
 
 ``neuroada_kernels._C`` is a pybind11 module (build facts, CPU features, index planner);
 ``libneuroada`` holds the ops of namespace ``neuroada_C``, on torch's stable ABI. Without them the
-package works all the same, on plain PyTorch.
+package falls back to plain PyTorch.
 """
 
 from __future__ import annotations
@@ -20,13 +20,13 @@ _PURE = "not beside the package: a pure-Python install (NEUROADA_BUILD=none), or
 
 
 def _in_words(error: BaseException) -> str:
-    """The error with what caused it, which torch keeps apart: there stands what is wrong."""
+    """The error followed by its ``__cause__``, in which torch puts the actual reason."""
     words = f"{type(error).__name__}: {error}"
     return words if error.__cause__ is None else f"{words} ({_in_words(error.__cause__)})"
 
 
 def _is_disabled() -> bool:
-    """Any value but 0 disables it: whoever sets one that is not known wants no error here."""
+    """Any value but 0 or the empty string disables the extension; unknown values do not raise."""
     return os.environ.get("NEUROADA_DISABLE_EXTENSION", "0") not in ("", "0")
 
 
@@ -62,15 +62,15 @@ def cuda_archs() -> tuple[str, ...]:
 
 @functools.cache
 def cutlass_version() -> str:
-    """Of the CUTLASS by which the CUDA kernels' product is built; empty where there is none."""
+    """The version of CUTLASS that the CUDA GEMM is built with; empty if built without."""
     return "" if module is None else str(module.build_facts()["cutlass"])
 
 
 def runs_on(arch: str, capability: tuple[int, int]) -> bool:
     """Whether code for ``sm_<arch>`` runs on a GPU of this compute capability.
 
-    It does on the same major version from its own minor version on; code for an arch with a
-    letter, on that one alone.
+    It does on the same major version with the same or a newer minor version; code for an arch
+    with a letter (``90a``) runs on exactly that capability.
     """
     digits = arch.rstrip("abcdefghijklmnopqrstuvwxyz")
     major, minor = int(digits[:-1]), int(digits[-1])
@@ -85,7 +85,7 @@ TRIED = (9, 0)
 
 @functools.cache
 def serves_gpu(gpu: int) -> bool:
-    """Whether there are CUDA kernels that run on the GPU of this number."""
+    """Whether the CUDA kernels run on the GPU with this device index."""
     if library_error is not None or torch.version.hip is not None:
         return False
     capability = torch.cuda.get_device_capability(gpu)
@@ -94,17 +94,17 @@ def serves_gpu(gpu: int) -> bool:
 
 @functools.cache
 def serves_by_default(gpu: int) -> bool:
-    """Whether there are, and their tests have run on such a GPU."""
+    """Whether :func:`serves_gpu`, and the tests have run on this compute capability."""
     return torch.cuda.get_device_capability(gpu) == TRIED and serves_gpu(gpu)
 
 
 def asked(name: str) -> bool | None:
-    """What the environment variable ``name`` says, 0 or 1; None where it is not set.
+    """The environment variable ``name``, 0 or 1, as a bool; None where it is not set.
 
     Raises
     ------
     ValueError
-        If it says anything else.
+        If it has another value.
     """
     said = os.environ.get(name)
     if said not in (None, "0", "1"):
@@ -114,9 +114,9 @@ def asked(name: str) -> bool | None:
 
 #: The pybind11 module, or None.
 module: ModuleType | None
-#: Why the module is missing, in words, or None.
+#: Why the module is missing, or None.
 module_error: str | None
 module, module_error = _load_module()
 
-#: Why the op library is missing, in words, or None.
+#: Why the op library is missing, or None.
 library_error: str | None = _load_library()

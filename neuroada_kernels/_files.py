@@ -1,4 +1,4 @@
-"""Files that are replaced as a whole: an interrupted write leaves the old one as it was."""
+"""Atomic replacement of files: an interrupted write leaves the old file unchanged."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ from pathlib import Path
 
 @contextlib.contextmanager
 def replacing(path: str | os.PathLike[str]) -> Iterator[Path]:
-    """A new, empty file beside ``path``, which takes its place when the block ends.
+    """A new, empty file beside ``path``, renamed to ``path`` when the block ends.
 
-    It is written to the disk before it is renamed, and its folder after, so that ``path`` is the
-    old file or the new one at any moment, also after a crash. Where the block raises, it is
-    removed; where the process is killed, it stays, as ``.NAME.XXXXXXXX.tmp``.
+    The file is synced to disk before the rename and its folder after, so that ``path`` is either
+    the old or the new file at any moment, also after a crash. If the block raises, the new file
+    is removed; if the process is killed, it stays as ``.NAME.XXXXXXXX.tmp``.
 
     Raises
     ------
@@ -38,7 +38,7 @@ def replacing(path: str | os.PathLike[str]) -> Iterator[Path]:
 
 
 def beside(target: Path) -> Path:
-    """A hidden name in the folder of ``target`` that no file has."""
+    """A hidden path in the folder of ``target``, with a random suffix."""
     return target.with_name(f".{target.name}.{secrets.token_hex(4)}.tmp")
 
 

@@ -1,4 +1,4 @@
-"""A model as users hand it in: what wraps it, and the NeuroAda layers inside."""
+"""Models as users pass them: their wrappers, and the NeuroAda layers inside."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from neuroada_kernels.nn._layer import BypassLayer
 
 
 def unwrapped(model: nn.Module) -> nn.Module:
-    """The model itself, where ``torch.compile`` or DDP has put something round it."""
+    """The model without the wrappers of ``torch.compile`` and DDP."""
     if not isinstance(model, nn.Module):
         raise TypeError(f"model: {type(model).__name__}, expected torch.nn.Module")
     while True:
@@ -22,7 +22,7 @@ def unwrapped(model: nn.Module) -> nn.Module:
 
 
 def layers_in(model: nn.Module) -> dict[str, BypassLayer]:
-    """The NeuroAda layers of an adapted model by name, stacks of experts among them.
+    """The NeuroAda layers of an adapted model by name, including stacks of experts.
 
     Raises
     ------
@@ -36,7 +36,7 @@ def layers_in(model: nn.Module) -> dict[str, BypassLayer]:
 
 
 def check_not_replicated(model: nn.Module) -> None:
-    """Raise where DDP holds the model already, which averages the gradients it knew of then."""
+    """Raise if DDP wraps the model already: it would not average the gradients of new deltas."""
     if isinstance(model, DistributedDataParallel):
         raise ValueError(
             "model: is in DistributedDataParallel, which would not average the new deltas' "

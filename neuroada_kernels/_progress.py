@@ -1,4 +1,4 @@
-"""A progress bar, for what takes long on a terminal."""
+"""A progress bar for long operations on a terminal."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator
 
 @contextlib.contextmanager
 def progress_bar(title: str, total: int, show: bool) -> Iterator[Callable[[int], None]]:
-    """A function that is told of each piece done, in the unit of ``total``."""
+    """Yields a function that advances the bar by an amount in the unit of ``total``."""
     if not show:
         yield lambda done: None
         return
@@ -22,5 +22,5 @@ def progress_bar(title: str, total: int, show: bool) -> Iterator[Callable[[int],
 
 
 def worth_showing(parameters: int) -> bool:
-    """Whether looking at that many parameters takes seconds, and somebody is looking."""
+    """Whether processing that many parameters takes seconds, and stderr is a terminal."""
     return parameters >= 10**9 and sys.stderr.isatty()

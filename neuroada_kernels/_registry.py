@@ -1,6 +1,6 @@
 """Which backend serves a call: the backends, their priority, and their reasons for declining.
 
-A leaf: ops ask it, backends register with it, and neither knows the other.
+This module imports neither ops nor backends: ops query it, and backends register with it.
 """
 
 from __future__ import annotations
@@ -13,16 +13,16 @@ from typing import Any
 
 
 class BackendError(RuntimeError):
-    """A backend that was asked for by name does not serve the call; the message lists why."""
+    """The named backend, or every candidate, declines the call; the message lists the reasons."""
 
 
 @dataclass(frozen=True)
 class Implementation:
     """One op of one backend.
 
-    ``unsupported`` takes the op's arguments and returns the reasons, in words, for not serving
-    them; an empty list serves. It has none for a first argument of one of the dtypes ``always``, on
-    a device type that the backend has a priority for, and need not be asked.
+    ``unsupported`` takes the op's arguments and returns the reasons for not serving them; if the
+    list is empty, the call is served. For a first argument of a dtype in ``always``, on a device
+    type that the backend has a priority for, the list is always empty and the check is skipped.
     """
 
     run: Callable[..., Any]
@@ -32,14 +32,14 @@ class Implementation:
 
 @dataclass(frozen=True)
 class Backend:
-    """A set of implementations, and where they are chosen without being named.
+    """A set of implementations, and the device types for which they are chosen automatically.
 
-    ``priority`` maps a device type to a rank, the highest served first; a device type that it
-    lacks is served only by name. ``"*"`` stands for every device type. ``unavailable`` gives None,
-    or why nothing of this backend can run in this process. An ``experimental`` backend, one whose
-    tests have not run on its own device, is served only by name. Where they have run on some of
-    its devices, ``untried`` takes a call's first tensor and tells why that one's is not of them, or
-    gives None; there too it is served only by name.
+    ``priority`` maps a device type to a rank; the backend with the highest rank is tried first. On
+    a device type without a rank the backend runs only when named. ``"*"`` stands for every device
+    type. ``unavailable`` returns None, or why this backend cannot run in this process. An
+    ``experimental`` backend, whose tests have not run on its own device, runs only when named. If
+    they have run on some of its devices, ``untried`` takes a call's first tensor and returns None,
+    or why its device or dtype is untested; then, too, the backend runs only when named.
     """
 
     name: str
@@ -54,17 +54,17 @@ _backends: dict[str, Backend] = {}
 _order: dict[str, list[Backend]] = {}
 _from_environment: str | None = os.environ.get("NEUROADA_BACKEND") or None
 _named: str | None = _from_environment
-_blocks: list[list[str | None]] = []  # of use_backend() that are open, the newest last
+_blocks: list[list[str | None]] = []  # open use_backend() blocks, the newest last
 
 
 def register(backend: Backend) -> None:
-    """Add a backend, or replace the one of its name."""
+    """Add a backend, or replace the one with the same name."""
     _backends[backend.name] = backend
     _order.clear()
 
 
 def available_backends() -> dict[str, str | None]:
-    """Each backend's name, with None where it can run here or the reason, in words, where not."""
+    """Each backend's name, with None if it can run here, otherwise the reason."""
     return {name: backend.unavailable() for name, backend in _backends.items()}
 
 
@@ -75,7 +75,7 @@ def untried(name: str, first: Any) -> str | None:
 
 
 def experimental_backends() -> set[str]:
-    """The names of those that are served only when named."""
+    """The names of the backends that run only when named."""
     return {name for name, backend in _backends.items() if backend.experimental}
 
 
@@ -83,9 +83,9 @@ def experimental_backends() -> set[str]:
 def use_backend(name: str | None) -> Iterator[None]:
     """Within the block, calls are served by the backend ``name``, or raise with its reasons.
 
-    The choice holds for the whole process, backward passes that run inside the block included.
-    ``None`` returns to the automatic choice. Of blocks of several threads the newest that is open
-    holds. ``NEUROADA_BACKEND`` does the same from outside.
+    The choice holds for the whole process, including backward passes that run inside the block.
+    ``None`` returns to the automatic choice. If several threads have open blocks, the newest open
+    block applies. ``NEUROADA_BACKEND`` makes the same choice from the environment.
 
     Raises
     ------
@@ -103,23 +103,23 @@ def use_backend(name: str | None) -> Iterator[None]:
     try:
         yield
     finally:
-        # Another thread may have opened one since, and not be done with it.
+        # Another thread may have opened a block since that is still open.
         del _blocks[next(n for n, other in enumerate(_blocks) if other is block)]
         _named = _blocks[-1][0] if _blocks else _from_environment
 
 
 def run(op: str, *args: Any) -> Any:
-    """What the function that serves ``op`` returns of these arguments.
+    """Run ``op`` by the backend that serves these arguments, and return its result.
 
-    The first is a tensor on the op's device.
+    The first argument is a tensor on the op's device.
 
     Raises
     ------
     BackendError
-        If the named backend, or without one every backend, declines.
+        If the named backend declines, or, if none is named, every backend.
     """
-    # Mostly the first candidate serves. That is found out here, as serving() does, but in one
-    # function: after a product that has emptied the caches each further call takes microseconds.
+    # Fast path: the first candidate usually serves. This inlines the checks of serving(), since
+    # after a GEMM has evicted the caches each further Python call takes microseconds.
     first = args[0]
     device_type = "cpu" if first.is_cpu else first.device.type
     candidates = _order.get(device_type) if _named is None else None

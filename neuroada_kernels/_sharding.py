@@ -1,4 +1,4 @@
-"""Tensors that several processes hold parts of: torch's DTensor, known without importing it."""
+"""Sharded tensors: torch's DTensor, recognized without importing it."""
 
 from __future__ import annotations
 
@@ -9,22 +9,22 @@ from torch import Tensor, nn
 
 
 def is_sharded(tensor: Tensor | None) -> bool:
-    """Whether it is a DTensor, of which this process may hold a part only."""
+    """Whether ``tensor`` is a DTensor, of which this process may hold only a shard."""
     return hasattr(tensor, "full_tensor")
 
 
 def local(tensor: Tensor) -> Tensor:
-    """The part of it that this process holds; all of a plain one. Autograd follows."""
+    """The local shard of a DTensor; a plain tensor as it is. Differentiable."""
     return tensor.to_local() if is_sharded(tensor) else tensor  # type: ignore[attr-defined]
 
 
 def whole(tensor: Tensor) -> Tensor:
-    """All of it, gathered where it is sharded; then every process of its mesh has to call this."""
+    """The full tensor; a DTensor is all-gathered, and every rank of its mesh has to call this."""
     return tensor.full_tensor() if is_sharded(tensor) else tensor  # type: ignore[attr-defined]
 
 
 def split_as(tensor: Tensor, like: Tensor) -> Tensor:
-    """A copy of ``tensor``, which each process has whole, where ``like`` is and split as it is."""
+    """A copy of the replicated ``tensor`` on the device of ``like``, sharded as ``like`` is."""
     tensor = tensor.to(like.device, copy=True)
     if not is_sharded(like):
         return tensor
@@ -35,7 +35,7 @@ def split_as(tensor: Tensor, like: Tensor) -> Tensor:
 
 
 def reshard(model: nn.Module) -> None:
-    """Let FSDP2 put its parts back, where a forward has left whole parameters in their place."""
+    """Reshard FSDP2 modules whose parameters a forward has left all-gathered."""
     if dist.is_available() and dist.is_initialized():
         from torch.distributed.fsdp import FSDPModule
 
@@ -45,12 +45,12 @@ def reshard(model: nn.Module) -> None:
 
 
 def on_first_rank(action: Callable[[], None]) -> None:
-    """Let the first process do it while the others wait; they raise where it did.
+    """Run ``action`` on rank 0 while the other ranks wait; if it raises, all ranks raise.
 
     Raises
     ------
     RuntimeError
-        In the others, with the words of the first one's error.
+        On the other ranks, with the message of rank 0's error.
     """
     error: Exception | None = None
     if dist.get_rank() == 0:
@@ -67,5 +67,5 @@ def on_first_rank(action: Callable[[], None]) -> None:
 
 
 def is_managed_by_fsdp(module: nn.Module) -> bool:
-    """Whether ``fully_shard`` exchanges the parameters of this module for whole ones and back."""
+    """Whether ``fully_shard`` shards and all-gathers the parameters of this module."""
     return getattr(module, "_is_fsdp_managed_module", False)

@@ -1,4 +1,4 @@
-"""What :func:`neuroada_kernels.adapt` and ``add_adapter`` both take, checked and in one form."""
+"""The arguments that ``adapt`` and ``add_adapter`` share, checked and normalized."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ def config_of(
     data: Iterable[Any] | None,
     loss: Loss | None,
 ) -> NeuroAdaConfig:
-    """The config that was given, or that of the single arguments, with what its selection needs."""
+    """The given config, or one from separate arguments, checked against the other inputs."""
     config = options.get("config", arguments[0] if arguments else None)
     if isinstance(config, NeuroAdaConfig):
         if len(arguments) + len(options) > 1:
@@ -51,7 +51,7 @@ def config_of(
 def check_selection(
     config: NeuroAdaConfig, targets: Mapping[str, nn.Module], scores: Mapping[str, Tensor] | None
 ) -> None:
-    """Raise where a target cannot choose by what is given, or has no scores of its own."""
+    """Raise if a target does not support the selection, or has no scores where scores are given."""
     for name, module in targets.items():
         experts = is_experts(module) or isinstance(module, NeuroAdaExperts)
         if experts and config.selection in ("scores", "gradient"):

@@ -1,4 +1,4 @@
-"""What the connections of each module are chosen by, one module after another."""
+"""How the connections of each module are chosen, one module at a time."""
 
 from __future__ import annotations
 
@@ -30,9 +30,9 @@ def each_choice(
     score_bytes: int,
     progress: bool | None,
 ) -> Iterator[tuple[str, Deferred]]:
-    """The name of each of ``modules``, and how ``config`` chooses there.
+    """Yields each name of ``modules`` with the choice that ``config`` makes there.
 
-    The arguments are those of :func:`neuroada_kernels.adapt`, found to fit one another.
+    The arguments are those of :func:`neuroada_kernels.adapt`, already checked for consistency.
     """
     sizes = {name: _size_of(name, module) for name, module in modules.items()}
     show = worth_showing(sum(sizes.values())) if progress is None else progress
@@ -55,7 +55,7 @@ def each_choice(
 
 
 def _size_of(name: str, module: nn.Module) -> int:
-    """Elements of the weight."""
+    """The number of elements of the module's weights."""
     if isinstance(module, NeuroAdaExperts):
         return sum(math.prod(stack.whole_shape) for stack in module.stacks.values())
     if is_experts(module):

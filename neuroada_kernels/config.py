@@ -1,4 +1,4 @@
-"""How a model is adapted, as one value that is checked, compared and written as JSON."""
+"""The configuration of an adaptation: validated, comparable, serializable as JSON."""
 
 from __future__ import annotations
 
@@ -24,49 +24,48 @@ SAVE_ACTIVATIONS = ("auto", "full", "compact")
 
 @dataclass(frozen=True)
 class NeuroAdaConfig:
-    """The arguments of :func:`neuroada_kernels.adapt`, but for tensors and functions.
+    """The arguments of :func:`neuroada_kernels.adapt` except tensors and functions.
 
-    Lists become tuples and dtypes their names, so that equal configs compare equal.
+    Lists become tuples, and dtypes their names, so that equivalent configs compare equal.
 
     Parameters
     ----------
     k : int
-        Connections a neuron.
+        Connections per neuron.
     target_modules : str or sequence of str
         As in PEFT: a list of names, or of their last parts (``"q_proj"`` matches
         ``"layers.0.attn.q_proj"``); or a regular expression that matches whole names; or
-        ``"all-linear"``, every linear, quantised ones and ``Conv1D`` included, but the output head,
-        where the model tells of one by ``get_output_embeddings()``.
+        ``"all-linear"``, every linear, including quantised ones and ``Conv1D``, except the output
+        head that ``get_output_embeddings()`` returns, if any.
     exclude_modules : str or sequence of str, optional
-        Names, last parts or a regular expression, of what is left out.
+        Names, last parts or a regular expression of the modules to leave out.
     selection : str
         ``"magnitude"``, ``"smallest"``, ``"random"``, ``"scores"`` as in
-        :func:`neuroada_kernels.select`, or ``"gradient"``: the largest gradients over some data.
+        :func:`neuroada_kernels.select`, or ``"gradient"``: the largest gradients over given data.
     neuron_fraction : float
-        Share of the neurons of each module that get bypasses, in (0, 1].
+        Fraction of the neurons of each module that get bypasses, in (0, 1].
     bias : str
         ``"none"``, or ``"all"``: every parameter of the model that is a bias trains too.
     delta_dtype : str or torch.dtype
         Dtype of the deltas.
     strategy : str
-        ``"bypass"``, ``"resident"`` or ``"auto"``, see :class:`NeuroAdaLinear`. ``"resident"`` is
-        refused where another module reads a weight, as with tied embeddings; ``"auto"`` takes it
-        elsewhere and leaves such layers at ``"bypass"``. The default is exact, where ``"auto"``
-        would round ``W + delta`` to the weight's dtype and write it, so that this is to be asked
-        for.
+        ``"bypass"``, ``"resident"`` or ``"auto"``, see :class:`NeuroAdaLinear`. ``"resident"``
+        raises if another module reads a weight, as with tied embeddings; ``"auto"`` leaves such
+        layers at ``"bypass"`` and makes the others ``"resident"``. The default is ``"bypass"``,
+        which is exact: ``"resident"`` writes ``W + delta``, rounded to the weight's dtype.
     save_activations : str
         ``"auto"``, ``"full"`` or ``"compact"``, see :class:`NeuroAdaLinear`.
     siblings : sequence of sequences of str, optional
-        Which modules read the same x, so that they share what they keep of it: groups of names or
-        last parts, of which those that differ by nothing else go together. By default those of
-        :data:`neuroada_kernels.siblings.KNOWN`; an empty list for none.
+        Modules that read the same x, so that they share the saved columns of x: groups of names
+        or last parts; modules whose names differ only in that part form a group. By default
+        :data:`neuroada_kernels.siblings.KNOWN`; an empty list disables sharing.
     layers : int or sequence of int, optional
-        Numbers of the layers to adapt, a module's being the first number in its name.
+        Numbers of the layers to adapt; a module's layer is the first number in its name.
     seed : int
-        For what is random; each module's choice depends on it and on the module's name alone.
+        Seed of random choices; each module's choice depends only on it and on the module's name.
     k_pattern : mapping of str to int
-        Another ``k`` for some modules, by name, last part or regular expression; the first that
-        matches holds.
+        Another ``k`` for some modules, by name, last part or regular expression; the first match
+        applies.
 
     Raises
     ------
@@ -128,30 +127,30 @@ class NeuroAdaConfig:
 
     @property
     def torch_delta_dtype(self) -> torch.dtype:
-        """``delta_dtype`` as torch has it."""
+        """``delta_dtype`` as a ``torch.dtype``."""
         dtype: torch.dtype = getattr(torch, str(self.delta_dtype))
         return dtype
 
     def k_of(self, name: str) -> int:
-        """The ``k`` of the module of that name."""
+        """The ``k`` of the module with that name."""
         return next(
             (k for pattern, k in self.k_pattern.items() if self.k_matches(pattern, name)), self.k
         )
 
     @staticmethod
     def k_matches(pattern: str, name: str) -> bool:
-        """Whether a key of ``k_pattern`` means the module of that name."""
+        """Whether a key of ``k_pattern`` matches the module with that name."""
         return matches(name, (pattern,)) or matches(name, _ending_in(pattern))
 
     def generator_of(self, name: str) -> torch.Generator | None:
-        """What chooses at random in the module of that name, where something does."""
+        """The generator for random choices in the named module, None if none are random."""
         if self.selection != "random" and self.neuron_fraction == 1:
             return None
         digest = hashlib.sha256(f"{self.seed} {name}".encode()).digest()
         return torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") >> 1)
 
     def to_dict(self) -> dict[str, Any]:
-        """As JSON has it: lists, text and numbers."""
+        """As JSON types: lists, strings and numbers."""
         return {name: _as_json(value) for name, value in dataclasses.asdict(self).items()}
 
     def to_json(self) -> str:
@@ -160,12 +159,12 @@ class NeuroAdaConfig:
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> NeuroAdaConfig:
-        """The config that :meth:`to_dict` wrote; what is left out has its default.
+        """The config that :meth:`to_dict` wrote; missing keys take their defaults.
 
         Raises
         ------
         TypeError, ValueError
-            If there is a key that is not known, or a value that is not as expected.
+            If a key is unknown, or a value is not as expected.
         """
         if not isinstance(values, Mapping):
             raise TypeError(f"values: {type(values).__name__}, expected a mapping")
@@ -185,14 +184,14 @@ class NeuroAdaConfig:
 
 
 def matches(name: str, patterns: str | Sequence[str]) -> bool:
-    """Whether a regular expression matches the whole name, or one of a list its last parts."""
+    """Whether a regular expression matches the whole name, or an item of a list its last parts."""
     if isinstance(patterns, str):
         return re.fullmatch(patterns, name) is not None
     return any(name == pattern or name.endswith("." + pattern) for pattern in patterns)
 
 
 def _ending_in(pattern: str) -> str:
-    """The expression of names whose last parts match ``pattern``."""
+    """The regular expression of names whose last parts match ``pattern``."""
     return rf"(?:.*\.)?(?:{pattern})"
 
 

@@ -1,8 +1,8 @@
-"""What ``torch.utils.flop_counter.FlopCounterMode`` counts of the ops, once this is imported.
+"""FLOP formulas of the ops for ``torch.utils.flop_counter.FlopCounterMode``.
 
-Two operations for each multiply-add: the dense product as torch counts its own, and beside it ``k``
-connections a neuron. A slot without a connection counts as one. It is a module of its own since
-torch's counter takes a third of a second to import.
+Importing this module registers them. Two operations per multiply-add, as torch counts: the GEMM,
+and ``k`` connections per neuron. A slot without a connection counts as a connection. The formulas
+are in a separate module since importing torch's counter takes a third of a second.
 """
 
 from __future__ import annotations

@@ -12,8 +12,8 @@ from neuroada_kernels import ops, reference
 from neuroada_kernels._dtypes import FLOATING
 
 _AUTOCAST = (torch.float32, torch.bfloat16, torch.float16)
-#: Columns of x that are saved for the backward in its stead, ``[..., columns]`` of the dtype that
-#: the layer computes in, and an index into them.
+#: The columns of x that are saved for the backward instead of x, ``[..., columns]`` in the dtype
+#: that the layer computes in, and an index into these columns.
 Kept: TypeAlias = tuple[Tensor, Tensor]
 NOTHING_KEPT = (None, None)
 _WRONG_X = "x: dtype {}, expected float32, float64, bfloat16 or float16"
@@ -28,12 +28,12 @@ def neuroada_linear(
     *,
     plan: Tensor | None = None,
 ) -> Tensor:
-    """A frozen linear with k trainable bypass connections a neuron.
+    """A frozen linear with k trainable bypass connections per neuron.
 
     ``y[t, j] = sum_c x[t, c] W[j, c] + b[j] + sum_s delta[j, s] x[t, index[j, s]]``
     (Zhang et al., NeuroAda, EMNLP 2025). Neither ``W + delta`` nor a gradient of W's shape is
-    built. Differentiable in ``x``, ``delta`` and ``bias``, once; under ``torch.func`` transforms
-    and in forward mode the formula in plain PyTorch runs instead.
+    materialized. Differentiable in ``x``, ``delta`` and ``bias``, once; under ``torch.func``
+    transforms and in forward mode the formula in plain PyTorch runs instead.
 
     Parameters
     ----------
@@ -43,14 +43,14 @@ def neuroada_linear(
         Shape ``[d_out, d_in]``, the dtype of ``x``, frozen.
     index : Tensor
         int32, shape ``[d_out, k]``: distinct columns within a row; -1 marks a slot without a
-        connection. The values are not checked here beyond what keeps memory safe, see
+        connection. The values are checked only as far as memory safety requires; see
         :func:`neuroada_kernels.check_index`.
     delta : Tensor
         Shape ``[d_out, k]``, any floating dtype; float32 is best.
     bias : Tensor, optional
         Shape ``[d_out]``, the dtype of ``x``.
     plan : Tensor, optional
-        From :func:`neuroada_kernels.make_plan`; made anew in each backward where it is missing.
+        From :func:`neuroada_kernels.make_plan`; if None, every backward makes one.
 
     Returns
     -------
@@ -62,7 +62,7 @@ def neuroada_linear(
     TypeError
         If a dtype is not the expected one.
     ValueError
-        If a shape or a device is not, or if ``weight`` requires grad.
+        If a shape or a device is not the expected one, or if ``weight`` requires grad.
     """
     check_linear(x, weight, index, delta, bias, plan)
     return apply_linear(x, weight, index, delta, bias, plan)
@@ -76,7 +76,7 @@ def check_linear(
     bias: Tensor | None,
     plan: Tensor | None,
 ) -> None:
-    """Raise where a shape, a device or a dtype of the adapter's does not fit."""
+    """Raise if a shape, a device, or a dtype of the adapter's tensors does not fit."""
     _check_bypass(x, index, delta)
     _check_tensors(weight=weight, bias=x if bias is None else bias)
     if weight.dim() != 2 or weight.shape[1] != x.shape[-1] or weight.shape[0] != index.shape[0]:
@@ -104,7 +104,7 @@ def apply_linear(
 ) -> Tensor:
     """:func:`neuroada_linear` for tensors of a layer, whose shapes are known to fit.
 
-    ``plain`` is ``ops.is_plain_eager(x)``, from whoever knows it already.
+    ``plain`` is ``ops.is_plain_eager(x)``, if the caller has computed it already.
     """
     x, bias = _checked_linear(x, weight, bias)
     if plain is None:
@@ -125,16 +125,16 @@ def apply_resident(
     *,
     plain: bool,
 ) -> Tensor:
-    """``F.linear(x, weight, bias)`` of a weight that holds ``W + delta``, with delta's gradient.
+    """``F.linear(x, weight, bias)`` with a weight that holds ``W + delta``; computes ddelta too.
 
-    For tensors of a layer, as :func:`apply_linear`, and not under ``torch.func`` transforms.
+    For tensors of a layer, as :func:`apply_linear`; not for use under ``torch.func`` transforms.
     """
     x, bias = _checked_linear(x, weight, bias)
     return ops.resident_linear(x, weight, index, delta, bias, *(kept or NOTHING_KEPT), plain=plain)
 
 
 def _checked_linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
-    """``x`` and ``bias`` as autocast wants them, once they and ``weight`` are found to fit."""
+    """``x`` and ``bias``, cast as autocast requires, after checks of devices and dtypes."""
     if not (x.is_cpu and weight.is_cpu) and weight.device != x.device:
         raise ValueError(f"weight: on {weight.device}, expected {x.device}, as x")
     if weight.requires_grad and torch.is_grad_enabled():
@@ -154,7 +154,7 @@ def _checked_linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Ten
 def neuroada_bypass(
     y: Tensor, x: Tensor, index: Tensor, delta: Tensor, *, plan: Tensor | None = None
 ) -> Tensor:
-    """``y`` plus the bypass, for a base layer that is quantised, sharded or somebody else's.
+    """``y`` plus the bypass, for a base layer that is quantised, sharded or from another library.
 
     ``out[t, j] = y[t, j] + sum_s delta[j, s] x[t, index[j, s]]``, summed in float32 (float64 for
     float64) and rounded once. Differentiable in ``y``, ``x`` and ``delta``, once.
@@ -178,7 +178,7 @@ def neuroada_bypass(
     TypeError
         If a dtype is not the expected one.
     ValueError
-        If a shape or a device is not.
+        If a shape or a device is not the expected one.
     """
     return apply_bypass(y, x, index, delta, plan)
 
@@ -191,7 +191,7 @@ def apply_bypass(
     plan: Tensor | None,
     kept: Kept | None = None,
 ) -> Tensor:
-    """:func:`neuroada_bypass` for a layer, which may have columns of x saved in its stead."""
+    """:func:`neuroada_bypass` for a layer, which may save columns of x instead of x."""
     _check_bypass(x, index, delta)
     _check_tensors(y=y)
     if y.shape != (*x.shape[:-1], index.shape[0]):
@@ -251,7 +251,7 @@ def _check_plan(plan: Tensor | None, x: Tensor) -> None:
 
 
 def autocast_dtype(x: Tensor) -> torch.dtype | None:
-    """The dtype that autocast asks of a matrix product of ``x``, or None."""
+    """The dtype to which autocast casts a GEMM of ``x``, or None."""
     if not torch._C._is_any_autocast_enabled() or x.dtype not in _AUTOCAST:
         return None
     kind = x.device.type
@@ -259,9 +259,9 @@ def autocast_dtype(x: Tensor) -> torch.dtype | None:
 
 
 def is_transformed() -> bool:
-    """Whether ``torch.func`` or forward-mode AD is at work, which our ops cannot follow.
+    """Whether ``torch.func`` or forward-mode AD is active, which the ops do not support.
 
-    Under ``no_grad`` the ops would not even be asked for a tangent, and would leave it out.
+    Under ``no_grad`` torch does not call the ops' autograd formula, and would drop the tangent.
     """
     if forward_ad._current_level >= 0:
         return True

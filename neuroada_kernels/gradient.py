@@ -1,4 +1,4 @@
-"""Connections by gradient: the weights that the loss would change most, over some data."""
+"""Selection by gradient: the weights with the largest gradients of a loss over given data."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from neuroada_kernels._progress import progress_bar
 from neuroada_kernels.functional import autocast_dtype
 from neuroada_kernels.nn.foreign import base_weight
 
-#: Bytes of gradients that are in memory at a time, where a caller says nothing else.
+#: Default limit on bytes of gradients in memory at a time.
 SCORE_BYTES = 1 << 30
 
 Loss = Callable[[nn.Module, Any], Tensor]
@@ -30,21 +30,21 @@ def each_gradient(
     score_bytes: int = SCORE_BYTES,
     show_progress: bool = False,
 ) -> Iterator[tuple[str, Tensor]]:
-    """The magnitude of the gradient of each weight, summed over ``data``, one at a time.
+    """Yields the magnitude of each weight's gradient, summed over ``data``, one at a time.
 
-    ``|sum_batches dy^T x|``, ``[d_out, d_in]``, in float32 (float64 for float64): what
-    ``weight.grad`` would hold. Hooks gather it for as many weights as ``score_bytes`` has room
-    for, at least one; then ``data`` is gone through again for the next ones. No parameter gets a
-    gradient, and none needs one.
+    ``|sum_batches dy^T x|``, ``[d_out, d_in]``, in float32 (float64 for float64): the magnitude of
+    ``weight.grad``. Hooks accumulate the sums of as many weights as fit into ``score_bytes``, at
+    least one; each further group takes another pass over ``data``. No parameter gets a gradient,
+    and none has to require one.
 
     Parameters
     ----------
     model : nn.Module
-        Run as it is, in its training or its evaluation mode.
+        Run in its current mode, training or evaluation.
     linears : mapping
-        Which of its modules, by name.
+        The modules of ``model`` whose weights are scored, by name.
     data : iterable
-        Batches; one that can be gone through more than once.
+        Batches; iterable more than once if several passes are needed.
     loss : callable
         From the model and a batch to a scalar.
     score_bytes : int
@@ -57,9 +57,9 @@ def each_gradient(
     TypeError
         If the loss is no tensor.
     ValueError
-        If the loss is no scalar, does not depend on a weight, or has no batch; if what a module
-        reads is written in place before its gradient is known; or if ``data`` can be gone through
-        only once and has to be more often.
+        If the loss is no scalar or does not depend on a weight, or ``data`` is empty; if the input
+        of a module is written in place before its gradient is computed; or if ``data`` is an
+        iterator and several passes are needed.
     """
     groups = _groups(linears, score_bytes)
     if len(groups) > 1 and iter(data) is data:
@@ -79,7 +79,7 @@ def each_gradient(
 
 
 class _Sum:
-    """``sum dy^T x`` of one linear, or what computes like one, over all its calls."""
+    """``sum dy^T x`` of one linear, or of a module that computes one, over all its calls."""
 
     def __init__(self, name: str, linear: nn.Module) -> None:
         self.name = name
@@ -94,10 +94,10 @@ class _Sum:
         if not torch.is_grad_enabled():
             return output
         x = (args[0] if args else next(iter(kwargs.values()))).detach()
-        if not output.requires_grad:  # nor does anything before it: the graph starts here
+        if not output.requires_grad:  # nothing upstream requires grad: the graph starts here
             output = output.detach().requires_grad_()
         dtype = autocast_dtype(x)
-        if dtype is not None:  # the module read a copy in that dtype, unless x has it
+        if dtype is not None:  # the module read x cast to that dtype
             x = x.to(dtype)
         version = None if x.is_inference() else x._version
 
@@ -110,7 +110,7 @@ class _Sum:
             self.add(grad, x)
 
         output.register_hook(add)
-        # A hook is lost where the tensor is a view, as a linear's output is, and written in place.
+        # A hook on a view, such as a linear's output, is lost if the view is written in place.
         return output.clone()
 
     @torch.no_grad()
@@ -127,7 +127,7 @@ class _Sum:
 
 
 def _groups(linears: Mapping[str, nn.Module], score_bytes: int) -> list[dict[str, nn.Module]]:
-    """The linears in order, as many together as there is memory for their gradients."""
+    """The linears in order, in groups whose gradients fit into ``score_bytes``."""
     groups: list[dict[str, nn.Module]] = []
     room = 0
     for name, linear in linears.items():
@@ -143,7 +143,7 @@ def _groups(linears: Mapping[str, nn.Module], score_bytes: int) -> list[dict[str
 
 @contextlib.contextmanager
 def _frozen(model: nn.Module) -> Iterator[None]:
-    """Within the block no parameter needs a gradient, so that none is computed."""
+    """Within the block no parameter requires grad, so that no weight gradient is computed."""
     flags = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
     model.requires_grad_(False)
     try:

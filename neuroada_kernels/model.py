@@ -1,4 +1,4 @@
-"""Whole models: replace their linears, choose connections, count."""
+"""Operations on whole models: replace linears, choose connections, count parameters."""
 
 from __future__ import annotations
 
@@ -43,17 +43,17 @@ class AdaptSummary:
     modules : tuple of str
         Names of the adapted modules.
     trainable : int
-        Parameters that train: connections, and biases where these do.
+        Number of trainable parameters: connections, and biases if they train.
     total : int
-        All parameters of the model, deltas included; of 4-bit weights the numbers, not the bytes.
+        Number of parameters including deltas; 4-bit weights count values, not bytes.
     adapter_bytes : int
         Bytes of all deltas and indices in memory.
     optimizer_bytes : int
-        Bytes of AdamW's state: two numbers for each one that trains, in its dtype.
+        Bytes of AdamW's state: two values per trainable parameter, in its dtype.
     resident : tuple of str
-        Names of those that train by the strategy ``"resident"``.
+        Names of the modules that train by the strategy ``"resident"``.
     refused : mapping
-        Of those for which ``"auto"`` came to ``"bypass"``: name to reason.
+        For each module for which ``"auto"`` chose ``"bypass"``: name to reason.
     """
 
     modules: tuple[str, ...]
@@ -66,14 +66,14 @@ class AdaptSummary:
 
     @property
     def share(self) -> float:
-        """Trainable share of all parameters, from 0 to 1."""
+        """Trainable fraction of all parameters, from 0 to 1."""
         return self.trainable / self.total
 
     @classmethod
     def of(
         cls, model: nn.Module, modules: tuple[str, ...], adapter: str | None = None
     ) -> AdaptSummary:
-        """The summary of ``adapter``, by default the active one, which these modules have."""
+        """The summary of ``adapter``, by default the active one, of these modules."""
         having = [
             (layer, name)
             for layer in _layers(model)
@@ -172,8 +172,8 @@ def adapt(
 ) -> AdaptSummary:
     """Replace linears of ``model`` in place, and freeze everything but what the adapter trains.
 
-    What PEFT has put into the model before, LoRA's matrices as prompts, trains on if it did;
-    ``"all-linear"`` leaves it out.
+    Modules that PEFT has added before, such as LoRA matrices or prompts, keep their
+    ``requires_grad`` flags; ``"all-linear"`` leaves them out.
 
     ``adapt(model, config)``, or ``adapt(model, k, target_modules, ...)`` with the fields of
     :class:`NeuroAdaConfig` as arguments. A model on the meta device can be adapted before its
@@ -182,11 +182,11 @@ def adapt(
     Parameters
     ----------
     model : nn.Module
-        The model; its tensors are shared with the new layers, never copied.
+        The model; the new layers share its tensors, without copies.
     config : NeuroAdaConfig
-        What to adapt, and how; kept as ``model.neuroada_config``.
+        What to adapt, and how; stored as ``model.neuroada_config``.
     k : int
-        Connections a neuron.
+        Connections per neuron.
     target_modules : str or sequence of str
         Names, their last parts, a regular expression, or ``"all-linear"``.
     **options
@@ -194,17 +194,17 @@ def adapt(
     scores : mapping, optional
         Module name to scores of its weight's shape, for ``selection="scores"``.
     generator : torch.Generator, optional
-        For what is random, instead of the config's seed.
+        For random choices, instead of the config's seed.
     data : iterable, optional
         Batches, for ``selection="gradient"``: a DataLoader, or a list.
     loss : callable, optional
         From the model and a batch to a scalar, for ``selection="gradient"``.
     score_bytes : int
-        Memory for the gradients that ``selection="gradient"`` looks at together. The data is gone
-        through once for each so many bytes of weights in float32.
+        Memory for the gradients that ``selection="gradient"`` accumulates at a time. There is one
+        pass over the data per group of weights whose float32 gradients fit.
     layer_type : type
-        The layer to put in, :class:`ReferenceNeuroAdaLinear` for comparisons. A module whose
-        forward is not ours stays, inside a :class:`NeuroAdaBypass`.
+        Type of the new layers; :class:`ReferenceNeuroAdaLinear` for comparisons. A module whose
+        forward differs from ``nn.Linear``'s is wrapped in a :class:`NeuroAdaBypass` instead.
     progress : bool, optional
         Show a progress bar; by default for models of a billion parameters, on a terminal.
 
@@ -215,9 +215,9 @@ def adapt(
     Raises
     ------
     TypeError, ValueError
-        If a target matches nothing or something that is no linear layer, if a matched module has
-        hooks or is read by its parent in a way that would pass the bypass by, if a weight may not
-        be resident, or if an argument is not as expected. The model is unchanged then.
+        If a target matches nothing or a module that is no linear layer, if a matched module has
+        hooks or a parent that reads its weight directly and would skip the bypass, if a weight may
+        not be resident, or if an argument is not as expected. The model is unchanged then.
     """
     config = config_of(arguments, options, scores, data, loss)
     check_not_replicated(model)
@@ -240,7 +240,7 @@ def adapt(
         score_bytes=score_bytes,
         progress=progress,
     )
-    # The packing of those, too, through which only a gradient passes.
+    # Also for 4-bit modules that are not adapted: a gradient has to pass through them.
     with grad_flags_kept_on_error(model), packing_kept(model):
         for name, choice in choices:
             module = modules[name]
@@ -264,19 +264,19 @@ def adapt(
 def select_connections(model: nn.Module) -> list[str]:
     """Choose the connections of layers that were adapted on the meta device.
 
-    To be called once their weights have values, or after each shard of them: a layer whose weight
-    has none yet is left to the next call. Deltas become zero with it.
+    Call it once their weights have values, or after loading each checkpoint shard: a layer whose
+    weight has no values yet is left to the next call. Deltas are set to zero.
 
     Returns
     -------
     list of str
-        Names of the layers that still wait.
+        Names of the layers whose weights still have no values.
 
     Raises
     ------
     ValueError
-        If the model has no NeuroAda layer, a weight has NaN, or one may not be resident though
-        that was asked for.
+        If the model has no NeuroAda layer, a weight has NaN, or a weight may not be resident
+        although ``"resident"`` was requested.
     """
     layers = layers_in(model)
     ready = [m for m in layers.values() if not (m.index.is_meta and m.weight.is_meta)]
@@ -294,7 +294,7 @@ def _layers(model: nn.Module) -> Iterator[NamedLayer]:
 
 
 def deltas_of(model: nn.Module) -> set[int]:
-    """The ids of all deltas, those of parked adapters among them."""
+    """The ids of all deltas, including those of parked adapters."""
     return {id(delta) for layer in _layers(model) for delta in layer.deltas}
 
 
@@ -305,12 +305,12 @@ def _check_unnamed(model: nn.Module) -> None:
 
 
 def parts_of(layer: NamedLayer | NeuroAdaExperts) -> list[NamedLayer]:
-    """The layers that have connections: itself, or the stacks of experts."""
+    """The layers that hold connections: ``layer`` itself, or its stacks of experts."""
     return [layer] if isinstance(layer, NamedLayer) else list(layer.stacks.values())
 
 
 def with_stacks(model: nn.Module, names: Iterable[str]) -> tuple[str, ...]:
-    """The names of what has connections."""
+    """The names, with each module of experts replaced by its stacks."""
     found: list[str] = []
     for name in names:
         experts = isinstance(model.get_submodule(name), NeuroAdaExperts)
@@ -319,7 +319,7 @@ def with_stacks(model: nn.Module, names: Iterable[str]) -> tuple[str, ...]:
 
 
 def replace(model: nn.Module, layers: Mapping[nn.Module, nn.Module]) -> None:
-    """Put each layer where the module it stands for is, under every name that module has."""
+    """Replace each module in ``layers`` by its layer, under every name of the module."""
     for module, layer in layers.items():
         hand_on_attributes(module, layer)
     for name, module in list(model.named_modules(remove_duplicate=False)):
@@ -342,7 +342,7 @@ def chosen_layer(
     config: NeuroAdaConfig,
     layer_type: type[BypassLinear] = NeuroAdaLinear,
 ) -> NamedLayer | NeuroAdaExperts:
-    """The layer that takes the place of ``module``, with the connections that are chosen."""
+    """The layer that replaces ``module``, with connections by ``choice``."""
     return layer_over(
         module,
         choice.k,
@@ -359,9 +359,9 @@ def chosen_layer(
 def layer_over(
     module: nn.Module, k: int, layer_type: type[BypassLinear], **options: Any
 ) -> NamedLayer | NeuroAdaExperts:
-    """The layer that takes the place of ``module``: round it, where its forward is not ours."""
+    """The layer that replaces ``module``, or wraps it if its forward is not ``nn.Linear``'s."""
     if is_experts(module):
-        options.pop("save_activations", None)  # each expert's x is another, and kept whole
+        options.pop("save_activations", None)  # each expert reads another x, saved in full
         if options.pop("scores", None) is not None:
             raise ValueError(
                 "scores: for experts, expected selection by their weights or at random"
@@ -376,12 +376,12 @@ def layer_over(
 
 
 def keep_config(model: nn.Module, config: NeuroAdaConfig | None) -> None:
-    """Keep how ``model`` was adapted as ``model.neuroada_config``, which travels with copies."""
+    """Store the config as ``model.neuroada_config``, which copies of the model inherit."""
     vars(model)["neuroada_config"] = config
 
 
 def _freeze(model: nn.Module, config: NeuroAdaConfig) -> None:
-    """Let nothing train but deltas, and biases where the config says so."""
+    """Freeze all parameters except deltas, PEFT's, and biases if the config trains them."""
     kept = deltas_of(model) | {
         id(parameter)
         for module in modules_of_peft(model)
@@ -395,7 +395,7 @@ def _freeze(model: nn.Module, config: NeuroAdaConfig) -> None:
 
 @contextlib.contextmanager
 def grad_flags_kept_on_error(model: nn.Module) -> Iterator[None]:
-    """Where the block raises, every parameter requires grad as it did before."""
+    """If the block raises, restore the ``requires_grad`` flag of every parameter."""
     flags = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
     try:
         yield

@@ -1,4 +1,4 @@
-"""Whole models: merge their bypasses into the weights, all of them or none."""
+"""Merging all bypasses of a model into its weights, all or none."""
 
 from __future__ import annotations
 
@@ -18,16 +18,16 @@ from neuroada_kernels.strategies import shared_weights
 def merge(model: nn.Module) -> None:
     """Merge every NeuroAda layer of ``model`` into its weight; see ``NeuroAdaLinear.merge``.
 
-    Where another module reads that weight, as with tied embeddings, what it computes changes too:
-    a warning says so.
+    If another module reads that weight, as with tied embeddings, its output changes too, and a
+    warning is issued.
 
     Raises
     ------
     RuntimeError, ValueError
         If the model has no NeuroAda layer, or one that cannot be merged, with its name: it has no
-        connections yet, its adapter is disabled or another one for each row, its base is quantised,
-        for which there is :func:`merge_requantized`, or has a forward of its own that does not
-        compute ``x W^T``. No layer is merged then that was not before.
+        connections yet, its adapter is disabled or differs between rows, its base is quantised (see
+        :func:`merge_requantized`), or its base has a forward of its own that does not compute
+        ``x W^T``. No further layer is merged then.
     """
     layers = [(name, layer) for name, layer in _active(model) if not layer.merged]
     for name, layer in layers:
@@ -48,7 +48,7 @@ def unmerge(model: nn.Module) -> None:
     ValueError
         If the model has no NeuroAda layer.
     """
-    # In reverse, so that weights which two layers share unwind as they were merged.
+    # In reverse order of merging, for weights that two layers share.
     with ExitStack() as undo:
         for layer in reversed(layers_in(model).values()):
             undo.callback(layer.merged_again())
@@ -57,22 +57,22 @@ def unmerge(model: nn.Module) -> None:
 
 
 def merge_requantized(model: nn.Module) -> dict[str, Requantization]:
-    """Merge every layer of ``model``, and quantised bases by quantising them again.
+    """Merge every layer of ``model``; quantised bases are quantised again.
 
-    What that does to a weight is reported and cannot be undone, see
+    The error of requantising is reported and cannot be undone, see
     ``NeuroAdaBypass.merge_requantized``; plain weights are merged as by :func:`merge`.
 
     Returns
     -------
     dict
-        Of the layers whose base is quantised: name to error.
+        For each layer with a quantised base: name to error.
 
     Raises
     ------
     RuntimeError, ValueError
         If the model has no NeuroAda layer, or one without connections yet, or with a base that
-        cannot be quantised again, with its name. The model is unchanged then; until it is clear
-        that this does not happen, the weights before and after are both in memory.
+        cannot be quantised again, with its name. The model is unchanged then; for this, the
+        weights before and after are both in memory until the last layer is done.
     """
     quantised = {
         name: layer
@@ -106,7 +106,7 @@ def _check(name: str, layer: BypassLayer) -> None:
 
 
 def _warn_of_readers(model: nn.Module, layers: Sequence[tuple[str, BypassLayer]]) -> None:
-    """Say where merging ``layers`` changes what other modules of ``model`` compute."""
+    """Warn if merging ``layers`` changes the output of other modules of ``model``."""
     holders = {
         name: layer.base if isinstance(layer, NeuroAdaBypass) else layer for name, layer in layers
     }
@@ -117,7 +117,7 @@ def _warn_of_readers(model: nn.Module, layers: Sequence[tuple[str, BypassLayer]]
 
 
 def _active(model: nn.Module) -> list[tuple[str, BypassLayer]]:
-    """The layers that the active adapter has connections in."""
+    """The layers in which the active adapter has connections."""
     active = [(name, layer) for name, layer in layers_in(model).items() if not layer._idle]
     if not active:
         raise RuntimeError("model: its adapter is disabled, expected an active one to merge")

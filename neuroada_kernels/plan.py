@@ -1,10 +1,10 @@
 """The index: its checks, and the plan that sorts its entries by column.
 
-A plan is one int32 tensor, so that it travels as one argument: ``column_start [d_in + 1]``,
-``split [SPLITS + 1]`` (columns at which the work falls into equal parts), ``order`` (in which a GPU
-reads columns and entries, zeros elsewhere) and ``entry [live]`` (``j * k + s`` of every connection,
-by column, in rising order within one, or in that order). ``csrc/include/neuroada/planner.h`` says
-the same for C++.
+A plan is one int32 tensor, so that it is passed as one argument: ``column_start [d_in + 1]``,
+``split [SPLITS + 1]`` (columns that divide the work into equal parts), ``order`` (in which the CUDA
+kernels read columns and entries; zeros if there is none) and ``entry [live]`` (``j * k + s`` of
+every connection, sorted by column, ascending within a column or in that order).
+``csrc/include/neuroada/planner.h`` defines the same layout for C++.
 """
 
 from __future__ import annotations
@@ -25,22 +25,22 @@ SPLITS = 64
 
 _ORDER_FACTS, _ORDER_WINDOW = 4, 64
 
-#: Of columns: 16 bytes in 16 bits. Fewer than so many columns of x are few enough as they are.
+#: Kept columns are padded to a multiple of 8, 16 bytes in 16 bits, if d_in is at least 1024.
 _MULTIPLE, _FEW = 8, 1024
 
 
 def check_index(index: Tensor, d_in: int) -> int:
-    """The number of connections in ``index [d_out, k]``, once it is found to be valid.
+    """Check ``index [d_out, k]`` and return its number of connections.
 
     Raises
     ------
     TypeError
         If ``index`` is not an int32 tensor.
     ValueError
-        If it is no matrix, has no values, or has a column that is out of range or stands twice in
+        If it is no matrix, has no values, or has a column that is out of range or occurs twice in
         its row. -1 marks a slot without a connection and may repeat.
     RuntimeError
-        If it is on a GPU of which a CUDA graph is being captured.
+        If it is on a GPU while a CUDA graph is being captured.
     """
     check_index_form(index, d_in)
     _check_readable(index)
@@ -60,8 +60,7 @@ def check_index(index: Tensor, d_in: int) -> int:
 
 
 def _check_readable(index: Tensor) -> None:
-    """Raise where a CUDA graph is captured, which would record that the values are waited for, and
-    where there are none."""
+    """Raise during CUDA graph capture, where values cannot be read, or if there are no values."""
     if index.is_cuda and torch.cuda.is_current_stream_capturing():
         raise RuntimeError(
             "index: cannot be checked or planned while a CUDA graph is captured; run the layer "
@@ -72,7 +71,7 @@ def _check_readable(index: Tensor) -> None:
 
 
 def _first_fault(columns: list[int], row: int, d_in: int) -> str:
-    """What is wrong with a row, in the words of the C++ planner."""
+    """The message for an invalid row, the same as the C++ planner's."""
     seen: set[int] = set()
     for column in columns:
         if column < -1 or column >= d_in:
@@ -85,7 +84,7 @@ def _first_fault(columns: list[int], row: int, d_in: int) -> str:
 
 
 def check_index_form(index: Tensor, d_in: int) -> None:
-    """The part of :func:`check_index` that reads no value of the index."""
+    """The checks of :func:`check_index` that read no value of the index."""
     _check_matrix(index)
     if not 1 <= index.shape[1] <= d_in:
         raise ValueError(
@@ -107,7 +106,7 @@ def _check_matrix(index: Tensor) -> None:
 
 
 def plan_size(d_in: int, live: int) -> int:
-    """How many values the plan of ``live`` connections into ``d_in`` columns has."""
+    """The number of values in the plan of ``live`` connections into ``d_in`` columns."""
     return sum(_sizes_without_entries(d_in)) + live
 
 
@@ -126,15 +125,15 @@ def make_plan(index: Tensor, d_in: int, *, ordered: bool = True) -> Tensor:
     d_in : int
         Number of inputs of the weight.
     ordered : bool
-        Whether the CUDA kernels, where they serve by default, put it into the order in which they
-        read it, which takes longer than one backward gains by it. Elsewhere it changes nothing.
+        Whether to sort the plan into the order in which the CUDA kernels read it, on GPUs where
+        they serve by default. That takes longer than a single backward saves. No effect elsewhere.
 
     Raises
     ------
     TypeError, ValueError
         If ``index`` is no such tensor.
     RuntimeError
-        If it is on a GPU of which a CUDA graph is being captured.
+        If it is on a GPU while a CUDA graph is being captured.
     """
     check_index_form(index, d_in)
     _check_readable(index)
@@ -156,9 +155,9 @@ def make_plan(index: Tensor, d_in: int, *, ordered: bool = True) -> Tensor:
 
 
 def _in_order(plan: Tensor, index: Tensor, d_in: int) -> Tensor:
-    """A plan in the order in which the CUDA kernels read it, where they serve by default.
+    """The plan in the order in which the CUDA kernels read it, where they serve by default.
 
-    ``NEUROADA_CUDA_ORDER=0`` leaves it as it is.
+    ``NEUROADA_CUDA_ORDER=0`` returns it unchanged.
     """
     serves = _extension.serves_by_default(plan.device.index)
     if not serves or _extension.asked("NEUROADA_CUDA_ORDER") is False:
@@ -169,12 +168,12 @@ def _in_order(plan: Tensor, index: Tensor, d_in: int) -> Tensor:
 
 
 def is_plan_of(plan: Tensor, index: Tensor, d_in: int) -> bool:
-    """Whether ``plan`` is one of the checked ``index [d_out, k]``, in whatever order.
+    """Whether ``plan`` is a plan of the checked ``index [d_out, k]``, in any order of entries.
 
     Raises
     ------
     TypeError, ValueError, RuntimeError
-        As :func:`make_plan`, and where the two are not on one device.
+        As :func:`make_plan`, and if the two are not on the same device.
     """
     made = make_plan(index, d_in, ordered=False)
     if plan.shape != made.shape:
@@ -182,7 +181,7 @@ def is_plan_of(plan: Tensor, index: Tensor, d_in: int) -> bool:
     found, expected = plan_parts(plan, d_in), plan_parts(made, d_in)
     if not found.column_start.equal(expected.column_start):
         return False
-    # By column, and then in rising order, as those of the plan that was made are.
+    # Sort by column, then ascending within a column, as the entries of the new plan are.
     counts = expected.column_start.diff()
     column = torch.arange(d_in, device=made.device).repeat_interleave(counts)
     key = column * index.numel()
@@ -190,9 +189,9 @@ def is_plan_of(plan: Tensor, index: Tensor, d_in: int) -> bool:
 
 
 def count_connections(index: Tensor, d_in: int) -> int:
-    """How many there are in ``index [d_out, k]``.
+    """The number of connections in ``index [d_out, k]``.
 
-    On a CPU by one thread: to wake others takes longer than to count, by milliseconds on a virtual
+    On a CPU by one thread: waking others takes longer than counting, by milliseconds on a virtual
     machine, and a model has hundreds of layers.
     """
     on_cpu = index.device.type == "cpu" and not has_no_values(index)
@@ -204,7 +203,7 @@ def count_connections(index: Tensor, d_in: int) -> int:
 
 
 def checksum(plan: Tensor) -> int | None:
-    """Of its values, None where they cannot be read now; on a CPU by one thread, as in counting."""
+    """A checksum of the plan's values, None if they cannot be read now; on a CPU by one thread."""
     if type(plan) is not Tensor or plan.is_meta or is_wrapped(plan):
         return None
     if plan.is_cuda and torch.cuda.is_current_stream_capturing():
@@ -213,10 +212,10 @@ def checksum(plan: Tensor) -> int | None:
 
 
 class Planned:
-    """An index as it was when it was planned: which tensor, in which memory, how often written.
+    """The index that was planned, identified by tensor, address and version counter.
 
-    It holds that memory, or else another index that is put there through ``.data`` would look like
-    this one. A copy of it, deep or pickled, has planned nothing.
+    It keeps the storage alive, so that no other index assigned through ``.data`` can reuse its
+    address and match. A copy of it, deep or pickled, matches no index.
     """
 
     __slots__ = ("_identity", "_memory")
@@ -228,12 +227,12 @@ class Planned:
         self._memory = None if index is None else index.untyped_storage()
 
     def is_still(self, index: Tensor) -> bool:
-        """Whether ``index`` is that one, and was not written since."""
+        """Whether ``index`` is the planned one and was not written since."""
         identity = self._identity
-        # Another one may be wrapped, with no memory to ask for.
+        # Another index may be a wrapper without a data pointer.
         if identity is None or identity[0] != id(index) or index.is_meta:
             return False
-        # What _identity_of() asks, here, for one function less in a forward from cold caches.
+        # _identity_of() inlined: one call less in a forward that starts with cold caches.
         version = -1 if index.is_inference() else index._version
         return identity[1] == index.data_ptr() and identity[2] == version
 
@@ -242,35 +241,35 @@ class Planned:
 
 
 def is_wrapped(index: Tensor) -> bool:
-    """Whether it is a ``torch.func`` transform's or a fake one, whose values nobody can read.
+    """Whether ``index`` is wrapped by ``torch.func`` or fake, so that its values cannot be read.
 
-    The formula in plain PyTorch, which runs there, needs no plan, and nor does an op's fake.
+    The plain PyTorch formula that runs there needs no plan, and neither does an op's fake.
     """
     return torch._C._functorch.is_functorch_wrapped_tensor(index) or has_no_values(index)
 
 
 def _identity_of(index: Tensor) -> tuple[int, int, int]:
-    """Inference tensors do not count how often they are written."""
+    """Id, address and version of ``index``; -1 for an inference tensor, which has no version."""
     return id(index), index.data_ptr(), -1 if index.is_inference() else index._version
 
 
 def order_slots(index: Tensor) -> Tensor:
     """``index`` with each row in the order that a GPU gathers fastest.
 
-    Eight neurons, every second of sixteen, read their columns of one slot at once, from eight banks
-    of shared memory; permuted once, they meet in a bank less often. Which connections a neuron has
-    does not change, and the order depends on the index alone. Without the C++ extension the rows
-    stay as they are, which is as right.
+    Eight neurons, every second of sixteen, read their columns of one slot at once, from eight
+    16-byte banks of shared memory; the permutation reduces bank conflicts. The connections of a
+    neuron do not change, and the order depends only on the index. Without the C++ extension the
+    rows stay as they are, which is equally correct.
 
     Parameters
     ----------
     index : Tensor
-        int32, shape ``[d_out, k]``, on any device; it stays as it is.
+        int32, shape ``[d_out, k]``, on any device; not changed.
 
     Returns
     -------
     Tensor
-        Of the same shape, on the same device.
+        The same shape, on the same device.
 
     Raises
     ------
@@ -291,11 +290,11 @@ def order_slots_(index: Tensor) -> Tensor:
 
 
 def chosen_columns(indices: Iterable[Tensor], d_in: int) -> Tensor:
-    """The columns that any of some checked indices names, int32, in rising order.
+    """The columns that occur in any of some checked indices, int32, ascending.
 
-    At least one, so that a matrix of them is never without columns. Up to seven that no index names
-    fill them up to a multiple of 8, where ``d_in`` is one, from 1024 on, and some are left out all
-    the same: GPUs copy rows of 16 bits in such units.
+    At least one column, so that a matrix of them is never empty. If ``d_in`` is a multiple of 8 and
+    at least 1024, up to seven unused columns pad the count to a multiple of 8, unless that would
+    keep all columns: GPUs copy rows of 16-bit values in units of 8.
     """
     columns = [index[index >= 0] for index in indices]
     chosen = torch.zeros(d_in, dtype=torch.bool, device=columns[0].device)
@@ -308,30 +307,30 @@ def chosen_columns(indices: Iterable[Tensor], d_in: int) -> Tensor:
 
 
 def filled_up(count: int, d_in: int) -> int:
-    """So many columns of x are kept where ``count`` were chosen."""
+    """The number of columns of x that are kept if ``count`` were chosen."""
     filled = -(-count // _MULTIPLE) * _MULTIPLE
     return filled if filled < d_in and d_in % _MULTIPLE == 0 and d_in >= _FEW else count
 
 
 def renumber(index: Tensor, columns: Tensor) -> Tensor:
-    """``index [d_out, k]`` into a matrix that has these of x's columns alone; -1 stays -1.
+    """``index [d_out, k]`` as positions in ``columns`` instead of columns of x; -1 stays -1.
 
-    ``columns`` as of :func:`chosen_columns`, among which are all that ``index`` names.
+    ``columns`` is from :func:`chosen_columns` and contains every column of ``index``.
     """
     place = torch.searchsorted(columns, index.clamp(min=0), out_int32=True)
     return torch.where(index >= 0, place, index)
 
 
 def columns_of(x: Tensor, columns: Tensor, dtype: torch.dtype) -> Tensor:
-    """``x[..., columns]`` in ``dtype``, of which nothing is differentiated; ``columns`` int32.
+    """``x[..., columns]`` in ``dtype``, detached; ``columns`` int32.
 
-    By the C++ or CUDA kernel where it serves, so that nobody can trace it: torch's copies value by
-    value.
+    Not traceable: uses the C++ or CUDA kernel where it serves, since torch's ``index_select``
+    copies value by value.
     """
     x = x.detach()
     if type(x) is not Tensor or not x.is_contiguous() or not _copied_by_kernel(x):
         return traceable_columns_of(x, columns, dtype)
-    # No view and no cast where there is nothing to do: each is a call through the dispatcher.
+    # A view or a cast without effect is skipped: each is a call through the dispatcher.
     matrix = x if x.dim() == 2 else x.view(-1, x.shape[-1])
     kept: Tensor = torch.ops.neuroada_C.columns.default(matrix, columns)
     if x.dim() != 2:
@@ -340,7 +339,7 @@ def columns_of(x: Tensor, columns: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def traceable_columns_of(x: Tensor, columns: Tensor, dtype: torch.dtype) -> Tensor:
-    """:func:`columns_of` by torch alone."""
+    """:func:`columns_of` by torch ops alone."""
     return x.detach().index_select(x.dim() - 1, columns).to(dtype)
 
 
@@ -354,7 +353,7 @@ def _copied_by_kernel(x: Tensor) -> bool:
 
 
 class PlanParts(NamedTuple):
-    """Views into a plan, but for its order, which the CUDA kernels alone read."""
+    """Views into a plan, without ``order``, which only the CUDA kernels read."""
 
     column_start: Tensor  # [d_in + 1]
     split: Tensor  # [SPLITS + 1]
@@ -362,7 +361,7 @@ class PlanParts(NamedTuple):
 
 
 def plan_parts(plan: Tensor, d_in: int) -> PlanParts:
-    """A plan taken apart.
+    """The parts of a plan.
 
     Raises
     ------
@@ -380,7 +379,7 @@ def plan_parts(plan: Tensor, d_in: int) -> PlanParts:
 
 
 def _buffer(tensor: Tensor) -> ctypes.Array[ctypes.c_int32]:
-    """The values of an int32 tensor on the CPU through the buffer protocol, bounded, not copied."""
+    """A CPU int32 tensor as a ctypes array for the buffer protocol; no copy if contiguous."""
     assert tensor.dtype == torch.int32
     dense = tensor.contiguous()
     view = (ctypes.c_int32 * dense.numel()).from_address(dense.data_ptr())

@@ -1,4 +1,4 @@
-"""The method's formulas in plain PyTorch, to read and to compare with; never fast.
+"""The method's formulas in plain PyTorch, for reading and for comparison; not optimized.
 
 Zhang et al., "NeuroAda: Activating Each Neuron's Potential for Parameter-Efficient Fine-Tuning",
 EMNLP 2025 (arXiv 2510.18940). Everything here is differentiable by autograd, to any order.
@@ -34,7 +34,7 @@ def bypass(x: Tensor, index: Tensor, delta: Tensor) -> Tensor:
     dtype = accumulated_in(x.dtype)
     empty = index < 0
     gathered = x.to(dtype)[..., index.clamp(min=0).long()]  # [..., d_out, k]
-    # Both factors are masked, so that neither the product nor a gradient has 0 times infinity.
+    # Both factors are masked, so that neither the product nor a gradient computes 0 * inf.
     return (gathered.masked_fill(empty, 0) * delta.to(dtype).masked_fill(empty, 0)).sum(-1)
 
 
@@ -62,7 +62,7 @@ def neuroada_linear(
         Shape ``[..., d_out]``, dtype of ``x``.
     """
     dtype = accumulated_in(x.dtype)
-    with _without_autocast(x.device.type):  # which would round the product
+    with _without_autocast(x.device.type):  # which would round the GEMM to 16 bits
         y = x.to(dtype) @ weight.to(dtype).t() + bypass(x, index, delta)
     if bias is not None:
         y = y + bias.to(dtype)

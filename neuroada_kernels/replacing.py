@@ -1,4 +1,4 @@
-"""What goes along where a layer takes the place of a module, or a module that of a layer."""
+"""Hooks and attributes when a layer replaces a module, or a module replaces a layer."""
 
 from __future__ import annotations
 
@@ -20,10 +20,10 @@ _STATE_HOOKS = (
 
 
 def check_hooks(name: str, module: nn.Module) -> None:
-    """Raise where somebody has put hooks on a module that is to be replaced.
+    """Raise if a module that is to be replaced has hooks.
 
-    They do not go along, since they may be meant for this very module: those of torch's weight
-    norm compute its weight, and one that looks at ``delta`` finds none in a plain linear.
+    Hooks are not transferred, since they may depend on this very module: those of torch's weight
+    norm compute its weight, and one that reads ``delta`` finds none in a plain linear.
     """
     if parametrize.is_parametrized(module):
         raise ValueError(
@@ -34,14 +34,14 @@ def check_hooks(name: str, module: nn.Module) -> None:
 
 
 def hand_on_attributes(module: nn.Module, new: nn.Module) -> None:
-    """From a linear to a layer of ours in its stead, or back, give what somebody has set on it."""
+    """Copy user-set attributes from a linear to the layer that replaces it, or back."""
     if isinstance(module, BypassLinear) or isinstance(new, BypassLinear):
         others = _unknown_attributes(module)
         vars(new).update({n: value for n, value in others.items() if not hasattr(new, n)})
 
 
 def _unknown_attributes(module: nn.Module) -> dict[str, Any]:
-    """Those that its class neither has nor declares."""
+    """The instance attributes that no class in the MRO has or declares."""
     known: set[str] = set()
     for kind in type(module).__mro__:
         known |= vars(kind).keys() | inspect.get_annotations(kind).keys()

@@ -12,10 +12,10 @@ from neuroada_kernels import _extension
 from neuroada_kernels._dtypes import FLOATING, NAMES
 from neuroada_kernels._tracing import has_no_values
 
-#: Elements of the weight that are looked at together, so that no mask of its size is made.
+#: Elements of the weight per block, so that no mask of the weight's size is allocated.
 _BLOCK_ELEMENTS = 1 << 22
 
-#: How the C++ kernel ranks, by its number.
+#: The number of each ranking in the C++ kernel.
 _RANKINGS = {"scores": 0, "magnitude": 1, "smallest": 2}
 _HAS_NAN = "{}: has NaN, expected numbers"
 
@@ -23,7 +23,7 @@ METHODS = ("magnitude", "smallest", "random", "scores")
 
 
 class Rows(Protocol):
-    """A weight that is read by ranges of its rows, as one that is dequantised while it is read."""
+    """A weight that is read by ranges of rows, such as one that is dequantised block by block."""
 
     @property
     def shape(self) -> Sequence[int]:
@@ -31,10 +31,10 @@ class Rows(Protocol):
 
     @property
     def device(self) -> torch.device:
-        """Where the values are."""
+        """The device of the values."""
 
     def rows(self, rows: slice) -> Tensor:
-        """``W[rows]``, floating."""
+        """``W[rows]``, a floating dtype."""
 
 
 def select(
@@ -48,25 +48,25 @@ def select(
 ) -> Tensor:
     """Choose ``k`` input connections of every neuron (row) of ``weight``.
 
-    Ties go to the lower column, so that a choice repeats across devices; columns rise within a
-    row. Nothing of the weight's size is allocated.
+    Ties go to the lower column, so that the choice is the same on every device; columns ascend
+    within a row. Nothing of the weight's size is allocated.
 
     Parameters
     ----------
     weight : Tensor
         Shape ``[d_out, d_in]``, floating.
     k : int
-        Connections a neuron, from 1 to ``d_in``.
+        Connections per neuron, from 1 to ``d_in``.
     method : str
         ``"magnitude"`` (largest \\|W\\|, the paper's choice), ``"smallest"`` (smallest \\|W\\|),
-        ``"random"``, or ``"scores"`` (largest of ``scores``). The first with ``scores`` given is
-        the last.
+        ``"random"``, or ``"scores"`` (largest of ``scores``). If ``scores`` is given,
+        ``"magnitude"`` means ``"scores"``.
     scores : Tensor, optional
         Shape of ``weight``, any real dtype: magnitudes of gradients, activation-aware scores.
     generator : torch.Generator, optional
         For ``"random"`` and ``neuron_fraction``.
     neuron_fraction : float
-        Share of the neurons, drawn at random, that get bypasses, in (0, 1]; at least one does.
+        Fraction of the neurons, drawn at random, that get bypasses, in (0, 1]; at least one does.
         The rows of the others are filled with -1.
 
     Returns
@@ -97,7 +97,7 @@ def select_rows(
     *,
     neuron_fraction: float = 1.0,
 ) -> Tensor:
-    """:func:`select` for a weight of which a few rows are to be had at a time."""
+    """:func:`select` for a weight that is read a few rows at a time."""
     method = method_for(method, scores)
     check_arguments(weight.shape, k, method, scores, neuron_fraction)
     index = _compiled(weight, k, method, scores)
@@ -110,12 +110,12 @@ def select_rows(
 
 
 def method_for(method: str, scores: Tensor | None) -> str:
-    """Scores given without another method than the default are what it goes by."""
+    """``"scores"`` if scores are given with the default ``"magnitude"``, otherwise ``method``."""
     return "scores" if scores is not None and method == "magnitude" else method
 
 
 def row_blocks(shape: Sequence[int]) -> Iterator[slice]:
-    """All rows of a weight ``[d_out, d_in]``, as many together as are looked at in one go."""
+    """Slices of rows of a weight ``[d_out, d_in]``, at most ``_BLOCK_ELEMENTS`` or one row each."""
     d_out, d_in = shape
     step = max(1, _BLOCK_ELEMENTS // d_in)
     for first in range(0, d_out, step):
@@ -123,7 +123,7 @@ def row_blocks(shape: Sequence[int]) -> Iterator[slice]:
 
 
 class _Matrix:
-    """A tensor as rows."""
+    """A tensor as :class:`Rows`."""
 
     def __init__(self, weight: Tensor) -> None:
         self.weight = weight.detach()
@@ -134,7 +134,7 @@ class _Matrix:
 
 
 def check_weight(weight: Tensor, *, values: bool = True) -> None:
-    """Raise unless ``weight`` is a floating matrix, with values where these are needed."""
+    """Raise unless ``weight`` is a floating matrix, with values if ``values`` is true."""
     if not isinstance(weight, Tensor):
         raise TypeError(f"weight: {type(weight).__name__}, expected a tensor")
     if weight.dtype not in FLOATING:
@@ -204,7 +204,7 @@ def _compiled(weight: Rows, k: int, method: str, scores: Tensor | None) -> Tenso
 
 
 def _by_blocks(weight: Rows, k: int, score: Callable[[slice], Tensor]) -> Tensor:
-    """The index in plain PyTorch, for some rows at a time."""
+    """The index in plain PyTorch, a block of rows at a time."""
     index = torch.empty(weight.shape[0], k, dtype=torch.int32, device=weight.device)
     for rows in row_blocks(weight.shape):
         index[rows] = _largest(score(rows), k)
@@ -214,7 +214,7 @@ def _by_blocks(weight: Rows, k: int, score: Callable[[slice], Tensor]) -> Tensor
 def _scorer(
     weight: Rows, method: str, scores: Tensor | None, generator: torch.Generator | None
 ) -> Callable[[slice], Tensor]:
-    """The function from a range of rows to the scores of which the largest are chosen."""
+    """A function from a range of rows to their scores, of which the largest are chosen."""
     if scores is not None:
         return lambda rows: _without_nan("scores", scores.detach()[rows].to(weight.device))
     if method == "random":
@@ -236,7 +236,7 @@ def _without_nan(name: str, block: Tensor) -> Tensor:
 
 
 def _largest(score: Tensor, k: int) -> Tensor:
-    """Columns of the ``k`` largest of each row, rising; of equal ones the lower columns."""
+    """Columns of the ``k`` largest scores of each row, ascending; ties go to the lower column."""
     if score.dtype in (torch.float16, torch.bfloat16):
         score = score.float()
     if score.dtype == torch.float32:
@@ -250,8 +250,8 @@ def _largest(score: Tensor, k: int) -> Tensor:
 
 
 def _largest_of_float32(score: Tensor, k: int) -> Tensor:
-    """The same, by numbers that rise with the score and fall with the column: none are equal."""
-    bits = (score + 0.0).view(torch.int32)  # both zeros as one
+    """The same by distinct int64 keys that increase with the score and decrease with the column."""
+    bits = (score + 0.0).view(torch.int32)  # -0.0 becomes +0.0
     rank = torch.where(bits < 0, bits ^ 0x7FFFFFFF, bits)
     column = torch.arange(score.shape[1], device=score.device)
     key = (rank.long() << 32) - column
@@ -259,7 +259,7 @@ def _largest_of_float32(score: Tensor, k: int) -> Tensor:
 
 
 def drawn_count(d_out: int, fraction: float) -> int:
-    """How many neurons a share of them is: at least one."""
+    """The number of neurons that ``fraction`` selects, at least one."""
     return max(1, round(fraction * d_out))
 
 

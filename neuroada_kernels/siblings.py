@@ -1,7 +1,7 @@
-"""Which layers of a model read the same x, so that they keep one copy of it between them.
+"""Which layers of a model read the same x, so that they share one copy of its columns.
 
-A wrong guess costs memory and nothing else: a copy is found by the very x that it was made of, so
-a layer that reads another makes its own, of more columns than it needs.
+A wrong guess costs only memory: a copy is looked up by the x tensor that it was made of, so a
+layer that reads another x makes its own copy, of more columns than it needs.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from neuroada_kernels.config import NeuroAdaConfig, matches
 from neuroada_kernels.nn._layer import BypassLayer
 from neuroada_kernels.nn._siblings import Siblings
 
-#: Attention's query, key and value, by the names that current models give them.
+#: Names of the query, key and value projections of attention in current models.
 _ATTENTION = (
     ("q_proj", "k_proj", "v_proj"),
     ("query", "key", "value"),
@@ -29,14 +29,14 @@ _ATTENTION = (
 _GATED = (("gate_proj", "up_proj"), ("w1", "w3"), ("wi_0", "wi_1"), ("gate", "up"))
 #: Groups of names whose modules, under one parent, read the same x.
 KNOWN: tuple[tuple[str, ...], ...] = (*_ATTENTION, *_GATED)
-#: Parts of a parent's name by which its query reads another x than its key and value.
+#: Substrings of a parent's name that mark cross-attention: q reads another x than k and v.
 _CROSS = ("cross", "encoder_attn", "encdec", "attn2")
 
 
 def set_save_activations(
     model: nn.Module, save_activations: str, siblings: Sequence[Sequence[str]] | None = None
 ) -> tuple[tuple[str, ...], ...]:
-    """Set what every NeuroAda layer of ``model`` keeps of x, and which of them share it.
+    """Set what every NeuroAda layer of ``model`` saves of x, and which layers share it.
 
     Parameters
     ----------
@@ -67,7 +67,7 @@ def set_save_activations(
 
 
 def check_siblings(names: Iterable[str], siblings: Sequence[Sequence[str]] | None) -> None:
-    """Raise ValueError where a name of ``siblings`` is that of no module that is adapted."""
+    """Raise ValueError if a name of ``siblings`` matches no adapted module."""
     adapted = list(names)
     for group in siblings or ():
         for end in group:
@@ -76,7 +76,7 @@ def check_siblings(names: Iterable[str], siblings: Sequence[Sequence[str]] | Non
 
 
 class Sibling(Protocol):
-    """A layer that can share what it keeps of x."""
+    """A layer that can share its saved columns of x."""
 
     in_features: int
 
@@ -86,7 +86,7 @@ class Sibling(Protocol):
 def link_siblings(
     model: nn.Module, siblings: Sequence[Sequence[str]] | None = None
 ) -> tuple[tuple[str, ...], ...]:
-    """Have the layers that read the same x keep one copy; the names of each group of them."""
+    """Link the layers that read the same x; returns the names of each group."""
     return link({n: m for n, m in model.named_modules() if isinstance(m, BypassLayer)}, siblings)
 
 
@@ -110,7 +110,7 @@ def link(
 
 
 def _group_of(name: str, siblings: Sequence[Sequence[str]] | None) -> tuple[int | None, str]:
-    """The number of the first group that has the name, and what stands before its last part."""
+    """The number of the first group that matches ``name``, and the part of it before the match."""
     for number, group in enumerate(KNOWN if siblings is None else siblings):
         for end in group:
             if matches(name, (end,)):

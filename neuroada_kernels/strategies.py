@@ -1,4 +1,4 @@
-"""How the bypasses of a whole model train: see ``NeuroAdaLinear.strategy``."""
+"""The training strategy of all layers of a model: see ``NeuroAdaLinear.strategy``."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def set_strategy(model: nn.Module, strategy: str) -> dict[str, str]:
     Returns
     -------
     dict
-        Of the layers for which ``"auto"`` came to ``"bypass"``: name to reason.
+        For each layer for which ``"auto"`` chose ``"bypass"``: name to reason.
 
     Raises
     ------
@@ -36,7 +36,7 @@ def set_strategy(model: nn.Module, strategy: str) -> dict[str, str]:
     layers = layers_in(model)
     shared = shared_weights(model, layers.values())
     for name, layer in layers.items():
-        # What is still on the meta device is checked when it has values.
+        # A weight on the meta device is checked when it has values.
         reason = shared.get(layer) or (None if layer.deferred else layer._why_not_resident())
         if strategy == "resident" and reason is not None:
             raise ValueError(f"{name}: {refusal(reason)}")
@@ -48,7 +48,7 @@ def set_strategy(model: nn.Module, strategy: str) -> dict[str, str]:
 
 @contextlib.contextmanager
 def resident(model: nn.Module, strategy: str = "resident") -> Iterator[None]:
-    """Within the block the layers train ``"resident"``; leaving it, by an error too, restores W.
+    """Within the block the layers are ``"resident"``; leaving it, also by an error, restores W.
 
     Parameters
     ----------
@@ -70,7 +70,7 @@ def resident(model: nn.Module, strategy: str = "resident") -> Iterator[None]:
 
 
 def shared_weights(model: nn.Module, modules: Iterable[nn.Module]) -> dict[nn.Module, str]:
-    """Those of ``modules`` whose weight is read elsewhere in ``model``, and where, in words."""
+    """The ``modules`` whose weight other places of ``model`` read, with those places as text."""
     readers: dict[int, list[tuple[nn.Module, str]]] = {}
     for prefix, module in model.named_modules():
         for kind in (module._parameters, module._buffers):
@@ -81,7 +81,7 @@ def shared_weights(model: nn.Module, modules: Iterable[nn.Module]) -> dict[nn.Mo
     shared = {}
     for module in modules:
         weight = module._parameters.get("weight")
-        if weight is None:  # parametrized: there is none to write, which is refused for itself
+        if weight is None:  # parametrized: refused separately, there is no weight to write
             continue
         own = (module, "weight")
         others = [
@@ -95,7 +95,7 @@ def shared_weights(model: nn.Module, modules: Iterable[nn.Module]) -> dict[nn.Mo
 
 
 def _address(tensor: Tensor) -> int:
-    """Of its storage; 0 where there is none to share."""
+    """The address of its storage; 0 if it has none."""
     try:
         return tensor.untyped_storage().data_ptr()
     except (RuntimeError, NotImplementedError):  # a subclass without a storage of its own

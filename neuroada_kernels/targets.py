@@ -19,23 +19,23 @@ from neuroada_kernels.nn.experts import NeuroAdaExperts, is_experts, why_not_exp
 from neuroada_kernels.nn.foreign import has_own_forward, is_base, is_library
 from neuroada_kernels.replacing import check_hooks
 
-#: What stands where a module was.
+#: The types that replace adapted modules.
 _OURS = (BypassLayer, NeuroAdaExperts)
-#: What PEFT puts there: an adapter's layer, and what trains a whole copy.
+#: PEFT's replacements: adapter layers, and wrappers that train a full copy of a module.
 _OF_PEFT = ("BaseTunerLayer", "AuxiliaryTrainingWrapper")
 
 
 def find_targets(
     model: nn.Module, config: NeuroAdaConfig, *, adapted: bool = False
 ) -> dict[str, nn.Module]:
-    """The modules that ``config`` means, by every name that they have.
+    """The modules that ``config`` selects, by every name that they have.
 
-    Where the model is ``adapted``, its layers are among them, as the modules that they stand for.
+    If the model is ``adapted``, its NeuroAda layers count as the modules that they replaced.
 
     Raises
     ------
     TypeError, ValueError
-        If a part of the config matches nothing, or a module that cannot be replaced.
+        If a field of the config matches nothing, or a module that cannot be replaced.
     """
     named = outside_layers(model)
     chosen = _targeted(model, named, config.target_modules, adapted)
@@ -43,12 +43,12 @@ def find_targets(
         chosen -= _excluded(named, config.exclude_modules)
     if config.layers is not None:
         chosen &= _in_layers(named, chosen, config.layers)
-    # A module that stands under several names stays one module.
+    # A module with several names stays one module.
     targets = {name: module for name, module in named.items() if id(module) in chosen}
     new = {
         name: module
         for name, module in targets.items()
-        if not (adapted and isinstance(module, _OURS))  # which were checked in their time
+        if not (adapted and isinstance(module, _OURS))  # those were checked when they were adapted
     }
     if config.target_modules == ALL_LINEAR:
         _check_all(new, named)
@@ -65,9 +65,9 @@ def find_targets(
 
 
 def _check_all(targets: Mapping[str, nn.Module], named: Mapping[str, nn.Module]) -> None:
-    """Raise where one of the model's linears cannot be replaced, and say how to leave all such out.
+    """Raise if linears cannot be replaced; the message tells how to exclude all of them.
 
-    Named targets are checked one by one: who names a module has to hear of it.
+    For ``"all-linear"`` only: named targets are checked one by one, and the first error is raised.
     """
     refused: dict[str, TypeError | ValueError] = {}
     for name, module in targets.items():
@@ -88,7 +88,7 @@ def _check_all(targets: Mapping[str, nn.Module], named: Mapping[str, nn.Module])
 
 
 def check_k_pattern(config: NeuroAdaConfig, targets: Iterable[str]) -> None:
-    """Raise where a pattern of ``k_pattern`` matches none of the names that are adapted."""
+    """Raise if a pattern of ``k_pattern`` matches no adapted name."""
     names = list(targets)
     for pattern in config.k_pattern:
         if not any(config.k_matches(pattern, name) for name in names):
@@ -98,9 +98,9 @@ def check_k_pattern(config: NeuroAdaConfig, targets: Iterable[str]) -> None:
 def check_target(
     name: str, module: nn.Module, named: Mapping[str, nn.Module], *, by_name: bool
 ) -> None:
-    """Raise unless ``module`` can be replaced in the model ``named``, or wrapped where it is.
+    """Raise unless ``module`` can be replaced or wrapped in the model with the modules ``named``.
 
-    A module whose forward is its own has to be meant ``by_name``, unless its library is known.
+    A module with a forward of its own has to be selected ``by_name``, unless its library is known.
     """
     kind = type(module).__name__
     if is_experts(module):
@@ -137,40 +137,40 @@ def check_target(
 
 
 def is_foreign(module: nn.Module) -> bool:
-    """Whether it is to be wrapped, since what it computes is not for us to replace."""
+    """Whether ``module`` has to be wrapped, since its forward may differ from ``nn.Linear``'s."""
     return is_library(module) or not isinstance(module, nn.Linear) or has_own_forward(module)
 
 
 def layer_number(name: str) -> int | None:
-    """The layer that a module of that name is in: the first number in it, if there is one."""
+    """The number of the layer that contains the named module: the first number in its name."""
     return next((int(part) for part in name.split(".") if part.isdecimal()), None)
 
 
 def outside_layers(model: nn.Module) -> dict[str, nn.Module]:
-    """All modules by every name that they have, but for what layers of ours have inside."""
+    """All modules by every name that they have, except those inside NeuroAda layers."""
     named = dict(model.named_modules(remove_duplicate=False))
     inside = tuple(f"{n}." if n else "" for n, m in named.items() if isinstance(m, _OURS))
     return {n: m for n, m in named.items() if not (n and n.startswith(inside))}
 
 
 def output_head(model: nn.Module) -> nn.Module | None:
-    """The module that turns hidden states into logits, where the model tells of one."""
+    """The output head, from hidden states to logits, if ``get_output_embeddings`` returns it."""
     find = getattr(model, "get_output_embeddings", None)
     if not callable(find):
         return None
     try:
         head = find()
-    except (AttributeError, NotImplementedError):  # as models of transformers without a head do
+    except (AttributeError, NotImplementedError):  # transformers models without a head
         return None
     return head if isinstance(head, nn.Module) else None
 
 
 def modules_of_peft(model: nn.Module) -> set[nn.Module]:
-    """The modules that PEFT has put beside those of the model: LoRA's, whole copies, prompts.
+    """The modules that PEFT has added to the model: LoRA's, full copies, prompts.
 
-    A layer of PEFT has the module that it was put round as ``base_layer``; where PEFT trains a
-    copy, the forward leaves out the module itself, and both belong to it. An attention with an
-    adaption prompt has the model's own inside, and is PEFT's itself.
+    A PEFT layer holds the module that it wraps as ``base_layer``. If PEFT trains a copy, the
+    forward bypasses the original module, and both count as PEFT's. An attention with an adaption
+    prompt wraps the model's own attention; only the wrapper counts.
     """
     found: set[nn.Module] = set()
     for module in model.modules():
@@ -186,7 +186,7 @@ def modules_of_peft(model: nn.Module) -> set[nn.Module]:
 
 
 def _is_linear(module: nn.Module, adapted: bool) -> bool:
-    """Whether ``"all-linear"`` means it."""
+    """Whether ``"all-linear"`` includes it."""
     if adapted and isinstance(module, BypassLinear):
         return True
     if adapted and isinstance(module, NeuroAdaBypass):
@@ -227,13 +227,13 @@ def _excluded(named: Mapping[str, nn.Module], excluded: str | Sequence[str]) -> 
 
 
 def _hint(named: Mapping[str, nn.Module]) -> str:
-    """What somebody may look for who adapts a model for the second time."""
+    """A hint for error messages if the model is adapted already."""
     adapted = any(isinstance(module, _OURS) for module in named.values())
     return "; add_adapter gives an adapted model another adapter" if adapted else ""
 
 
 def _unmatched(pattern: str | tuple[str], names: Iterable[str]) -> str:
-    """That ``pattern`` matches none of ``names``, and why, where its text is a name's last part."""
+    """The error text for a pattern without a match; explains a name's last part given as regex."""
     if isinstance(pattern, str) and any(matches(name, (pattern,)) for name in names):
         return (
             f"{pattern!r} matches nothing, as a regular expression for whole names; the list "
@@ -245,13 +245,13 @@ def _unmatched(pattern: str | tuple[str], names: Iterable[str]) -> str:
 def _in_layers(
     named: Mapping[str, nn.Module], chosen: set[int], layers: int | Sequence[int]
 ) -> set[int]:
-    """The chosen modules of these layers."""
+    """The chosen modules that are in ``layers``."""
     names = [name for name, module in named.items() if id(module) in chosen]
     return {id(named[name]) for name in in_layers(names, layers)}
 
 
 def in_layers(names: Iterable[str], layers: int | Sequence[int]) -> list[str]:
-    """Those of the names that are in these layers, each of which has to have one."""
+    """The names that are in ``layers``; raises if one of the layers has none."""
     wanted = {layers} if isinstance(layers, int) else set(layers)
     numbers = {name: layer_number(name) for name in names}
     missing = sorted(wanted - set(numbers.values()))
@@ -261,7 +261,7 @@ def in_layers(names: Iterable[str], layers: int | Sequence[int]) -> list[str]:
 
 
 def _check_apart(targets: Mapping[str, nn.Module]) -> None:
-    """Refuse a target inside another one, whose place is gone when the outer one is wrapped."""
+    """Raise if a target is inside another one, since wrapping the outer one moves the inner."""
     for name in targets:
         parts = name.split(".")
         for n in range(1, len(parts)):
@@ -271,7 +271,7 @@ def _check_apart(targets: Mapping[str, nn.Module]) -> None:
 
 
 def check_parent(name: str, parent: nn.Module) -> None:
-    """Refuse where a fused path of torch reads the weight itself and would skip the bypass."""
+    """Raise if a fused path of torch reads the weight directly and would skip the bypass."""
     if isinstance(parent, nn.MultiheadAttention | nn.TransformerEncoderLayer):
         raise ValueError(
             f"{name}: its parent {type(parent).__name__} reads the weight without calling the "
@@ -281,7 +281,7 @@ def check_parent(name: str, parent: nn.Module) -> None:
 
 @contextlib.contextmanager
 def errors_name(module: str) -> Iterator[None]:
-    """Where the block raises for bad input, the message opens with the name of the module."""
+    """Prefix TypeErrors and ValueErrors of the block with the name of the module."""
     try:
         yield
     except (TypeError, ValueError) as error:

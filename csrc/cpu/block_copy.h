@@ -1,12 +1,12 @@
-// A block of W, copied to where the product reads it while the block before is being multiplied: what
-// waits for memory goes between what keeps the multipliers busy.
+// The copy of a block of W, interleaved with the GEMM of the previous block: its memory latency is hidden
+// behind work of the FMA units.
 #pragma once
 
 #include "product_job.h"
 
 namespace neuroada::cpu::NEUROADA_ISA {
 
-// Source and target as `rows` runs of `lines` lines. A Weight says what a line is: kLine elements of the
+// Source and target as `rows` runs of `lines` lines. A Weight defines a line: kLine elements of the
 // source, and copy_line(source, target), which writes kLineStep elements.
 template <class Weight>
 struct CopyJob {
@@ -27,7 +27,8 @@ class BlockCopy {
     if (job.lines == 0) job_.rows = 0;
   }
 
-  // Lets step() copy so much, of a copy that has not begun, that it is done after `steps` of them.
+  // Sets how much each step() copies, so that a copy that has not begun is done after `steps` steps, and prefetches
+  // the first run.
   void share_out(int64_t steps) {
     lines_a_step_ = steps > 0 ? ceil_div(job_.rows * job_.lines, steps) : 0;
     for (int64_t line = 0; line < job_.lines && job_.rows > 0; ++line) {
@@ -44,16 +45,16 @@ class BlockCopy {
   }
 
  private:
-  // Where __builtin_prefetch is to put a line. Beside a product, whose steps give memory time, that is L1
-  // alone: rows that lie a power of two apart would push out of the second, from the same sets of it, what the forward
-  // reads; to dx it is the same. By itself a copy soon gets through what L1 has.
+  // Locality argument of __builtin_prefetch. Interleaved with a GEMM, whose steps leave time for memory, lines go to L1
+  // only: rows a power of two apart map to the same sets of L2 and would evict what the forward pass reads; for dx it
+  // makes no difference. finish(), which does not pause, soon uses up what L1 holds: its lines go to L2.
   static constexpr int kFirstCache = 0, kSecondCache = 2;
 
   const Weight* weight_ = nullptr;
   CopyJob<Weight> job_;
   int64_t line_ = 0, lines_a_step_ = 0;
 
-  // The line in the place of this one, some runs ahead, is asked for.
+  // Copies a line and prefetches the one at the same place `runs_ahead` runs later.
   template <int64_t runs_ahead, int locality>
   inline __attribute__((always_inline)) void copy_line() {
     const auto* source = job_.source + line_ * Weight::kLine;

@@ -1,4 +1,4 @@
-// The lowest and the highest of some integers: what an index or a plan is checked by, at each call.
+// The minimum and maximum of an int32 array, for the range check of an index or a plan at each call.
 #include <algorithm>
 
 #include "entry.h"
@@ -6,7 +6,7 @@
 namespace neuroada::cpu::NEUROADA_ISA {
 
 Bounds bounds(const int32_t* values, int64_t count) {
-  // Locals: of the members of what is returned gcc takes one value after the other.
+  // Local variables: GCC does not vectorize this loop over members of the result.
   int32_t lowest = Bounds().lowest, highest = Bounds().highest;
   for (int64_t i = 0; i < count; ++i) {
     lowest = std::min(lowest, values[i]);

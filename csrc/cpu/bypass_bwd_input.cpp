@@ -1,7 +1,7 @@
 // out[t, c] = sum over (j, s) with index[j, s] = c of delta[j, s] grad[t, j]
 //
 // The planner's column order turns the transposed product into the same gather as the forward one,
-// with columns for rows: sums stay in registers, and no two tasks write one element.
+// with columns in place of rows: sums stay in registers, and no two tasks write the same element.
 #include "entry.h"
 #include "plan_rows.h"
 #include "staging.h"
@@ -34,7 +34,7 @@ void run(const BypassBwdInput& a, const Executor& all) {
   using A = accumulate_t<T>;
   const PlanView plan(a.plan, a.d_in);
   const Executor executor = all.limited(a.tokens * (a.d_in + a.d_out + plan.live()));
-  // A plan knows kSplits parts of equal work.
+  // A plan holds splits for kSplits parts of equal work.
   const GatherTasks tasks(a.tokens, a.d_in, block, executor.threads, kSplits);
   with_plan_rows<A>(a, tasks.blocks, all,
                     [&](const auto& rows) { gather_columns<T, block>(a, plan, rows, tasks, executor); });

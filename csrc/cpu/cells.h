@@ -1,6 +1,6 @@
-// How the kernels hold what a product sums over: in *cells*, each of which one lane multiplies at once.
-// A cell is one value widened to the accumulate type, or two neighbouring bfloat16 as they stand where
-// the processor multiplies pairs of them.
+// The reduction dimension of a GEMM is held in *cells*: one lane multiplies one cell per instruction.
+// A cell is one value widened to the accumulate type or, with AVX512-BF16, two neighbouring bfloat16
+// values, unchanged.
 #pragma once
 
 #include "simd.h"
@@ -23,9 +23,9 @@ struct WideCell {
   using A = accumulate_t<T>;
   using Element = A;  // of W, as add() reads it
   static constexpr int kDepth = 1;
-  static constexpr int64_t kShortSum = 64;  // cells that are summed before they join a longer sum
+  static constexpr int64_t kShortSum = 64;  // cells summed before they are added to the total
 
-  // kLanes cells of a row, and one, of which `left` columns are there.
+  // kLanes cells of a row; one cell, of which `left` columns exist.
   static Vec<A> load_row(const T* source) { return load(source); }
   static A read(const T* source, int64_t) { return widen(*source); }
 
@@ -35,7 +35,7 @@ struct WideCell {
     return load(staged + int64_t{column} * block + v * kLanes<A>);
   }
 
-  // Of W laid down by columns, at which element of a cell the one of column c stands.
+  // In packed W, [cell][column], the offset of column c within a cell, in elements.
   static int64_t place(int64_t c) { return c; }
   static Vec<A> broadcast_weight(const A* weight) { return broadcast(*weight); }
   static void add(Vec<A>& sum, Vec<A> x, Vec<A> weight) { sum += x * weight; }
@@ -43,8 +43,7 @@ struct WideCell {
 
 #ifdef NEUROADA_PAIRS
 
-// For the lower and for the upper half of each lane, which of the bytes around it become the lane, widened; 0x80
-// stands for zero.
+// Byte-shuffle controls that widen the lower or the upper bfloat16 of each lane to float32; 0x80 yields a zero byte.
 struct Widened {
   alignas(64) uint8_t bytes[2][64];
   constexpr Widened() : bytes() {
@@ -60,7 +59,7 @@ struct PairCell {
   using A = float;  // the bits of a pair, the lower column in the lower half
   using Element = BFloat16;
   static constexpr int kDepth = 2;
-  // A block's cells: the output's own rounding to bfloat16 is far coarser than such a sum's.
+  // No short sums: rounding the output to bfloat16 is far coarser than rounding in the sum over a block's cells.
   static constexpr int64_t kShortSum = INT64_MAX;
 
   static Vec<float> load_row(const BFloat16* source) {
@@ -79,15 +78,15 @@ struct PairCell {
     return (Vec<float>)_mm512_shuffle_epi8((__m512i)pairs, _mm512_load_si512(kWidened.bytes[upper]));
   }
 
-  // As unpacking two rows leaves 32 columns of them: of each eight the first four in one vector, in the next the
-  // other four.
+  // The order in which unpacklo and unpackhi leave 32 columns of two rows: of each eight, the first four are in one
+  // vector and the other four in the next.
   static int64_t place(int64_t c) { return c / 32 * 64 + c % 8 / 4 * 32 + c % 32 / 8 * 8 + c % 4 * 2; }
   static Vec<float> broadcast_weight(const BFloat16* weight) {
     int32_t pair;
     std::memcpy(&pair, weight, sizeof(pair));
     return (Vec<float>)_mm512_set1_epi32(pair);
   }
-  // Subnormal numbers count as zero here, as in oneDNN's product of bfloat16.
+  // vdpbf16ps treats subnormal numbers as zero, as oneDNN's bfloat16 GEMM does.
   static void add(Vec<float>& sum, Vec<float> x, Vec<float> weight) {
     sum = (Vec<float>)_mm512_dpbf16_ps((__m512)sum, (__m512bh)x, (__m512bh)weight);
   }
@@ -95,7 +94,7 @@ struct PairCell {
 
 #endif
 
-// How a sum over tokens holds them: one to a lane, or two where the processor multiplies pairs.
+// Tokens per lane in a sum over tokens: one, or two with AVX512-BF16.
 template <class T>
 struct WideTokens {
   using A = accumulate_t<T>;
@@ -110,7 +109,7 @@ struct PairedTokens {
 };
 #endif
 
-// In what a product of T sums, over columns and over tokens.
+// How products of T are summed: `type` over columns, `tokens` over tokens.
 template <class T>
 struct ProductCell {
   using type = WideCell<T>;

@@ -1,7 +1,7 @@
-// out[t, i] = x[t, columns[i]], values copied as they are.
+// out[t, i] = x[t, columns[i]], values copied unchanged.
 //
-// With AVX-512 a vector at a time: of the columns that lie side by side in one vector of a row, a permutation moves
-// each to where it goes. It is the same for every row, and made once.
+// With AVX-512, a vector at a time: a permutation moves the columns that are within one vector of a row to their
+// places in the output. The permutations are the same for every row and are computed once.
 #include <algorithm>
 
 #include "entry.h"
@@ -17,7 +17,7 @@ void copy_row(const T* x, const int32_t* columns, int64_t count, T* out) {
 
 #if defined(__AVX512BW__)
 
-// Numbers of lanes, one to a lane, as wide as the values.
+// Lane numbers of a permutation, as wide as the values.
 template <size_t bytes>
 struct Lanes;
 template <>
@@ -36,8 +36,8 @@ struct Lanes<8> {
   static __m512i permute(__m512i numbers, __m512i values) { return _mm512_permutexvar_epi64(numbers, values); }
 };
 
-// For runs of columns, each within one vector of a row: where the vector begins in the row, where the run goes in the
-// output, and the permutation.
+// For runs of columns, each within one vector of a row: the beginning of the vector in the row, the place of the run in
+// the output, and the permutation.
 template <class T>
 class Runs {
  public:
@@ -62,8 +62,8 @@ class Runs {
     while (whole_ > 0 && target_[whole_ - 1] + kValues > count_) --whole_;
   }
 
-  // A whole vector is written for a run, past whose end the next ones write: but those past the end of the output,
-  // which another thread may have written.
+  // Each run writes a whole vector, and the next runs overwrite what is past its end. Runs that would write past the
+  // end of the output row, where another thread may have written, go through a buffer.
   void copy_row(const T* x, T* out) const {
     for (int64_t run = 0; run < whole_; ++run) store_whole(out + target_[run], permuted(x, run));
     if (whole_ == size_) return;
@@ -75,12 +75,12 @@ class Runs {
 
  private:
   const int32_t* columns_;
-  int64_t count_, d_in_, size_, whole_ = 0;  // runs, and those that may be written as whole vectors
+  int64_t count_, d_in_, size_, whole_ = 0;  // size_: runs; whole_: those that may be written as whole vectors
   Scratch<int32_t> source_;
   Scratch<int64_t> target_;
   Scratch<Number> numbers_;
 
-  // Calls f(run, first, length, source) for each run of columns, and says how many there are.
+  // Calls f(run, first, length, source) for each run of columns and returns their number.
   template <class F>
   int64_t each(F&& f) const {
     int64_t run = 0;

@@ -1,4 +1,4 @@
-// What this processor can do, asked at run time.
+// The instruction sets of this processor, detected at run time.
 #pragma once
 
 #if defined(__x86_64__)
@@ -14,7 +14,7 @@ namespace neuroada::cpu {
 // AVX2 with FMA and F16C, as the avx2 kernels are compiled for.
 inline bool has_avx2() {
 #if defined(__x86_64__)
-  constexpr unsigned kF16c = 1u << 29;  // of cpuid: Clang before 18 does not know "f16c" by name
+  constexpr unsigned kF16c = 1u << 29;  // cpuid bit: Clang before 18 does not support "f16c" by name
   unsigned a, b, c, d;
   return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __get_cpuid(1, &a, &b, &c, &d) &&
          (c & kF16c);
@@ -33,7 +33,7 @@ inline bool has_avx512() {
 #endif
 }
 
-// With the product of pairs of bfloat16 too.
+// AVX-512 as above, and AVX512-BF16.
 inline bool has_avx512_bf16() {
 #if defined(__x86_64__)
   return has_avx512() && __builtin_cpu_supports("avx512bf16");
@@ -42,8 +42,8 @@ inline bool has_avx512_bf16() {
 #endif
 }
 
-// With tiles of AMX that multiply bfloat16, where the kernel lets this process use them: it wants to be asked,
-// once, since each thread that does has 8 KB more to save.
+// AVX512-BF16 and AMX-BF16, if Linux permits this process to use tiles. Permission is requested once: each thread that
+// uses tiles has 8 KB more to save in a context switch.
 inline bool has_amx_bf16() {
 #if defined(__x86_64__) && defined(__linux__)
   static const bool granted = [] {
@@ -62,7 +62,7 @@ inline bool has_amx_bf16() {
 #endif
 }
 
-// "intel", "amd", or "" for any other: whose library torch's own product is at home with.
+// "intel", "amd", or "" for any other: torch's float32 GEMM may be MKL's, which is made for Intel's processors.
 inline const char* vendor() {
 #if defined(__x86_64__)
   if (__builtin_cpu_is("intel")) return "intel";

@@ -1,5 +1,5 @@
-// Which instruction set's copy of the kernels runs: the widest that was built and that this
-// processor has, or a lower one that NEUROADA_CPU_ISA names.
+// Selects the instruction set whose copy of the kernels runs: the widest that was built and that this
+// processor supports, or a lower one that NEUROADA_CPU_ISA names.
 #include <cstdlib>
 #include <cstring>
 #include <stdexcept>
@@ -38,8 +38,8 @@ namespace neuroada::cpu {
 namespace {
 
 #ifdef NEUROADA_X86
-// bfloat16 is gathered directly where staging blocks of all columns costs more: where k d_out <= quarters / 4 (d_in +
-// d_out), by the shape alone, that of a whole x.
+// bfloat16 is gathered directly, by sddmm_few(), if staging blocks of all columns costs more: where k d_out <=
+// quarters / 4 (d_in + d_out). Only the shape decides, with the d_in of the full x.
 template <int64_t quarters, bool prefetches>
 void sddmm_of_pairs(const Sddmm& args, const Executor& executor) {
   const int64_t columns = std::max(args.d_in, args.whole_d_in) + args.d_out;
@@ -57,7 +57,7 @@ constexpr Kernels kernels_with_pairs() {
 #endif
 
 #ifdef NEUROADA_AMX
-// Tiles multiply bfloat16, and all else but the SDDMM is as it is without them.
+// AMX tiles multiply bfloat16; everything else, except the choice of the SDDMM, is as in avx512_bf16.
 void linear_fwd_in_tiles(const LinearFwd& args, const Executor& executor) {
   (args.bypass.dtype == DType::bf16 ? amx_bf16::linear_fwd : avx512_bf16::linear_fwd)(args, executor);
 }

@@ -1,5 +1,5 @@
-// The entry points of one instruction set's copy of the kernels. sddmm_few() is in avx512_bf16 alone, and amx_bf16 has
-// linear_fwd() and linear_bwd_input() alone. No include guard: who chooses among the copies includes it once for each.
+// The entry points of one instruction set's copy of the kernels. Only avx512_bf16 has sddmm_few(), and amx_bf16 has
+// only linear_fwd() and linear_bwd_input(). No include guard: dispatch.cpp includes it once per instruction set.
 
 #include "kernels.h"
 

@@ -1,6 +1,6 @@
 // The C++ kernels for the CPU, as plain functions over pointers, sizes and strides. Matrices are
 // row-major with unit stride along a row; strides count elements between rows. Each kernel exists
-// once per instruction set, and `kernels()` gives the best that this processor runs.
+// once per instruction set; `kernels()` returns those of the best set that this processor supports.
 #pragma once
 
 #include <algorithm>
@@ -12,13 +12,14 @@
 
 namespace neuroada::cpu {
 
-// Who runs the tasks of a kernel: torch's pool in the op library, a loop or std::thread in tests.
+// Runs the tasks of a kernel: on torch's thread pool in the op library, in a loop or on std::thread in tests.
 struct Executor {
   int64_t threads;
   void (*run)(int64_t tasks, void (*body)(void* context, int64_t task), void* context);
-  int64_t grain = 1 << 16;  // multiply-adds that are worth waking a thread, about 10 microseconds
+  int64_t grain = 1 << 16;  // multiply-adds that justify waking one more thread, about 10 microseconds
 
-  // With no more threads than the work is worth. Inlined, or the linker might keep a wide copy's for all.
+  // This executor with at most work / grain + 1 threads. Always inlined: of several copies the linker keeps one, which
+  // might be compiled for AVX-512.
   __attribute__((always_inline)) Executor limited(int64_t work) const {
     return {std::min(threads, work / grain + 1), run, grain};
   }
@@ -33,7 +34,7 @@ struct Executor {
     run(tasks, [](void* context, int64_t task) { (*static_cast<Body*>(context))(task); }, &f);
   }
 
-  // f(begin, end) for the parts of [0, count), one for each thread.
+  // Calls f(begin, end) for contiguous parts of [0, count), one per thread.
   template <class F>
   void parallel_ranges(int64_t count, F&& f) const {
     const int64_t parts = threads < count ? threads : count;
@@ -68,8 +69,8 @@ struct BypassBwdInput {
   int64_t out_stride;
 };
 
-// out[j, s] = sum_t grad[t, j] x[t, index[j, s]], and zero where index[j, s] is -1. An x without the
-// columns that nobody chose has the sums of the whole one, to the bit, where `whole_d_in` is known.
+// out[j, s] = sum_t grad[t, j] x[t, index[j, s]], and zero where index[j, s] is -1. x may hold only the
+// columns that index refers to: given `whole_d_in`, the sums are bitwise equal to those of the full x.
 struct Sddmm {
   DType dtype;  // of grad and x
   int64_t tokens, d_in, d_out, k;
@@ -79,7 +80,7 @@ struct Sddmm {
   int64_t x_stride;
   const int32_t* index;    // [d_out, k]
   void* out;               // [d_out, k], in the accumulate type
-  int64_t whole_d_in = 0;  // of an x with all columns, by which tokens fall into blocks; 0: d_in
+  int64_t whole_d_in = 0;  // d_in of the full x, which determines the blocks of tokens; 0: d_in
 };
 
 // out[t, j] = sum_c x[t, c] W[j, c] + bias[j] + sum_s delta[j, s] x[t, index[j, s]]
@@ -107,9 +108,9 @@ struct Merge {
   void* original;        // [d_out, k], zero in a slot without a connection; written by merge and gather
 };
 
-enum class Ranking : uint8_t { value, magnitude, smallest };  // highest first; smallest: of magnitude
+enum class Ranking : uint8_t { value, magnitude, smallest };  // highest first; smallest: smallest magnitude first
 
-// index[r, :] = columns of the k scores of row r that rank highest, rising; of equal ones the lower columns.
+// index[r, :] = columns of the k highest-ranked scores of row r, ascending; ties go to the lower columns.
 // All -1 in a row with a NaN.
 struct Largest {
   DType dtype;
@@ -130,7 +131,7 @@ struct Columns {
   void* out;               // [tokens, count]
 };
 
-// The least and the largest value; of none INT32_MAX and INT32_MIN, which are within any range.
+// The minimum and maximum; of no values INT32_MAX and INT32_MIN, which pass every range check.
 struct Bounds {
   int32_t lowest = INT32_MAX, highest = INT32_MIN;
 };
@@ -151,8 +152,8 @@ struct Kernels {
 // The kernels of one instruction set by name, or null where it was not built or does not run here.
 const Kernels* kernels_for(const char* isa);
 
-// The best that runs here, or the one that NEUROADA_CPU_ISA (generic, avx2, avx512, avx512_bf16, amx_bf16) names;
-// throws where that one does not run.
+// The kernels of the best set that runs here, or of the one that NEUROADA_CPU_ISA (generic, avx2, avx512, avx512_bf16,
+// amx_bf16) names; throws if that one does not run here.
 const Kernels& kernels();
 
 }  // namespace neuroada::cpu

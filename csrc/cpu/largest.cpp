@@ -1,8 +1,8 @@
-// index[r, :] = columns of the k scores of row r that rank highest, rising; of equal ones the lower columns
+// index[r, :] = columns of the k highest-ranked scores of row r, ascending; ties go to the lower columns
 //
-// The k-th highest of some ranks is the highest number that k of them reach, found bit by bit: a count
-// for each bit, by vectors and without a branch. Of a long row it is taken of the best of each block
-// first. That is a floor which k scores reach for sure, and few others do: these few are taken out.
+// The k-th highest rank is the highest number that k ranks reach, found bit by bit with one vectorized,
+// branch-free count per bit. In a long row, the k-th highest of the maxima of blocks comes first: a
+// threshold that at least k scores reach, but few others. Only these are extracted and selected from.
 #include <algorithm>
 
 #include "entry.h"
@@ -42,7 +42,7 @@ inline U magnitude_of(U bits) {
   return static_cast<U>(bits & static_cast<U>(~kSign<U>));
 }
 
-// A number for each score that rises with its rank; both zeros have the same.
+// A number that increases with the rank of a score; both zeros have the same.
 template <Ranking by, class U>
 inline U rank_of(U bits) {
   const U magnitude = magnitude_of(bits);
@@ -64,11 +64,11 @@ inline U kth_highest(int64_t n, int64_t k, F&& rank) {
   return found;
 }
 
-// Writes the columns of the k highest of n ranks; columns rise with i.
+// Writes the columns of the k highest of n ranks; columns increase with i.
 template <class U, class F, class G>
 inline void write_highest(int64_t n, int64_t k, F&& rank, G&& column, int32_t* out) {
   const U least = kth_highest<U>(n, k, rank);
-  int64_t room = k;  // for those that are just the least
+  int64_t room = k;  // for ranks equal to `least`
   for (int64_t i = 0; i < n; ++i) room -= rank(i) > least;
   for (int64_t i = 0; i < n; ++i) {
     const bool equal = rank(i) == least;
@@ -82,14 +82,15 @@ constexpr int64_t kBlock = 64;  // scores
 constexpr int64_t kMostBlocks = 2048;
 constexpr int64_t kMostTaken = 1024;
 
-// Scores above the floor, with room for one more block.
+// Scores at or above the threshold, with room for one more block.
 template <class U>
 struct Taken {
   U rank[kMostTaken + kBlock];
   int32_t column[kMostTaken + kBlock];
 };
 
-// Takes out all scores that could be among the k best; how many, or -1 where there are too many to.
+// Extracts all scores that could be among the k best. Returns how many, or -1 if they are too many, or the row has
+// fewer than k or more than kMostBlocks blocks.
 template <Ranking by, class U>
 int64_t take_out(const U* scores, int64_t columns, int64_t k, Taken<U>& taken) {
   const int64_t blocks = columns / kBlock;

@@ -1,7 +1,7 @@
 // out[t, c] = sum_j grad[t, j] W[j, c] + sum over (j, s) with index[j, s] = c of delta[j, s] grad[t, j]
 //
-// The forward pass with columns for rows: W is read along its rows all the same, a block of neurons at
-// a time, and laid down as the tile of the product reads it.
+// The forward pass with columns in place of rows. W is still read along its rows, a block of neurons at
+// a time, in place or copied to the layout that the GEMM's tile reads.
 #include "entry.h"
 #include "plan_rows.h"
 #ifdef NEUROADA_TILES

@@ -1,8 +1,8 @@
 // out[t, j] = sum_c x[t, c] W[j, c] + bias[j] + sum_s delta[j, s] x[t, index[j, s]]
 //
-// One pass: product.h stages x for the product and the bypass alike. Rows of W lie a power of two apart
-// and would push each other out of L1, so for many tokens a block of them is copied, and widened on the
-// way.
+// Fused: product.h stages x once for the GEMM and the bypass. Rows of W are often a power of two apart and
+// would evict each other from L1, so for many tokens a block of them is copied, and widened where the
+// types differ.
 #include "entry.h"
 #include "product.h"
 
@@ -29,7 +29,7 @@ struct ForwardWeight {
     return {tokens <= kTokensInTurn ? 2 * kBlockRows : kBlockRows, kBlockCells<Cell>, kStep};
   }
 
-  // Without a copy, if it can be: no tile may read past the last row, nor a pair past its end.
+  // The block in place, without a copy, or null: no tile may read past the last row, nor a pair past a row's end.
   WeightBlock<Element> in_place(const BlockPlace& b) const {
     if constexpr (kInPlace) {
       const bool whole = b.width % kTileSums == 0 && columns(b) == b.cells * Cell::kDepth;
@@ -41,7 +41,7 @@ struct ForwardWeight {
     return {scratch, kStep, Cell::kDepth};
   }
 
-  // The copy of whole lines; what else there is of the block, and zeros up to whole tiles, is written now.
+  // Returns the copy of the whole lines; the rest of the block, and zeros up to whole tiles, are written here.
   BlockCopy<ForwardWeight> copy(const BlockPlace& b, Element* scratch) const {
     const int64_t there = columns(b), lines = there / kLine, elements = b.cells * Cell::kDepth;
     for (int64_t r = 0; r < round_up(b.width, kTileSums); ++r) {

@@ -16,7 +16,7 @@ void run(const Merge& a, const Executor& all) {
   using A = accumulate_t<T>;
   constexpr bool reads_weight = mode == MergeMode::merge || mode == MergeMode::gather;
   constexpr bool adds_delta = mode == MergeMode::merge || mode == MergeMode::patch;
-  // An entry is a cache line of its own, and mostly a page, that the products before have pushed out.
+  // Each entry is in a cache line, and mostly a page, of its own, which earlier GEMMs have evicted.
   constexpr int64_t kMissCost = 256;  // in multiply-adds
   const Executor executor = all.limited(kMissCost * a.d_out * a.k);
   T* const original = static_cast<T*>(a.original);

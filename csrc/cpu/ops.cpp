@@ -1,5 +1,5 @@
-// Torch glue of the CPU kernels: checks, pointers, and torch's own threads. See library.cpp for the
-// schemas and kernels.h for what each computes.
+// Torch glue of the CPU kernels: checks, pointers, and torch's own threads. See
+// neuroada/schemas.h for the schemas and kernels.h for the formulas.
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
@@ -19,7 +19,7 @@ namespace {
 Executor torch_executor() {
   return {static_cast<int64_t>(torch::stable::get_num_threads()),
           [](int64_t tasks, void (*body)(void*, int64_t), void* context) {
-            // Through torch's C interface an error would lose its kind and its words.
+            // An exception that passed through torch's C interface would lose its type and message.
             std::mutex mutex;
             std::exception_ptr error;
             torch::stable::parallel_for(0, tasks, 1, [&](int64_t begin, int64_t end) {
@@ -40,8 +40,8 @@ void check_delta(const char* name, const Tensor& delta, DType dtype) {
   check_contiguous(name, delta);
 }
 
-// One pass over the index in whole vectors: what keeps a call with a wrong index from
-// reading outside x costs microseconds, and nothing has been written when it raises.
+// One vectorized pass over the index, which takes microseconds: a wrong index cannot read outside x,
+// and raises before anything is written.
 void check_index(const Tensor& index, int64_t d_in) {
   check_matrix("index", index, -1, -1);
   check_dtype("index", index, ScalarType::Int, "int32");
@@ -57,7 +57,7 @@ void check_weight(const Tensor& weight, int64_t d_out, int64_t d_in, DType dtype
   check_same_dtype("weight", weight, dtype, other);
 }
 
-// The arguments of a forward pass into out, once they are found to be valid.
+// Checks and returns the arguments of a forward pass into out.
 BypassFwd forward_args(const Tensor& x, const Tensor& index, const Tensor& delta, const std::optional<Tensor>& bias,
                        const std::optional<Tensor>& base, Tensor& out) {
   check_matrix("x", x, -1, -1);
@@ -114,7 +114,7 @@ Tensor linear_fwd_op(const Tensor& x, const Tensor& weight, const Tensor& index,
   return out;
 }
 
-// Every offset of the plan is checked, so that a plan of another index cannot reach outside.
+// Every offset of the plan is checked, so that the plan of another index cannot access memory out of bounds.
 void check_plan(const Tensor& plan, int64_t d_in, int64_t entries) {
   STD_TORCH_CHECK(entries <= INT32_MAX, "delta: ", entries, " bypasses, expected fewer than 2^31");
   STD_TORCH_CHECK(plan.dim() == 1 && plan.is_cpu() && plan.size(0) >= plan_size(d_in, 0), "plan: shape ",
@@ -133,7 +133,7 @@ void check_plan(const Tensor& plan, int64_t d_in, int64_t entries) {
                   entry.lowest < 0 ? entry.lowest : entry.highest, " is out of range for ", entries, " bypasses");
 }
 
-// The arguments of a backward pass into out, once they are found to be valid.
+// Checks and returns the arguments of a backward pass into out.
 BypassBwdInput backward_args(const Tensor& grad, const Tensor& plan, const Tensor& delta, Tensor& out) {
   check_matrix("delta", delta, -1, -1);
   const int64_t d_out = delta.size(0), k = delta.size(1);
@@ -159,8 +159,8 @@ BypassBwdInput backward_args(const Tensor& grad, const Tensor& plan, const Tenso
           out.stride(0)};
 }
 
-// bypass(grad) transposed, into out, which is written whole. Here torch's product accumulates onto it, so that a base
-// is for a GPU alone.
+// bypass(grad) transposed, written to all of out. On the CPU torch's GEMM accumulates onto out afterwards, so only GPUs
+// accept a base.
 void bypass_bwd_input_op(const Tensor& grad, const Tensor& plan, const Tensor& delta, std::optional<Tensor> base,
                          Tensor out) {
   STD_TORCH_CHECK(!base, "base: shape ", shape_of(*base), ", expected none on the CPU");
@@ -204,7 +204,7 @@ std::tuple<Tensor, Tensor> linear_bwd_op(const Tensor& grad, const Tensor& x, co
   return {linear_bwd_input_op(grad, weight, plan, delta), grad_delta};
 }
 
-// What the four ops on the chosen entries of W share; delta may be missing.
+// Shared by the four ops on the chosen entries of W; delta may be null.
 void run_merge(MergeMode mode, const Tensor& weight, const Tensor& index, const Tensor* delta, const Tensor& original) {
   check_matrix("weight", weight, -1, -1);
   const int64_t d_out = weight.size(0), d_in = weight.size(1);
@@ -251,7 +251,7 @@ void restore_op(Tensor weight, const Tensor& index, const Tensor& original) {
   run_merge(MergeMode::restore, weight, index, nullptr, original);
 }
 
-// The columns of the k scores a row that rank highest; all -1 in a row with a NaN.
+// The columns of the k highest-ranked scores of each row; all -1 in a row with a NaN.
 Tensor largest_op(const Tensor& scores, int64_t k, int64_t by) {
   check_matrix("scores", scores, -1, -1);
   const DType dtype = dtype_of("scores", scores);

@@ -1,5 +1,5 @@
-// W for the product of the backward pass in vectors: a block of it as [neuron][column], or [pair of
-// neurons][column], the columns in the order of Cell::place.
+// W for the GEMM of the backward pass in vector registers: a block is [neuron][column], or [pair of
+// neurons][column], with the columns in the order of Cell::place.
 #pragma once
 
 #include "product.h"
@@ -16,7 +16,7 @@ struct BackwardWeight {
   static constexpr int64_t kLine = 64 / sizeof(T), kLineStep = kLine * Cell::kDepth;
   static constexpr bool kInPlace = std::is_same_v<T, Element> && Cell::kDepth == 1;
   static constexpr int64_t kTokensInTurn = !kInPlace ? kFewTokens : kVectorBytes == 64 ? 96 : 64;
-  // A block's columns are whole tiles and whole lines, for a column's place to lie within its cell.
+  // A block's columns are whole tiles and whole lines, so that Cell::place of a column is within its cell.
   static constexpr int64_t kColumns = 96;
   static_assert(kColumns % kTileSums == 0 && kColumns % kLine == 0);
 
@@ -24,11 +24,11 @@ struct BackwardWeight {
   int64_t stride, d_out;
 
   static int64_t most_tokens(int64_t) { return kMostTokens; }
-  // Every row of W is a page of its own, which takes as long to find as half a kilobyte to read: for few tokens, whose
-  // totals are small, a block is long runs of few rows. No total is the sum of more than kSums blocks, so that it
-  // rounds no worse than torch's product; where that takes more rows, runs are shorter, for a copy of a block to take
-  // no more than two blocks of many tokens, up to a d_out of hundreds of thousands. Between few and many, runs are of
-  // twice the columns, with the same neurons to a sum as for many: which of the two it is depends on the threads.
+  // Every row of W is in a page of its own, and a TLB miss costs as much as reading half a kilobyte: for few tokens,
+  // whose totals are small, a block is long runs of few rows. No total is the sum of more than kSums blocks, so that it
+  // rounds no worse than torch's GEMM. Where that needs more rows, runs are shorter, so that the copy of a block is no
+  // larger than two blocks for many tokens, up to a d_out of hundreds of thousands. Between few and many tokens, runs
+  // have twice the columns, and sums have the same neurons as for many, since the threads decide between the two.
   BlockSize block(int64_t tokens) const {
     constexpr BlockSize many{kColumns * Cell::kDepth, kBlockCells<Cell>, kBlockCells<Cell> * Cell::kDepth};
     if (tokens > kTokensInTurn) return many;
@@ -39,8 +39,8 @@ struct BackwardWeight {
     return {run / kColumns * kColumns, cells, cells * Cell::kDepth};
   }
 
-  // Without a copy, if it can be. Past a row's end a tile reads the beginning of the next, for columns that nobody
-  // asks for, but nothing past the end of the last.
+  // The block in place, without a copy, or null. Past a row's end a tile reads the beginning of the next row, for
+  // columns that are not used, but it must not read past the end of the last row.
   WeightBlock<Element> in_place(const BlockPlace& b) const {
     if constexpr (kInPlace) {
       const int64_t past_end = round_up(b.width, kTileSums) - b.width;
@@ -51,7 +51,7 @@ struct BackwardWeight {
   }
   static WeightBlock<Element> copied(const BlockPlace& b, const Element* scratch) { return {scratch, 0, step(b)}; }
 
-  // The copy of whole lines; what else there is of the block, and zeros up to whole tiles, is written now.
+  // Returns the copy of the whole lines; the rest of the block, and zeros up to whole tiles, are written here.
   BlockCopy<BackwardWeight> copy(const BlockPlace& b, Element* scratch) const {
     const int64_t lines = b.width / kLine, rows = std::min(b.cells, d_out / Cell::kDepth - b.cell);
     for (int64_t i = 0; i < b.cells; ++i) {

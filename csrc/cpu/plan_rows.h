@@ -1,4 +1,4 @@
-// The columns of the ELL matrix that index and delta are, as rows: from the planner's order.
+// The columns of the ELL matrix (index, delta) as rows, in the planner's order.
 #pragma once
 
 #include "neuroada/planner.h"
@@ -15,7 +15,7 @@ struct FastDivide {
   }
 };
 
-// Each entry's neuron and delta are looked up where they stand.
+// Each entry's neuron and delta are looked up on every access.
 template <class A>
 struct PlanRows {
   PlanView plan;
@@ -27,7 +27,7 @@ struct PlanRows {
   A value(int64_t e) const { return delta[plan.entry[e]]; }
 };
 
-// The same, looked up once for many blocks of tokens: a sparse matrix in CSR format.
+// The same in CSR format, looked up once for many blocks of tokens.
 template <class A>
 struct CsrRows {
   const int32_t* start;

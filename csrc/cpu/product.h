@@ -1,8 +1,8 @@
-// The dense product and the bypass in one, as linear_fwd and linear_bwd_input share it:
+// The GEMM fused with the bypass, shared by linear_fwd and linear_bwd_input:
 //
 //   out[t, r] = sum_c x[t, c] W(r, c) + bias[r] + sum over the entries (c, v) of row r of v x[t, c]
 //
-// A block of tokens is staged once, transposed; the product reads it as its left operand and the bypass
+// A block of tokens is staged once, transposed; the GEMM reads it as its left operand and the bypass
 // gathers from it. Both are summed in the accumulate type, and out is rounded and written once.
 #pragma once
 
@@ -16,14 +16,14 @@
 
 namespace neuroada::cpu::NEUROADA_ISA {
 
-// Tokens of a block: at least kLeastTokens where threads share few tokens, since each block reads all of W, and at
-// most kMostTokens, or what a Weight names instead; fewer where these would take more than kStagedBytes.
+// Tokens of a block: at most Weight::most_tokens(), and no more than fit into kStagedBytes. Splitting few tokens among
+// threads makes at most ceil(tokens / kLeastTokens) blocks, since each block reads all of W.
 inline constexpr int64_t kMostTokens = 256;
 
-// Of so few tokens a block is short of memory, not of multipliers: no copy goes on beside the product, and blocks of W
-// may be wider, which memory reads faster. Where tiles can read W as it lies, so they do with more tokens, up to a
-// Weight's kTokensInTurn: that saves the copy. It must leave the cells of a block, and so every sum, as they are,
-// since how many tokens a block has depends on the threads.
+// A block of at most kFewTokens tokens is memory-bound: no copy is interleaved with the GEMM, and blocks of W may be
+// wider, which memory reads faster. With more tokens, up to Weight::kTokensInTurn, tiles still read W in place where
+// they can, which saves the copy. That must not change the cells of a block, and with them the order of summation,
+// since the number of tokens of a block depends on the number of threads.
 inline constexpr int64_t kFewTokens = 32;
 inline bool is_short_block(int64_t tokens) { return tokens <= kFewTokens; }
 
@@ -37,8 +37,8 @@ struct Product {
   int64_t out_stride;
 };
 
-// Blocks of tokens, all about as long; where they do not share out evenly among the threads, the rows
-// are cut into ranges too. No sum depends on either.
+// Blocks of tokens of about equal length; where they do not divide evenly among the threads, the rows
+// are split into ranges too. No sum depends on either.
 struct ProductTasks {
   int64_t block_tokens, blocks, ranges, rows;
 
@@ -63,7 +63,7 @@ struct ProductTasks {
   int64_t last_row(int64_t task) const { return boundary(task / blocks + 1); }
 
  private:
-  // How much of the threads' time is lost to an uneven share, in eighths.
+  // The share of the threads' time that is idle due to imbalance, in eighths.
   int64_t idle_eighths(int64_t threads) const {
     const int64_t tasks = count(), slots = round_up(std::max<int64_t>(tasks, 1), threads);
     return (slots - tasks) * 8 / slots;
@@ -73,20 +73,20 @@ struct ProductTasks {
   }
 };
 
-// How many rows and cells of W a block has, and what a row of it takes where it is copied to.
+// Rows and cells of a block of W, and the elements per row of its copy.
 struct BlockSize {
   int64_t rows, cells, elements_a_row;
   int64_t elements() const { return rows * elements_a_row; }
 };
 
-// Whether the next block of W is copied beside the product of one.
+// Whether the copy of the next block of W is interleaved with the GEMM of the current one.
 template <class Weight>
 bool copies_aside(const ProductTasks& tasks) {
   if constexpr (kCopiesAside) return tasks.block_tokens > Weight::kTokensInTurn;
   return false;
 }
 
-// Where a thread's block of tokens, the totals of a block of rows, and one or two blocks of W lie.
+// A thread's scratch: a block of tokens, the totals of a block of rows, and one or two blocks of W.
 template <class Cell>
 struct ProductScratch {
   using A = typename Cell::A;
@@ -108,7 +108,7 @@ struct ProductScratch {
   A* panel(int64_t token) const { return staged.get() + token * cells; }
 };
 
-// The dense product's total for every token, and the bias.
+// The GEMM's total for every token, plus the bias.
 template <class T>
 struct DenseTerm {
   using A = accumulate_t<T>;
@@ -120,15 +120,15 @@ struct DenseTerm {
   }
 };
 
-// How many of `left` vectors of tokens the next tile takes: all that it can, but rather two about half as many than
-// one after that.
+// How many of `left` vectors of tokens the next tile takes: at most kTileVectors. kTileVectors + 1 are split into two
+// tiles of about equal width.
 template <class Cell>
 int64_t tile_vectors(int64_t left) {
   constexpr int64_t most = kTileVectors<Cell>;
   return std::min(left == most + 1 ? (left + 1) / 2 : left, most);
 }
 
-// f(vectors) with a constant, at most `most`.
+// Calls f(vectors) with `vectors`, at most `most`, as a constant.
 template <int most, class F>
 void with_vectors(int64_t vectors, F&& f) {
   if constexpr (most > 1) {
@@ -137,7 +137,7 @@ void with_vectors(int64_t vectors, F&& f) {
   f(std::integral_constant<int, most>{});
 }
 
-// Calls f(first token, tokens, vectors) for what a tile each multiplies of the tokens of a block.
+// Splits the tokens of a block into tiles and calls f(first token, tokens, vectors) for each.
 template <class Cell, class F>
 void each_tile(int64_t tokens, F&& f) {
   constexpr int64_t lanes = kLanes<typename Cell::A>;
@@ -149,8 +149,8 @@ void each_tile(int64_t tokens, F&& f) {
   }
 }
 
-// Calls f(first token, tokens, vectors, tiles) for the tokens of one tile, or of two as wide: a gather, which shares an
-// entry's column and delta among its tokens, has registers for so many.
+// Calls f(first token, tokens, vectors, tiles) for one tile, or for two of equal width: a gather loads an entry's
+// column and delta once for all its tokens, and has registers for the sums of two tiles.
 inline constexpr int kGatherTiles = 2;
 template <class Cell, class F>
 void each_gather(int64_t tokens, F&& f) {
@@ -167,12 +167,13 @@ void each_gather(int64_t tokens, F&& f) {
   }
 }
 
-// Where a block of W begins, how much of it there is, and of how many rows a whole one is.
+// A block of W: first row, rows (`width`), first cell, cells, and the rows of a full block.
 struct BlockPlace {
   int64_t row, width, cell, cells, rows;
 };
 
-// The blocks of a range of rows, in the order in which they are multiplied: all cells of some rows first.
+// The blocks of a range of rows, in the order in which they are multiplied: all cells of a block of rows, then the next
+// rows.
 struct BlockOrder {
   int64_t first, last, cells, rows, block_cells, across;
 
@@ -191,7 +192,7 @@ struct BlockOrder {
   }
 };
 
-// How often a block's product pauses for what is done aside.
+// How often the GEMM of a block calls aside.step().
 template <class Cell, class Aside>
 int64_t count_steps(const BlockPlace& place, int64_t tokens) {
   int64_t tiles = 0;
@@ -223,8 +224,8 @@ void multiply_block(const ProductScratch<Cell>& scratch, const BlockPlace& place
   }
 }
 
-// Calls after_row_block(place) when the totals of a block of rows are complete. A block of W is read where it lies,
-// or copied before it is multiplied.
+// Calls after_row_block(place) when the totals of a block of rows are complete. A block of W is read in place, or
+// copied before it is multiplied.
 template <class Cell, class Weight, class F>
 void multiply_in_turn(const ProductScratch<Cell>& scratch, const Weight& weight, const BlockOrder& order,
                       int64_t tokens, F&& after_row_block) {
@@ -242,7 +243,7 @@ void multiply_in_turn(const ProductScratch<Cell>& scratch, const Weight& weight,
   }
 }
 
-// The same with every block of W copied beside the product of the one before.
+// The same, with the copy of each block of W interleaved with the GEMM of the previous block.
 template <class Cell, class Weight, class F>
 void multiply_with_copies(const ProductScratch<Cell>& scratch, const Weight& weight, const BlockOrder& order,
                           int64_t tokens, F&& after_row_block) {
@@ -298,7 +299,7 @@ void run_task(const Product<T>& p, const Weight& weight, const Rows& rows, const
   multiply_in_turn(scratch, weight, order, tokens, gather);
 }
 
-// Calls f(element) with an element of the dtype: tiles of AMX multiply bfloat16 alone.
+// Calls f(element) with an element of the dtype; AMX tiles multiply bfloat16 only.
 template <class F>
 void with_product_dtype([[maybe_unused]] DType dtype, F&& f) {
 #ifdef NEUROADA_TILES
@@ -312,7 +313,7 @@ template <class T, class Weight, class Rows>
 void multiply_and_gather(const Product<T>& p, const Weight& weight, const Rows& entries, const Executor& all) {
   using Cell = typename ProductCell<T>::type;
   using A = accumulate_t<T>;
-  constexpr int64_t kProductsABypass = 8;  // multiply-adds of the product in the time of one of a gather
+  constexpr int64_t kProductsABypass = 8;  // multiply-adds of the GEMM in the time of one of the gather
   const Executor executor = all.limited(p.tokens * (p.columns + p.rows * (1 + p.columns / kProductsABypass)));
   const int64_t bytes = ceil_div(p.columns, Cell::kDepth) * static_cast<int64_t>(sizeof(A));
   const ProductTasks tasks(p.tokens, p.rows, Weight::most_tokens(bytes), bytes, kLanes<A>, executor.threads);

@@ -1,5 +1,5 @@
-// A tile of the dense product, in registers. A lane is a token: x lies transposed, as staging.h leaves
-// it for the gather of the bypass, and one cell of W at a time is broadcast to all lanes.
+// A tile of the GEMM in vector registers. A lane is a token: x is transposed, as staging.h stages it for
+// the gather of the bypass, and one cell of W at a time is broadcast to all lanes.
 #pragma once
 
 #include <algorithm>
@@ -9,40 +9,40 @@
 
 namespace neuroada::cpu::NEUROADA_ISA {
 
-// Vectors of sums that a tile keeps in registers, beside what it reads. Of the shapes that this
-// allows, many vectors of tokens and few rows load the least: each broadcast is a load of its own.
+// Vector accumulators of a tile, which leave enough registers for its operands. Of the shapes that this
+// allows, many vectors of tokens and few rows need the fewest loads: each broadcast is a load.
 inline constexpr int kTileSums = kVectorBytes == 64 ? 24 : 12;
-// Of pairs three vectors of tokens are faster than four, which read more of x for the same products.
+// For pairs, three vectors of tokens are faster than four, which read more of x for the same products.
 template <class Cell>
 inline constexpr int kTileVectors = Cell::kDepth == 2    ? 3
                                     : kVectorBytes == 64 ? 4
                                                          : 2;
-// With one vector of tokens, half the sums: more rows would be more streams than the processor follows.
+// With one vector of tokens, half the sums: more rows would be more streams than the hardware prefetchers track.
 template <int vectors>
 inline constexpr int kTileRows = kTileSums / (vectors == 1 ? 2 : vectors);
 
-// Vectors of tokens that lie side by side in each cell of what a tile reads.
+// Vectors of tokens that are contiguous in each cell of a panel.
 template <int vectors>
 inline constexpr int kPanelVectors = vectors;
 
-// Rows and cells of W that are multiplied by all tokens of a block before the next are, in the forward pass: as many
-// as L2 holds twice.
+// Rows and cells of a block of W in the forward pass, which is multiplied by all tokens of a block before the next one:
+// L2 holds two such blocks.
 inline constexpr int64_t kBlockRows = 4 * kTileSums, kLeastTokens = 96;
-// Of staged tokens L3 may hold a part, which tiles read in long runs: another pass over W costs more.
+// Part of the staged tokens may be in L3, from which tiles read them in long runs: another pass over W costs more.
 inline constexpr int64_t kStagedBytes = kVectorBytes == 64 ? 4 << 20 : 2 << 20;
 template <class Cell>
 inline constexpr int64_t kBlockCells = 512 / Cell::kDepth;
-// Beside the product, the multipliers being what limits it, the next block is copied; and a panel of x stays in
-// the cache while the rows of a block go by.
+// The FMA units limit the GEMM, so the copy of the next block is interleaved with it; and a panel of x stays in the
+// cache while it is multiplied by the rows of a block.
 inline constexpr bool kCopiesAside = true, kRowsFirst = false;
-// Of more staged bytes than these the gather asks for columns ahead.
+// Above this many staged bytes the gather prefetches columns.
 inline constexpr int64_t kNearBytes = 256 << 10;
-// Where tile registers have conditions, vectors have none: on the number of cells, on where totals lie, and on
-// who used them before.
+// AMX tiles need a multiple of 16 cells, a gap between rows of totals and a tile configuration; vector registers need
+// none of these.
 inline constexpr int64_t kTileCells = 1, kTotalGap = 0;
 struct TileRegisters {};
 
-// f(0), f(1), ... as constants: only so do the sums of a tile stay in registers from one loop to the next.
+// Calls f(0), f(1), ... with constants, without which the sums of a tile do not stay in registers across loops.
 template <class F, int... i>
 inline __attribute__((always_inline)) void unroll_over(F&& f, std::integer_sequence<int, i...>) {
   (f(std::integral_constant<int, i>{}), ...);
@@ -52,16 +52,16 @@ inline __attribute__((always_inline)) void unroll(F&& f) {
   unroll_over(f, std::make_integer_sequence<int, n>{});
 }
 
-// The sums of the cells [begin, end), for the rows of a tile and a panel of `vectors` vectors of tokens,
-// as a new first value of `sums` or added to it. `packed` says how W lies.
+// The sums over the cells [begin, end), for the rows of a tile and a panel of `vectors` vectors of tokens,
+// stored in `sums` (`overwrite`) or added to it. `packed` is the layout of W, see WeightBlock.
 template <class Cell, int vectors, bool packed, bool overwrite, class Aside>
 inline void sum_cells(const TileJob<Cell>& job, int64_t begin, int64_t end, typename Cell::A* sums, int64_t stride,
                       Aside& aside) {
   using A = typename Cell::A;
   using Element = typename Cell::Element;
   constexpr int lanes = kLanes<A>, tile_rows = kTileRows<vectors>;
-  // Three rows to a pointer: an address is then a base and at most twice a step, for which few
-  // registers do. Of packed columns four stand side by side, whatever their order is; of single cells all do.
+  // Three rows share a pointer: an address is then a base plus at most twice a step, which needs few
+  // registers. In packed W, four columns of pairs are contiguous in the order of Cell::place; of single cells, all are.
   constexpr int together = packed && tile_rows % 4 == 0 ? 4 : 3, pointers = (tile_rows + together - 1) / together;
   static_assert(!packed || Cell::kDepth == 1 || tile_rows % together == 0);
   const int64_t row_step = packed ? Cell::kDepth : job.weight.row_step;
@@ -71,7 +71,8 @@ inline void sum_cells(const TileJob<Cell>& job, int64_t begin, int64_t end, type
     const int64_t row = job.row + together * i;
     rows[i] = job.weight.at + (packed ? Cell::place(row) : row * row_step);
   }
-  // The rows of tiles to come, where W is read as it lies, a row to a cell: more streams than the processor follows.
+  // Prefetch distance for the next tiles, where packed W is read in place: each cell is then a row of W, and these are
+  // more streams than the hardware prefetchers track.
   constexpr int64_t ahead = packed && Aside::kIdle ? 128 / sizeof(Element) : 0;
   Vec<A> sum[tile_rows][vectors];
   const auto each_sum = [](auto&& f) __attribute__((always_inline)) {
@@ -100,8 +101,8 @@ inline void sum_cells(const TileJob<Cell>& job, int64_t begin, int64_t end, type
   });
 }
 
-// The same, not inlined where a tile leaves few registers for what surrounds it: in loops of its caller gcc read x, and
-// even a counter, from memory for each product.
+// The same, not inlined without AVX-512, where a tile leaves few free registers: inlined into the loops of its caller,
+// GCC reloaded x, and even a counter, from memory for each product.
 template <class Cell, int vectors, bool packed, bool overwrite, class Aside>
 #ifndef __AVX512F__
 __attribute__((noinline))
@@ -111,7 +112,8 @@ void sum_cells_apart(const TileJob<Cell>& job, int64_t begin, int64_t end, typen
   sum_cells<Cell, vectors, packed, overwrite>(job, begin, end, sums, stride, aside);
 }
 
-// Short sums round less than one long one: where it shows, those of a tile are added up beside the total.
+// Short sums round less than one long sum: beyond Cell::kShortSum cells, a tile adds up short sums in a buffer before
+// it adds them to the total.
 template <class Cell, int vectors, bool packed, class Aside>
 void multiply_tile(const TileJob<Cell>& job, Aside& aside) {
   using A = typename Cell::A;

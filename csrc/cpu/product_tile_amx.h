@@ -1,6 +1,6 @@
-// A tile of the dense product, in the tile registers of AMX: 32 rows of W by 32 tokens of sums in four of
-// them, and two each for W and x. A tile register has 16 cells of 16 rows of W as they lie, or of 16 tokens
-// of x as staging.h leaves them for the gather of the bypass; a cell is a pair of bfloat16.
+// A tile of the GEMM in the tile registers of AMX: four hold the sums of 32 rows of W by 32 tokens, and two
+// each hold W and x. A tile register has 16 cells of 16 rows of W, row-major, or of 16 tokens of x, as
+// staging.h stages them for the gather of the bypass; a cell is a pair of bfloat16.
 #pragma once
 
 #include <algorithm>
@@ -17,29 +17,30 @@ template <int vectors>
 inline constexpr int kTileRows = kTileSums;
 inline constexpr int64_t kTileCells = 16;
 
-// A panel is what one tile register takes, so that each of them reads 1 KB in one piece.
+// A panel is as wide as one tile register, so that each tile load reads 1 KB contiguously.
 template <int vectors>
 inline constexpr int kPanelVectors = 1;
 
-// Tiles wait for memory: W is read once where they can take it from where it lies, no load that may take long goes
-// between theirs, and the rows of a tile stay in a cache while all tokens of a block go by. Threads share the rows of
-// a block rather than each have one of fewer tokens.
+// The AMX GEMM is memory-bound: W is read in place where possible, no copy with its cache misses is interleaved with
+// the tile loads, and the rows of a tile stay in cache while they are multiplied by all tokens of a block. Threads
+// split the rows of a block rather than take blocks of fewer tokens.
 inline constexpr int64_t kLeastTokens = 512;
-// More than L2 holds: tiles reading x from farther away cost less than another pass over W does.
+// More than L2 holds: reading x from L3 costs less than another pass over W.
 inline constexpr int64_t kStagedBytes = 8 << 20;
 inline constexpr bool kCopiesAside = false, kRowsFirst = true;
-// The block that the forward pass reads where it lies. Sums stay in registers for as many cells; of x these are what
-// L2 holds, for as many rows.
+// The block of W that the forward pass reads in place. Sums stay in registers for kBlockCells cells, and x of these
+// cells stays in L2 for kBlockRows rows.
 inline constexpr int64_t kBlockRows = 8 * kTileSums;
 template <class Cell>
 inline constexpr int64_t kBlockCells = 1024;
-// Whether a gather gains by asking for columns ahead was not measured.
+// No prefetching in the gather: its gain was not measured.
 inline constexpr int64_t kNearBytes = INT64_MAX;
-// A power of two apart, the rows of totals that a tile register takes would push each other out of the cache.
+// In elements. Without it, rows of totals a power of two apart, as one tile register holds them, would evict each other
+// from the cache.
 inline constexpr int64_t kTotalGap = 16;
 
-// While one of these lives, all tile registers of this thread have 16 rows of 64 bytes. Others give them
-// other shapes, and expect to find them free.
+// Configures all tile registers of this thread as 16 rows of 64 bytes, and releases them when destroyed:
+// other code uses other configurations and expects the registers to be free.
 class TileRegisters {
  public:
   TileRegisters() {
@@ -57,8 +58,8 @@ class TileRegisters {
   TileRegisters& operator=(const TileRegisters&) = delete;
 };
 
-// Address sanitizers do not see what these instructions read and write: in their builds both ends of each of the
-// 16 rows are read beforehand.
+// AddressSanitizer does not check the accesses of these instructions: in its builds both ends of each of the 16 rows
+// are read beforehand.
 inline void show_to_sanitizer([[maybe_unused]] const void* rows, [[maybe_unused]] int64_t row_bytes) {
 #ifdef __SANITIZE_ADDRESS__
   for (int row = 0; row < 16; ++row) {
@@ -68,13 +69,13 @@ inline void show_to_sanitizer([[maybe_unused]] const void* rows, [[maybe_unused]
 #endif
 }
 
-// The instructions, and not the intrinsics, which take a register's number as a macro's argument.
+// Inline assembly: the intrinsics are macros that need the register's number as a literal.
 template <int tile>
 inline void clear_tile() {
   asm volatile("tilezero %%tmm%c0" : : "i"(tile));
 }
 
-// What passes is not to stay in L1.
+// `passes`: a hint that the data need not stay in L1.
 template <int tile, bool passes>
 inline void load_tile(const void* source, int64_t row_bytes) {
   show_to_sanitizer(source, row_bytes);
@@ -91,14 +92,14 @@ inline void store_tile(void* target, int64_t row_bytes) {
   asm volatile("tilestored %%tmm%c2, (%0,%1,1)" : : "r"(target), "r"(row_bytes), "i"(tile) : "memory");
 }
 
-// sum[row][token] += (sum of the 16 cells' low products) + (sum of their high ones), each rounded to float32 in
-// turn. As in PairCell, subnormal numbers count as zero.
+// sum[row][token] += (sum of the 16 cells' low products) + (sum of their high ones), rounded to float32 after each
+// step. As in PairCell, subnormal numbers count as zero.
 template <int sum, int rows, int tokens>
 inline void add_products() {
   asm volatile("tdpbf16ps %%tmm%c2, %%tmm%c1, %%tmm%c0" : : "i"(sum), "i"(rows), "i"(tokens));
 }
 
-// Calls f(number of the register, where it lies in the total) for the sums of a tile.
+// Calls f(register number, first row, first token) for each register of sums of a tile.
 template <int vectors, class F>
 inline void each_sum_tile(F&& f) {
   f(std::integral_constant<int, 0>{}, 0, 0);
@@ -109,18 +110,18 @@ inline void each_sum_tile(F&& f) {
   }
 }
 
-// Sixteen cells after the other join the total: as exact as the output's own rounding to bfloat16 lets one see. What is
-// read once goes past L1: x and the totals, to leave W there, or W, where it does not fit anyway.
+// The total accumulates 16 cells at a time: its error is below the output's own rounding to bfloat16. Operands read
+// once bypass L1: x and the totals if W is to stay there, otherwise W, which does not fit.
 template <int vectors, bool stays>
 void multiply_registers(const TileJob<PairCell>& job) {
   constexpr int64_t x_step = 64, float_bytes = sizeof(float);
-  // The first store of a tile register after 32 of these steps was measured to take as long as ten of them, after 16
-  // as long as one. So there is one every 8, of which nobody reads what it stores.
+  // The first store of a tile register after 32 of these steps was measured to take as long as ten steps, after 16
+  // as long as one. So there is a dummy store every 8 steps, whose result is not read.
   constexpr int64_t cells_a_store = 8 * kTileCells;
   alignas(64) float unread[16 * 16];
   const int64_t w_step = job.weight.row_step * static_cast<int64_t>(sizeof(BFloat16));
   const int64_t total_step = job.total_stride * float_bytes;
-  asm volatile("" : : : "memory");  // what tile registers read is written by now
+  asm volatile("" : : : "memory");  // compiler barrier: what the tile loads read is written
   each_sum_tile<vectors>([&](auto tile, int64_t row, int64_t token) {
     if (job.overwrite) return clear_tile<tile>();
     load_tile<tile, stays>(job.total + row * job.total_stride + token, total_step);

@@ -1,7 +1,7 @@
 // out[j, s] = sum_t grad[t, j] x[t, index[j, s]]
 //
-// Blocks of tokens are transposed, so that a bypass is a dot product of two runs; sddmm_few.cpp has another way for
-// few bypasses a neuron.
+// Blocks of tokens are transposed, so that a bypass is a dot product of two contiguous runs; for few bypasses per
+// neuron see sddmm_few.cpp.
 #include "entry.h"
 #include "sddmm_chunks.h"
 #include "staging.h"
@@ -9,8 +9,8 @@
 namespace neuroada::cpu::NEUROADA_ISA {
 namespace {
 
-// Neurons are taken in groups of as many as a vector has lanes. partial[chunk][group] has a sum for each entry of index
-// that the group has, in their order.
+// Neurons are grouped by the number of lanes of a vector. partial[chunk][group] has a sum for each of the group's
+// entries of index, in their order.
 template <class A>
 struct Partial {
   int64_t groups, k;
@@ -22,22 +22,22 @@ struct Partial {
   A* at(int64_t chunk, int64_t group) const { return sums.get() + (chunk * groups + group) * k * kLanes<A>; }
 };
 
-// Groups whose grad is staged at once: in pairs two cache lines of each row, half of an L1 of 32 KB. A block
-// of wide tokens has fewer rows, and nothing to gain.
+// Groups whose grad is staged at once: with pairs of tokens two cache lines of each row, half of an L1 of 32 KB.
+// A block of single tokens has fewer rows and does not gain.
 template <class Tokens>
 constexpr int kStagedGroups = Tokens::kTokens == 1 ? 1 : 4;
 
 #ifdef NEUROADA_PAIRS
 
 // staged[c - first][i] = the tokens t and t + 16 of column c, t = 32 (i / 16) + i % 16, zero past the
-// last. Which tokens are paired is the same for x and grad, and so of no matter to their product.
+// last. x and grad pair the same tokens, so the pairing does not affect their product.
 template <int block>
 void stage_tokens(PairedTokens, const BFloat16* source, int64_t stride, int64_t tokens, int64_t first, int64_t last,
                   int64_t columns, float* staged) {
   constexpr int lanes = kLanes<float>;
   constexpr int64_t line = 2 * lanes, ahead = 2 * line;
   const int64_t whole = first + (last - first) / line * line;
-  // A few rows along all columns, and then the next: a processor reads so many ahead by itself, and not a block's.
+  // 32 rows along all columns, then the next 32: hardware prefetchers track that many streams, but not a block's rows.
   for (int64_t t = 0; t < 2 * block; t += line) {
     for (int64_t c = first; c < whole; c += line) {
       const int64_t rows = std::min(line, tokens - t);
@@ -72,9 +72,9 @@ void stage_tokens(WideTokens<T>, const T* source, int64_t stride, int64_t tokens
   stage_transposed<WideCell<T>, block>(source, stride, tokens, first, last, columns, staged);
 }
 
-// Adds a block of tokens to the sums of a group's entries, in the order of index: the neuron's grad [neuron][block] and
-// staged x [column][block] are dotted along the block, and the lanes of each dot added up last. A neuron's grad stays
-// in registers while its entries go by.
+// Adds a block of tokens to the sums of a group's entries, in the order of index: dot products of grad [neuron][block]
+// and staged x [column][block] along the block, whose lanes are added up last. A neuron's grad stays in registers for
+// all its entries.
 template <class Tokens, int block, class A>
 inline void add_block(const A* grad, const A* staged, const int32_t* index, int64_t entries, int64_t k, A* sums) {
   constexpr int lanes = kLanes<A>, vectors = block / lanes;
@@ -156,8 +156,8 @@ void run(const Sddmm& a, const Executor& executor) {
              [&](int64_t group) { add_chunks(partial, chunks.count, group, a.d_out, static_cast<A*>(a.out)); });
 }
 
-// Calls f with a block's length in lanes. Long ones take the sum over lanes, which costs as much as
-// the products of a short one, less often.
+// Calls f with a block's length in lanes. The sum over lanes costs as much as the products of a short
+// block; with long blocks it is needed less often.
 template <class T, class F>
 void with_token_block(const Sddmm& a, F&& f) {
   using A = accumulate_t<T>;

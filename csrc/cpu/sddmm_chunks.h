@@ -1,5 +1,5 @@
-// How the tokens of an SDDMM are cut: into chunks whose number follows from the shape alone. Each chunk's
-// sums are taken in one order, and the chunks' sums are added in theirs: the same bits for any number of threads.
+// Splits the tokens of an SDDMM into chunks whose number depends on the shape only. The order of summation is
+// fixed within a chunk and over the chunks, so the result is bitwise the same for any number of threads.
 #pragma once
 
 #include <algorithm>
@@ -11,7 +11,7 @@
 namespace neuroada::cpu::NEUROADA_ISA {
 
 inline constexpr int64_t kChunkTokens = 128;
-inline constexpr int64_t kMostChunks = 16;  // 64 bytes of partial sums a bypass, in float32
+inline constexpr int64_t kMostChunks = 16;  // 64 bytes of partial sums per bypass, in float32
 
 struct TokenChunks {
   int64_t tokens, length, count;
@@ -39,7 +39,7 @@ void each_chunk(const TokenChunks& chunks, int64_t groups, const Executor& execu
   });
 }
 
-// Calls f(group) for all groups, once they have `sums` partial sums altogether.
+// Calls f(group) for all groups, which have `sums` partial sums altogether.
 template <class F>
 void each_group(int64_t groups, int64_t sums, const Executor& all, F&& f) {
   all.limited(sums).parallel_ranges(groups, [&](int64_t begin, int64_t end) {
@@ -47,7 +47,7 @@ void each_group(int64_t groups, int64_t sums, const Executor& all, F&& f) {
   });
 }
 
-// Multiply-adds of an SDDMM and what it stages, as Executor counts work.
+// The multiply-adds and staged elements of an SDDMM, the unit of Executor::limited().
 inline int64_t work_of(const Sddmm& a) { return a.tokens * (a.d_in + a.d_out * (a.k + 1)); }
 
 }  // namespace neuroada::cpu::NEUROADA_ISA

@@ -1,9 +1,9 @@
-// out[j, s] = sum_t grad[t, j] x[t, index[j, s]], for few bypasses a neuron, in bfloat16 alone.
+// out[j, s] = sum_t grad[t, j] x[t, index[j, s]], for few bypasses per neuron, in bfloat16 only.
 //
-// Four tokens of a column lie side by side in a cell of 8 bytes, which is all that is done to x and grad: rows are
-// read as they lie, four at a time, and the cells of x stay in L1. A vector gathers the cells of eight
-// neurons. Transposing whole blocks, as sddmm.cpp does, costs more than the products of few bypasses a neuron, but
-// makes each of them cheaper: a sum stays in registers there, and is read and written here for every four tokens.
+// Four tokens of a column are interleaved into a cell of 8 bytes, the only reordering of x and grad: rows are
+// read in place, four at a time, and the cells of x stay in L1. A vector gathers the cells of eight
+// neurons. Transposing whole blocks, as sddmm.cpp does, costs more than the products of few bypasses per neuron, but
+// makes each product cheaper: a sum stays in registers there, and is read and written here for every four tokens.
 #include "entry.h"
 #include "sddmm_chunks.h"
 #include "staging.h"
@@ -11,15 +11,15 @@
 namespace neuroada::cpu::NEUROADA_ISA {
 namespace {
 
-constexpr int64_t kTokens = 4, kCells = 8;  // of a cell, of a vector
-constexpr int64_t kLine = 32;               // columns of a cache line of a row, cells of four vectors
+constexpr int64_t kTokens = 4, kCells = 8;  // tokens per cell, cells per vector
+constexpr int64_t kLine = 32;               // columns per cache line of a row, cells of four vectors
 constexpr int64_t kVectors = kLine / kCells;
 
 // Interleaving works within 16 bytes: cell 8 v + 2 b + i of a line is its column 8 b + 2 v + i.
 constexpr int64_t column_of(int64_t cell) { return cell % kCells / 2 * 8 + cell / kCells * 2 + cell % 2; }
 
-// The cells of eight columns, each counted from the beginning of its row. No column counts as the first one, whose sum
-// add_chunks() then leaves out.
+// The cell numbers of eight columns, counted from the beginning of a row. -1 counts as the first column, whose sum
+// add_chunks() then replaces by zero.
 inline __m256i cells_of(__m256i columns) {
   const auto bits = [&](int mask) { return _mm256_and_si256(columns, _mm256_set1_epi32(mask)); };
   columns = _mm256_max_epi32(columns, _mm256_setzero_si256());
@@ -27,7 +27,7 @@ inline __m256i cells_of(__m256i columns) {
   return _mm256_or_si256(_mm256_or_si256(bits(~31), bits(1)), _mm256_or_si256(vector, block));
 }
 
-// The cells of a line, of which `columns` are there, in `tokens` rows; what is not there is zero.
+// The cells of a line; columns from `columns` on and rows from `tokens` on are zero.
 struct Line {
   __m512i cells[kVectors];
 
@@ -48,17 +48,17 @@ struct Line {
 
 int64_t lines_of(int64_t columns) { return ceil_div(columns, kLine); }
 
-// What stands for (line, vector v, slot s) in an array of vectors.
+// The position of (line, vector v, slot s) in an array of vectors.
 int64_t place(int64_t line, int64_t v, int64_t s, int64_t k) { return (line * kVectors + v) * k + s; }
 
-// The entries of index, or of out, in one slot of the eight neurons of a vector, those that are there.
+// The entries of index, or of out, in one slot of a vector's eight neurons, masked to neurons that exist.
 struct Entries {
   int64_t first;
   __m256i offsets;
   __mmask8 there;
 
   Entries(const Sddmm& a, int64_t line, int64_t v) : first((line * kLine + column_of(v * kCells)) * a.k) {
-    const __m256i neurons = _mm256_setr_epi32(0, 1, 8, 9, 16, 17, 24, 25);  // column_of(), from the first on
+    const __m256i neurons = _mm256_setr_epi32(0, 1, 8, 9, 16, 17, 24, 25);  // column_of(), relative to the first
     const int64_t left = a.d_out - line * kLine - column_of(v * kCells);
     there = _mm256_cmplt_epi32_mask(neurons, _mm256_set1_epi32(static_cast<int32_t>(std::min(left, kLine))));
     offsets = _mm256_mullo_epi32(neurons, _mm256_set1_epi32(static_cast<int32_t>(a.k)));
@@ -73,7 +73,7 @@ struct Entries {
   }
 };
 
-// Where the neurons of a line find their columns: [vector][slot][neuron of the vector].
+// The cell numbers of the columns of a line's neurons: [vector][slot][neuron of the vector].
 void find_cells(const Sddmm& a, int64_t line, int32_t* cells) {
   for (int64_t v = 0; v < kVectors; ++v) {
     const Entries entries(a, line, v);
@@ -84,7 +84,7 @@ void find_cells(const Sddmm& a, int64_t line, int32_t* cells) {
   }
 }
 
-// Adds four tokens to the sums of a line's neurons: two a neuron, of two tokens each.
+// Adds four tokens to the sums of a line's neurons: two per connection, of two tokens each.
 inline void add_line(const Line& grad, const int64_t* x, const int32_t* cells, int64_t k, float* sums) {
 #pragma GCC unroll 4
   for (int64_t v = 0; v < kVectors; ++v) {
@@ -111,7 +111,7 @@ void sum_chunk(const Sddmm& a, const TokenChunks& chunks, int64_t chunk, int64_t
   for (int64_t line = first; line < last; ++line) find_cells(a, line, cells.get() + at(line) * kCells);
   std::fill(sums.get(), sums.get() + vectors * kLanes<float>, 0.0f);
   for (int64_t t = chunks.begin(chunk); t < end; t += kTokens) {
-    // What the processor reads ahead by itself ends with a page, which many a row fills.
+    // Hardware prefetchers stop at a page boundary, and a row often fills a page.
     const int64_t rows_ahead = prefetches ? std::max<int64_t>(std::min(kTokens, end - t - kTokens), 0) : 0;
     const BFloat16* x = static_cast<const BFloat16*>(a.x) + t * a.x_stride;
     const BFloat16* grad = static_cast<const BFloat16*>(a.grad) + t * a.grad_stride;
@@ -132,7 +132,7 @@ void sum_chunk(const Sddmm& a, const TokenChunks& chunks, int64_t chunk, int64_t
   }
 }
 
-// Adds the chunks' sums of a line's neurons, `stride` apart from chunk to chunk.
+// Adds up the sums of a line's neurons over the chunks, which are `stride` apart.
 void add_chunks(const Sddmm& a, const TokenChunks& chunks, const float* partial, int64_t stride, int64_t line) {
   for (int64_t v = 0; v < kVectors; ++v) {
     const Entries entries(a, line, v);

@@ -13,8 +13,8 @@
 #include <immintrin.h>
 #endif
 
-// What a copy has is said by who compiles it, NEUROADA_VECTOR_BYTES, _PAIRS and _TILES; that flags for all sources say
-// more, as -march=native may, would give every copy the products of the widest.
+// CMakeLists.txt defines NEUROADA_VECTOR_BYTES, _PAIRS and _TILES for each copy. Compiler flags for all sources that
+// enable more, as -march=native may, would compile every copy for the widest instruction set.
 #if (defined(__AVX2__) && !defined(NEUROADA_VECTOR_BYTES)) || (defined(__AVX512BF16__) && !defined(NEUROADA_PAIRS)) || \
     (defined(__AMX_BF16__) && !defined(NEUROADA_TILES))
 #error "flags name more than the instruction set of this copy, expected them for this target alone"
@@ -35,7 +35,7 @@ inline constexpr int kVectorBytes = 16;
 template <class A>
 inline constexpr int kLanes = kVectorBytes / sizeof(A);
 
-// vector_size needs a type that is known where it stands, hence one specialisation each.
+// vector_size needs a non-dependent type, hence one specialisation each.
 template <class A>
 struct VectorOf;
 template <>
@@ -127,7 +127,7 @@ inline void store(Half* target, Vec<float> value) {
 #endif
 }
 
-// Lanes 0 to kLanes - 1 come from a, those above from b.
+// Lane numbers 0 to kLanes - 1 select from a, higher ones from b.
 template <class A, int... lane>
 inline Vec<A> shuffle(Vec<A> a, Vec<A> b, std::integer_sequence<int, lane...>) {
 #if __has_builtin(__builtin_shufflevector)
@@ -137,9 +137,9 @@ inline Vec<A> shuffle(Vec<A> a, Vec<A> b, std::integer_sequence<int, lane...>) {
 #endif
 }
 
-// The two halves of swapping blocks of `step` lanes across the diagonal of a pair of rows:
-// low keeps a where lane has not the bit `step` and takes b from `step` lanes before elsewhere,
-// high keeps b where lane has the bit and takes a from `step` lanes after elsewhere.
+// The two results of swapping blocks of `step` lanes across the diagonal of a pair of rows:
+// low[lane] is a[lane] if lane lacks the bit `step`, otherwise b[lane - step];
+// high[lane] is b[lane] if lane has the bit, otherwise a[lane + step].
 template <class A, int step, int... lane>
 inline Vec<A> exchange_low(Vec<A> a, Vec<A> b, std::integer_sequence<int, lane...>) {
   return shuffle<A>(a, b, std::integer_sequence<int, ((lane & step) ? kLanes<A> + lane - step : lane)...>{});
@@ -166,14 +166,14 @@ inline void transpose(Vec<A>* rows) {
   }
 }
 
-// Lane i of the result is the sum over the lanes of rows[i]: the transpose, added up on the way.
+// Lane i of the result is the sum over the lanes of rows[i]: the transpose, with an addition in each step.
 template <class A, int step = kLanes<A> / 2>
 inline Vec<A> sum_rows(Vec<A>* rows) {
   if constexpr (step > 0) {
 #pragma GCC unroll 16
     for (int i = 0; i < step; ++i) {
       const Vec<A> a = rows[i], b = rows[i + step];
-      // Lanes without the bit `step` go on summing a, those with it b.
+      // Lanes without the bit `step` continue the sums of a, those with it the sums of b.
       rows[i] = exchange_low<A, step>(a, b, LaneSequence<A>{}) + exchange_high<A, step>(a, b, LaneSequence<A>{});
     }
     return sum_rows<A, step / 2>(rows);

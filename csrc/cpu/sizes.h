@@ -1,5 +1,5 @@
-// Whole numbers of pieces. In the instruction set's namespace, as all that is inline: of several copies of a function
-// the linker keeps one, which might be compiled for a processor wider than the one at hand.
+// Rounding up. In the instruction set's namespace, as all inline functions: of several copies of a function the linker
+// keeps one, which might be compiled for an instruction set that the processor lacks.
 #pragma once
 
 #include <cstdint>

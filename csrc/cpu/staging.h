@@ -1,6 +1,6 @@
 // Blocks of tokens, transposed into scratch as [column][block tokens], so that gathering a column
-// for a block of tokens reads one contiguous run. Both gathers of the bypass, forward and towards
-// the input, are one function over such a block.
+// for a block of tokens reads one contiguous run. Both gathers of the bypass, forward and dx,
+// are one function over such a block.
 #pragma once
 
 #include <algorithm>
@@ -50,7 +50,7 @@ template <class Cell>
 inline constexpr int kLineVectors = 64 / sizeof(typename Cell::Source) / Cell::kDepth / kLanes<typename Cell::A>;
 
 // Transposes `line` vectors of kLanes rows each into staged. A row's cache line is read once: rows
-// often lie a power of two apart, and then push each other out of L1.
+// are often a power of two apart and then evict each other from L1.
 template <class Cell, int block, int line>
 inline void stage_tile(const typename Cell::Source* source, int64_t stride, int64_t tokens, typename Cell::A* staged) {
   using A = typename Cell::A;
@@ -71,11 +71,11 @@ inline void stage_tile(const typename Cell::Source* source, int64_t stride, int6
   }
 }
 
-// Asks for the cache line at `column` of each of `tokens` rows. The rows are too many streams for the
-// processor to guess, and too far apart for L1: into L2.
+// Prefetches the cache line at `column` of each of `tokens` rows. The rows are too many streams for the
+// hardware prefetchers, and too far apart for L1, so the lines go to L2.
 //
-// Always inlined, as all functions here that do nothing but this: GCC takes one for a function without effects, and
-// where it does not inline a call, drops it.
+// Always inlined, as all functions here that only prefetch: GCC considers them free of side effects and removes calls
+// that it does not inline.
 template <int for_writing, class T>
 inline __attribute__((always_inline)) void prefetch_rows(const T* rows, int64_t stride, int64_t tokens,
                                                          int64_t column) {
@@ -83,8 +83,8 @@ inline __attribute__((always_inline)) void prefetch_rows(const T* rows, int64_t 
 }
 
 // staged[c][i] = cell c of source[i], for the cells of the columns [first, last) and `tokens` <= block
-// rows; the rest of the block becomes zero. `columns` is the length of a row, up to where reading goes
-// on. A cell begins at `first`.
+// rows; the rest of the block becomes zero. `columns` is the length of a row, up to which lines are
+// prefetched. A cell begins at `first`.
 template <class Cell, int block>
 void stage_transposed(const typename Cell::Source* source, int64_t stride, int64_t tokens, int64_t first, int64_t last,
                       int64_t columns, typename Cell::A* staged) {
@@ -124,7 +124,7 @@ struct EllRows {
   int64_t end(int64_t row) const { return (row + 1) * k; }
 };
 
-// Vectors that one cache line of the output takes.
+// Vectors per cache line of the output.
 template <class T>
 inline constexpr int kOutVectors = kLineVectors<WideCell<T>>;
 
@@ -147,8 +147,8 @@ inline void write_line(const Vec<accumulate_t<T>>* line, int width, const T* ont
 }
 
 #if defined(__AVX512F__)
-// target[i][j] = tile[j][i], for the `width` rows of the tile and `tokens` of its lanes: rounded before they are
-// transposed, two to a lane.
+// target[i][j] = tile[j][i], for the `width` rows of the tile and `tokens` of its lanes. The values are rounded before
+// the transpose, which then moves two per lane.
 inline void write_pairs(const Vec<float>* tile, int width, int64_t tokens, BFloat16* target, int64_t stride) {
   constexpr int lanes = kLanes<float>;
   Vec<float> lines[lanes];
@@ -174,8 +174,8 @@ struct BiasTerm {
   Vec<A> operator()(int64_t row, int) const { return broadcast(bias != nullptr ? widen(bias[row]) : A{0}); }
 };
 
-// A block of staged tokens, in panels of `panel` each: as [cell][panel], one `step` after the other. Of one
-// that is `far`, more than a cache holds, a gather asks for columns ahead.
+// A block of staged tokens, in panels of `panel` tokens, each [cell][panel], `step` elements apart. A gather prefetches
+// columns from a block that is `far`, larger than kNearBytes.
 template <class Cell, int block, int panel = block>
 struct StagedBlock {
   using A = typename Cell::A;
@@ -220,7 +220,7 @@ void gather_rows(const Rows& rows, const Staged staged, int64_t first, int64_t l
 #pragma GCC unroll 8
         for (int v = 0; v < vectors; ++v) sum[v] += value * staged.column(column, v);
       }
-      // The large term comes last: summed onto it, each product would be rounded at its scale.
+      // The large term is added last: otherwise each product would be rounded at its scale.
       for (int v = 0; v < vectors; ++v) tile[v][i] = sum[v] + term(r + i, v);
     }
     for (int v = 0; v < vectors && v * lanes < tokens; ++v) {
@@ -242,8 +242,8 @@ void gather_rows(const Rows& rows, const Staged staged, int64_t first, int64_t l
   }
 }
 
-// How a gather over `tokens` tokens and `rows` rows is cut into tasks: by runs of blocks of tokens,
-// and where the blocks are fewer than the threads, by ranges of rows too.
+// How a gather over `tokens` tokens and `rows` rows is split into tasks: by runs of blocks of tokens,
+// and if there are fewer blocks than threads, by ranges of rows too.
 struct GatherTasks {
   int64_t blocks, runs, ranges;
 

@@ -1,5 +1,5 @@
-// W for the product of the backward pass in tiles of AMX: a block of it as [column][neuron], neurons side by
-// side, as the forward pass has columns.
+// W for the GEMM of the backward pass in AMX tiles: a block is transposed to [column][neuron], so that neurons
+// are contiguous, as columns are in the forward pass.
 #pragma once
 
 #include "product.h"
@@ -13,21 +13,21 @@ struct BackwardWeight {
   using Cell = PairCell;
   using Element = BFloat16;
   static constexpr bool kPacked = false;
-  // Of a block, so few that those of the columns of a tile stay in L1 while all tokens go by.
+  // Cells of a block: few enough that the columns of a tile stay in L1 while they are multiplied by all tokens.
   static constexpr int64_t kCells = 128;
   // A cache line more than a block's row, so that the rows of a tile lie in different sets of the cache.
   static constexpr int64_t kStep = kCells * Cell::kDepth + 64 / sizeof(Element);
-  static constexpr int64_t kLine = 64 / sizeof(Source), kLineStep = kLine * kStep;  // one of each of 32 neurons
+  static constexpr int64_t kLine = 64 / sizeof(Source), kLineStep = kLine * kStep;  // a line of each of 32 neurons
 
   const BFloat16* weight;  // [d_out, d_in]
   int64_t stride, d_out;
 
-  // Each block of tokens transposes all of W: twice as many where half of a cache holds them.
+  // Each block of tokens transposes all of W: twice as many tokens where half of L2 (1 MB) holds them.
   static int64_t most_tokens(int64_t staged_bytes_a_token) {
     return 2 * kMostTokens * staged_bytes_a_token <= 1 << 20 ? 2 * kMostTokens : kMostTokens;
   }
-  // Many: what a block has of a row of W lies side by side, and memory reads long runs faster. As many as have
-  // their totals in L2.
+  // Many columns: those of a row of W are contiguous, and memory reads long runs faster. No more than have their
+  // totals in L2.
   static BlockSize block(int64_t tokens) { return {tokens > kMostTokens ? 256 : 512, kCells, kStep}; }
 
   WeightBlock<Element> in_place(const BlockPlace&) const { return {}; }
@@ -35,7 +35,7 @@ struct BackwardWeight {
     return {scratch, kStep, Cell::kDepth, true};
   }
 
-  // The copy of whole squares; what else there is of the block, and zeros up to whole tiles, is written now.
+  // Returns the copy of the whole squares; the rest of the block, and zeros up to whole tiles, are written here.
   BlockCopy<BackwardWeight> copy(const BlockPlace& b, Element* scratch) const {
     const int64_t neuron = b.cell * Cell::kDepth, there = std::min(b.cells * Cell::kDepth, d_out - neuron);
     const int64_t lines = b.width / kLine, runs = there / kLine;
@@ -49,12 +49,12 @@ struct BackwardWeight {
     return {*this, {source, scratch, kLine * stride, kLine, runs, lines}};
   }
 
-  // Not ahead: of 32 rows at once the requests only stand in each other's way.
+  // No prefetching: for 32 rows at once the requests only delay each other.
   template <int locality>
   void prefetch_line(const BFloat16*) const {}
 
-  // target[c][n] = line[n][c], for 32 of each. Pairs of neurons are interleaved within 16 bytes, which leaves
-  // four columns in one vector and four in the other, in turn.
+  // target[c][n] = line[n][c], for 32 of each. Pairs of neurons are interleaved within 16 bytes, which puts groups
+  // of four columns alternately into the two vectors.
   inline __attribute__((always_inline)) void copy_line(const BFloat16* line, Element* target) const {
     constexpr int lanes = kLanes<float>;
     Vec<float> pairs[2][lanes];

@@ -1,5 +1,5 @@
-"""The ops by the compiled kernels, the same on every device: the bypass by ``neuroada_C``, the
-product by torch."""
+"""The ops by the compiled kernels of ``neuroada_C``, fused and unfused, the same for every device;
+the unfused GEMM is torch's or CUTLASS's."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ from neuroada_kernels._registry import Implementation
 from neuroada_kernels.backends._dense import add_dense, bias_for_bypass
 from neuroada_kernels.plan import make_plan
 
-#: The compiled ops; torch's dispatcher finds the kernels of the tensors' device.
+#: The compiled ops; torch's dispatcher selects the kernels by the tensors' device.
 C = torch.ops.neuroada_C
 
-#: In what the kernels sum for an x of a dtype; what delta has to be of.
+#: The dtype in which the kernels sum, by the dtype of x; delta has to have it.
 SUMMED_IN = {
     torch.float32: torch.float32,
     torch.float64: torch.float64,
@@ -25,7 +25,7 @@ SUMMED_IN = {
 
 
 def linear(x: Tensor, weight: Tensor, index: Tensor, delta: Tensor, bias: Tensor | None) -> Tensor:
-    """The op ``linear``."""
+    """The op ``linear``, unfused: the bypass by a kernel, then the GEMM by torch onto it."""
     early, late = bias_for_bypass(None if bias is None else contiguous(bias))
     y = x.new_empty(x.shape[0], weight.shape[0])
     C.bypass_fwd.default(x, contiguous(index), wide(delta, x), early, None, y)
@@ -41,7 +41,7 @@ def linear_backward(
     plan: Tensor | None,
     output_mask: list[bool],
 ) -> tuple[Tensor | None, Tensor | None]:
-    """The op ``linear_backward``."""
+    """The op ``linear_backward``, unfused as in :func:`linear`."""
     grad_x, grad_delta = bypass_backward(grad, x, index, delta, plan, output_mask)
     if grad_x is not None:
         grad_x = add_dense(grad_x, grad, weight)
@@ -51,8 +51,8 @@ def linear_backward(
 def linear_in_one(
     x: Tensor, weight: Tensor, index: Tensor, delta: Tensor, bias: Tensor | None
 ) -> Tensor:
-    """The op ``linear``, product and bypass in one kernel; ``bias`` has the dtype of ``x``."""
-    # What contiguous() and wide() ask, here: from cold caches a call of theirs takes microseconds.
+    """The op ``linear``, GEMM and bypass fused in one kernel; ``bias`` has the dtype of ``x``."""
+    # contiguous() and wide() inlined: with cold caches each call would take microseconds.
     if not index.is_contiguous():
         index = index.contiguous()
     if delta.dtype != SUMMED_IN[x.dtype] or not delta.is_contiguous():
@@ -71,7 +71,7 @@ def linear_backward_in_one(
     plan: Tensor | None,
     output_mask: list[bool],
 ) -> tuple[Tensor, Tensor | None]:
-    """The op ``linear_backward`` where dx is wanted, both parts of it in one kernel."""
+    """The op ``linear_backward`` with dx, GEMM and bypass of dx fused in one kernel."""
     if plan is None:
         plan = make_plan(index, x.shape[1])
     wide_delta = delta
@@ -88,7 +88,7 @@ def linear_backward_in_one(
 def linear_patched(
     x: Tensor, weight: Tensor, index: Tensor, delta: Tensor, bias: Tensor | None
 ) -> Tensor:
-    """The op ``linear`` with ``round(weight + delta)``: with the rounding of the weight."""
+    """The op ``linear`` by ``round(weight + delta)``, rounded to the dtype of the weight."""
     bias = None if bias is None else contiguous(bias)
     y: Tensor = C.linear_patched_fwd.default(x, weight, contiguous(index), wide(delta, x), bias)
     return y
@@ -103,7 +103,7 @@ def linear_backward_patched(
     plan: Tensor | None,
     output_mask: list[bool],
 ) -> tuple[Tensor, Tensor | None]:
-    """The op ``linear_backward`` where dx is wanted, that of :func:`linear_patched`."""
+    """The op ``linear_backward`` with dx, for :func:`linear_patched`."""
     _, grad_delta = bypass_backward(grad, x, index, delta, plan, [False, output_mask[1]])
     args = (grad, weight, contiguous(index), wide(delta, grad))
     return C.linear_patched_bwd_input.default(*args), grad_delta
@@ -112,9 +112,9 @@ def linear_backward_patched(
 def linear_onto_bypass(
     x: Tensor, weight: Tensor, index: Tensor, delta: Tensor, bias: Tensor | None
 ) -> Tensor:
-    """The op ``linear``: the bypass alone, rounded, then a product that adds to it in float32.
+    """The op ``linear``: the bypass alone, rounded, then a GEMM that adds to it in float32.
 
-    The bias joins the product: the bypass would be rounded to the bias's last place.
+    The GEMM adds the bias: added to the bypass, it would round the bypass to the bias's ULP.
     """
     y = x.new_empty(x.shape[0], weight.shape[0])
     C.bypass_fwd.default(x, contiguous(index), wide(delta, x), None, None, y)
@@ -131,7 +131,7 @@ def linear_backward_onto_bypass(
     plan: Tensor | None,
     output_mask: list[bool],
 ) -> tuple[Tensor | None, Tensor | None]:
-    """The op ``linear_backward`` where dx is wanted, that of :func:`linear_onto_bypass`."""
+    """The op ``linear_backward`` with dx, for :func:`linear_onto_bypass`."""
     grad_x, grad_delta = bypass_backward(grad, x, index, delta, plan, output_mask)
     C.product_onto_bwd_input.default(grad, weight, grad_x)
     return grad_x, grad_delta
@@ -164,9 +164,9 @@ def bypass_backward(
 
 
 def sddmm(grad: Tensor, x: Tensor, index: Tensor, delta: Tensor, d_in: int | None) -> Tensor:
-    """ddelta; with the bits that the whole x's has, of ``d_in`` columns, from one that lacks some.
+    """ddelta; if ``x`` holds only saved columns, bitwise the same as from the full x.
 
-    ``d_in`` is None where ``x`` is the whole one.
+    ``d_in`` is the width of the full x; None if ``x`` is the full one.
     """
     if not index.is_contiguous():
         index = index.contiguous()
@@ -190,7 +190,7 @@ def gather(weight: Tensor, index: Tensor) -> Tensor:
 
 
 def patch(weight: Tensor, index: Tensor, delta: Tensor, original: Tensor) -> None:
-    """The op ``patch_``, which runs before the product of every step: see :func:`contiguous`."""
+    """The op ``patch_``, which runs before the GEMM of every step: see :func:`contiguous`."""
     if not index.is_contiguous() or not original.is_contiguous():
         index, original = index.contiguous(), original.contiguous()
     if delta.dtype != SUMMED_IN[weight.dtype] or not delta.is_contiguous():
@@ -205,9 +205,9 @@ def wide(delta: Tensor, x: Tensor) -> Tensor:
 
 
 def contiguous(tensor: Tensor) -> Tensor:
-    """``tensor.contiguous()``, past the dispatcher where it is: that takes microseconds.
+    """``tensor.contiguous()``, without the dispatcher call, microseconds, if it is contiguous.
 
-    What runs between two products of the CPU does this in place.
+    Code that runs between two GEMMs on the CPU inlines this.
     """
     return tensor if tensor.is_contiguous() else tensor.contiguous()
 
@@ -218,7 +218,7 @@ def implementations(
     unsupported: Callable[..., list[str]],
     always: frozenset[torch.dtype] = frozenset(),
 ) -> dict[str, Implementation]:
-    """The ops of a device by name: the two that choose among forms are the backend's own."""
+    """The ops of a backend by name; it provides the two that choose between fused and unfused."""
 
     def merge_unsupported(weight: Tensor, *rest: object) -> list[str]:
         reasons, stride = unsupported(weight), weight.stride(1)

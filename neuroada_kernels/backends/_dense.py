@@ -1,10 +1,10 @@
-"""The dense product, added onto a y that holds the bypass already.
+"""The GEMM, added onto a y that holds the bypass already.
 
-The bypass goes first so that y is rounded once where the product accumulates: what is rounded
-early is only the small bypass, and an update far below one unit in the last place of y still acts.
+The bypass is computed first, so that y is rounded once when the GEMM accumulates onto it: only the
+small bypass is rounded early, and an update far below one ULP of y still takes effect.
 
-Not on an NVIDIA GPU: in 16 bits cuBLAS rounds the product before it adds it onto y, and such an
-update would be lost. There the product is taken in float32, and what is added to it is added there.
+NVIDIA GPUs are an exception: in 16 bits cuBLAS rounds the product before it adds it to y, and such
+an update would be lost. There the GEMM writes float32, and the other terms are added in float32.
 """
 
 from __future__ import annotations
@@ -15,21 +15,21 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-#: Bytes of output that the product with a 16-bit bias holds beside y.
+#: Bytes of output that the GEMM with a 16-bit bias holds in addition to y.
 _BLOCK_BYTES = 8 << 20
-#: Bytes of float32 weight that the widening product holds: a share of W's, within these bounds.
+#: Bytes of float32 weight that the widening GEMM holds: an eighth of W's, within these bounds.
 _WIDENED_BYTES = (256 << 10, 2 << 20)
-#: Bytes of a product in float32 that a call on a GPU holds at most, but for the fewest tokens.
+#: Limit on the bytes of a float32 product on a GPU, unless ``_WIDE_TOKENS`` tokens exceed it.
 _WIDE_BYTES = 56 << 20
-#: Tokens of such a product are a multiple of this, but for the last, so that its tiles are whole.
+#: Tokens per such product are a multiple of this, except for the last, to avoid partial tiles.
 _WIDE_TOKENS = 256
 
 
 def bias_for_bypass(bias: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
-    """``(early, late)``: where the bias joins, the bypass or the dense product.
+    """``(early, late)``: the bias is added to the bypass (early) or to the GEMM (late).
 
-    A wide sum takes the bias for free. Sixteen bits do not: the bypass would be rounded to the
-    bias's unit in the last place, and a small update lost.
+    In float32 and float64 adding it to the bypass is free. A 16-bit bias is added late: the bypass
+    would be rounded to the bias's ULP, and a small update lost.
     """
     wide = bias is not None and bias.dtype in (torch.float32, torch.float64)
     return (bias, None) if wide else (None, bias)
@@ -38,7 +38,7 @@ def bias_for_bypass(bias: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
 def add_dense(y: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """``y + x @ weight + bias``; ``y`` is consumed.
 
-    Rounded once, but in 16 bits on an accelerator that is none of NVIDIA's.
+    Rounded once, except for 16-bit dtypes on accelerators other than NVIDIA's.
 
     Parameters
     ----------
@@ -68,8 +68,8 @@ def add_dense(y: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None = None) 
 def wide_product(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """``x @ weight``, or with ``bias`` added, in float32: not rounded to the operands' 16 bits.
 
-    For what is added to the product before it is rounded: cuBLAS rounds a 16-bit product before it
-    adds it to a y, and again after.
+    For terms that are added to the product before it is rounded: cuBLAS rounds a 16-bit product
+    before it adds it to a y, and again after.
 
     Parameters
     ----------
@@ -78,8 +78,8 @@ def wide_product(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tenso
     weight : Tensor
         Shape ``[m, n]``, dtype of ``x``, any strides.
     bias : Tensor, optional
-        Shape ``[n]``, of float32 as ``x`` is: the call is ``F.linear``'s then, and as exact. cuBLAS
-        may split a sum for one with a bias and not for one without, whose error is the larger.
+        Shape ``[n]``, float32, as ``x`` is: the same call as ``F.linear``'s, with the same error.
+        cuBLAS may split the sum with a bias but not without one, which has the larger error.
     """
     if 0 in (*x.shape, weight.shape[1]):
         zeros = x.new_zeros(x.shape[0], weight.shape[1], dtype=torch.float32)
@@ -93,7 +93,7 @@ def wide_product(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tenso
 
 
 def wide_parts(tokens: int, width: int) -> Iterator[slice]:
-    """Tokens in even parts whose product ``[tokens, width]`` in float32 fits into its scratch."""
+    """Slices of tokens of even size whose float32 product ``[tokens, width]`` fits the scratch."""
     blocks = -(-tokens // _WIDE_TOKENS)
     most = max(1, _WIDE_BYTES // (4 * max(1, width) * _WIDE_TOKENS))
     parts = max(1, -(-blocks // most))
@@ -104,7 +104,7 @@ def wide_parts(tokens: int, width: int) -> Iterator[slice]:
 
 @functools.cache
 def has_product(dtype: torch.dtype) -> bool:
-    """Whether oneDNN multiplies matrices of this 16-bit dtype on this processor."""
+    """Whether oneDNN has a GEMM of this 16-bit dtype on this processor."""
     if not torch.backends.mkldnn.is_available():
         return False
     if dtype == torch.bfloat16:
@@ -113,7 +113,7 @@ def has_product(dtype: torch.dtype) -> bool:
 
 
 def _add_dense_wide(y: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """In float32, by parts of the tokens, and rounded once."""
+    """In float32, by slices of tokens, rounded once."""
 
     def total(part: slice) -> Tensor:
         sums = wide_product(x[part], weight).add_(y[part])
@@ -125,7 +125,7 @@ def _add_dense_wide(y: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None) -
 
 
 def _add_dense_with_bias(y: Tensor, x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-    """Product, bias and bypass in oneDNN's float32 accumulator, by blocks of tokens."""
+    """GEMM, bias and bypass in oneDNN's float32 accumulator, by blocks of tokens."""
     tokens = max(1, _BLOCK_BYTES // max(1, y.shape[1] * y.element_size()))
     fused = torch.ops.mkldnn._linear_pointwise.binary
     if y.shape[0] <= tokens:
@@ -138,8 +138,8 @@ def _add_dense_with_bias(y: Tensor, x: Tensor, weight: Tensor, bias: Tensor) -> 
 def _add_dense_widened(y: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """In float32, by blocks of output columns.
 
-    Where the processor does not know the dtype, torch's own product takes a hundred times as long
-    as widening the weight block by block.
+    If the processor does not support the dtype, torch's own GEMM takes a hundred times as long as
+    widening the weight block by block.
     """
     smallest, largest = _WIDENED_BYTES
     block = max(smallest, min(largest, weight.nbytes // 8))

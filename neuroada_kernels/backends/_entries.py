@@ -1,6 +1,6 @@
-"""The chosen entries of W, in plain torch, for the backends that have no kernel of their own.
+"""The chosen entries of W, in plain torch, for backends without a kernel of their own.
 
-They are moved as integers: on its way through a floating dtype a NaN may lose its bits.
+Entries are copied as integers: a copy as a floating dtype may change the bits of a NaN.
 """
 
 from __future__ import annotations
@@ -30,8 +30,8 @@ def assign_entries(weight: Tensor, index: Tensor, values: Tensor) -> None:
     weight, values = _bits(weight), _bits(values)
     column, empty = index.long(), index < 0
     if not index.is_cpu or bool(empty.any()):
-        # A slot without a connection repeats another one of its row; in a row without any, all
-        # write back what stands in column 0.
+        # A slot without a connection repeats another slot of its row; in a row without connections
+        # all slots write back the value of column 0.
         last, slot = column.max(1, keepdim=True)  # [d_out, 1]
         repeated = torch.where(last < 0, weight[:, :1], values.gather(1, slot))
         column = torch.where(empty, last.clamp(min=0), column)

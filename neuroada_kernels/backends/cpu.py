@@ -1,5 +1,5 @@
-"""The C++ backend for the CPU: product and bypass in one kernel of ``csrc/cpu``, or the bypass by a
-kernel of its own and the product by torch where that is known to be faster."""
+"""The C++ backend for the CPU: GEMM and bypass fused in one kernel of ``csrc/cpu``, or unfused, the
+bypass by a kernel and the GEMM by torch, where that is known to be faster."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from neuroada_kernels.backends._dense import has_product
 
 def _linear(x: Tensor, weight: Tensor, index: Tensor, delta: Tensor, bias: Tensor | None) -> Tensor:
     fewest, most = _tokens_of_one_kernel(x.dtype)
-    # One kernel reads W along its rows.
+    # The fused kernel needs unit stride along the rows of W.
     in_one = fewest <= x.shape[0] <= most and weight.stride(1) == 1
     if not in_one or (bias is not None and bias.dtype != x.dtype):
         return _compiled.linear(x, weight, index, delta, bias)
@@ -47,9 +47,9 @@ _ALWAYS, _NEVER = (0.0, math.inf), (math.inf, math.inf)
 
 @functools.cache
 def _tokens_of_one_kernel(dtype: torch.dtype) -> tuple[float, float]:
-    """From how many tokens to how many one kernel is faster than torch's product onto a bypass.
+    """The first and last number of tokens for which fused is faster than unfused.
 
-    As measured: ``docs/kernels.md`` says where. ``NEUROADA_CPU_FUSED=0|1`` decides instead.
+    From measurements, see ``docs/kernels.md``. ``NEUROADA_CPU_FUSED=0|1`` overrides them.
     """
     forced = _extension.asked("NEUROADA_CPU_FUSED")
     if forced is not None:
@@ -64,18 +64,18 @@ def _tokens_of_one_kernel(dtype: torch.dtype) -> tuple[float, float]:
     if dtype == torch.bfloat16 and isa == "amx_bf16":
         return _ALWAYS
     if dtype == torch.float16 or _has_amx():
-        return _NEVER  # its own units multiply faster than any vector
+        return _NEVER  # oneDNN's native float16 or AMX GEMM is faster than our vector kernels
     return 9 if isa == "avx512_bf16" else 4, math.inf
 
 
 def _has_fast_mkl() -> bool:
-    """Whether torch's float32 product is MKL's on a processor that MKL is made for."""
+    """Whether torch's float32 GEMM is MKL's on an Intel processor, for which MKL is tuned."""
     intel = _extension.module is not None and _extension.module.cpu_vendor() == "intel"
     return intel and torch.backends.mkl.is_available()
 
 
 def _has_amx() -> bool:
-    """Whether torch's product multiplies in tiles of AMX, which oneDNN may be kept from."""
+    """Whether torch's GEMM uses AMX tiles, which ``ONEDNN_MAX_CPU_ISA`` may disable."""
     held_to = os.environ.get("ONEDNN_MAX_CPU_ISA", os.environ.get("DNNL_MAX_CPU_ISA", "")).lower()
     if held_to not in ("", "all", "default") and "amx" not in held_to:
         return False

@@ -1,6 +1,6 @@
-"""The CUDA C++ backend: the bypass by the kernels of ``csrc/cuda`` and the product by torch, or for
-sm_90a by CUTLASS onto the bypass; on request, there, the product of a weight that is patched on its
-way to the multipliers.
+"""The CUDA C++ backend: the bypass by the kernels of ``csrc/cuda`` and the GEMM by torch, or on
+sm_90a by CUTLASS, accumulating onto the bypass. Opt-in on sm_90a: a GEMM that patches tiles of W in
+shared memory.
 """
 
 from __future__ import annotations
@@ -99,15 +99,15 @@ def _linear_backward(
 def _linear_onto_product(
     x: Tensor, weight: Tensor, index: Tensor, delta: Tensor, bias: Tensor | None
 ) -> Tensor:
-    """The op ``linear``: the product in float32, then a kernel adds and rounds once.
+    """The op ``linear``: a GEMM with float32 output, then a kernel adds the bypass and rounds once.
 
-    A float32 bias joins the product, as in ``F.linear``; one of 16 bits the bypass, in float32.
+    The GEMM adds a float32 bias, as in ``F.linear``; the kernel adds a 16-bit bias, in float32.
     """
     y = x.new_empty(x.shape[0], weight.shape[0])
     connections = index.contiguous(), _compiled.wide(delta, x)
     early, late = bias_for_bypass(None if bias is None else bias.contiguous())
     add_bypass = _compiled.C.bypass_fwd.default
-    for part in wide_parts(*y.shape):  # whose products get no name, or two would be held at once
+    for part in wide_parts(*y.shape):  # unnamed products, so that only one is held
         rows = x[part]
         add_bypass(rows, *connections, late, wide_product(rows, weight.t(), early), y[part])
     return y
@@ -122,7 +122,7 @@ def _linear_backward_onto_product(
     plan: Tensor | None,
     output_mask: list[bool],
 ) -> tuple[Tensor, Tensor | None]:
-    """The op ``linear_backward`` where dx is wanted, with the same rounding."""
+    """The op ``linear_backward`` with dx, rounded as in :func:`_linear_onto_product`."""
     only_delta = [False, output_mask[1]]
     _, grad_delta = _compiled.bypass_backward(grad, x, index, delta, plan, only_delta)
     d_in = weight.shape[1]
@@ -136,28 +136,28 @@ def _linear_backward_onto_product(
 
 
 def _wants_patched() -> bool:
-    """Whether ``NEUROADA_CUDA_PATCHED=1`` asks for a product whose tiles of W hold the bypass.
+    """Whether ``NEUROADA_CUDA_PATCHED=1`` selects the GEMM whose tiles of W include the bypass.
 
-    A kernel for sm_90a patches them where they lie in shared memory, so its rounding is that of
-    the strategy ``resident``. A call that it does not take, for its dtypes, shapes or strides,
-    goes as by default. ``docs/kernels/cuda-product.md`` has the figures.
+    A kernel for sm_90a patches the tiles in shared memory, so its rounding is that of the strategy
+    ``resident``. A call with unsupported dtypes, shapes or strides takes the default path.
+    ``docs/kernels/cuda-product.md`` has the figures.
     """
     return _extension.asked("NEUROADA_CUDA_PATCHED") is True
 
 
 def _wants_onto() -> bool:
-    """Whether a product may add to the bypass: unless ``NEUROADA_CUDA_ONTO=0`` forbids it.
+    """Whether the CUTLASS GEMM may accumulate onto the bypass: unless ``NEUROADA_CUDA_ONTO=0``.
 
-    The bypass goes first, and CUTLASS's product for sm_90a onto it, in float32: it rounds once, as
-    torch's product into float32 and a bypass that is added to it do, and holds no such product in
-    memory. A call that it does not take goes product first, and one that is to be patched and can
-    be is.
+    The bypass is computed first, and the CUTLASS GEMM for sm_90a adds to it in float32 and rounds
+    the sum once, as :func:`_linear_onto_product` does, but without a float32 product in memory.
+    Calls that it does not support take that path. The patched GEMM takes precedence if it is
+    selected and supports the call.
     """
     return _extension.asked("NEUROADA_CUDA_ONTO") is not False
 
 
 def _not_patched(inputs: Tensor, weight: Tensor, bias: Tensor | None = None) -> list[str]:
-    """Why the kernels for sm_90a do not take a product: what their copies cannot read."""
+    """Why the sm_90a kernels do not support a call: operands that TMA cannot read."""
     reasons = [*_not_sm90(inputs.device.index)]
     if inputs.dtype not in _SIXTEEN_BITS:
         reasons.append(f"dtype {inputs.dtype}, expected bfloat16 or float16")
@@ -179,7 +179,7 @@ def _not_patched(inputs: Tensor, weight: Tensor, bias: Tensor | None = None) -> 
 
 
 def _not_onto(inputs: Tensor, weight: Tensor, bias: Tensor | None = None) -> list[str]:
-    """Why CUTLASS's product does not take a call: where it cannot read or write, or is missing."""
+    """Why the CUTLASS GEMM does not support a call: its operands, or it was not built."""
     reasons = _not_patched(inputs, weight, bias)
     if not cutlass_version():
         reasons.append("built without CUTLASS")

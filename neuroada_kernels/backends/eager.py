@@ -1,6 +1,6 @@
 """The fallback: plain PyTorch on any device, with neither a copy of W nor a dense gradient.
 
-x is transposed in blocks of tokens, so that choosing a column copies one contiguous run.
+x is transposed in blocks of tokens, so that gathering a column copies one contiguous run.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ def _bypass_add(x: Tensor, y: Tensor, index: Tensor, delta: Tensor) -> Tensor:
 
 
 def _bypass_into(out: Tensor, x: Tensor, index: Tensor, delta: Tensor, onto: Tensor | None) -> None:
-    """``out[t, j] = onto[t, j] + sum_s delta[j, s] x[t, index[j, s]]``; ``onto`` may be ``out``."""
+    """``out[t, j] = onto[t, j] + sum_s delta[j, s] x[t, index[j, s]]``; ``onto``: out or a bias."""
     slots = _Slots(index, delta, x.dtype)
     for part in _blocks(x.shape[0], x.shape[1] + 3 * index.shape[0]):
         x_t = x[part].t().to(slots.dtype).contiguous()  # [d_in, block]
@@ -80,7 +80,7 @@ def _sddmm(grad: Tensor, x: Tensor, index: Tensor, delta: Tensor, d_in: int) -> 
 def _backward(
     grad: Tensor, x: Tensor, index: Tensor, delta: Tensor, output_mask: list[bool], d_in: int
 ) -> tuple[Tensor | None, Tensor | None]:
-    """``x`` may lack columns; into which blocks the sums fall follows from ``d_in``."""
+    """``x`` may hold only saved columns; the token blocks of the sums depend only on ``d_in``."""
     need_x, need_delta = output_mask
     slots = _Slots(index, delta, grad.dtype)
     grad_x = grad.new_empty(x.shape) if need_x else None
@@ -104,7 +104,7 @@ def _backward(
 def _add_rows(total: Tensor, rows: Tensor, products: Tensor) -> None:
     """``total[rows[i]] += products[i]``, in an order that does not change from run to run.
 
-    On a CPU ``index_put_`` adds with atomics from some size on, elsewhere ``index_add_`` does.
+    Above some size ``index_put_`` uses atomics on a CPU; elsewhere ``index_add_`` does.
     """
     if total.is_cpu:
         total.index_add_(0, rows, products)
@@ -113,16 +113,16 @@ def _add_rows(total: Tensor, rows: Tensor, products: Tensor) -> None:
 
 
 class _Slots:
-    """The k connections a neuron: columns as int64, values in the dtype in which sums are taken.
+    """The k connections per neuron: columns as int64, values in the dtype of the sums.
 
-    A slot without a connection has column 0 and value 0, and what it would gather is masked: zero
+    A slot without a connection has column 0 and value 0, and its gathered values are masked: zero
     times an infinite x is not zero.
     """
 
     def __init__(self, index: Tensor, delta: Tensor, dtype: torch.dtype) -> None:
         self.dtype = accumulated_in(dtype)
         empty = index < 0
-        # On an accelerator, asking whether there is any would wait for the device.
+        # On an accelerator, testing for empty slots would synchronize with the device.
         self.empty = None if index.is_cpu and not bool(empty.any()) else empty
         self.column = index.clamp(min=0).long()
         self.value = delta.to(self.dtype).masked_fill(empty, 0)

@@ -1,9 +1,9 @@
 """The Triton backend: the kernels of ``triton_kernels``, on a GPU or in Triton's interpreter.
 
-Tokens go in chunks whose transposed inputs fit into the workspace; what one kernel of a chunk
-wrote, the next finds in the GPU's cache. Where torch multiplies in 16 bits its product goes first,
-into float32, and our kernel adds bias and bypass and rounds once; wider dtypes need no such
-scratch, and the product accumulates onto the bypass.
+Tokens are processed in chunks whose transposed inputs fit into the workspace, so that each kernel
+of a chunk finds the output of the previous one in the GPU's L2. Unfused, in 16 bits torch's GEMM
+runs first, with float32 output, and our kernel adds bias and bypass and rounds once; wider dtypes
+need no such scratch, and the GEMM accumulates onto the bypass.
 """
 
 from __future__ import annotations
@@ -73,7 +73,7 @@ def _linear(x: Tensor, weight: Tensor, index: Tensor, delta: Tensor, bias: Tenso
         else:
             kernels.bypass_fwd(x_t, index, delta, y[part], bias=early)
             _add_dense(y[part], x[part], weight.t(), late)
-        del x_t  # or two would be held while the next is made
+        del x_t  # free it before the next one is allocated
     return y
 
 
@@ -127,9 +127,9 @@ def _backward(
     output_mask: list[bool],
     d_in: int,
 ) -> tuple[Tensor | None, Tensor | None]:
-    """dx, with the dense part where ``weight`` is given, and ddelta, for which x may lack columns.
+    """dx, with the GEMM if ``weight`` is given, and ddelta, for which x may be its saved columns.
 
-    The chunks follow from ``d_in`` and ``d_out`` alone, and so do all sums.
+    Chunks depend only on ``d_in``, ``d_out``, dtype and ``output_mask``, and so do all sums.
     """
     kernels = _kernels()
     tokens, d_out = grad.shape
@@ -187,25 +187,25 @@ def _product_first(
     inputs_t: Tensor,
     out: Tensor,
 ) -> None:
-    """``out = inputs @ weight``, in float32, plus what ``add_bypass(inputs_t, out, onto)`` adds.
+    """``out = inputs @ weight``, in float32, plus the terms of ``add_bypass(inputs_t, out, onto)``.
 
-    By parts of the tokens, so that the product in float32 is never held as a whole.
+    By slices of tokens, so that the full float32 product is never held.
     """
     step = _kernels().configs.tokens_a_wide_product(out.shape[1])
     for first in range(0, out.shape[0], step):
-        part = slice(first, first + step)  # the last goes on into the padding of inputs_t
+        part = slice(first, first + step)  # the last one includes the padding of inputs_t
         add_bypass(inputs_t[:, part], out[part], wide_product(inputs[part], weight))
 
 
 def _prefer_fused(inputs: Tensor, width: int) -> bool:
-    """Whether one kernel makes the ``[tokens, width]`` output, or torch's product and a kernel."""
+    """Whether the ``[tokens, width]`` output is computed fused, or by torch's GEMM and a kernel."""
     configs = _kernels().configs
     gpu = configs.gpu_of(inputs.device)
     return bool(configs.prefer_fused(*inputs.shape, width, inputs.dtype, gpu))
 
 
 def _chunks(tokens: int, bytes_a_token: int) -> Iterator[slice]:
-    """Tokens in parts whose transposed inputs fit into the workspace."""
+    """Slices of tokens whose transposed inputs fit into the workspace."""
     step = _kernels().configs.tokens_a_chunk(bytes_a_token)
     for first in range(0, tokens, step):
         yield slice(first, min(first + step, tokens))
@@ -222,7 +222,7 @@ def _contiguous(bias: Tensor | None) -> Tensor | None:
 
 
 def _on_its_device(run: Callable[..., Any]) -> Callable[..., Any]:
-    """Triton launches on the current device, whatever the tensors lie on."""
+    """Make the tensors' device current, since Triton launches on the current device."""
 
     @functools.wraps(run)
     def guarded(first: Tensor, *rest: Any) -> Any:

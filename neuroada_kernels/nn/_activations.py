@@ -1,8 +1,8 @@
-"""What a layer keeps of x for its backward: x itself, or the columns that were chosen of it.
+"""What a layer saves of x for its backward: x itself, or a copy of its chosen columns.
 
-dx needs nothing of x, and the gradient of ``delta`` those columns alone. Whether a copy of them is
-less than x depends on who else keeps x: the layer's siblings, which read the same one, and whoever
-made it.
+dx needs nothing of x, and the gradient of ``delta`` needs only these columns. Whether a copy saves
+memory depends on what else keeps x: the layer's siblings, which read the same x, and the function
+that produced it.
 """
 
 from __future__ import annotations
@@ -19,18 +19,18 @@ from neuroada_kernels.config import SAVE_ACTIVATIONS
 from neuroada_kernels.nn._siblings import Siblings
 from neuroada_kernels.plan import renumber, traceable_columns_of
 
-#: Autograd's nodes whose result has the storage of their input.
+#: Autograd nodes of views: their result shares the storage of their input.
 _VIEWS = {
     f"{name}Backward{number}"
     for name in ("Alias", "Permute", "ReshapeAlias", "Squeeze", "T", "Transpose", "UnsafeView")
     for number in (0, 1, 2)
 } | {"ExpandBackward0", "UnsqueezeBackward0", "ViewBackward0"}
-#: What a node is asked for the result that it saved.
+#: Attributes of an autograd node that hold its saved result.
 _RESULTS = ("_saved_result", "_saved_output", "_saved_out")
 
 
 def check_save_activations(save_activations: str) -> None:
-    """Raise ValueError where it is none of those that are known."""
+    """Raise ValueError if it is not one of ``SAVE_ACTIVATIONS``."""
     if save_activations not in SAVE_ACTIVATIONS:
         raise ValueError(
             f"save_activations: {save_activations!r}, expected one of {list(SAVE_ACTIVATIONS)}"
@@ -38,9 +38,9 @@ def check_save_activations(save_activations: str) -> None:
 
 
 def is_kept_by_its_maker(x: Tensor) -> bool:
-    """Whether the function that made x keeps it for its own backward, as attention and relu do.
+    """Whether the function that produced x saves it for its own backward, as attention and relu do.
 
-    Views are looked through. Nothing is unpacked: which functions do is known of their type.
+    Views are skipped. Decided by the node's type, so that no saved tensor is unpacked.
     """
     node, number = x.grad_fn, x.output_nr
     while node is not None and type(node).__name__ in _VIEWS:
@@ -57,11 +57,11 @@ def kept_of(
     *,
     plain: bool | None = None,
 ) -> functional.Kept | None:
-    """The columns of x to be saved in its stead, and the index into them; None for x itself.
+    """The columns of x to save instead of x, and the index into them; None to save x itself.
 
-    ``held`` has ``columns`` and ``kept_index`` of whoever reads x. The copy is of the dtype that
-    it computes in, by default autocast's or that of x. ``plain`` is ``ops.is_plain_eager(x)``, from
-    whoever knows it already.
+    ``held`` has the ``columns`` and ``kept_index`` of the layer that reads x. The copy has the
+    dtype ``dtype``, by default autocast's or that of x. ``plain`` is ``ops.is_plain_eager(x)``, if
+    the caller has computed it already.
     """
     columns = held["columns"]
     if columns is None or not torch.is_grad_enabled() or columns.device != x.device:
@@ -71,7 +71,7 @@ def kept_of(
         return None
     dtype = dtype or functional.autocast_dtype(x) or x.dtype
     if not plain and is_recorded():
-        # Siblings have the very same columns, so that a compiler makes one copy of its own.
+        # Siblings share the same columns tensor, so that the compiler can merge their copies.
         return traceable_columns_of(x, columns, dtype), cast(Tensor, held["kept_index"])
     if type(x) not in (Tensor, nn.Parameter) or (dtype == x.dtype and is_kept_by_its_maker(x)):
         return None
@@ -83,14 +83,14 @@ def kept_of(
 
 
 class ActivationSaver(nn.Module):
-    """The part of a layer that knows what of x is kept.
+    """The part of a layer that decides what is saved of x.
 
     Attributes
     ----------
     columns : Tensor or None
-        Buffer, not saved, int32: the columns of x that are kept; None where x itself is.
+        Non-persistent buffer, int32: the columns of x that are saved; None if x itself is.
     kept_index : Tensor or None
-        Buffer, not saved, int32, shape ``[out_features, k]``: ``index`` into these columns.
+        Non-persistent buffer, int32, ``[out_features, k]``: ``index`` into these columns.
     """
 
     in_features: int
@@ -110,17 +110,17 @@ class ActivationSaver(nn.Module):
 
     @property
     def save_activations(self) -> str:
-        """``"auto"``, ``"full"`` or ``"compact"``: what is kept of x from forward to backward.
+        """``"auto"``, ``"full"`` or ``"compact"``: what is saved of x from forward to backward.
 
-        ``"full"`` keeps x itself, by reference. ``"compact"`` keeps a copy of the columns that the
-        layer and its siblings chose, unless these are all. ``"auto"`` does so where they are at
-        most half of x. Where x is kept anyway, by a sibling or by the function that made it, it is
-        kept by reference in every case, for a copy would come on top. Gradients are the same bits.
+        ``"full"`` saves x itself, by reference. ``"compact"`` saves a copy of the columns that the
+        layer and its siblings chose, unless they chose all columns. ``"auto"`` copies them if they
+        are at most half of x. If x stays alive anyway, saved by a sibling or by the function that
+        produced it, it is saved by reference in every mode. Gradients are bitwise the same.
 
         Raises
         ------
         ValueError
-            On setting what is none of these.
+            On setting any other value.
         """
         return self._save_activations
 
@@ -132,13 +132,13 @@ class ActivationSaver(nn.Module):
             self._siblings.settle()
 
     def join(self, siblings: Siblings) -> None:
-        """Become one of the layers that read the same x; they have to settle afterwards."""
+        """Join the layers that read the same x; ``siblings.settle()`` has to follow."""
         self._siblings.layers.discard(self)
         siblings.layers.add(self)
         self._siblings = siblings
 
     def _is_planned(self) -> bool:
-        """Whether the index is known to be valid, looked at again where it has changed."""
+        """Whether the index is known to be valid; checks it again if it has changed."""
         return False
 
     def _keep_columns(self, columns: Tensor | None) -> None:
@@ -147,9 +147,9 @@ class ActivationSaver(nn.Module):
         self._mirror()
 
     def _mirror(self) -> None:
-        """Have the same two outside of the buffers, whose shapes a compiler takes for fixed.
+        """Mirror the two buffers in a plain dict, since a compiler assumes static buffer shapes.
 
-        An index that is loaded into a compiled model may lead to another number of columns.
+        Loading an index into a compiled model may change the number of columns.
         """
         self._for_compiler = {name: self._buffers.get(name) for name in ("columns", "kept_index")}
 
@@ -169,7 +169,7 @@ class ActivationSaver(nn.Module):
         return (f", save_activations={mode}" if mode != "auto" else "") + kept
 
     def _share_columns(self) -> None:
-        """Go on sharing them, once they are moved: torch moves them layer by layer."""
+        """Share ``columns`` with siblings again after a move: torch moves layer by layer."""
         mine = self._buffers.get("columns")
         if mine is not None and not mine.is_meta:
             for sibling in list(self._siblings.layers):
@@ -181,7 +181,7 @@ class ActivationSaver(nn.Module):
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)  # type: ignore[no-untyped-call]
-        if "_siblings" not in state:  # from before there were any
+        if "_siblings" not in state:  # pickled before siblings existed
             self._start_saving()
         self._siblings.layers.add(self)
         self._mirror()

@@ -1,4 +1,4 @@
-"""What both linears are: a layer that holds the frozen weight and bias itself."""
+"""The base class of both linears: a layer that holds the frozen weight and bias itself."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ _Self = TypeVar("_Self", bound="BypassLinear")
 
 
 class BypassLinear(BypassLayer):
-    """A frozen linear with k trainable bypass connections a neuron.
+    """A frozen linear with k trainable bypass connections per neuron.
 
     ``y[t, j] = sum_c x[t, c] W[j, c] + b[j] + sum_s delta[j, s] x[t, index[j, s]]``
     (Zhang et al., NeuroAda, EMNLP 2025). Only ``delta`` trains, and the bias after
@@ -36,7 +36,7 @@ class BypassLinear(BypassLayer):
     in_features, out_features : int
         As in ``nn.Linear``.
     k : int
-        Connections a neuron, from 1 to ``in_features``.
+        Connections per neuron, from 1 to ``in_features``.
     bias : bool
         As in ``nn.Linear``.
     selection : str
@@ -45,13 +45,13 @@ class BypassLinear(BypassLayer):
     scores, generator, neuron_fraction
         Passed to :func:`neuroada_kernels.select`.
     delta_dtype : torch.dtype
-        Dtype of ``delta``. It stays when the layer is cast by ``.to(dtype)`` or ``.half()``.
+        Dtype of ``delta``; ``.to(dtype)`` and ``.half()`` do not change it.
     strategy : str
-        ``"bypass"`` adds the bypass beside the product and never writes ``weight``.
-        ``"resident"`` keeps ``round(W + delta)`` in it, see :attr:`strategy`. ``"auto"`` is
-        ``"resident"`` where that is allowed.
+        ``"bypass"`` adds the bypass to the GEMM's result and never writes ``weight``.
+        ``"resident"`` keeps ``round(W + delta)`` in ``weight``, see :attr:`strategy`. ``"auto"`` is
+        ``"resident"`` where that is allowed, otherwise ``"bypass"``.
     save_activations : str
-        What is kept of x for the backward, see :attr:`save_activations`: ``"auto"``, ``"full"`` or
+        What is saved of x for the backward, see :attr:`save_activations`: ``"auto"``, ``"full"`` or
         ``"compact"``.
     device, dtype
         As in ``nn.Linear``.
@@ -64,16 +64,15 @@ class BypassLinear(BypassLayer):
         Shape ``[out_features]``, frozen.
     index : Tensor
         Buffer, int32, shape ``[out_features, k]``: distinct columns within a row, -1 in a slot
-        without a connection. What the layer selected is in the order of
-        :func:`neuroada_kernels.order_slots`, what it was given stays in its own. Checked when it is
-        set or loaded. One that is written in place is noticed by the next forward that is not
-        compiled.
+        without a connection. A selected index is in the order of
+        :func:`neuroada_kernels.order_slots`; a given one keeps its order. Checked when it is set or
+        loaded. In-place writes are detected by the next forward that is not compiled.
     delta : nn.Parameter
         Shape ``[out_features, k]``, zeros at first.
     original : Tensor or None
         Buffer, shape ``[out_features, k]``: while merged, the values that ``weight`` had.
     strategy_reason : str or None
-        Why ``strategy="auto"`` came to ``"bypass"``, or one that was asked for on the meta device.
+        Why ``"auto"``, or a strategy that was requested on the meta device, became ``"bypass"``.
     """
 
     weight: nn.Parameter
@@ -122,24 +121,24 @@ class BypassLinear(BypassLayer):
         save_activations: str = "auto",
         index: Tensor | None = None,
     ) -> _Self:
-        """The layer over the very tensors of ``linear``: shared, never copied, and frozen.
+        """A layer that shares the tensors of ``linear``, without copies, and freezes them.
 
         Parameters
         ----------
         linear : nn.Linear
             Its weight and bias stop requiring grad; nothing else of it changes.
         k, selection, scores, generator, neuron_fraction, delta_dtype, strategy, save_activations
-            As in the constructor. While ``"resident"``, ``linear`` computes with ``W + delta``
-            as well.
+            As in the constructor. While ``"resident"``, ``linear`` also computes with
+            ``W + delta``.
         index : Tensor, optional
-            int32, shape ``[out_features, k]``: the connections, instead of selecting them.
+            int32, shape ``[out_features, k]``: the connections, instead of a selection.
 
         Raises
         ------
         TypeError, ValueError
             If ``linear`` is no ``nn.Linear`` with a floating weight of its own and the forward of
-            ``nn.Linear``, without hooks, if its weight may not be resident, or an argument is not
-            as expected; then ``linear`` is unchanged.
+            ``nn.Linear``, without hooks, if its weight may not be resident although that is
+            requested, or if an argument is not as expected; ``linear`` is unchanged then.
         """
         if not isinstance(linear, nn.Linear):
             raise TypeError(f"linear: {type(linear).__name__}, expected torch.nn.Linear")
@@ -185,10 +184,10 @@ class BypassLinear(BypassLayer):
         self.train(linear.training)
 
     def select_connections(self, reason: str | None = None) -> bool:
-        """Choose what waited for the weight's values; False where it still has none.
+        """Make the deferred selection; returns False if the weight still has no values.
 
-        A layer over a weight on the meta device has no connections until then. Where it has
-        them, nothing changes. ``reason`` is one against the strategy ``"resident"``.
+        A layer over a weight on the meta device has no connections until then. If the layer has
+        its connections already, nothing changes. ``reason`` is why ``"resident"`` is refused.
         """
         deferred = self._deferred
         if deferred is None:
@@ -217,7 +216,7 @@ class BypassLinear(BypassLayer):
         if self._rows is not None:
             self._rows.check(x)
             return self._rows.map(self._forward_of, x)
-        # Module.__getattr__ costs half a microsecond a look, which adds up at one token.
+        # Module.__getattr__ costs half a microsecond per lookup, which adds up at one token.
         if self._buffers["original"] is not None or self._idle:
             return F.linear(x, self.weight, self.bias)
         return self._bypass_forward(x)
@@ -233,7 +232,7 @@ class BypassLinear(BypassLayer):
         return "weight: is computed, by a parametrization, a norm or pruning"
 
     def _check_shapes(self) -> None:
-        """Raise where a tensor of another shape was put into the layer."""
+        """Raise if a tensor of the layer was replaced by one of another shape."""
         parameters, rows = self._parameters, self.out_features
         weight, bias = parameters.get("weight"), parameters.get("bias")
         delta, index = parameters["delta"], self._buffers["index"]
@@ -256,7 +255,7 @@ class BypassLinear(BypassLayer):
         raise NotImplementedError
 
     def _forward_of(self, adapter: str | None, x: Tensor) -> Tensor:
-        """``y`` by an adapter that may be parked, and by none for None."""
+        """``y`` with an adapter that may be parked; ``adapter`` None computes the base alone."""
         raise NotImplementedError
 
     def _weight_to_choose_by(self) -> Tensor:

@@ -13,12 +13,12 @@ from neuroada_kernels.nn._weight import BaseWeight, is_of
 
 
 def bitsandbytes_weight(module: nn.Module) -> BaseWeight:
-    """The weight of either layer, once it is quantised.
+    """The weight of either layer, which has to be quantised.
 
     Raises
     ------
     ValueError
-        If it is not, or not for training.
+        If it is not quantised yet, or in a form that cannot be trained through.
     """
     if is_of(module, "bitsandbytes", "Linear8bitLt"):
         return _Weight8bit(module)
@@ -26,10 +26,10 @@ def bitsandbytes_weight(module: nn.Module) -> BaseWeight:
 
 
 def keep_packing(module: nn.Module) -> None:
-    """Have evaluation on a CPU leave a 4-bit weight as it is.
+    """Prevent evaluation on a CPU from repacking a 4-bit weight.
 
-    With AVX-512 bitsandbytes packs it anew at the first evaluation, for a product that is faster:
-    the scales are rounded to bfloat16 for good, and there is no gradient of x after that.
+    With AVX-512, bitsandbytes repacks the weight in the first evaluation for a faster GEMM: the
+    scales are permanently rounded to bfloat16, and the gradient of x is no longer available.
     """
     if is_of(module, "bitsandbytes", "Linear4bit"):
         module.support_avx512bf16_for_cpu = False  # type: ignore[assignment]
@@ -37,7 +37,7 @@ def keep_packing(module: nn.Module) -> None:
 
 @contextlib.contextmanager
 def packing_kept(model: nn.Module) -> Iterator[None]:
-    """:func:`keep_packing` of every module; undone where the block raises."""
+    """:func:`keep_packing` of every module; undone if the block raises."""
     before = [
         (module, vars(module).get("support_avx512bf16_for_cpu"))
         for module in model.modules()
@@ -49,7 +49,7 @@ def packing_kept(model: nn.Module) -> Iterator[None]:
         yield
     except BaseException:
         for module, support in before:
-            if support is None:  # as in a bitsandbytes that does not pack
+            if support is None:  # this bitsandbytes version does not repack
                 del module.support_avx512bf16_for_cpu
             else:
                 module.support_avx512bf16_for_cpu = support
@@ -57,13 +57,13 @@ def packing_kept(model: nn.Module) -> Iterator[None]:
 
 
 def elements(parameter: Tensor) -> int:
-    """How many numbers a parameter stands for, of which 4-bit ones hold two a byte."""
+    """The number of values of a parameter; 4-bit parameters hold two values per byte."""
     state = getattr(parameter, "quant_state", None)
     return parameter.numel() if state is None or state.shape is None else int(state.shape.numel())
 
 
 class _Weight4bit(BaseWeight):
-    """Blocks of 4-bit codes along the rows, each with its scale; these may be quantised too."""
+    """Blocks of 4-bit codes along the rows, one scale per block; scales may be quantised too."""
 
     def __init__(self, module: nn.Module) -> None:
         weight: Any = module.weight
@@ -98,7 +98,7 @@ class _Weight4bit(BaseWeight):
         part = data.detach().view(torch.uint8).view(-1)[start // 2 : (stop + 1) // 2, None]
         state = functional.QuantState(
             absmax=self._scales()[blocks],
-            # Two a byte: an odd number would have torch.compile at work for each new one.
+            # Even, two values per byte: odd sizes would make torch.compile recompile for each.
             shape=torch.Size((2 * part.shape[0],)),
             dtype=self.state.dtype,
             blocksize=size,
@@ -109,7 +109,7 @@ class _Weight4bit(BaseWeight):
         return flat[first - start : end - start].view(-1, d_in)
 
     def _scales(self) -> Tensor:
-        """One of each block, float32: a sixteenth of W's size in four bits."""
+        """One float32 scale per block: for blocks of 64, an eighth of the 4-bit codes' size."""
         from bitsandbytes import functional
 
         if not self.state.nested:
@@ -139,7 +139,7 @@ class _Weight4bit(BaseWeight):
 
 
 class _Weight8bit(BaseWeight):
-    """Rows of int8, each with its largest magnitude."""
+    """Rows of int8, with the absolute maximum of each row as its scale."""
 
     def __init__(self, module: nn.Module) -> None:
         weight: Any = module.weight
@@ -149,7 +149,7 @@ class _Weight8bit(BaseWeight):
                 "base: Linear8bitLt with has_fp16_weights=True, which quantises in each forward, "
                 "expected has_fp16_weights=False"
             )
-        # The first forward moves the scales from the one to the other.
+        # The first forward moves the scales from the weight to the state.
         self.holder: Any = weight if weight.SCB is not None else state
         if weight.device.type != "meta" and self.holder.SCB is None:
             raise ValueError("base: Linear8bitLt is not quantised yet, expected it on a device")

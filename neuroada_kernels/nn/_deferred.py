@@ -1,4 +1,4 @@
-"""The choice of connections that waits until a weight on the meta device has values."""
+"""Deferred selection of connections, until a weight on the meta device has values."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from neuroada_kernels.selection import (
 
 @dataclass(frozen=True)
 class Deferred:
-    """The arguments of :func:`neuroada_kernels.select` but for the weight, and the strategy."""
+    """The arguments of :func:`neuroada_kernels.select` except the weight; and the strategy."""
 
     k: int
     method: str
@@ -35,12 +35,12 @@ class Deferred:
         return self.k, self.method, self.scores, self.generator
 
     def index_for(self, weight: Tensor | Rows) -> Tensor:
-        """The index, int32 ``[d_out, k]``: without values where ``weight`` has none.
+        """The index, int32 ``[d_out, k]``; on the meta device if ``weight`` is.
 
         Raises
         ------
         TypeError, ValueError
-            As ``select`` does, as far as that shows without values.
+            As ``select``; on the meta device only errors that do not depend on values.
         """
         share = self.neuron_fraction
         if not isinstance(weight, Tensor):
@@ -53,5 +53,5 @@ class Deferred:
         return torch.empty(weight.shape[0], self.k, dtype=torch.int32, device="meta")
 
     def connections(self, d_out: int) -> int:
-        """How many will be chosen."""
+        """The number of connections that will be chosen."""
         return drawn_count(d_out, self.neuron_fraction) * self.k

@@ -1,4 +1,4 @@
-"""What every layer is: an index and a delta, checked, moved and loaded; the merged state."""
+"""The base class of every layer: its index and delta, checked, moved and loaded; merging."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from neuroada_kernels.selection import Rows
 
 
 class BaseForm(NamedTuple):
-    """The kind of base, None for a plain linear; dtype and device of the entries of its weight."""
+    """The kind of base, None for a plain linear; dtype and device of its weight's entries."""
 
     kind: str | None
     dtype: torch.dtype
@@ -30,7 +30,7 @@ class BaseForm(NamedTuple):
 
 
 def uncast(fn: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
-    """``fn``, as ``Module.to`` has it, without the cast: an adapter's dtypes are chosen."""
+    """``fn``, from ``Module.to``, without its cast, since the user chooses an adapter's dtypes."""
 
     def move(tensor: Tensor) -> Tensor:
         moved = fn(tensor)
@@ -40,7 +40,7 @@ def uncast(fn: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
 
 
 class BypassLayer(ActivationSaver, OwnTensors):
-    """k bypass connections a neuron beside a frozen weight, wherever that is."""
+    """k bypass connections per neuron beside a frozen weight, of the layer or of its base."""
 
     in_features: int
     out_features: int
@@ -50,15 +50,15 @@ class BypassLayer(ActivationSaver, OwnTensors):
     merged_index: Tensor | None
     strategy_reason: str | None = None
     _strategy = "bypass"
-    _loading = False  # a state dict that was checked as a whole
+    _loading = False  # loading a state dict that was checked as a whole
     _deferred: Deferred | None = None  # while index and delta wait for the weight's values
-    _weight_name = "weight"  # in a state dict
-    _idle = False  # the layer is its base: its adapter is not the active one, or disabled
-    _rows: BatchRows | None = None  # while the rows of a batch take different adapters
+    _weight_name = "weight"  # its key in a state dict
+    _idle = False  # no active adapter: the layer computes its base alone
+    _rows: BatchRows | None = None  # while the rows of a batch use different adapters
     _plan_facts: tuple[str, ...] = ()  # attributes that belong to the plan of an index
 
     def _check_connections(self, index: Tensor, delta_dtype: torch.dtype) -> None:
-        """Raise unless :meth:`_hold_connections` may have these."""
+        """Raise unless these are valid for :meth:`_hold_connections`."""
         if delta_dtype not in FLOATING:
             raise TypeError(f"delta_dtype: {delta_dtype}, expected {NAMES}")
         if not index.is_meta:
@@ -68,26 +68,26 @@ class BypassLayer(ActivationSaver, OwnTensors):
         self.register_buffer("index", index.contiguous())
         self.delta = nn.Parameter(torch.zeros(index.shape, dtype=delta_dtype, device=index.device))
         self.register_buffer("original", None)
-        # Where W was changed, merged or resident, whatever is written into index meanwhile.
+        # The index by which W was changed, merged or resident, in case index is written meanwhile.
         self.register_buffer("merged_index", None, persistent=False)
-        # The layer's own from the start, so that setting them later compiles nothing again.
+        # Instance attributes from the start, so that setting them later causes no recompilation.
         self._idle, self._rows = False, None
         self._start_saving()
 
     @property
     def k(self) -> int:
-        """Connections a neuron."""
+        """Connections per neuron."""
         return self.index.shape[1]
 
     @property
     def connections(self) -> int:
-        """How many the layer has, or will have."""
+        """The number of connections that the layer has, or will have."""
         if self._deferred is not None:
             return self._deferred.connections(self.out_features)
         return count_connections(self.index, self.in_features)
 
     def select_connections(self, reason: str | None = None) -> bool:
-        """Choose what waited for the weight's values; False where it still has none."""
+        """Make the deferred selection; returns False if the weight still has no values."""
         return True
 
     @property
@@ -96,12 +96,12 @@ class BypassLayer(ActivationSaver, OwnTensors):
         return self._deferred is not None
 
     def drop_deferral(self) -> None:
-        """Choose nothing any more, since index and delta were loaded.
+        """Cancel the deferred selection, since index and delta were loaded.
 
-        The strategy stays ``"bypass"``, and ``strategy_reason`` says why: who else reads the
-        weight is not known here, but to :func:`neuroada_kernels.set_strategy`.
+        The strategy stays ``"bypass"``, with the reason in ``strategy_reason``: only
+        :func:`neuroada_kernels.set_strategy` can tell which other modules read the weight.
         """
-        if self._deferred is None:  # nothing is written then, for which a model would compile again
+        if self._deferred is None:  # write no attribute, which would cause recompilation
             return
         if self._deferred.strategy != "bypass":
             self.strategy_reason = "its connections were loaded; set_strategy takes it up"
@@ -109,21 +109,21 @@ class BypassLayer(ActivationSaver, OwnTensors):
 
     @property
     def merged(self) -> bool:
-        """Whether ``weight`` holds the bypass, so that the layer is a plain linear."""
+        """Whether ``delta`` is merged into ``weight``, so that the layer is a plain linear."""
         return self.original is not None
 
     @property
     def strategy(self) -> str:
         """``"bypass"`` or ``"resident"``; setting ``"auto"`` decides between them.
 
-        While ``"resident"``, the storage of ``weight`` holds ``round(W + delta)``: the numbers of
-        mixed-precision training with ``delta`` as float32 master. Setting ``"bypass"`` restores W,
-        bit for bit.
+        While ``"resident"``, the storage of ``weight`` holds ``round(W + delta)``, as in
+        mixed-precision training with ``delta`` as float32 master weights. Setting ``"bypass"``
+        restores W, bit for bit.
 
         Raises
         ------
         ValueError
-            On setting ``"resident"`` where it is refused, with the reason; nothing changes then.
+            On setting ``"resident"`` if it is refused, with the reason; nothing changes then.
         """
         return self._strategy
 
@@ -132,7 +132,7 @@ class BypassLayer(ActivationSaver, OwnTensors):
         self._set_strategy(strategy)
 
     def _set_strategy(self, strategy: str, reason: str | None = None) -> None:
-        """Set the strategy; ``reason`` is one against ``"resident"`` that only the caller sees."""
+        """Set the strategy; ``reason`` is why the caller refuses ``"resident"``, or None."""
         check_known(strategy)
         if self._deferred is not None:
             self._deferred = dataclasses.replace(self._deferred, strategy=strategy)
@@ -150,15 +150,15 @@ class BypassLayer(ActivationSaver, OwnTensors):
             self._enter_resident()
 
     def merge(self) -> None:
-        """Add ``delta`` into the chosen entries of ``weight``; the values they had are kept.
+        """Add ``delta`` to the chosen entries of ``weight``; their old values are kept.
 
-        Where another module shares the weight, it sees the change. Merging twice changes nothing.
+        Modules that share the weight see the change. Merging twice changes nothing.
 
         Raises
         ------
         RuntimeError, ValueError
-            If there are no connections yet, or the base has no weight to write; then nothing is
-            changed.
+            If there are no connections yet, no adapter is active, or the base has no weight that
+            can be written; nothing is changed then.
         """
         if not self.merged:
             self.check_mergeable()
@@ -173,20 +173,20 @@ class BypassLayer(ActivationSaver, OwnTensors):
                 )
 
     def check_mergeable(self) -> None:
-        """Raise where :meth:`merge` would."""
+        """Raise if :meth:`merge` would."""
         self._check_active()
         self._check_whole()
         self.check_selected()
         self._check_index(self.index)
 
     def _check_active(self) -> None:
-        """Raise where the forward does not go through the layer's one adapter."""
+        """Raise if the forward does not use a single active adapter."""
         if self._idle or self._rows is not None:
             what = "not active" if self._idle else "another one for each row"
             raise RuntimeError(f"adapter: is {what}, expected an active one to merge")
 
     def _check_whole(self) -> None:
-        """Raise where the weight is in parts, be it that a forward has left it whole for now."""
+        """Raise if the weight is offloaded or sharded, even if currently all-gathered."""
         check_present(self)
         if any(map(is_managed_by_fsdp, self.modules())) or any(map(is_sharded, self.parameters())):
             raise ValueError(
@@ -195,14 +195,14 @@ class BypassLayer(ActivationSaver, OwnTensors):
             )
 
     def unmerge(self) -> None:
-        """Write the kept values back: ``weight`` is what it was before merging, bit for bit."""
+        """Write the kept values back: ``weight`` is as before merging, bit for bit."""
         if self.original is not None and self.merged_index is not None:
             with torch.no_grad():
                 self._unfold(self.merged_index, self.original)
             self.original = self.merged_index = None
 
     def merged_again(self) -> Callable[[], None]:
-        """What undoes :meth:`unmerge`, whatever has happened to ``delta`` since merging."""
+        """A function that undoes :meth:`unmerge`, even if ``delta`` has changed since merging."""
         original, index = self.original, self.merged_index
         if original is None or index is None:
             return lambda: None
@@ -217,12 +217,12 @@ class BypassLayer(ActivationSaver, OwnTensors):
         return back
 
     def _defer(self, choice: Deferred) -> None:
-        """Choose later, where the index has no values."""
+        """Defer the choice if the index has no values."""
         if self.index.is_meta:
             self._deferred = choice
 
     def check_selected(self) -> None:
-        """Raise where the connections are still to be chosen."""
+        """Raise if the connections are not chosen yet."""
         if self._deferred is not None:
             raise RuntimeError(
                 "index: not chosen yet, since weight was on the meta device; "
@@ -230,30 +230,30 @@ class BypassLayer(ActivationSaver, OwnTensors):
             )
 
     def base_entries(self, index: Tensor) -> Tensor:
-        """``W[j, index[j, s]]`` without the bypass of a resident layer; of an empty slot any.
+        """``W[j, index[j, s]]`` without the bypass of a resident layer; any value in an empty slot.
 
-        While merged, ``original`` holds those of the layer's own index.
+        While merged, the unmerged values at the layer's own index are in ``original``.
         """
         raise NotImplementedError
 
     @property
     def whole_shape(self) -> tuple[int, int]:
-        """``[d_out, d_in]`` of the weight, all processes' parts together."""
+        """``[d_out, d_in]`` of the weight, over the shards of all ranks."""
         return self.out_features, self.in_features
 
     def whole_connections(self) -> tuple[Tensor, Tensor]:
-        """``index`` and ``delta`` of the layer, gathered from the processes that hold its parts."""
+        """``index`` and ``delta`` of the layer, all-gathered if they are sharded."""
         return self.index, whole(self.delta.detach())
 
     def part_of_connections(self, index: Tensor, delta: Tensor) -> tuple[Tensor, Tensor]:
-        """Of another ``index`` and ``delta`` for the whole layer, what this process holds."""
+        """Copies of another full ``index`` and ``delta``, sharded and placed as the layer's are."""
         if is_sharded(self.delta):
             return index.to(self.index.device, copy=True), split_as(delta, self.delta)
         device = self.base_form().device
         return index.to(device, copy=True), delta.to(device, copy=True)
 
     def base_form(self) -> BaseForm:
-        """What the layer's weight is."""
+        """The form of the layer's base weight."""
         raise NotImplementedError
 
     def _state_repr(self) -> str:
@@ -269,20 +269,20 @@ class BypassLayer(ActivationSaver, OwnTensors):
         raise NotImplementedError
 
     def _weight_to_choose_by(self) -> Tensor | Rows:
-        """W ``[d_out, d_in]``, or what reads its rows, once it holds no bypass."""
+        """W ``[d_out, d_in]``, or a reader of its rows; called while it holds no bypass."""
         raise NotImplementedError
 
     def _follow_index(self, index: Tensor) -> None:
-        """Notice that ``index``, the layer's own, is another one than before."""
+        """Called if ``index``, the layer's own, may have changed; does nothing by default."""
 
     def _enter_resident(self) -> None:
-        """Write ``W + delta`` into the weight, where the layer does so while it trains."""
+        """Write ``W + delta`` into the weight, in layers that support ``"resident"``."""
 
     def _leave_resident(self) -> None:
         """Restore W."""
 
     def _resume(self) -> None:
-        """Write it again after what has restored W for a while."""
+        """Write ``W + delta`` again after W was restored temporarily."""
 
     def _fold(self) -> Tensor:
         raise NotImplementedError
@@ -293,7 +293,7 @@ class BypassLayer(ActivationSaver, OwnTensors):
     def _check_index(self, index: Tensor) -> None:
         check_index_form(index, self.in_features)
         delta = self._parameters.get("delta")
-        # ZeRO-3 leaves a delta without dimensions where no forward is: then nothing fits it.
+        # Outside a forward ZeRO-3 leaves delta with shape [0], so that k is 0 and no index fits.
         k = index.shape[1] if delta is None else local(delta).shape[-1]
         if index.shape != (self.out_features, k):
             expected = f"[{self.out_features}, {'k' if delta is None else k}]"
@@ -301,7 +301,7 @@ class BypassLayer(ActivationSaver, OwnTensors):
         check_index(index, self.in_features)
 
     def _check_index_device(self, index: Tensor) -> None:
-        """Raise where ``delta`` is on another device, but for one that is elsewhere for now."""
+        """Raise if ``delta`` is on another device, unless it is sharded or on the meta device."""
         delta = self._parameters["delta"]
         assert delta is not None
         if index.device != delta.device and not (delta.is_meta or is_sharded(delta)):
@@ -318,7 +318,7 @@ class BypassLayer(ActivationSaver, OwnTensors):
         super().__setattr__(name, value)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
-        """Move everything, but cast neither ``delta``, whose dtype is chosen, nor an index."""
+        """Move everything, but cast neither ``delta``, whose dtype the user chose, nor an index."""
         keeper, order = nn.Module(), list(self._buffers)
         keeper.register_parameter("delta", self._parameters.pop("delta"))
         names = ("index", "merged_index", "plan", "columns", "kept_index")
@@ -331,7 +331,7 @@ class BypassLayer(ActivationSaver, OwnTensors):
         finally:
             self._parameters["delta"] = keeper._parameters["delta"]
             self._buffers.update(keeper._buffers)
-            for name in order:  # by which torch's AveragedModel pairs them with those of a copy
+            for name in order:  # AveragedModel pairs buffers with a copy's by order
                 self._buffers[name] = self._buffers.pop(name)
             self._share_columns()
         return self
@@ -346,7 +346,7 @@ class BypassLayer(ActivationSaver, OwnTensors):
         unexpected_keys: list[str],
         error_msgs: list[str],
     ) -> None:
-        """Load, everything checked first and the merged state as it was saved."""
+        """Check everything first, then load, with the merged state as it was saved."""
         names = (self._weight_name, "bias", "index", "delta", "original")
         incoming = {n: state_dict[prefix + n] for n in names if prefix + n in state_dict}
         try:
@@ -378,12 +378,12 @@ class BypassLayer(ActivationSaver, OwnTensors):
             self.merged_index = self.index.clone()
 
     def _held(self, name: str) -> Tensor | None:
-        """The tensor of this name in a state dict, where the layer can tell its shape."""
+        """The layer's tensor for this name of a state dict; None if its shape is unknown."""
         held: Tensor | None = getattr(self, name)
         return held
 
     def _check_incoming(self, incoming: dict[str, Tensor]) -> None:
-        """Raise where loading these would leave the layer with a wrong index or a wrong W."""
+        """Raise if loading these would leave the layer with a wrong index or a wrong W."""
         for name, tensor in incoming.items():
             held = self.index if name == "original" else self._held(name)
             if held is not None and tensor.shape != held.shape:

@@ -1,7 +1,7 @@
-"""Several adapters of one layer, by name.
+"""Several named adapters of one layer.
 
-``index``, ``delta`` and ``plan`` of the layer are those of one adapter, so that its forward knows
-of no other. The rest are parked beside it and change places with it.
+``index``, ``delta`` and ``plan`` of the layer are those of one adapter, so that its forward
+handles only that one. The others are parked in child modules and swapped in when needed.
 """
 
 from __future__ import annotations
@@ -17,25 +17,25 @@ from neuroada_kernels.nn._layer import BypassLayer, uncast
 from neuroada_kernels.nn._rows import BatchRows
 from neuroada_kernels.plan import Planned, check_index, count_connections
 
-#: The adapter of a layer that was given no other name.
+#: The name of an adapter that was given no other name.
 DEFAULT = "default"
-#: What stands for no adapter at all, as in PEFT.
+#: The name for no adapter at all, as in PEFT.
 BASE = "__base__"
-#: What a layer saves of an adapter.
+#: The tensors of an adapter in a state dict.
 _SAVED = ("index", "delta", "original")
 
 
 class ParkedAdapter(nn.Module):
-    """Index, delta and plan of an adapter that its layer does not hold itself; or their place.
+    """Index, delta and plan of a parked adapter; empty while the layer holds them.
 
     Attributes
     ----------
     index : Tensor or None
-        Buffer, int32, shape ``[out_features, k]``; None while the layer has it.
+        Buffer, int32, shape ``[out_features, k]``; None while the layer holds it.
     delta : nn.Parameter or None
-        Shape ``[out_features, k]``. It stays of its dtype when the model is cast.
+        Shape ``[out_features, k]``. Its dtype does not change when the model is cast.
     plan : Tensor or None
-        Buffer, not saved: that of ``index``, once the layer has made one.
+        Non-persistent buffer: the plan of ``index``, once the layer has made one.
     """
 
     index: Tensor | None
@@ -51,14 +51,14 @@ class ParkedAdapter(nn.Module):
         self.register_buffer("plan", None, persistent=False)
         frozen = None if delta is None else nn.Parameter(delta, requires_grad=False)
         self.register_parameter("delta", frozen)
-        self._facts: dict[str, Any] = {}  # what the layer knows of the plan
+        self._facts: dict[str, Any] = {}  # the layer's attributes about the plan
 
     def exchange(self, layer: NamedLayer) -> None:
-        """Give the layer what is here, and take what it has."""
+        """Swap index, plan and delta with the layer."""
         for kind, names in (("_buffers", ("index", "plan")), ("_parameters", ("delta",))):
             here, there = getattr(self, kind), getattr(layer, kind)
             for name in names:
-                if name in there:  # a layer without a plan has none to keep
+                if name in there:  # a layer may have no plan
                     here[name], there[name] = there[name], here[name]
         facts = {name: vars(layer).pop(name) for name in layer._plan_facts if name in vars(layer)}
         vars(layer).update(self._facts)
@@ -66,13 +66,13 @@ class ParkedAdapter(nn.Module):
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
         super()._apply(uncast(fn), recurse)  # type: ignore[no-untyped-call]
-        self._facts = {}  # of another index and plan, or of memory that has no values now
+        self._facts = {}  # no longer valid after a move
         return self
 
     def _load_from_state_dict(
         self, state_dict: dict[str, Any], prefix: str, *args: Any, **options: Any
     ) -> None:
-        """Load what is here, once it is found to be valid; the rest is the layer's to load."""
+        """Check and load what is parked here; what the layer holds is loaded by the layer."""
         if self.index is None or self.delta is None:
             others = {k: v for k, v in state_dict.items() if k.removeprefix(prefix) not in _SAVED}
             super()._load_from_state_dict(others, prefix, *args, **options)
@@ -94,10 +94,10 @@ class ParkedAdapter(nn.Module):
 
 
 class NamedLayer(BypassLayer):
-    """A layer that has adapters by name: one that it holds, others that it can take up.
+    """A layer with named adapters: it holds one, the others are parked.
 
-    A layer with no other adapter than ``"default"`` has no children for them. Any other has the
-    child ``adapters``, with an entry for each, and saves all of them under their names there.
+    A layer whose only adapter is ``"default"`` has no child modules for adapters. Any other layer
+    has the child ``adapters`` with an entry per adapter, and saves all of them under their names.
     """
 
     adapters: nn.ModuleDict
@@ -105,20 +105,20 @@ class NamedLayer(BypassLayer):
 
     @property
     def adapter_names(self) -> tuple[str, ...]:
-        """The adapters that the layer has, in the order in which they came."""
+        """The names of the layer's adapters, in the order of addition."""
         return tuple(self.adapters) if self._is_named else (self._adapter,)
 
     @property
     def active_adapter(self) -> str | None:
-        """The one that the forward goes through; None while the layer is its base."""
+        """The adapter that the forward uses; None while the layer computes its base alone."""
         return None if self._idle else self._adapter
 
     def holder_of(self, adapter: str) -> Any:
-        """What has the ``index``, ``delta`` and ``plan`` of an adapter: the layer, or its place."""
+        """The holder of an adapter's ``index``, ``delta`` and ``plan``: the layer or a child."""
         return self if adapter == self._adapter else self.adapters[adapter]
 
     def plan_of(self, adapter: str) -> Tensor | None:
-        """The plan of an adapter, parked or not; None where its index was written since."""
+        """The plan of an adapter, parked or not; None if its index was written since."""
         held = self.holder_of(adapter)
         facts = vars(self) if held is self else held._facts
         planned: Planned = facts.get("_planned", Planned())
@@ -129,36 +129,36 @@ class NamedLayer(BypassLayer):
 
     @property
     def deltas(self) -> list[nn.Parameter]:
-        """Those of all adapters."""
+        """The deltas of all adapters."""
         return [self.holder_of(adapter).delta for adapter in self.adapter_names]
 
     def count_of(self, adapter: str) -> int:
-        """Connections of an adapter."""
+        """The number of connections of an adapter."""
         if adapter == self._adapter:
             return self.connections
         return count_connections(self.holder_of(adapter).index, self.in_features)
 
     def choose_connections(self, choice: Deferred) -> Tensor:
-        """The index of another adapter, while no adapter is active: by the weight of the base."""
+        """The index of a new adapter, chosen by the base's weight; no adapter may be active."""
         return choice.index_for(self._weight_to_choose_by())
 
     def park(self, adapter: str, index: Tensor, delta: Tensor) -> None:
-        """Add an adapter, which is not active; index and delta are valid and the layer's own."""
+        """Add an inactive adapter; index and delta are valid and owned by the layer from now on."""
         if not self._is_named:
             self._name_places()
         self.adapters[adapter] = ParkedAdapter(self.in_features, index, delta)
 
     def rename(self, adapter: str) -> None:
-        """Call the only adapter so."""
+        """Rename the only adapter."""
         self._adapter = adapter
         self._forget_places()
         if adapter != DEFAULT:
             self._name_places()
 
     def seat(self, adapter: str | None) -> None:
-        """Let the forward go through ``adapter``; without it, or for None, the layer is its base.
+        """Activate ``adapter``; for None, or a name that is not here, the layer is its base.
 
-        Siblings have to settle afterwards.
+        The caller has to settle the siblings afterwards.
         """
         if self.merged:
             raise RuntimeError("adapters: cannot change while merged, unmerge first")
@@ -169,35 +169,35 @@ class NamedLayer(BypassLayer):
         self._resume()
 
     def step_aside(self, adapter: str) -> None:
-        """Hold another adapter than this one, where there is any; this one is not active."""
+        """Swap in another adapter, if there is one, in place of ``adapter``, which is inactive."""
         others = [name for name in self.adapter_names if name != adapter]
         if adapter == self._adapter and others:
             self._take(others[0])
 
     def remove(self, adapter: str) -> None:
-        """Delete an adapter that is not active and not the only one."""
+        """Delete an adapter that is neither active nor the only one."""
         self.step_aside(adapter)
         del self.adapters[adapter]
         if self.adapter_names == (DEFAULT,):
             self._forget_places()
 
     def split_rows(self, names: Sequence[str]) -> None:
-        """Let each row of a batch go through the adapter of its name, where that is here."""
+        """Use a named adapter per row of a batch; a name that is not here stands for the base."""
         held = self._adapter
         try:
             for adapter in self.adapter_names:
                 if adapter in names:
-                    self._take(adapter)  # so that it has a plan
+                    self._take(adapter)  # makes its plan
         finally:
             self._take(held)
         self._rows = BatchRows.of(names, self.adapter_names, self.index.device)
 
     def join_rows(self) -> None:
-        """End that."""
+        """End the effect of :meth:`split_rows`."""
         self._rows = None
 
     def let_go(self) -> None:
-        """Leave the weight to others: not resident, never to be unmerged, nobody's sibling."""
+        """Release the weight: leave ``"resident"``, forget a merge, and leave the siblings."""
         self._leave_resident()
         self.original = self.merged_index = None
         self._strategy = "bypass"
@@ -214,15 +214,15 @@ class NamedLayer(BypassLayer):
         self._modules.pop("adapters", None)
 
     def _take(self, adapter: str) -> None:
-        """Hold ``adapter`` instead of the one that the layer holds, with a plan that is its own."""
+        """Swap in ``adapter`` for the one that the layer holds, and plan its index if needed."""
         if adapter != self._adapter:
-            for name in (self._adapter, adapter):  # to its place, and from its place
+            for name in (self._adapter, adapter):  # park one, then take the other
                 place = self.adapters[name]
                 assert isinstance(place, ParkedAdapter)
                 place.exchange(self)
             self._adapter = adapter
             self._keep_columns(None)
-        self._follow_index(self.index)  # which may have been written while it was parked
+        self._follow_index(self.index)  # it may have been written while parked
 
     def _state_repr(self) -> str:
         if not self._is_named:
@@ -250,7 +250,7 @@ class NamedLayer(BypassLayer):
         unexpected_keys: list[str],
         error_msgs: list[str],
     ) -> None:
-        """Load what the layer holds from under its name; parked adapters load themselves."""
+        """Load the held adapter from under its name; parked adapters load themselves."""
         missing: list[str] = []
         rest = (local_metadata, strict, missing, unexpected_keys, error_msgs)
         if not self._is_named:

@@ -1,4 +1,4 @@
-"""Modules with accelerate's hooks, which may keep tensors elsewhere until the module runs."""
+"""Modules with accelerate's hooks, which may offload tensors until the module runs."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ from neuroada_kernels.nn._weight import BaseWeight, is_of
 
 
 class OffloadedWeight(BaseWeight):
-    """The module has its weight on the meta device, and accelerate's hook knows the values.
+    """A weight on the meta device whose values accelerate's hook holds.
 
-    They are read onto the device that the module computes on, and never written.
+    The values are read onto the device that the module computes on, and never written.
     """
 
     unmergeable = (
@@ -25,19 +25,19 @@ class OffloadedWeight(BaseWeight):
         hook = offloading_hook(module)
         weight = module.get_parameter("weight")
         d_out, d_in = weight.shape
-        device = torch.empty(0, device=hook.execution_device).device  # a number counts GPUs
+        device = torch.empty(0, device=hook.execution_device).device  # an int is a GPU index
         super().__init__(module, None, (d_out, d_in), weight.dtype, device)
         self._hook = hook
         self._values: Tensor | None = None
 
     def rows(self, rows: slice) -> Tensor:
-        if self._values is None:  # from a disk as a whole, so it is kept till all rows are read
+        if self._values is None:  # cached: a read from disk loads the whole weight
             self._values = self._hook.weights_map["weight"].detach()
         return self._values[rows].to(self.device, self.dtype)
 
 
 def offloading_hook(module: nn.Module) -> Any:
-    """The hook of accelerate's that brings the weight of a linear, or None where it is here."""
+    """The accelerate hook that loads the weight of a linear, or None if it is present."""
     weight = module._parameters.get("weight")
     if weight is None or not weight.is_meta:
         return None
@@ -45,12 +45,12 @@ def offloading_hook(module: nn.Module) -> Any:
 
 
 def is_dispatched(module: nn.Module) -> bool:
-    """Whether it is a linear to which accelerate brings x, and its weight where that is not."""
+    """Whether it is a linear for which accelerate moves x, and its weight if offloaded."""
     return bool(_hooks(module)) and type(module).forward is nn.Linear.forward
 
 
 def check_present(layer: nn.Module) -> None:
-    """Raise where accelerate has a layer's own tensors elsewhere until it runs."""
+    """Raise if accelerate has offloaded a layer's own tensors until it runs."""
     if _is_offloaded(layer):
         raise ValueError(
             "weight: accelerate keeps it elsewhere, and delta too, expected a model that is "
@@ -59,7 +59,7 @@ def check_present(layer: nn.Module) -> None:
 
 
 def check_trains(layer: nn.Module) -> None:
-    """Raise in a forward for whose gradient accelerate leaves no ``delta``."""
+    """Raise in a forward with gradients if accelerate replaces ``delta`` for each forward."""
     delta = layer._parameters["delta"]
     assert delta is not None
     if delta.requires_grad and torch.is_grad_enabled() and _is_offloaded(layer):
@@ -74,7 +74,7 @@ def _is_offloaded(module: nn.Module) -> bool:
 
 
 def _hooks(module: nn.Module) -> list[Any]:
-    """Those of accelerate that move tensors round the forward of a linear."""
+    """The accelerate hooks of a linear, if all of them only move tensors; otherwise none."""
     hooks = _all_hooks(module)
     known = isinstance(module, nn.Linear) and all(
         is_of(one, "accelerate", "AlignDevicesHook") for one in hooks
@@ -83,6 +83,6 @@ def _hooks(module: nn.Module) -> list[Any]:
 
 
 def _all_hooks(module: nn.Module) -> list[Any]:
-    """Those that accelerate calls round a forward, its own and anybody's."""
+    """All hooks that accelerate calls around a forward, including user hooks."""
     hook: Any = getattr(module, "_hf_hook", None)
     return [] if hook is None else list(getattr(hook, "hooks", (hook,)))

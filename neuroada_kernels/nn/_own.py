@@ -1,7 +1,7 @@
-"""Tensors that are a layer's own: of their shapes, and not computed anew in every forward.
+"""Tensors that a layer owns: of fixed shape, and not recomputed in every forward.
 
-Torch's parametrizations, spectral and weight norm, and pruning put a parameter away under another
-name, and an attribute that they compute in its place. ``nn.DataParallel`` does so for each call.
+Torch's parametrizations, spectral and weight norm, and pruning move a parameter to another name
+and replace it by a computed attribute. ``nn.DataParallel`` does so for each call.
 """
 
 from __future__ import annotations
@@ -11,33 +11,33 @@ from typing import Any
 
 from torch import Tensor, nn
 
-#: By what prune, and the old weight_norm, end the name of a parameter that they put away.
+#: Suffixes that prune and the old weight_norm append to the name of a parameter that they move.
 _PUT_AWAY = ("_orig", "_v")
 
 
 def wrong_shape(name: str, tensor: Tensor, expected: Sequence[int]) -> ValueError:
-    """The error where a layer was given a tensor of another shape."""
+    """The error for a tensor of another shape than the layer's."""
     return ValueError(f"{name}: shape {list(tensor.shape)}, expected {list(expected)}")
 
 
 class OwnTensors(nn.Module):
-    """The part of a layer that lets nobody take away what it reads and writes itself.
+    """The part of a layer that protects the tensors its kernels read and write from removal.
 
-    That is ``index`` and ``delta``, and ``weight`` while it holds the bypass.
+    These are ``index`` and ``delta``, and ``weight`` while it holds the bypass.
     """
 
     _is_replica = False  # torch sets it in the copies that nn.DataParallel makes for a call
 
     def _put_into_replica(self, name: str, value: object) -> bool:
-        """Whether this is a replica that is given a tensor of its own.
+        """Store ``value`` if this is a DataParallel replica; returns whether it did.
 
-        Its parameters are none to torch, being computed; here they are found where a layer's are.
+        Torch sets a replica's parameters as plain attributes; the layer reads its own dicts.
         """
         if not self._is_replica or not isinstance(value, Tensor):
             return False
         held: dict[str, Any] = self._buffers if name in self._buffers else self._parameters
         held[name] = value
-        vars(self).pop("_seen", None)  # what a resident layer knew of the tensors of its own
+        vars(self).pop("_seen", None)  # a resident layer's record of its own tensors
         return True
 
     def _why_own(self, name: str) -> str | None:
@@ -49,7 +49,7 @@ class OwnTensors(nn.Module):
         return None
 
     def _check_stays(self, name: str) -> None:
-        """Raise where ``name`` is to be put away, before anything is."""
+        """Raise if ``name`` is to be removed or computed, before anything has changed."""
         reason = self._why_own(name)
         if reason is not None:
             raise ValueError(
@@ -65,10 +65,10 @@ class OwnTensors(nn.Module):
         held = next((name.removesuffix(end) for end in _PUT_AWAY if name.endswith(end)), "")
         taken = held not in self._parameters and held not in self._buffers
         if param is not None and taken and self._why_own(held):
-            # The old weight_norm has deleted it unasked, and brings its memory under this name. An
-            # optimizer that had the parameter before has to be told of this one.
+            # The old weight_norm has already deleted the parameter from the dict, and registers its
+            # memory under this name. Restore it as a new Parameter, unknown to existing optimizers.
             self._parameters.pop(f"{held}_g", None)
             self._parameters[held] = nn.Parameter(param.detach(), held == "delta")
-            vars(self).pop("_seen", None)  # what a resident layer knew of the one before
+            vars(self).pop("_seen", None)  # the record of the old one
         self._check_stays(held)
         super().register_parameter(name, param)

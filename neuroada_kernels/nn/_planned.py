@@ -1,4 +1,4 @@
-"""Layers that plan their index for the backward, and plan anew when it changes."""
+"""Layers that plan their index for the backward, and plan it again when it changes."""
 
 from __future__ import annotations
 
@@ -15,25 +15,25 @@ from neuroada_kernels.plan import Planned, checksum, is_plan_of, is_wrapped, mak
 class PlannedLayer(BypassLayer):
     """A layer that keeps its plan: see :mod:`neuroada_kernels.plan`.
 
-    Loading and setting the index plan at once, since a compiled forward cannot. What is written
-    into the index in place, copied or moved is noticed by the next forward that is not compiled.
+    Loading and setting the index plan immediately, since a compiled forward cannot. An index that
+    was written in place, copied or moved is detected by the next forward that is not compiled.
     """
 
     plan: Tensor
-    _planned = Planned()  # the index that the plan is of
-    _plan_checksum: int | None = None  # of the plan as it was made, which copies have too
+    _planned = Planned()  # identity of the index that the plan is of
+    _plan_checksum: int | None = None  # of the plan when it was made; inherited by copies
     _plan_facts: tuple[str, ...] = ("_planned", "_plan_checksum")
 
     def _make_plan(self) -> None:
         self._plan()
-        if self in self._siblings.layers:  # as a replica of DataParallel's is not
+        if self in self._siblings.layers:  # false in a DataParallel replica
             self._siblings.settle()
 
     def _plan(self) -> None:
         if self.index.is_meta:
             plan, self._planned = self.index.new_empty(0), Planned()
         else:
-            # A plan that was made in inference mode could never be saved for a backward.
+            # An inference tensor cannot be saved for a backward.
             with torch.inference_mode(False), torch.no_grad():
                 plan, self._planned = self._plan_of(self.index), Planned(self.index)
         self.register_buffer("plan", plan, persistent=False)
@@ -43,15 +43,15 @@ class PlannedLayer(BypassLayer):
         return make_plan(index, self.in_features)
 
     def _has_plan_of(self, index: Tensor) -> bool:
-        """Whether its plan is one of ``index``, in whatever order: a GPU has its own."""
+        """Whether the plan is one of ``index``, in any order of entries: a GPU uses its own."""
         return is_plan_of(self.plan, index, self.in_features)
 
     def _check_not_averaged(self) -> None:
-        """Raise where a moving average of all buffers has been written into those of the layer.
+        """Raise if a moving average of all buffers has been written into the layer's buffers.
 
-        Torch's has fractions cut off an index, which makes it one of other connections. As nobody
-        else writes into a plan, that tells of it; but one process may send another its index and
-        the plan of it, as DistributedDataParallel does.
+        AveragedModel truncates the averaged index to integers: other connections. Nothing
+        else writes into a plan, so a changed checksum of the plan reveals it. A plan that fits the
+        index is accepted, since DistributedDataParallel broadcasts the two together.
         """
         known, plan = self._plan_checksum, self.plan
         if known is None or self.index.is_meta or checksum(plan) in (None, known):
@@ -69,7 +69,7 @@ class PlannedLayer(BypassLayer):
     def _replan(self) -> None:
         """Check and plan an index that was replaced, written in place, copied or moved.
 
-        Not one that a transform has wrapped, as ``vmap`` over several layers does.
+        Skips an index that a transform has wrapped, as ``vmap`` over several layers does.
         """
         self._check_index_device(self.index)
         if not is_wrapped(self.index):
@@ -79,10 +79,10 @@ class PlannedLayer(BypassLayer):
             self._make_plan()
 
     def _leave_other_index(self) -> None:
-        """Restore W where it is patched by another index than the layer has, or may be no more.
+        """Restore W if it is patched by another index than the layer's, or may not be resident.
 
-        Else it stays: a copy, or a layer that was moved, is planned in its first forward, and other
-        threads may be in theirs.
+        Otherwise W stays patched: a copied or moved layer is planned in its first forward, while
+        other threads may be in their own.
         """
         patched = self.merged_index
         captured = self.index.is_cuda and torch.cuda.is_current_stream_capturing()
@@ -103,17 +103,17 @@ class PlannedLayer(BypassLayer):
                 self._check_not_averaged()
                 self._check_index(self.index)
             except (TypeError, ValueError, RuntimeError):
-                return False  # its own forward says why
+                return False  # the layer's own forward raises it
             self._leave_other_index()
             self._plan()
             self._resume()
         return True
 
     def _follow_index(self, index: Tensor) -> None:
-        """Plan anew where ``index``, the layer's own, is not what the plan is of."""
+        """Plan again if ``index``, the layer's own, is not the one that was planned."""
         # A replica's index and plan are copies of the layer's.
         if not self._planned.is_still(index) and not self._is_replica:
-            with self._siblings.lock:  # one of several threads plans
+            with self._siblings.lock:  # only one of several threads plans
                 if not self._planned.is_still(self.index):
                     self._replan()
 
@@ -128,7 +128,7 @@ class PlannedLayer(BypassLayer):
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
         super()._apply(fn, recurse)
         self._planned = Planned()
-        self._plan_checksum = checksum(self.plan)  # another where memory has no values yet
+        self._plan_checksum = checksum(self.plan)  # differs if memory has no values yet
         return self
 
     def _save_to_state_dict(self, *args: Any) -> None:
@@ -138,7 +138,7 @@ class PlannedLayer(BypassLayer):
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
         super()._load_from_state_dict(state_dict, prefix, *args)
         if prefix + "index" in state_dict:
-            self._plan_checksum = None  # whatever the index was before
+            self._plan_checksum = None  # the old plan is not checked any more
             self._follow_index(self.index)
             self._resume()  # a compiled forward cannot
 

@@ -1,12 +1,12 @@
-"""The strategy ``resident``: while it is on, the storage of W holds ``round(W + delta)``.
+"""The strategy ``resident``: while active, the storage of W holds ``round(W + delta)``.
 
-``base_values`` keeps what W itself has at the chosen entries. It is there exactly while W is
-patched. Patching and restoring both assign, from these kept values alone, so that doing either
-again, at any time, changes nothing.
+``base_values`` keeps the unpatched values of W at the chosen entries. It is set exactly while W is
+patched. Patching and restoring both assign values computed from ``base_values``, so both are
+idempotent.
 
-Python code cannot run before a compiled forward, nor before the replay of a CUDA graph, to see
-whether ``delta`` has changed: there W is patched in every forward. A program that is exported, to
-run without the layer, writes no weight.
+Before a compiled forward or the replay of a CUDA graph no Python code can check whether ``delta``
+has changed, so there W is patched in every forward. An exported program, which runs without the
+layer, writes no weight.
 """
 
 from __future__ import annotations
@@ -34,21 +34,21 @@ from neuroada_kernels.nn._own import wrong_shape
 from neuroada_kernels.nn._strategy import refusal, why_not_resident
 from neuroada_kernels.ops._library import PLAIN_TYPES
 
-#: The layers that are or were resident, copies among them.
+#: The layers that are or were resident, including copies.
 _layers: weakref.WeakSet[ResidentLinear] = weakref.WeakSet()
 _FUNCTIONALIZE = torch._C.DispatchKeySet(torch._C.DispatchKey.Functionalize)
 
 
 def _below_functionalization() -> AbstractContextManager[object]:
-    """What export and AOTAutograd switch on beside their modes, and takes no op that writes."""
+    """Excludes Functionalize, which export and AOTAutograd enable; it rejects ops that write."""
     return torch._C._ExcludeDispatchKeyGuard(_FUNCTIONALIZE)
 
 
 @functools.cache
 def _follow_optimizers() -> None:
-    """Raise the version of every delta that an optimiser steps, for it may not do so itself.
+    """Increment the version of every delta after an optimiser step, which may not do so itself.
 
-    Torch's own fused ones do not, nor do those that write through ``.data`` or a pointer.
+    Torch's fused optimisers do not, nor do optimisers that write through ``.data`` or a pointer.
     """
     register_optimizer_step_post_hook(_raise_versions)
 
@@ -61,15 +61,15 @@ def _raise_versions(optimizer: torch.optim.Optimizer, *_: Any) -> None:
 
 
 def _is_captured(weight: Tensor) -> bool:
-    """Whether what is done to ``weight`` now is recorded, to be repeated with another ``delta``."""
+    """Whether a CUDA graph records writes to ``weight`` now, to replay them with other deltas."""
     return weight.is_cuda and torch.cuda.is_current_stream_capturing()
 
 
 class _Seen:
-    """A tensor as it was when it was last looked at.
+    """The identity, address and version of a tensor when it was last checked.
 
-    Its memory is held, or else another that is put there through ``.data`` could come to lie at the
-    same address and look like this one.
+    The storage is kept alive, so that memory assigned through ``.data`` later cannot reuse its
+    address and match.
     """
 
     __slots__ = ("address", "memory", "tensor", "version")
@@ -82,7 +82,7 @@ class _Seen:
     def is_still(self, tensor: Tensor) -> bool:
         return (
             self.tensor() is tensor
-            and not tensor.is_inference()  # which counts no versions
+            and not tensor.is_inference()  # those have no version
             and self.version == tensor._version
             and self.address == tensor.data_ptr()
         )
@@ -94,13 +94,13 @@ class ResidentLinear(BypassLinear):
     Attributes
     ----------
     base_values : Tensor or None
-        Buffer, not saved, shape ``[out_features, k]``: while resident, the values that ``weight``
-        has without the bypass.
+        Non-persistent buffer, shape ``[out_features, k]``: while resident, the values of ``weight``
+        without the bypass.
     """
 
     base_values: Tensor | None
     _seen: tuple[_Seen, _Seen] | None = None  # delta and weight when W was last patched
-    _owner: int | None = None  # whose W it is to restore: no shallow copy's
+    _owner: int | None = None  # id of the layer that restores W in __del__; not a shallow copy
     _in_graph = False  # a CUDA graph may change delta without raising its version
 
     def _adopt(self, linear: nn.Linear, index: Tensor, delta_dtype: torch.dtype) -> None:
@@ -113,12 +113,12 @@ class ResidentLinear(BypassLinear):
             return reason
         if self._rows is not None:
             return "the rows of a batch take different adapters"
-        if is_managed_by_fsdp(self):  # a forward may have left a whole weight for now
+        if is_managed_by_fsdp(self):  # a forward may have left the weight all-gathered
             return "weight is sharded by fully_shard"
         address = self.weight.data_ptr()
         for other in list(_layers):
             held = other.base_values is not None and other.weight.data_ptr() == address
-            if held and other._buffers is not self._buffers:  # as a shallow copy's are
+            if held and other._buffers is not self._buffers:  # not a shallow copy
                 return "another adapter is resident in this weight"
         return None
 
@@ -131,7 +131,7 @@ class ResidentLinear(BypassLinear):
         _layers.add(self)
         with torch.inference_mode(False), torch.no_grad():
             self.merged_index = self.index.clone()
-            # Kept before anything is written: nothing is lost to an interrupt in between.
+            # Saved before anything is written, so that an interrupt loses nothing.
             self.base_values = ops.gather(self.weight, self.merged_index)
         self._seen = None
         self._patch(self.weight, self.delta)
@@ -145,13 +145,13 @@ class ResidentLinear(BypassLinear):
         self.base_values = self.merged_index = self._seen = None
 
     def _check_shape(self, weight: Tensor) -> None:
-        """Raise where ``weight`` is none to write the kept values into."""
+        """Raise if ``weight`` has not the shape to write the kept values into."""
         expected = (self.out_features, self.in_features)
         if weight.shape != expected:
             raise wrong_shape("weight", weight, expected)
 
     def _resume(self) -> None:
-        """Enter again after what has left it for a while: merging, loading, moving."""
+        """Patch W again after a temporary restore: by merging, loading or moving."""
         if self._strategy != "resident" or self.weight.is_meta or functional.is_transformed():
             return
         reason = self._why_not_resident()
@@ -177,8 +177,8 @@ class ResidentLinear(BypassLinear):
         else:
             seen = self._seen
             if not self._is_patched(weight, delta):
-                # Another thread may have patched it, once is enough. Who patches it leaves another
-                # `_seen`: where it is the same, the look above still holds.
+                # Another thread may have patched W meanwhile. Patching replaces `_seen`: if it is
+                # unchanged, the check above still holds.
                 with self._siblings.lock:
                     if self._seen is seen or not self._is_patched(weight, delta):
                         self._patch(weight, delta)
@@ -186,9 +186,10 @@ class ResidentLinear(BypassLinear):
         return functional.apply_resident(x, weight, index, delta, bias, kept, plain=plain)
 
     def _exported_forward(self, x: Tensor) -> Tensor:
-        """``round(W + delta)``, whatever patched the weight last: the bypass is what it lacks.
+        """A linear by ``round(W + delta)``, whichever delta the weight was patched with last.
 
-        That is nothing while ``delta`` has not changed since, and its gradient is delta's.
+        The bypass adds the difference to the patched weight, zero if ``delta`` has not changed
+        since; its gradient is the gradient of ``delta``.
         """
         index, base_values, plan = self.merged_index, self.base_values, self._buffers["plan"]
         assert index is not None
@@ -196,7 +197,7 @@ class ResidentLinear(BypassLinear):
         weight, delta = self.weight, self.delta
         dtype = torch.promote_types(torch.promote_types(weight.dtype, delta.dtype), torch.float32)
         wanted = (base_values.to(dtype) + delta.detach()).to(weight.dtype)
-        # The gradient comes to delta as it is, not by way of what is rounded.
+        # Straight-through gradient: it reaches delta unchanged, past the rounding.
         lacking = wanted.to(dtype) - ops.gather(weight, index) + (delta - delta.detach())
         return functional.apply_linear(x, weight, index, lacking, self.bias, plan, self._keep(x))
 
@@ -214,9 +215,9 @@ class ResidentLinear(BypassLinear):
         ops.patch_(weight, index, delta, base_values)
 
     def _patch(self, weight: Tensor, delta: Tensor) -> None:
-        """Write ``W + delta``, after which a backward that is still to come sees another W.
+        """Write ``W + delta``; pending backwards that saved W then raise by its version.
 
-        Where ``delta`` has not changed, it sees the same, and need not be told.
+        If ``delta`` has not changed, the written values are the same, and the version stays.
         """
         seen = self._seen
         changed = seen is None or not seen[0].is_still(delta)
@@ -225,18 +226,18 @@ class ResidentLinear(BypassLinear):
         if _is_captured(weight):
             self._in_graph = True
         self._write(weight if changed else weight.data, delta)
-        # Past Module.__setattr__ and its overrides, of which a step would run nine functions.
+        # Bypasses Module.__setattr__ and its overrides, which would cost nine calls per step.
         self.__dict__["_seen"] = _Seen(delta), _Seen(weight)
 
     def _check_weight(self, weight: Tensor, seen: _Seen, delta_changed: bool) -> None:
-        """Refuse where somebody else wrote the entries that are the layer's for now."""
+        """Raise if other code wrote the patched entries, or replaced the weight."""
         if seen.tensor() is not weight:
             raise RuntimeError(
                 "weight: is another one than that which holds W + delta, expected strategy "
                 "'bypass' where the weight is replaced"
             )
         if delta_changed:
-            return  # with another delta, what is there cannot be told from what should be
+            return  # the values that the old delta gave are unknown
         assert self.merged_index is not None
         held = ops.gather(weight, self.merged_index)
         expected = self._patched_values()
@@ -259,13 +260,13 @@ class ResidentLinear(BypassLinear):
         if self.base_values is None or self.merged_index is None:
             return entries
         index = index.to(self.weight.device)
-        for s in range(self.k):  # those that the layer has patched, one slot at a time
+        for s in range(self.k):  # replace patched entries, one slot at a time
             same = index == self.merged_index[:, s : s + 1]
             entries = torch.where(same, self.base_values[:, s : s + 1], entries)
         return entries
 
     def _without_bypass(self) -> Tensor:
-        """A copy of W as it is without the bypass."""
+        """A copy of W without the bypass."""
         assert self.base_values is not None
         assert self.merged_index is not None
         with torch.no_grad():
@@ -274,7 +275,7 @@ class ResidentLinear(BypassLinear):
         return weight
 
     def _traceable_base(self) -> Tensor:
-        """The same by torch alone, for its transforms; empty slots write into a column too many."""
+        """The same by torch ops, for its transforms; empty slots write into an extra column."""
         index, base = self.merged_index, self.base_values
         assert index is not None
         assert base is not None
@@ -302,7 +303,7 @@ class ResidentLinear(BypassLinear):
         self._resume()
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
-        self._seen = None  # which would hold the memory that is left
+        self._seen = None  # it would keep the old storage alive
         super()._apply(fn, recurse)
         if self.weight.is_meta:  # there is nothing left to restore
             self.base_values = None
@@ -311,7 +312,7 @@ class ResidentLinear(BypassLinear):
     def _save_to_state_dict(
         self, destination: dict[str, Any], prefix: str, keep_vars: bool
     ) -> None:
-        """Save W as it is without the bypass: a copy, or with ``keep_vars`` itself, restored."""
+        """Save W without the bypass: a copy, or with ``keep_vars`` the restored W itself."""
         if keep_vars:
             self._leave_resident()
         super()._save_to_state_dict(destination, prefix, keep_vars)
@@ -335,9 +336,9 @@ class ResidentLinear(BypassLinear):
         _layers.add(self)
 
     def __del__(self) -> None:
-        """Leave W as it was found, for whoever shares it, also in the middle of a compilation."""
+        """Restore W for modules that share it, even in the middle of a compilation."""
         if self.__dict__.get("_owner") == id(self) and not sys.is_finalizing():
-            # A weight of another shape, which somebody put there, has nothing to restore.
+            # A weight that was replaced by one of another shape has nothing to restore.
             suppressed = contextlib.suppress(ValueError)
             with _disable_current_modes(), _below_functionalization(), suppressed:
                 self._leave_resident()

@@ -1,4 +1,4 @@
-"""Which rows of a batch go through which adapter of a layer."""
+"""The assignment of the rows of a batch to the adapters of a layer."""
 
 from __future__ import annotations
 
@@ -11,18 +11,18 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class BatchRows:
-    """The rows of dimension 0, in groups of those that take the same adapter.
+    """The rows of dimension 0, grouped by adapter.
 
     Attributes
     ----------
     adapters : tuple of str or None
         The adapter of each group; None for the base alone.
     counts : tuple of int
-        Rows of each group.
+        Number of rows of each group.
     order : Tensor or None
-        int64, ``[rows]``: the rows, group by group; None where they stand so already.
+        int64, ``[rows]``: the rows, group by group; None if they are in this order already.
     places : Tensor or None
-        int64, ``[rows]``: where among these each row is.
+        int64, ``[rows]``: the inverse of ``order``; None if ``order`` is.
     """
 
     adapters: tuple[str | None, ...]
@@ -32,10 +32,10 @@ class BatchRows:
 
     @classmethod
     def of(cls, names: Sequence[str], known: Collection[str], device: torch.device) -> BatchRows:
-        """The rows that ``names`` are for, in a layer that has the adapters ``known``.
+        """Group the rows by ``names``, one per row, in a layer that has the adapters ``known``.
 
-        Those of two names that are both unknown here stay apart: a product over more rows may round
-        otherwise, and no row is to depend on which others there are.
+        Rows of different unknown names form separate groups: a GEMM over more rows may round
+        differently, and no row may depend on which other names are in the batch.
         """
         groups: dict[str, list[int]] = {}
         for row, name in enumerate(names):
@@ -49,7 +49,7 @@ class BatchRows:
         return cls(adapters, counts, sorted_rows, sorted_rows.argsort())
 
     def check(self, x: Tensor) -> None:
-        """Raise unless ``x`` has these rows."""
+        """Raise unless dimension 0 of ``x`` has this number of rows."""
         total = sum(self.counts)
         if x.dim() < 2 or len(x) != total:
             raise ValueError(
@@ -57,7 +57,7 @@ class BatchRows:
             )
 
     def map(self, forward: Callable[..., Tensor], *tensors: Tensor) -> Tensor:
-        """``forward(adapter, *rows)`` of each group's rows of ``tensors``, as one, row by row."""
+        """``forward(adapter, *rows)`` per group of rows of ``tensors``, in the original order."""
         if self.order is not None:
             tensors = tuple(tensor.index_select(0, self.order) for tensor in tensors)
         parts = zip(self.adapters, *(tensor.split(self.counts) for tensor in tensors), strict=True)
@@ -65,5 +65,5 @@ class BatchRows:
         return y if self.places is None else y.index_select(0, self.places)
 
     def __reduce__(self) -> tuple[type[None], tuple[()]]:
-        """A copy of a layer, deep or pickled, is not in the block that this is for."""
+        """Copies and pickles become None: a copied layer is outside the block that set the rows."""
         return type(None), ()

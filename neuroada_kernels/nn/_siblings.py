@@ -1,8 +1,8 @@
 """Layers that read the same x, and the one copy of its chosen columns that they share.
 
-The layer whose forward comes first makes the copy. A sibling finds it by x itself, the very tensor
-and not written since, so that a copy is never another x's or an older one. It is held until every
-sibling has read it or x is gone, whichever comes first; from then on the graph alone holds it.
+The layer whose forward runs first makes the copy. A sibling finds it by the identity and version of
+x, so that a copy is never stale or of another x. It is held until every sibling has read it or x is
+freed, whichever comes first; from then on only the autograd graph holds it.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from neuroada_kernels.plan import chosen_columns, columns_of
 
 
 class Reader(Protocol):
-    """What a layer has to be to have siblings."""
+    """The interface of a layer that can have siblings."""
 
     in_features: int
     index: Tensor
@@ -35,25 +35,25 @@ class Reader(Protocol):
 
 
 class Siblings:
-    """The layers, which this does not keep alive, and the latest copy of each thread.
+    """Weak references to the layers, and the latest copy of each thread.
 
-    A copy of this, deep or pickled, is empty: copied layers join it anew, and no other.
+    A deep or pickled copy of this is empty; the copied layers join it.
     """
 
     def __init__(self) -> None:
         self.layers: weakref.WeakSet[Reader] = weakref.WeakSet()
-        self.lock = threading.RLock()  # columns and the index into them are changed together
+        self.lock = threading.RLock()  # guards columns and the index into them as a pair
         self._latest = _Latest()
 
     def __reduce__(self) -> tuple[type[Siblings], tuple[()]]:
         return Siblings, ()
 
     def settle(self) -> None:
-        """Decide which columns are kept, from what all the layers chose and want.
+        """Decide which columns are saved, from the indices and modes of all the layers.
 
-        To be called where an index or a wish has changed.
+        To be called when an index or ``save_activations`` has changed.
         """
-        # What is made in inference mode could not be saved for a backward.
+        # An inference tensor cannot be saved for a backward.
         with self.lock, torch.inference_mode(False), torch.no_grad():
             places: dict[tuple[torch.device, int], list[Reader]] = {}
             for layer in list(self.layers):
@@ -66,7 +66,7 @@ class Siblings:
                     layer._keep_columns(columns)
 
     def copy_of(self, x: Tensor, columns: Tensor, dtype: torch.dtype) -> Tensor:
-        """``x[..., columns]``: the copy of a sibling, or one for it to find."""
+        """``x[..., columns]``: the copy of a sibling, or a new one that siblings can find."""
         latest = self._latest.copy
         if latest is not None and latest.is_of(x, columns, dtype):
             kept = latest.read()
@@ -74,13 +74,13 @@ class Siblings:
                 return kept
         kept = columns_of(x, columns, dtype)
         readers = len(self.layers) - 1
-        shared = readers > 0 and not x.is_inference()  # which counts no versions
+        shared = readers > 0 and not x.is_inference()  # inference tensors have no version
         self._latest.copy = _Copy(x, columns, kept, readers) if shared else None
         return kept
 
 
 class _Copy:
-    """The columns of one x, and how many siblings are still to read them."""
+    """The columns of one x, and the number of siblings that have not read them yet."""
 
     __slots__ = ("__weakref__", "address", "columns", "kept", "readers", "stream", "version", "x")
 
@@ -122,10 +122,10 @@ class _Latest(threading.local):
 
 
 def _stream(x: Tensor) -> object:
-    """Where the copy is made: another stream would have to wait for it.
+    """The stream that makes the copy: another stream would have to wait for it.
 
-    What a CUDA graph records is a place of its own: a replay has other values than the copy that
-    was made before.
+    Capture counts as a different stream: the replay of a CUDA graph has other values than a copy
+    that was made before the capture.
     """
     if not x.is_cuda:
         return None
@@ -133,9 +133,9 @@ def _stream(x: Tensor) -> object:
 
 
 def _worth_keeping(layers: list[Reader]) -> Tensor | None:
-    """The columns that any of the layers chose, or None where x itself is to be kept."""
+    """The columns that any of the layers chose, or None if x itself is to be saved."""
     wishes = {layer.save_activations for layer in layers}
-    if "full" in wishes:  # then x is there anyway, for all of them
+    if "full" in wishes:  # x is saved anyway, and all share it
         return None
     d_in = layers[0].in_features
     columns = chosen_columns([layer.index for layer in layers], d_in)

@@ -1,4 +1,4 @@
-"""The two ways to train a bypass, and where the weight may not be written."""
+"""The two strategies to train a bypass, and the reasons why a weight may not be written."""
 
 from __future__ import annotations
 
@@ -9,15 +9,15 @@ from neuroada_kernels.config import STRATEGIES
 
 
 def check_known(strategy: str) -> None:
-    """Raise ValueError where ``strategy`` is none."""
+    """Raise ValueError if ``strategy`` is unknown."""
     if strategy not in STRATEGIES:
         raise ValueError(f"strategy: {strategy!r}, expected one of {list(STRATEGIES)}")
 
 
 def check_strategy(strategy: str, weight: Tensor) -> None:
-    """Raise ValueError where ``strategy`` is none, or ``"resident"`` and ``weight`` may not be.
+    """Raise ValueError if ``strategy`` is unknown, or ``"resident"`` is refused for ``weight``.
 
-    A weight on the meta device may yet become one that may.
+    A weight on the meta device is not checked: its real counterpart may be allowed.
     """
     check_known(strategy)
     if weight.is_meta:
@@ -27,15 +27,15 @@ def check_strategy(strategy: str, weight: Tensor) -> None:
 
 
 def refusal(reason: str) -> str:
-    """The message of an error."""
+    """The error message for a refused ``"resident"``."""
     return f"strategy: 'resident' is refused: {reason}; expected 'bypass' or 'auto'"
 
 
 def why_not_resident(weight: Tensor) -> str | None:
-    """Why nobody may write into this weight, in words, or None.
+    """Why this weight may not be written, or None.
 
-    What other modules read of it cannot be seen from here;
-    :func:`neuroada_kernels.strategies.shared_weights` looks through a model.
+    Whether other modules read it cannot be determined here;
+    :func:`neuroada_kernels.strategies.shared_weights` searches a model.
     """
     if type(weight) not in (Tensor, nn.Parameter):
         return (

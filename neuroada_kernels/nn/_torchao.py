@@ -12,7 +12,7 @@ from neuroada_kernels.nn._weight import BaseWeight
 
 
 class TorchaoWeight(BaseWeight):
-    """A tensor subclass of torchao's, which dequantises itself."""
+    """A torchao tensor subclass, which dequantises itself."""
 
     def __init__(self, module: nn.Module) -> None:
         self.weight: Any = module.get_parameter("weight")
@@ -30,7 +30,7 @@ class TorchaoWeight(BaseWeight):
                 part: Tensor = self.weight[rows].dequantize()
                 return part
             except (NotImplementedError, RuntimeError, AssertionError):
-                # Packed in tiles, which do not divide into rows: all of it, kept till it is read.
+                # Packed in tiles, which cannot be sliced by rows: dequantise and cache all of it.
                 self._whole = self._dequantised()
         return self._whole[rows]
 
@@ -80,7 +80,7 @@ class TorchaoWeight(BaseWeight):
 
 
 def _granularity(block: Sequence[int], shape: tuple[int, int]) -> object:
-    """What torchao calls blocks of this size."""
+    """The torchao granularity of blocks of this size."""
     from torchao import quantization as ao
 
     if tuple(block) == shape:

@@ -1,4 +1,4 @@
-"""The weight inside a module whose forward is not ours, as a layer reads and writes it."""
+"""Access to the weight inside a module with a forward of its own."""
 
 from __future__ import annotations
 
@@ -9,24 +9,24 @@ from neuroada_kernels.selection import row_blocks
 
 
 class BaseWeight:
-    """The weight ``W [d_out, d_in]`` in a module, however the module keeps it.
+    """The weight ``W [d_out, d_in]`` of a module, in any storage format.
 
     Attributes
     ----------
     module : nn.Module
-        Whose weight it is.
+        The module that holds the weight.
     kind : str or None
-        What it is, in words that an adapter's file keeps; None for the values of a plain linear.
+        The kind of weight, stored in adapter files; None for the weight of a plain linear.
     shape : tuple of int
         ``(d_out, d_in)``.
     dtype, device
-        Of what :meth:`rows` returns.
+        Dtype and device of the result of :meth:`rows`.
     matrix : Tensor or None
-        W itself, to be read and written, where it is plain numbers.
+        W itself, readable and writable, if its elements are plain numbers.
     """
 
     matrix: Tensor | None = None
-    #: Why nothing is merged where there is no ``matrix``, and what to do instead.
+    #: Error text for merging without a ``matrix``: the reason, and what to do instead.
     unmergeable = (
         "into which nothing can be merged exactly, expected merge_requantized(), which says how "
         "large the error is"
@@ -47,7 +47,7 @@ class BaseWeight:
 
     @property
     def name(self) -> str:
-        """What it is, for people."""
+        """The kind of weight for messages."""
         return self.kind or "linear with accelerate's hooks"
 
     def rows(self, rows: slice) -> Tensor:
@@ -55,7 +55,7 @@ class BaseWeight:
         raise NotImplementedError
 
     def entries(self, index: Tensor) -> Tensor:
-        """``W[j, index[j, s]]``, ``[d_out, k]``; of an empty slot any."""
+        """``W[j, index[j, s]]``, ``[d_out, k]``; any value for an empty slot."""
         columns = index.to(self.device).clamp(min=0).long()
         found = torch.empty(columns.shape, dtype=self.dtype, device=self.device)
         for rows in row_blocks(self.shape):
@@ -63,27 +63,27 @@ class BaseWeight:
         return found
 
     def quantise(self, weight: Tensor) -> object:
-        """``weight``, float32 ``[d_out, d_in]``, in the form in which the module keeps it.
+        """``weight``, float32 ``[d_out, d_in]``, in the format of the module.
 
         Raises
         ------
         ValueError
-            If there is no way back from numbers to that form.
+            If the format cannot be produced from floating values.
         """
         raise ValueError(f"base: {self.name}, which cannot be quantised again from here")
 
     def exchange(self, quantised: object) -> object:
-        """Put what :meth:`quantise` gave into the module; what was there before."""
+        """Store the result of :meth:`quantise` in the module; returns what was there before."""
         raise NotImplementedError
 
 
 def entries_of(matrix: Tensor, index: Tensor) -> Tensor:
-    """``W[j, index[j, s]]``, ``[d_out, k]``, of plain numbers; of an empty slot any."""
+    """``W[j, index[j, s]]``, ``[d_out, k]``, of a plain matrix; any value for an empty slot."""
     return matrix.gather(1, index.to(matrix.device).clamp(min=0).long())
 
 
 def is_of(value: object, library: str, name: str | None = None) -> bool:
-    """Whether a type of ``value`` is of that library, and called ``name``."""
+    """Whether a class of ``value`` is defined in ``library``, and named ``name`` if given."""
     return any(
         kind.__module__.partition(".")[0] == library and name in (None, kind.__name__)
         for kind in type(value).__mro__

@@ -1,4 +1,4 @@
-"""The layer round a base whose forward is not ours."""
+"""The layer that wraps a base with a forward of its own."""
 
 from __future__ import annotations
 
@@ -27,16 +27,16 @@ from neuroada_kernels.selection import row_blocks
 
 @dataclass(frozen=True)
 class Requantization:
-    """What quantising ``W + delta`` again did to it, ``W'`` being what the base holds now.
+    """The error of quantising ``W + delta`` again, where ``W'`` is what the base holds now.
 
     Attributes
     ----------
     largest : float
         The largest ``|W' - (W + delta)|``.
     of_weight : float
-        The norm of ``W' - (W + delta)`` over that of ``W + delta``.
+        The norm of ``W' - (W + delta)`` divided by the norm of ``W + delta``.
     of_update : float
-        The same over the norm of ``delta``: at 1, the error is as large as what was trained.
+        The same divided by the norm of ``delta``: at 1, the error is as large as the update.
     """
 
     largest: float
@@ -45,10 +45,10 @@ class Requantization:
 
 
 class NeuroAdaBypass(NamedLayer, PlannedLayer):
-    """A frozen base layer with k trainable bypass connections a neuron.
+    """A frozen base layer with k trainable bypass connections per neuron.
 
     ``y[t, j] = base(x)[t, j] + sum_s delta[j, s] x[t, index[j, s]]``, the sum taken in float32 and
-    rounded once. The gradient of x through the base is the base's own. Only ``delta`` trains.
+    rounded once. The base computes its own gradient of x. Only ``delta`` trains.
 
     Parameters
     ----------
@@ -56,35 +56,35 @@ class NeuroAdaBypass(NamedLayer, PlannedLayer):
         bitsandbytes' ``Linear4bit`` or ``Linear8bitLt``, an ``nn.Linear`` that torchao has
         quantised or accelerate has offloaded, transformers' ``Conv1D``, or any module with
         ``in_features``, ``out_features`` and a forward from ``[..., in_features]`` to
-        ``[..., out_features]``. Held as it is, and frozen.
+        ``[..., out_features]``. Kept as it is, and frozen.
     k : int
-        Connections a neuron, from 1 to ``in_features``.
+        Connections per neuron, from 1 to ``in_features``.
     selection, scores, generator, neuron_fraction
-        Passed to :func:`neuroada_kernels.select`, which sees the base's weight dequantised, a few
-        rows at a time. A base without a weight of its own takes ``"random"`` or ``"scores"``.
+        Passed to :func:`neuroada_kernels.select`, which reads the base's weight dequantised, a few
+        rows at a time. A base without a readable weight supports ``"random"`` and ``"scores"``.
     delta_dtype : torch.dtype
-        Dtype of ``delta``. It stays when the layer is cast.
+        Dtype of ``delta``; casting the layer does not change it.
     strategy : str
-        ``"bypass"``; ``"auto"`` comes to the same, and ``"resident"`` is refused.
+        ``"bypass"``; ``"auto"`` has the same effect, and ``"resident"`` raises.
     save_activations : str
-        What the bypass keeps of x, as in :class:`NeuroAdaLinear`; the base keeps what it keeps.
+        What the bypass saves of x, as in :class:`NeuroAdaLinear`; what the base saves is its own.
     index : Tensor, optional
-        int32, shape ``[out_features, k]``: the connections, instead of selecting them.
+        int32, shape ``[out_features, k]``: the connections, instead of a selection.
 
     Attributes
     ----------
     base : nn.Module
-        The layer underneath.
+        The wrapped layer.
     index, delta, original, strategy_reason
         As in :class:`NeuroAdaLinear`.
 
     Raises
     ------
     TypeError
-        If ``base`` is no such module, or another argument not of its type.
+        If ``base`` is no such module, or an argument has a wrong type.
     ValueError
         If the base is on the meta device or not quantised yet, or an argument is not as expected;
-        then ``base`` is unchanged.
+        ``base`` is unchanged then.
     """
 
     base: nn.Module
@@ -129,12 +129,12 @@ class NeuroAdaBypass(NamedLayer, PlannedLayer):
 
     @property
     def weight(self) -> Any:
-        """What the base has under this name, quantised or transposed as it may be."""
+        """The base's attribute ``weight``, possibly quantised or transposed."""
         return self.base.weight
 
     @property
     def bias(self) -> Any:
-        """What the base has under this name."""
+        """The base's attribute ``bias``, or None."""
         return getattr(self.base, "bias", None)
 
     def forward(self, x: Tensor, *args: Any, **options: Any) -> Tensor:
@@ -168,11 +168,12 @@ class NeuroAdaBypass(NamedLayer, PlannedLayer):
         return functional.apply_bypass(y, x, held.index, held.delta, self.plan_of(adapter))
 
     def merge_requantized(self) -> Requantization:
-        """Dequantise W, add ``delta`` and quantise again, by the base's own quantiser.
+        """Dequantise W, add ``delta`` and quantise again with the base's own quantiser.
 
-        Quantising rounds every number to a grid as coarse as before, and moves that grid where the
-        largest of a block has changed: the error is reported, and no :meth:`unmerge` undoes it.
-        ``delta`` is zero afterwards, since the base has it. W is in memory as a whole, in float32.
+        Quantising rounds every value to a grid as coarse as before, and the grid changes if the
+        largest value of a block has changed. The error is reported; :meth:`unmerge` cannot undo it.
+        ``delta`` is zero afterwards, since the base includes it. Needs memory for all of W in
+        float32.
 
         Returns
         -------
@@ -181,14 +182,14 @@ class NeuroAdaBypass(NamedLayer, PlannedLayer):
         Raises
         ------
         ValueError
-            If the base has a plain weight, which :meth:`merge` is for, or one that cannot be
-            quantised again.
+            If the base has a plain weight (use :meth:`merge`), or one that cannot be quantised
+            again.
         """
         return self._requantize()[0]
 
     @torch.no_grad()
     def _requantize(self) -> tuple[Requantization, Callable[[], None]]:
-        """:meth:`merge_requantized`, and what undoes it while nothing else has happened."""
+        """:meth:`merge_requantized`, and a function that undoes it if nothing else has changed."""
         self._check_active()
         self._check_whole()
         self._check_index(self.index)
@@ -271,9 +272,9 @@ class NeuroAdaBypass(NamedLayer, PlannedLayer):
 
 @torch.no_grad()
 def _multiplies(base: nn.Module, matrix: Tensor) -> bool:
-    """Whether ``base(x) - base(0)`` is ``x W^T`` for some x, as far as rounding lets one tell.
+    """Whether ``base(x) - base(0)`` is ``x W^T`` for a random x, up to rounding.
 
-    A base that does not take x alone is believed.
+    True without a test if the base cannot be called with x alone.
     """
     draw = torch.randn(2, matrix.shape[1], generator=torch.Generator().manual_seed(0))
     x = torch.stack([draw, torch.zeros_like(draw)]).to(matrix.device, matrix.dtype)
@@ -295,7 +296,7 @@ def _form_of(value: object) -> str:
 
 
 def _compare(weight: BaseWeight, expected: Tensor, update: float) -> Requantization:
-    """How far ``weight`` is from ``expected``, ``[d_out, d_in]``."""
+    """The error of ``weight`` against ``expected [d_out, d_in]``; ``update`` is delta's norm."""
     largest = squares = 0.0
     for rows in row_blocks(weight.shape):
         error = (weight.rows(rows).double() - expected[rows].double()).abs()

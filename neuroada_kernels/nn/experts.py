@@ -1,4 +1,4 @@
-"""Mixtures of experts whose weights are stacked: a bypass for each neuron of each expert."""
+"""Mixtures of experts with stacked weights: bypasses for every neuron of every expert."""
 
 from __future__ import annotations
 
@@ -21,16 +21,16 @@ from neuroada_kernels.nn._planned import PlannedLayer
 from neuroada_kernels.nn._weight import entries_of
 from neuroada_kernels.plan import check_index_form, is_plan_of, make_plan
 
-#: The stacks of a module of experts, ``[experts, 2 d_ff, d]`` and ``[experts, d, d_ff]``.
+#: The stacked weights of a module of experts, ``[experts, 2 d_ff, d]`` and ``[experts, d, d_ff]``.
 STACKS = ("gate_up_proj", "down_proj")
-#: The kind of base, as an adapter's file has it.
+#: The kind of base in adapter files.
 STACKED = "stacked experts"
 
 
 class StackedLinear(NamedLayer, PlannedLayer):
-    """Weights ``[experts, d_out, d_in]`` with k bypass connections a neuron of each expert.
+    """Weights ``[experts, d_out, d_in]`` with k bypass connections per neuron of each expert.
 
-    Everything but the product sees them as one matrix ``[experts * d_out, d_in]``.
+    Everything but the forward treats them as one matrix ``[experts * d_out, d_in]``.
 
     Attributes
     ----------
@@ -54,7 +54,7 @@ class StackedLinear(NamedLayer, PlannedLayer):
         self._make_plan()
 
     def forward(self, x: Tensor, counts: Sequence[int]) -> Tensor:
-        """``y [tokens, d_out]`` of ``x [tokens, d_in]``, the first ``counts[0]`` by expert 0."""
+        """``y [tokens, d_out]`` of ``x [tokens, d_in]``, sorted by expert, ``counts[e]`` each."""
         if "_hf_hook" in self.__dict__:
             check_trains(self)
         plain = self._buffers["original"] is not None or self._idle
@@ -73,12 +73,12 @@ class StackedLinear(NamedLayer, PlannedLayer):
             if plain
             else functional.apply_linear(part, weight, index, delta, None, plan)
             for part, weight, index, delta, plan in parts
-            if len(part) or not len(x)  # without any tokens, all: the output still has a gradient
+            if len(part) or not len(x)  # no tokens: run all, so that y has a gradient
         ]
         return torch.cat(outputs)
 
     def _plan_of(self, index: Tensor) -> Tensor:
-        """One plan an expert, one behind the other."""
+        """One plan per expert, concatenated."""
         plans = [make_plan(part, self.in_features) for part in index.split(self.d_out)]
         self._plan_sizes = tuple(map(len, plans))
         return torch.cat(plans)
@@ -88,7 +88,7 @@ class StackedLinear(NamedLayer, PlannedLayer):
         return all(map(is_plan_of, plans, parts, [self.in_features] * len(parts)))
 
     def _is_planned(self) -> bool:
-        return False  # for what is kept of x: every expert reads another, and keeps it whole
+        return False  # no saved columns: every expert reads another x and saves it in full
 
     def base_entries(self, index: Tensor) -> Tensor:
         matrix = whole(self.weight.detach()).view(self.out_features, self.in_features)
@@ -120,34 +120,34 @@ class StackedLinear(NamedLayer, PlannedLayer):
 
 
 class NeuroAdaExperts(nn.Module):
-    """Gated experts as transformers stacks them, with k bypass connections a neuron of each.
+    """Gated experts as stacked by transformers, with k bypass connections per neuron.
 
-    ``down(gated(gate_up(x)))``, both with their bypass, of every expert that a token is sent to,
-    weighted and summed. The tokens are sorted by expert, and each group goes through the kernels
+    ``down(gated(gate_up(x)))``, both with their bypass, of every expert that a token is routed to,
+    weighted and summed. The tokens are sorted by expert, and each group is computed by the kernels
     of :class:`NeuroAdaLinear`.
 
     Parameters
     ----------
     experts : nn.Module
-        As transformers 5 has them: ``gate_up_proj [experts, 2 d_ff, d]``, ``down_proj [experts, d,
+        As in transformers 5: ``gate_up_proj [experts, 2 d_ff, d]``, ``down_proj [experts, d,
         d_ff]`` and ``_apply_gate``, called with hidden states ``[tokens, d]``, and each token's
         experts and weights ``[tokens, top_k]``. Its tensors are shared and frozen; nothing else
-        of it changes.
+        in it changes.
     k : int
-        Connections a neuron.
+        Connections per neuron.
     selection : str
         ``"magnitude"``, ``"smallest"`` or ``"random"``.
     generator, neuron_fraction, delta_dtype
         As in :class:`NeuroAdaLinear`.
     index : mapping of str to Tensor, optional
-        By stack, int32 ``[experts * d_out, k]``, instead of selecting.
+        By stack, int32 ``[experts * d_out, k]``, instead of a selection.
 
     Attributes
     ----------
     gate_up_proj, down_proj : StackedLinear
         The stacks with their bypasses.
     base : nn.Module
-        A copy of ``experts`` without them.
+        A shallow copy of ``experts`` without the stacked weights.
 
     Raises
     ------
@@ -195,11 +195,11 @@ class NeuroAdaExperts(nn.Module):
 
     @property
     def stacks(self) -> dict[str, StackedLinear]:
-        """By the names that the weights have in ``experts``."""
+        """The stacks, by the names of their weights in ``experts``."""
         return {"gate_up_proj": self.gate_up_proj, "down_proj": self.down_proj}
 
     def forward(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
-        """``[tokens, d]`` of the same; an expert beyond the last one is none."""
+        """``[tokens, d]`` of ``[tokens, d]``; expert ids beyond the last expert are skipped."""
         top_k = top_k_index.shape[-1]
         ids = top_k_index.reshape(-1)
         experts = self.gate_up_proj.experts
@@ -208,18 +208,18 @@ class NeuroAdaExperts(nn.Module):
         gate: Any = self.base._apply_gate
         h = gate(self.gate_up_proj(hidden_states[order // top_k], counts))
         y = self.down_proj(h, counts) * top_k_weights.reshape(-1)[order, None]
-        # Each token's own places are summed, in an order that does not depend on the experts.
+        # Sum each token's top_k results in a fixed order, independent of the experts.
         each = y.new_zeros(len(ids), y.shape[-1]).index_copy(0, order, y)
         summed: Tensor = each.view(*top_k_index.shape, each.shape[-1]).sum(-2)
         return summed.to(hidden_states.dtype)
 
 
 def is_experts(module: nn.Module) -> bool:
-    """Whether it has the stacks of gated experts, be they such as are taken or not."""
+    """Whether it has the stacks of gated experts, supported or not."""
     return all(name in module._parameters for name in STACKS)
 
 
-#: What transformers' experts tell of themselves that :class:`NeuroAdaExperts` does not compute.
+#: Attributes of transformers' experts for features that :class:`NeuroAdaExperts` lacks.
 _UNSUPPORTED = {
     "is_transposed": "stacks of [experts, d_in, d_out]",
     "has_bias": "biases",
@@ -229,10 +229,10 @@ _UNSUPPORTED = {
 
 
 def why_not_experts(module: nn.Module) -> str | None:
-    """Why :class:`NeuroAdaExperts` does not take a module, in words, or None."""
+    """Why :class:`NeuroAdaExperts` does not support a module, or None."""
     if not (isinstance(module, nn.Module) and is_experts(module)):
         return f"has no {' and '.join(STACKS)}"
-    if not callable(getattr(module, "_apply_gate", None)):  # others may compute something else
+    if not callable(getattr(module, "_apply_gate", None)):  # without it the forward may differ
         return "has no _apply_gate, as experts of transformers have since version 5"
     for name, what in _UNSUPPORTED.items():
         if getattr(module, name, False):

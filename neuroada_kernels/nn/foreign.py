@@ -1,7 +1,7 @@
-"""Bases whose forward is not ours: what a layer has to know of the weight inside one.
+"""Access to the weights of bases whose forward may differ from ``nn.Linear``'s.
 
-Which library a module is of is told by the names of its types, so that none is imported before a
-module of it is met.
+A module's library is recognized by the names of its types, so that no optional library is imported
+needlessly.
 """
 
 from __future__ import annotations
@@ -19,23 +19,23 @@ from neuroada_kernels.nn._offloaded import OffloadedWeight, is_dispatched, offlo
 from neuroada_kernels.nn._torchao import TorchaoWeight
 from neuroada_kernels.nn._weight import BaseWeight, entries_of, is_of
 
-#: What nn.Module runs beside a forward.
+#: The hooks that nn.Module runs around a forward.
 _CALL_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
-#: Libraries with bases of their own, and the extra that installs each.
+#: Libraries with supported bases, and the pip extra that installs each.
 EXTRAS = {
     "bitsandbytes": "quantized",
     "torchao": "quantized",
     "transformers": "peft",
     "peft": "peft",
 }
-#: The kind of GPT-2's layer, as an adapter's file has it.
+#: The kind of GPT-2's layer in adapter files.
 CONV1D = "transformers Conv1D"
-#: That of a module of no library, with a weight ``[d_out, d_in]``.
+#: The kind of a module of no known library, with a weight ``[d_out, d_in]``.
 MODULE = "module"
 
 
 class _PlainWeight(BaseWeight):
-    """Numbers, ``[d_out, d_in]`` or transposed."""
+    """A plain matrix, ``[d_out, d_in]``, possibly a transposed view."""
 
     def __init__(self, module: nn.Module, kind: str | None, matrix: Tensor) -> None:
         d_out, d_in = matrix.shape
@@ -50,7 +50,7 @@ class _PlainWeight(BaseWeight):
 
 
 class _ShardedWeight(BaseWeight):
-    """The same in parts, as FSDP2 leaves it: read whole, by all processes at once, not written."""
+    """A weight sharded by FSDP2: all-gathered for reading, by all ranks together; not written."""
 
     def __init__(self, module: nn.Module, kind: str | None, matrix: Tensor) -> None:
         d_out, d_in = matrix.shape
@@ -65,7 +65,7 @@ class _ShardedWeight(BaseWeight):
 
 
 class _Weightless(BaseWeight):
-    """A module of which only its form is known."""
+    """A module without a readable weight, of which only the shape is known."""
 
     def __init__(self, module: nn.Module, shape: tuple[int, int]) -> None:
         tensor = next((t for t in (*module.parameters(), *module.buffers())), torch.empty(0))
@@ -82,14 +82,14 @@ class _Weightless(BaseWeight):
 
 
 def base_weight(module: nn.Module) -> BaseWeight:
-    """The weight in ``module``, with what is the library's own way to read and write it.
+    """The weight in ``module``, read and written in the format of its library.
 
     Raises
     ------
     TypeError
-        If it is no layer from ``in_features`` to ``out_features``.
+        If it is of no known library and has no ``in_features`` and ``out_features``.
     ValueError
-        If its weight has no values yet, or none that stay as they are.
+        If its weight has no values yet, or is quantised again in every forward.
     """
     make = _library(module)
     if make is not None:
@@ -104,18 +104,18 @@ def base_weight(module: nn.Module) -> BaseWeight:
 
 
 def is_library(module: nn.Module) -> bool:
-    """Whether it is a linear of a library that is known, though its forward is not ours."""
+    """Whether it is a linear of a known library with a forward of its own."""
     return _library(module) is not None
 
 
 def is_base(module: nn.Module) -> bool:
-    """Whether a bypass can be put round it."""
+    """Whether it can be wrapped with a bypass."""
     sizes = (getattr(module, name, None) for name in ("in_features", "out_features"))
     return is_library(module) or all(isinstance(size, int) for size in sizes)
 
 
 def has_own_forward(module: nn.Module) -> bool:
-    """Whether it computes something else than ``nn.Linear`` does, or so one must assume."""
+    """Whether its forward or call is not ``nn.Linear``'s, so that it may compute something else."""
     kind = type(module)
     own = kind.forward is not nn.Linear.forward or kind.__call__ is not nn.Linear.__call__
     return own or "forward" in vars(module)
@@ -127,7 +127,7 @@ def has_hooks(module: nn.Module) -> bool:
 
 
 def missing_library(kind: str) -> str | None:
-    """Of which library a base of that kind is, where that is not installed, and how it is."""
+    """If the library of a base of that kind is not installed, how to install it; else None."""
     library = kind.partition(" ")[0]
     if library not in EXTRAS or find_spec(library) is not None:
         return None
@@ -135,7 +135,7 @@ def missing_library(kind: str) -> str | None:
 
 
 def _library(module: nn.Module) -> Callable[[nn.Module], BaseWeight] | None:
-    """What reads the weight of a module of some library, or None."""
+    """The reader for the weight of a module of a known library, or None."""
     if is_of(module, "bitsandbytes", "Linear4bit") or is_of(module, "bitsandbytes", "Linear8bitLt"):
         return bitsandbytes_weight
     if is_of(module, "transformers", "Conv1D"):
@@ -154,7 +154,7 @@ def _dispatched(module: nn.Module) -> BaseWeight:
 
 
 def _conv1d(module: nn.Module) -> BaseWeight:
-    """GPT-2's layer, which keeps W transposed."""
+    """GPT-2's layer, which stores W transposed."""
     weight = module._parameters.get("weight")
     if weight is None or weight.dim() != 2 or not _is_numbers(weight):
         raise ValueError("base: Conv1D without a plain weight [d_in, d_out]")
@@ -167,6 +167,6 @@ def _of_numbers(module: nn.Module, kind: str | None, matrix: Tensor) -> BaseWeig
 
 
 def _is_numbers(weight: Tensor) -> bool:
-    """Whether it is plain, or the parts of what was."""
+    """Whether it is a plain or sharded tensor of a floating dtype."""
     plain = type(weight) in (Tensor, nn.Parameter) or is_sharded(weight)
     return plain and weight.dtype in FLOATING

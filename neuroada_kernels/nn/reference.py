@@ -1,4 +1,4 @@
-"""The same layer in a few lines of plain PyTorch, to read and to compare with."""
+"""The same layer in a few lines of plain PyTorch, for reading and for comparison."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ from neuroada_kernels.nn._named import NamedLayer
 
 class ReferenceNeuroAdaLinear(NamedLayer, BypassLinear):
     __doc__ = BypassLinear.__doc__
-    # ``strategy="resident"`` has its arithmetic here, and not its storage: the weight that rounds
-    # to W + delta is built in every forward, and W stays as it is.
+    # ``strategy="resident"`` has the same arithmetic here but not the same storage: every forward
+    # builds round(W + delta) again, and W is not written.
 
     def _bypass_forward(self, x: Tensor) -> Tensor:
         self._check_shapes()

@@ -1,6 +1,6 @@
 """The public ops of ``torch.library`` namespace ``neuroada``: schema, fake and autograd of each.
 
-An op asks :mod:`neuroada_kernels._registry` who serves it; it never imports a backend.
+An op dispatches through :mod:`neuroada_kernels._registry`; it never imports a backend.
 """
 
 from neuroada_kernels.ops._library import is_plain_eager

@@ -1,4 +1,4 @@
-"""The op library of namespace ``neuroada``, and what its ops share."""
+"""The op library of namespace ``neuroada``, and helpers that its ops share."""
 
 from __future__ import annotations
 
@@ -29,10 +29,10 @@ def define(schema: str, implementation: Callable[..., Any], fake: Callable[..., 
 
 
 def reverse_mode_only(implementation: Callable[..., _Result]) -> Callable[..., _Result]:
-    """``implementation``, refused in forward mode: torch would leave the tangent out in silence.
+    """``implementation``, but raising in forward mode, where torch would silently drop the tangent.
 
-    It asks an op for its formula only where something requires grad, and under ``torch.func.jvp``
-    what arrives here has lost its tangent already. So any call is refused.
+    Torch calls an op's autograd formula only if an input requires grad, and under
+    ``torch.func.jvp`` inputs have lost their tangents here already. So every call raises there.
     """
 
     @functools.wraps(implementation)
@@ -48,20 +48,20 @@ def reverse_mode_only(implementation: Callable[..., _Result]) -> Callable[..., _
 
 
 def is_plain_eager(x: Tensor) -> bool:
-    """Whether a call can skip torch's dispatcher: nobody is tracing or intercepting.
+    """Whether a call can skip torch's dispatcher: no tracer, mode or transform is active.
 
-    The dispatcher's way through a Python op with autograd costs 20 microseconds more than an
-    ``autograd.Function``, which at one token is more than the kernel.
+    Dispatching a Python op with autograd costs 20 microseconds more than an ``autograd.Function``,
+    which at one token is more than the kernel takes.
     """
     return (
-        not torch.compiler.is_dynamo_compiling()  # other tracers' tensors have types of their own
+        not torch.compiler.is_dynamo_compiling()  # other tracers use tensor subclasses
         and type(x) in PLAIN_TYPES
         and dispatch_modes() == 0
         and not is_pre_dispatched()
         and not x.is_meta
         and jit_state() is None
         and not _transforms()
-        and not _is_wrapped(x)  # by a transform that it has outlived
+        and not _is_wrapped(x)  # by a transform that has ended
         and forward_ad._current_level < 0
     )
 
@@ -69,17 +69,17 @@ def is_plain_eager(x: Tensor) -> bool:
 def plain_apply(function: type[torch.autograd.Function]) -> Callable[..., Any]:
     """``function.apply`` where :func:`is_plain_eager` holds.
 
-    Without torch's search of every argument, in Python, for one that has outlived its transform: a
-    tenth of what a call costs the host.
+    Skips torch's Python loop over the arguments that unwraps dead ``torch.func`` wrappers: a tenth
+    of the dispatch overhead of a call.
     """
     return super(torch.autograd.Function, function).apply  # type: ignore[misc,no-any-return]
 
 
 def as_matrix(x: Tensor) -> Tensor:
-    """``x [..., d]`` as ``[tokens, d]`` with unit stride along a row, a view where one can be.
+    """``x [..., d]`` as ``[tokens, d]`` with unit stride along a row, a view if possible.
 
-    Who runs between two products of the CPU asks first, in place, whether x is one already: from
-    cold caches a call takes microseconds.
+    Callers that run between two GEMMs on the CPU inline the check whether x is such a matrix
+    already: with cold caches a call takes microseconds.
     """
     matrix = x if x.dim() == 2 else x.reshape(-1, x.shape[-1])
     return matrix if matrix.stride(1) == 1 or matrix.shape[1] == 1 else matrix.contiguous()
@@ -88,12 +88,12 @@ def as_matrix(x: Tensor) -> Tensor:
 def saved_of(
     x: Tensor, kept: Tensor | None, kept_index: Tensor | None, needed: bool
 ) -> tuple[Tensor | None, Tensor | None]:
-    """What is saved of x for ddelta, and the index into it where that is not x's own.
+    """The tensor to save for ddelta, x or ``kept``, and the index into ``kept`` or None.
 
     Raises
     ------
     ValueError
-        If ``kept`` and ``kept_index`` are not given together, or ``kept`` is not of this x.
+        If only one of ``kept`` and ``kept_index`` is given, or ``kept`` does not fit x.
     """
     if kept is None and kept_index is None:
         return x if needed else None, None
@@ -109,21 +109,21 @@ def saved_of(
 
 
 def delta_gradient(grad: Tensor, kept: Tensor, index: Tensor, delta: Tensor, d_in: int) -> Tensor:
-    """ddelta from the columns of x that were kept: the same bits as from x, which had ``d_in``.
+    """ddelta from the saved columns of x, bitwise the same as from x itself with ``d_in`` columns.
 
-    ``grad [tokens, d_out]`` and ``kept [tokens, columns]`` as :func:`as_matrix` gives them, and an
-    ``index [d_out, k]`` into the columns that were kept.
+    ``grad [tokens, d_out]`` and ``kept [tokens, columns]`` are from :func:`as_matrix`;
+    ``index [d_out, k]`` is into the saved columns.
     """
     return _registry.run("sddmm", grad, kept, index, delta, d_in)  # type: ignore[no-any-return]
 
 
 def _x_or_shape(x: Tensor | None, grad: Tensor, d_in: int, need_delta: bool) -> Tensor:
-    """x as :func:`as_matrix`; where ddelta is not wanted, what has x's shape and no values.
+    """x by :func:`as_matrix`; if ddelta is not needed, a meta tensor of the shape of x.
 
     Raises
     ------
     ValueError
-        If ddelta is wanted, and ``x`` is None.
+        If ddelta is needed and ``x`` is None.
     """
     if not need_delta:
         return torch.empty(grad.shape[0], d_in, dtype=grad.dtype, device="meta")
@@ -144,9 +144,9 @@ def run_backward(
     kept_index: Tensor | None,
     d_in: int,
 ) -> tuple[Tensor, Tensor]:
-    """dx and ddelta by the backward ``op``, which has a ``weight`` or none; empty if not wanted.
+    """dx and ddelta by the backward ``op``; a gradient that is not needed is an empty tensor.
 
-    With a ``kept_index``, ``x`` has the columns that were kept.
+    ``weight`` is a tuple of one tensor or none. With a ``kept_index``, ``x`` is the saved columns.
     """
     is_matrix = grad_output.dim() == 2 and grad_output.stride(1) == 1
     grad = grad_output if is_matrix else as_matrix(grad_output)
@@ -182,16 +182,16 @@ def fake_backward(
 
 
 def unflattened(y: Tensor, *shape: int) -> Tensor:
-    """``y``, which nobody else has yet, in another shape, and no view.
+    """A freshly computed ``y`` in another shape, as a tensor that is not a view.
 
-    Autograd refuses to write into a view that an ``autograd.Function`` made, as in
-    ``layer(x).add_(residual)``, and FSDP2 loses its hook there.
+    Autograd does not allow in-place writes into a view that an ``autograd.Function`` returned, as
+    in ``layer(x).add_(residual)``, and FSDP2 loses its hook there.
     """
     return y.view(shape).data
 
 
 def refuse_double_backward(ctx: Any, *grads: Tensor) -> None:
-    """The backward of a backward op."""
+    """The backward of a backward op: raises."""
     raise RuntimeError(
         "neuroada: double backward is not supported; neuroada_kernels.reference holds a form that "
         "autograd differentiates to any order"

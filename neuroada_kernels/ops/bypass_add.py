@@ -1,10 +1,10 @@
-"""``neuroada::bypass_add``: the bypass added to a given y, for a base layer that is not ours.
+"""``neuroada::bypass_add``: the bypass added to a given y, for a base layer of another library.
 
 out[t, j]    = y[t, j] + sum_s delta[j, s] x[t, index[j, s]]
 dx[t, c]     = sum over (j, s) with index[j, s] = c of delta[j, s] dout[t, j]
 ddelta[j, s] = sum_t dout[t, j] x[t, index[j, s]]
 
-``kept`` are the columns of x that are saved in its stead, as in ``neuroada::linear``.
+``kept`` holds the columns of x that are saved instead of x, as in ``neuroada::linear``.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ def bypass_add(
     kept: Tensor | None = None,
     kept_index: Tensor | None = None,
 ) -> Tensor:
-    """Call the op, without the dispatcher where nobody would see the difference.
+    """Call the op, bypassing the dispatcher in plain eager mode.
 
     Shapes: ``y [..., d_out]``, ``x [..., d_in]``, ``index`` and ``delta`` ``[d_out, k]``;
     ``kept [..., columns]``, ``kept_index [d_out, k]``.
@@ -76,7 +76,7 @@ def _backward(
     kept_index: Tensor | None = None,
     d_in: int | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """``d_in`` where x is not the whole one: it is None where ddelta is not wanted."""
+    """``d_in`` is required if x is None (ddelta not needed) or holds only the saved columns."""
     rest = (index, delta, plan, output_mask, kept_index, _width(x, d_in))
     return run_backward("bypass_backward", grad_output, x, (), *rest)
 
@@ -158,7 +158,7 @@ def _differentiate(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
 
 
 class _BypassAdd(torch.autograd.Function):
-    """The same autograd as the op's, a third of its cost."""
+    """The same autograd as the op's, at a third of its cost."""
 
     @staticmethod
     def forward(ctx: Any, *inputs: Any) -> Tensor:

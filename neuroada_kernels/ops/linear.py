@@ -1,12 +1,12 @@
-"""``neuroada::linear``: dense product and bypass in one, and its backward.
+"""``neuroada::linear``: GEMM and bypass in one op, and its backward.
 
 y[t, j]      = sum_c x[t, c] W[j, c] + b[j] + sum_s delta[j, s] x[t, index[j, s]]
 dx[t, c]     = sum_j dy[t, j] W[j, c]
                + sum over (j, s) with index[j, s] = c of delta[j, s] dy[t, j]
 ddelta[j, s] = sum_t dy[t, j] x[t, index[j, s]]
 
-Only ddelta needs x, and of it the columns that were chosen. Where they are given beside x, as
-``kept``, they are saved for the backward in its stead, with an index into them.
+Only ddelta needs x, and of x only the chosen columns. If they are given in addition to x, as
+``kept``, they are saved for the backward instead of x, with an index into them.
 """
 
 from __future__ import annotations
@@ -44,13 +44,13 @@ def linear(
     *,
     plain: bool | None = None,
 ) -> Tensor:
-    """Call the op, without the dispatcher where nobody would see the difference.
+    """Call the op, bypassing the dispatcher in plain eager mode.
 
     Shapes: ``x [..., d_in]``, ``weight [d_out, d_in]``, ``index`` and ``delta`` ``[d_out, k]``,
     ``bias [d_out]``, ``plan`` of :func:`neuroada_kernels.plan.make_plan`; ``kept [..., columns]``
     of the dtype of ``x``, ``kept_index [d_out, k]``. A weight of another dtype than ``x`` is cast
-    for the duration of the call, as under autocast. ``plain`` is ``is_plain_eager(x)``, from
-    whoever knows it already.
+    for the duration of the call, as under autocast. ``plain`` is ``is_plain_eager(x)``, if the
+    caller has computed it already.
     """
     if is_plain_eager(x) if plain is None else plain:
         if not torch.is_grad_enabled():
@@ -134,9 +134,9 @@ define(
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: Tensor | None) -> None:
-    """Keep what ddelta needs of x, and references to what the module holds already.
+    """Save what ddelta needs of x, and references to tensors that the module holds already.
 
-    Never a tensor of W's size, and nothing of x where delta does not train.
+    Never saves a new tensor of W's size, and nothing of x if delta does not require grad.
     """
     x, weight, index, delta, bias, plan, kept, kept_index = inputs
     saved = x if ctx.needs_input_grad[3] else None
@@ -155,7 +155,7 @@ def _differentiate(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
     grad_x = grad_delta = grad_bias = None
     if need_x or need_delta:
         args = (grad_output, x, weight, index, delta, plan, [need_x, need_delta], kept_index)
-        # With grad mode on, somebody may differentiate again: only the op can refuse that.
+        # With grad mode on, a double backward may follow, which only the op can refuse.
         if is_plain_eager(grad_output) and not torch.is_grad_enabled():
             grad_x, grad_delta = _backward(*args)
         else:
@@ -175,7 +175,7 @@ def _differentiate(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
 
 
 class _Linear(torch.autograd.Function):
-    """The same autograd as the op's, a third of its cost."""
+    """The same autograd as the op's, at a third of its cost."""
 
     @staticmethod
     def forward(ctx: Any, *inputs: Any) -> Tensor:

@@ -5,8 +5,8 @@
     gather:   original[j, s] = W[j, index[j, s]]
     patch_:   W[j, index[j, s]] = original[j, s] + delta[j, s]
 
-None touches another entry, so merging costs no copy of W. Sums are rounded once. ``unmerge_`` and
-``patch_`` assign: repeated, they change nothing, and what ``patch_`` writes never adds up.
+No op touches another entry, so merging costs no copy of W. Sums are rounded once. ``unmerge_`` and
+``patch_`` assign, so they are idempotent, and repeated patching does not accumulate error.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from neuroada_kernels.ops._library import define, is_plain_eager
 
 
 def merge_(weight: Tensor, index: Tensor, delta: Tensor) -> Tensor:
-    """Add ``delta`` into ``weight [d_out, d_in]`` in place; the values it had, ``[d_out, k]``."""
+    """Add ``delta`` into ``weight [d_out, d_in]`` in place; returns old values, ``[d_out, k]``."""
     return torch.ops.neuroada.merge_.default(weight, index, delta)  # type: ignore[no-any-return]
 
 
@@ -42,7 +42,7 @@ def patch_(weight: Tensor, index: Tensor, delta: Tensor, original: Tensor) -> No
 
 def _merge(weight: Tensor, index: Tensor, delta: Tensor) -> Tensor:
     original: Tensor = _registry.run("merge_", weight, index, delta)
-    # A kernel writes behind autograd's back; a backward that saved the weight must notice.
+    # Autograd does not see the kernel's write; a backward that saved the weight must detect it.
     torch.autograd.graph.increment_version(weight)
     return original
 

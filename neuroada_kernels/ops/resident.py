@@ -1,10 +1,10 @@
-"""A linear whose weight holds ``W + delta`` already: torch's own product, and delta's gradient.
+"""A linear whose weight holds ``W + delta`` already: torch's own GEMM, and delta's gradient.
 
 y            = F.linear(x, W, b)
 dx           as of F.linear
 ddelta[j, s] = sum_t dy[t, j] x[t, index[j, s]]
 
-``kept`` are the columns of x that are saved in its stead, as in ``neuroada::linear``.
+``kept`` holds the columns of x that are saved instead of x, as in ``neuroada::linear``.
 """
 
 from __future__ import annotations
@@ -37,11 +37,11 @@ def resident_linear(
     *,
     plain: bool | None = None,
 ) -> Tensor:
-    """``F.linear(x, weight, bias)``, which passes ``delta`` its gradient.
+    """``F.linear(x, weight, bias)`` whose backward also computes the gradient of ``delta``.
 
     Shapes: ``x [..., d_in]``, ``weight [d_out, d_in]``, ``index`` and ``delta`` ``[d_out, k]``,
     ``bias [d_out]``; ``kept [..., columns]``, ``kept_index [d_out, k]``. ``plain`` is
-    ``is_plain_eager(x)``, from whoever knows it already.
+    ``is_plain_eager(x)``, if the caller has computed it already.
     """
     plain = is_plain_eager(x) if plain is None else plain
     if not plain and torch.compiler.is_compiling():
@@ -61,7 +61,7 @@ def _save(
     kept: Tensor | None,
     kept_index: Tensor | None,
 ) -> None:
-    """Keep what ddelta needs of x; ``delta`` for its version and dtype alone."""
+    """Save what ddelta needs of x; ``delta`` only for its version and dtype."""
     saved = x if ctx.needs_input_grad[3] else None
     if kept is not None or kept_index is not None:
         saved, kept_index = saved_of(x, kept, kept_index, ctx.needs_input_grad[3])
@@ -74,7 +74,7 @@ def _grad_delta(ctx: Any, grad_output: Tensor) -> Tensor:
     mask = [False, True]
     grad_delta: Tensor
     if not is_plain_eager(grad_output) or torch.is_grad_enabled():
-        # With grad mode on, somebody may differentiate again: only the op can refuse that.
+        # With grad mode on, a double backward may follow, which only the op can refuse.
         op = torch.ops.neuroada.bypass_backward.default
         kept_index = index if ctx.compact else None
         _, grad_delta = op(grad_output, x, index, delta, None, mask, kept_index, ctx.d_in)
@@ -87,9 +87,9 @@ def _grad_delta(ctx: Any, grad_output: Tensor) -> Tensor:
 
 
 class _Once(torch.autograd.Function):
-    """The identity of dy, which nobody may differentiate.
+    """The identity on dy, whose own backward raises.
 
-    By way of W, which holds it, dx depends on ``delta``; autograd would leave that out.
+    dx depends on ``delta`` through W, which holds it; autograd would miss that dependence.
     """
 
     @staticmethod
@@ -100,15 +100,15 @@ class _Once(torch.autograd.Function):
 
 
 class _DeltaGradient(torch.autograd.Function):
-    """The identity of y, whose gradient passes through and gives delta's on its way.
+    """The identity on y; its backward returns dy unchanged and computes ddelta.
 
-    A ``delta`` that has changed since is another function's: its gradient is refused.
+    If ``delta`` has changed since the forward, the version check of the saved tensor raises.
     """
 
     @staticmethod
     def forward(ctx: Any, y: Tensor, *inputs: Any) -> Tensor:
         _save(ctx, *inputs)
-        # No copy, and no view either, into which nobody could write in place.
+        # No copy, and no view, since in-place writes into a view would raise.
         return y.data
 
     @staticmethod
@@ -124,11 +124,11 @@ _apply = plain_apply(_DeltaGradient)
 
 
 class _TracedLinear(torch.autograd.Function):
-    """All of it for a compiler.
+    """The whole linear for the compiler.
 
-    There every forward patches W, and raises its version. The weight is kept as a plain attribute,
-    whose version nobody asks for: a forward that has patched the same values again does not spoil
-    the one before. A delta that has changed is noticed as in eager mode.
+    Every compiled forward patches W and increments its version. The weight is stored as a plain
+    attribute, without a version check, so that patching the same values in a later forward does
+    not invalidate an earlier one. A changed delta is detected as in eager mode.
     """
 
     @staticmethod

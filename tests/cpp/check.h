@@ -1,4 +1,4 @@
-// The whole test framework: a check that says what failed and goes on, and the exit status.
+// The whole test framework: a check that reports a failure and continues, and the exit status.
 #pragma once
 
 #include <cstdio>

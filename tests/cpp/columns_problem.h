@@ -1,4 +1,4 @@
-// A matrix, some of its columns, and what a copy of them is.
+// A matrix, some of its columns, and the expected copy of them.
 #pragma once
 
 #include <utility>
@@ -8,7 +8,7 @@
 
 namespace neuroada::testing {
 
-// What stands in x is any bits at all, NaNs of every kind among them. A column that x lacks is zero in the copy.
+// x has random bits, including NaNs of every kind. A column that x lacks is zero in the copy.
 template <class T>
 struct ColumnsProblem {
   std::vector<int32_t> columns;
@@ -34,7 +34,7 @@ struct ColumnsProblem {
 
   int64_t count() const { return static_cast<int64_t>(columns.size()); }
 
-  // Whether copy(out), an empty matrix that it is to fill, makes what is expected.
+  // Whether copy(out), which fills an uninitialised matrix, writes what is expected and nothing else.
   template <class Copy>
   bool is_made_by(Copy&& copy) const {
     Matrix<T> out(x.rows(), count(), 0, lead);
@@ -47,7 +47,7 @@ struct ColumnsProblem {
   }
 };
 
-// Some columns of d_in, rising as the planner gives them, or in any order, and then one more than once.
+// Some columns of d_in: ascending, as the planner returns them, or in any order, with repetitions.
 inline std::vector<int32_t> draw_columns(int64_t d_in, Random& random) {
   std::vector<int32_t> columns;
   const int64_t share = 1 + random.below(4);

@@ -1,7 +1,7 @@
-// Runs every CPU kernel once over a small fixed case, for callgrind to count: see count_instructions.py.
+// Runs the CPU kernels, except columns() and bounds(), once on a small case: see count_instructions.py.
 //
 //   count_instructions compiler            # what compiled it
-//   count_instructions avx2 float32        # the kernels of an instruction set over a dtype
+//   count_instructions avx2 float32        # the kernels of an instruction set in a dtype
 #include <cstdio>
 #include <cstring>
 
@@ -10,8 +10,8 @@
 namespace neuroada::testing {
 namespace {
 
-// The tokens are no multiple of a vector, and no dimension is one of a tile, so that the ends of loops over them are
-// counted as well; d_in and d_out are multiples of 8 floats.
+// The tokens are not a multiple of a vector, and no dimension is one of a tile, so that remainder loops are counted as
+// well; d_in and d_out are multiples of 8 floats.
 constexpr Case kCase{67, 200, 136, 8, IndexKind::distinct, true};
 
 template <class T>

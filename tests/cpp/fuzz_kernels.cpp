@@ -1,6 +1,6 @@
-// Random shapes, strides, dtypes, indices and thread counts through every kernel, and garbage through
-// the planner:  fuzz_kernels [iterations] [seed].  Iteration i draws from seed + i alone, and a failure
-// names it, so `fuzz_kernels 1 <that seed>` repeats it. Meant for AddressSanitizer: every buffer ends
+// Runs the kernels on random shapes, strides, dtypes, indices and thread counts, and the planner on
+// arbitrary input:  fuzz_kernels [iterations] [seed].  Iteration i depends on seed + i only, and a failure
+// prints it, so `fuzz_kernels 1 <that seed>` repeats it. Meant for AddressSanitizer: every buffer ends
 // with its last element.
 #include <csignal>
 #include <cstdlib>
@@ -36,7 +36,7 @@ void name_seed_at_a_crash() {
   }
 }
 
-// Mostly small, with the sizes at which vectors and blocks begin and end well represented.
+// Mostly small sizes, often at or next to a multiple of a vector or block.
 int64_t draw_size(Random& random, int64_t limit) {
   if (random.one_in(3))
     return std::min(limit, (int64_t{4} << random.below(4)) * (1 + random.below(3)) + random.below(3) - 1);
@@ -50,7 +50,7 @@ Case draw_case(Random& random) {
   c.bias = random.one_in(2);
   c.base = static_cast<Base>(random.below(3));
   c.gap = random.one_in(2) ? random.below(20) : 0;
-  // Now and then past the width up to which blocks of tokens are long.
+  // Sometimes wider than the limit for long blocks of tokens.
   if (random.one_in(50)) {
     (random.one_in(2) ? c.d_in : c.d_out) += 2048;
     c.tokens %= 60;
@@ -100,7 +100,7 @@ int32_t draw_column(int64_t d_in, int64_t disorder, Random& random) {
   return static_cast<int32_t>(static_cast<uint32_t>(random.next()));
 }
 
-// Anything at all as an index is counted or refused; what is counted has a right plan.
+// Any index is either counted or rejected, and if counted, has a correct plan.
 void fuzz_planner(Random& random) {
   const int64_t d_in = draw_size(random, 300), d_out = draw_size(random, 40), k = random.below(6);
   const int64_t disorder = random.one_in(2) ? 0 : random.below(20);  // in percent

@@ -1,6 +1,6 @@
-// Memory that ends where a page does, or as close to it as malloc's alignment allows, with a page after it that cannot
-// be read. AddressSanitizer sees every access of plain code, but not those of gathers and of loads and stores under a
-// mask: these end the process here.
+// Memory that ends at a page boundary, or as close to it as malloc's alignment allows, followed by an inaccessible
+// page. AddressSanitizer checks every access of plain code, but not gathers or masked loads and stores: out of bounds,
+// these crash the process here.
 #pragma once
 
 #include <cstddef>

@@ -1,4 +1,4 @@
-// Which columns a row's k best scores have, against a sort of the row.
+// Compares the columns of a row's k best scores with a sort of the row.
 #pragma once
 
 #include <algorithm>
@@ -10,7 +10,7 @@
 
 namespace neuroada::testing {
 
-// As a double, highest first; a sort that is stable leaves equal ones in the order of their columns.
+// The score as a double, highest first; a stable sort leaves ties in the order of their columns.
 template <class T>
 double score_of(T value, cpu::Ranking by) {
   const double score = static_cast<double>(widen(value));
@@ -50,8 +50,8 @@ void check_largest(const Matrix<T>& scores, int64_t k, int64_t threads, const st
   });
 }
 
-// Few different values, so that many are equal, zeros of both signs and infinities among them; any
-// bits at all; or rising and falling rows, where every score is exchanged or none.
+// Few distinct values, so that many are equal, including zeros of both signs and infinities; random
+// bits; or ascending and descending rows.
 template <class T>
 Matrix<T> draw_scores(int64_t rows, int64_t columns, Random& random) {
   Matrix<T> scores(rows, columns, random.below(3), random.below(2));
@@ -65,7 +65,7 @@ Matrix<T> draw_scores(int64_t rows, int64_t columns, Random& random) {
       if (kind == 3) {
         const uint64_t bits = random.next() & ~(uint64_t{1} << (8 * sizeof(T) - 2));  // no NaN
         std::memcpy(&scores(row, c), &bits, sizeof(T));
-        if (random.one_in(5000)) std::memset(&scores(row, c), 0xff, sizeof(T));  // but for these
+        if (random.one_in(5000)) std::memset(&scores(row, c), 0xff, sizeof(T));  // except these
       }
     }
   }

@@ -1,5 +1,5 @@
-// What check_symbols.cmake is there to catch: a template outside the instruction set's namespace, not
-// inlined.
+// An example of what check_symbols.cmake detects: a template outside the instruction set's namespace,
+// not inlined.
 namespace neuroada {
 
 template <class T>

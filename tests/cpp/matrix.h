@@ -1,4 +1,4 @@
-// Row-major matrices whose every stray access shows, and the random numbers to fill them with.
+// Row-major matrices that detect accesses out of bounds, and the random numbers to fill them with.
 #pragma once
 
 #include <algorithm>
@@ -29,9 +29,9 @@ class Random {
   uint64_t state_;
 };
 
-// The allocation ends with the last element of the last row, so that whatever is read past it shows
-// (see guarded.h), and all of it starts as NaN (0xff in each byte), the gaps between the rows and the
-// `lead` elements before the first one included.
+// The allocation ends with the last element of the last row, so that accesses past it are detected
+// (see guarded.h). All of it is initialised to NaN (0xff in each byte), including the gaps between the
+// rows and the `lead` elements before the first row.
 template <class T>
 class Matrix {
  public:

@@ -1,5 +1,5 @@
-// Gather, patch and restore: what they write, that patching twice changes nothing, and that restoring
-// brings back every bit. run(problem, mode, weight, original) is the kernel under test.
+// Checks what gather, patch and restore write, that patching twice changes nothing, and that restoring
+// recovers every bit. run(problem, mode, weight, original) is the kernel under test.
 #pragma once
 
 #include "neuroada/merge_mode.h"
@@ -7,7 +7,7 @@
 
 namespace neuroada::testing {
 
-// The problem's values lie on the grid, or its weight has any bits at all.
+// The problem's values are on the grid, or its weight has arbitrary bits.
 template <class T, class Run>
 void check_restored(const Problem<T>& problem, const std::string& where, Run&& run) {
   const Case& c = problem.shape;
@@ -39,7 +39,7 @@ void check_patched(const Problem<T>& problem, const std::string& where, Run&& ru
   check_restored(problem, where, run);
 }
 
-// Every bit pattern that an element may hold, NaN payloads and negative zeros among them.
+// Random bits, so that any pattern may occur, including NaN payloads and negative zeros.
 template <class T>
 void fill_with_any_bits(Matrix<T>& matrix, Random& random) {
   for (int64_t row = 0; row < matrix.rows(); ++row) {
@@ -50,7 +50,7 @@ void fill_with_any_bits(Matrix<T>& matrix, Random& random) {
   }
 }
 
-// Both, over shapes that a kernel could cut wrongly.
+// Both checks, over shapes that a kernel could split wrongly.
 template <class T, class Run>
 void check_merge_modes(const std::string& where, Run&& run) {
   for (const Case& c : {Case{1, 13, 40, 3, IndexKind::ragged, false, Base::none, 3, Values::grid, 1},

@@ -1,5 +1,5 @@
-// Rounding to a storage type, written down as the definition says it: the nearest multiple of the
-// unit in the last place, ties to even, past the largest finite value infinity.
+// Rounding to a storage type by its definition: the nearest multiple of the ULP, ties to even, and
+// infinity past the largest finite value.
 #pragma once
 
 #include <algorithm>

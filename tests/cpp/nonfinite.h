@@ -1,4 +1,4 @@
-// Problems with NaN and Inf in them, at which a kernel could hide them or spread them.
+// Problems with NaN and Inf that a kernel could hide or spread.
 #pragma once
 
 #include <limits>
@@ -40,7 +40,7 @@ Problem<T> with_deltas(float value) {
   return problem;
 }
 
-// 0 * Inf is NaN: a kernel that skips what is zero would hide it.
+// 0 * Inf is NaN: a kernel that skips zeros would hide it.
 template <class T>
 Problem<T> where_zeros_meet_infinity() {
   Problem<T> problem = ragged_problem<T>();
@@ -68,8 +68,8 @@ Problem<T> where_no_slot_reads_column_0() {
   return problem;
 }
 
-// The largest finite value of a 16-bit dtype times more than 1. One token, and weights of zero: no
-// partial sum overflows.
+// The largest finite value of a 16-bit dtype times deltas above 1 in magnitude. With one token and zero
+// weights, no partial sum overflows.
 template <class T>
 Problem<T> that_overflows() {
   Random random(3);

@@ -1,4 +1,4 @@
-// What makes a plan right, whatever the index: shared by the planner's test and the fuzzer.
+// Checks the plan of any index; shared by the planner's test and the fuzzer.
 #pragma once
 
 #include <algorithm>
@@ -11,7 +11,7 @@
 
 namespace neuroada::testing {
 
-// The number of connections, or -1 where a column is out of range or stands twice in its row.
+// The number of connections, or -1 if a column is out of range or occurs twice in its row.
 inline int64_t count_connections(const std::vector<int32_t>& index, int64_t d_out, int64_t k, int64_t d_in) {
   int64_t live = 0;
   for (int64_t j = 0; j < d_out; ++j) {

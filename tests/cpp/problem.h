@@ -1,4 +1,4 @@
-// Inputs of all kernels for one shape, what the kernels make of them, and what the formulas say.
+// Inputs of all kernels for one shape, the kernels' outputs, and those of the formulas.
 //
 // Values::grid draws multiples of a power of two, so few and so coarse that every partial sum is
 // exact in the accumulate type, whatever its order. The only rounding left is the one to the output's
@@ -22,8 +22,8 @@ enum class IndexKind { distinct, ragged, empty_rows, one_column };
 enum class Base { none, separate, out };
 enum class Values { grid, real };
 
-// Grid sums are exact for any signs up to 131 products with delta and 2100 of grad and x, and with
-// random signs far beyond.
+// Grid sums are exact up to 131 products with delta and 2100 of grad and x for any signs, and far
+// beyond with random signs.
 struct Case {
   int64_t tokens, d_in, d_out, k;
   IndexKind index = IndexKind::distinct;
@@ -138,7 +138,7 @@ struct Outputs {
   Matrix<T> out, grad_x;
   Matrix<accumulate_t<T>> grad_delta;
   Matrix<T> weight, original;
-  // Of the kernels that have the dense product in them, where there are such.
+  // Outputs of the kernels fused with the GEMM, if there are any.
   bool has_linear = false;
   Matrix<T> linear{0, 0}, linear_grad_x{0, 0};
 
@@ -158,7 +158,7 @@ inline std::vector<int32_t> make_plan(const Matrix<int32_t>& index, int64_t d_in
   return plan;
 }
 
-// Where the kernels write, poisoned but for what they read there as well.
+// The outputs before a run: poisoned, except for values that the kernels also read there.
 template <class T>
 Outputs<T> make_outputs(const Problem<T>& p) {
   const Case& c = p.shape;
@@ -167,7 +167,7 @@ Outputs<T> make_outputs(const Problem<T>& p) {
           Matrix<T>(c.d_out, c.k, 0, c.lead)};
 }
 
-// What bypass_fwd starts from.
+// The base of bypass_fwd, or null.
 template <class T>
 const T* base_of(const Problem<T>& p, const Outputs<T>& r) {
   return p.shape.base == Base::none ? nullptr : p.shape.base == Base::out ? r.out.data() : p.base.data();

@@ -49,10 +49,10 @@ Outputs<T> run(const Problem<T>& p, const cpu::Kernels& kernels, const cpu::Exec
   return r;
 }
 
-// However small the work, it is cut for all threads.
+// Even the smallest work is split among all threads.
 inline constexpr int64_t kSmallestGrain = 1;
 
-// Cuts the work as for `threads` threads, and runs the tasks on this one, the last of them first.
+// Splits the work as for `threads` threads, and runs the tasks on the calling thread, in reverse order.
 inline cpu::Executor in_turn(int64_t threads) {
   const auto run = [](int64_t tasks, void (*body)(void*, int64_t), void* context) {
     while (tasks > 0) body(context, --tasks);
@@ -68,7 +68,7 @@ void each_isa(F&& f) {
   }
 }
 
-// Calls f(element) with a value of each element type, for its type alone.
+// Calls f(element) with a value of each element type, of which only the type matters.
 template <class F>
 void each_dtype(F&& f) {
   for (DType dtype : {DType::f32, DType::f64, DType::bf16, DType::f16}) with_dtype(dtype, f);

@@ -1,5 +1,5 @@
-// The vector functions of one instruction set against their scalar meaning. Compiled with the flags
-// of that set, so nothing here may run before test_simd.cpp has asked the processor.
+// Compares the vector functions of one instruction set with scalar code. Compiled with the flags of
+// that set, so nothing here may run before test_simd.cpp has checked the processor.
 #include <algorithm>
 #include <cmath>
 #include <limits>
@@ -54,7 +54,7 @@ void store_is_narrow() {
   }
 }
 
-// As store() rounds the one and the other.
+// Both halves are rounded as store() rounds them.
 void narrow_pairs_is_store_of_both() {
 #if defined(__AVX512F__)
   constexpr int lanes = kLanes<float>;
@@ -104,7 +104,7 @@ void transpose_swaps_rows_and_lanes() {
   }
 }
 
-// Powers of two: each sum tells which values went into it.
+// Multiples of powers of two: each sum identifies its addends.
 template <class A>
 void sum_rows_sums_each_row_into_its_lane() {
   constexpr int lanes = kLanes<A>;

@@ -1,4 +1,4 @@
-// The lowest and the highest of some integers, wherever they stand, in every instruction set.
+// The minimum and maximum of an int32 array, at any position, in every instruction set.
 #include <algorithm>
 #include <cstdint>
 #include <string>

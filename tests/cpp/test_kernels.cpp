@@ -1,4 +1,4 @@
-// Every kernel, in every dtype and instruction set that runs here, is its formula over small shapes.
+// Compares every kernel with its formula on small shapes, in every dtype and instruction set that runs here.
 #include <initializer_list>
 #include <utility>
 
@@ -29,7 +29,7 @@ constexpr std::pair<int64_t, int64_t> kWeights[] = {{1, 1},  {1, 5},   {5, 1},  
 constexpr IndexKind kIndexKinds[] = {IndexKind::distinct, IndexKind::ragged, IndexKind::empty_rows,
                                      IndexKind::one_column};
 
-// The ways to hand over bias, base and strides take turns over the shapes.
+// The combinations of bias, base and strides alternate over the shapes.
 void formulas_hold_over_shapes() {
   int64_t turn = 0;
   for (const auto& [d_in, d_out] : kWeights) {
@@ -54,13 +54,13 @@ void formulas_hold_for_each_way_to_hand_over_the_output() {
   }
 }
 
-// More tokens than SDDMM has chunks for, so that a chunk is several blocks.
+// More than kMostChunks * kChunkTokens tokens, so that a chunk of SDDMM is several of the longest blocks.
 void formulas_hold_for_many_tokens() {
   check_case({2100, 19, 23, 2, IndexKind::ragged, true, Base::separate, 1}, 2);
   check_case({2049, 3, 33, 1, IndexKind::one_column}, 3);
 }
 
-// More columns or rows than a block of tokens is staged for at once in L2.
+// More columns or rows than fit in L2 when a block of tokens is staged.
 void formulas_hold_for_wide_weights() {
   check_case({45, 2100, 13, 20, IndexKind::ragged, true, Base::out, 1}, 6);
   check_case({45, 67, 2100, 2, IndexKind::ragged, true, Base::separate, 1}, 7);
@@ -74,7 +74,7 @@ void formulas_hold_for_wide_weights() {
 void formulas_hold_across_blocks_of_the_product() {
   check_case({300, 531, 410, 3, IndexKind::ragged, true, Base::none, 1}, 8);
   check_case({129, 512, 384, 1, IndexKind::distinct, false, Base::none}, 9);
-  // W is read where it lies, in float32 at least.
+  // W is read in place, in float32 at least.
   check_case({29, 512, 384, 2, IndexKind::distinct, true, Base::none}, 10);
   check_case({63, 512, 1024, 2, IndexKind::distinct, true, Base::none}, 15);
   check_case({60, 550, 1100, 3, IndexKind::ragged, true, Base::none, 1}, 16);

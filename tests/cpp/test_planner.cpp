@@ -1,5 +1,5 @@
-// The planner: which indices it refuses and with what words, and that a plan is the stable sort of
-// the entries by column with splits of equal work.
+// The planner: which indices it rejects with which error text, that a plan is the stable sort of the
+// entries by column with splits of equal work, and that ordered slots have few bank conflicts.
 #include <algorithm>
 #include <limits>
 #include <set>
@@ -66,7 +66,7 @@ void plans_are_stable_sorts_with_even_splits() {
   }
 }
 
-// The boundaries for any number of parts start at 0, end at d_in and do not run back.
+// The boundaries for any number of parts start at 0, end at d_in and do not decrease.
 void boundaries_cover_the_columns() {
   Index index;
   for (int32_t j = 0; j < 300; ++j) index.push_back(j * 7 % 100);
@@ -81,7 +81,7 @@ void boundaries_cover_the_columns() {
   }
 }
 
-// A k columns a row, of which those that are popular come first; shuffled, so that they lie anywhere.
+// k distinct columns per row, uniform or skewed to popular columns, which a shuffle places anywhere.
 Index drawn(int64_t d_out, int64_t k, int64_t d_in, bool skewed, Random& random) {
   std::vector<int32_t> columns(static_cast<size_t>(d_in));
   for (size_t c = 0; c < columns.size(); ++c) columns[c] = static_cast<int32_t>(c);
@@ -90,7 +90,7 @@ Index drawn(int64_t d_out, int64_t k, int64_t d_in, bool skewed, Random& random)
   for (int64_t j = 0; j < d_out; ++j) {
     const auto first = static_cast<int64_t>(index.size());
     while (static_cast<int64_t>(index.size()) < first + k) {
-      // Uniform, or one column in 2^n as often as all of the 2^n before it.
+      // Uniform over all columns, or over the first d_in / 2^n of the shuffled ones, n random.
       const int64_t limit = skewed ? std::max<int64_t>(d_in >> random.below(8), 2 * k) : d_in;
       const int32_t column = columns[static_cast<size_t>(random.below(limit))];
       if (std::find(index.begin() + first, index.end(), column) == index.end()) index.push_back(column);
@@ -99,7 +99,7 @@ Index drawn(int64_t d_out, int64_t k, int64_t d_in, bool skewed, Random& random)
   return index;
 }
 
-// f(the first of an octet's neurons, the end): every second of sixteen.
+// Calls f(first, end) for each octet: its neurons are every second one of [first, end).
 template <class F>
 void each_octet(int64_t d_out, F&& f) {
   for (int64_t begin = 0; begin < d_out; begin += 16) {
@@ -107,7 +107,7 @@ void each_octet(int64_t d_out, F&& f) {
   }
 }
 
-// How many different columns of an octet's slots [s, s_end) fall into the bank that most of them do.
+// The number of distinct columns of an octet's slots [s, s_end) in the bank that has most of them.
 int64_t fullest_bank(const Index& index, int64_t k, int64_t first, int64_t end, int64_t s, int64_t s_end) {
   std::set<int32_t> banks[kBanks];
   for (int64_t j = first; j < end; j += 2) {
@@ -125,8 +125,8 @@ struct Reads {
   double counted, bound;
 };
 
-// How often shared memory is read for one gather of eight neurons, on average: once for each column in the
-// fullest bank of a slot. In all slots it is at least once a slot, and once for each in the fullest bank of all.
+// Average number of shared-memory reads per gather of eight neurons: one per column in the fullest bank of a
+// slot. Over all slots there are at least one per slot, and one per column in the fullest bank of all slots.
 Reads reads_a_gather(const Index& index, int64_t d_out, int64_t k) {
   int64_t counted = 0, bound = 0, gathers = 0;
   each_octet(d_out, [&](int64_t first, int64_t end) {
@@ -138,7 +138,7 @@ Reads reads_a_gather(const Index& index, int64_t d_out, int64_t k) {
   return {static_cast<double>(counted) / all, static_cast<double>(bound) / all};
 }
 
-// In the order of the columns, a gather of eight random ones takes 2.6 reads.
+// With slots in ascending order of columns, a gather of eight random columns takes 2.6 reads.
 void ordered_slots_are_read_hardly_more_often_than_they_must() {
   constexpr int64_t kNeurons = 2048, kInputs = 2048;
   Random random(3);
@@ -159,8 +159,8 @@ void ordered_slots_are_read_hardly_more_often_than_they_must() {
   }
 }
 
-// Neurons that have one column of each bank, or the same columns of one bank, or four slots without a connection and
-// a bank of their own.
+// Neurons with one column of each bank, with the same columns of one bank, or with four slots without a connection
+// and a bank of their own.
 void slots_that_can_be_read_once_are() {
   Index by_bank, same, ragged;
   for (int32_t j = 0; j < 16; ++j) {

@@ -1,5 +1,5 @@
-// Runs simd_checks.cpp of one instruction set where the processor has it. A source of its own, since
-// that one is compiled for the set and this question must be asked by code that runs everywhere.
+// Runs simd_checks.cpp of one instruction set if the processor supports it. A separate source, since
+// simd_checks.cpp is compiled for that set and the processor is checked by code that runs everywhere.
 #include "check.h"
 #include "cpu/kernels.h"
 

@@ -1,4 +1,4 @@
-// The outputs have the same bits for any number of threads, on threads that really run at once.
+// The outputs have the same bits for any number of threads, on threads that run concurrently.
 #include <thread>
 #include <vector>
 
@@ -30,7 +30,7 @@ constexpr Case kCases[] = {
     {200, 131, 300, 1, IndexKind::one_column, false, Base::separate, 0, Values::real},
     {45, 2100, 70, 2, IndexKind::ragged, true, Base::none, 0, Values::real},
     {45, 70, 2100, 2, IndexKind::ragged, false, Base::out, 0, Values::real},
-    // One thread copies blocks of W; two read it where it lies, in float32.
+    // One thread copies blocks of W; two read it in place, in float32.
     {120, 530, 1060, 1, IndexKind::ragged, true, Base::none, 0, Values::real},
     {2100, 19, 150, 2, IndexKind::empty_rows, true, Base::none, 0, Values::real},
 };

@@ -1,5 +1,5 @@
-// The tile registers of AMX are free again after every product in them: what comes next on a thread finds
-// no shapes of ours, and no context switch saves their 8 KB.
+// The AMX tile registers are released after every GEMM: code that runs next on the thread finds no
+// configuration of ours, and no context switch saves their 8 KB.
 #include <algorithm>
 #include <array>
 
@@ -9,7 +9,7 @@ using namespace neuroada::testing;
 
 namespace {
 
-// As sttilecfg stores it: all zero where the registers are free.
+// sttilecfg stores all zeros if the registers are free.
 bool tiles_are_free() {
   alignas(64) std::array<unsigned char, 64> shapes;
   asm volatile("sttilecfg %0" : "=m"(shapes));

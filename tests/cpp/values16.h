@@ -8,8 +8,8 @@
 
 namespace neuroada::testing {
 
-// Around each value of T and each tie between two: the value itself and its neighbours in float32;
-// and a sweep over all float32 bit patterns, subnormals, infinities and NaNs among them.
+// Each value of T and each tie between two, with their neighbours in float32; and a sweep over the
+// float32 bit patterns in steps of kStep, plus special patterns: subnormals, infinities and NaNs.
 template <class T>
 std::vector<float> values_to_round() {
   std::vector<float> values;

@@ -1,5 +1,5 @@
-// Argument checks for the op library: a failed one names the argument, what it was and what was
-// expected, before anything is written.
+// Argument checks for the op library. A failed check names the argument, its value and the expected
+// one, before anything is written.
 #pragma once
 
 #include <torch/csrc/stable/tensor.h>
@@ -27,13 +27,13 @@ inline void check_storage(const char* name, const Tensor& tensor) {
   STD_TORCH_CHECK(tensor.numel() == 0 || tensor.const_data_ptr() != nullptr, name, ": its storage is empty");
 }
 
-// What an op only reads is asked for as such: a tensor that shares its values until it is written would be
-// copied otherwise.
+// A tensor that is only read is accessed by const_data_ptr(): mutable_data_ptr() would copy a copy-on-write
+// tensor.
 inline void* data_of(const Tensor& tensor, bool written) {
   return written ? tensor.mutable_data_ptr() : const_cast<void*>(tensor.const_data_ptr());
 }
 
-// Where the kernels of a call run, and all its tensors have to lie.
+// The device on which the kernels of a call run and all its tensors must be.
 struct Site {
   bool cuda;
   int32_t gpu;
@@ -60,13 +60,13 @@ inline void check_matrix(const char* name, const Tensor& tensor, int64_t rows, i
   check_storage(name, tensor);
 }
 
-// A matrix that is written: its rows lie apart, or threads would write one value at once.
+// The rows of a matrix that is written must not overlap, or threads would race.
 inline void check_written(const char* name, const Tensor& tensor) {
   STD_TORCH_CHECK(tensor.numel() == 0 || tensor.size(0) == 1 || tensor.stride(0) >= tensor.size(1), name, ": stride ",
                   tensor.stride(0), " between rows of ", tensor.size(1), ", expected rows that do not overlap");
 }
 
-// The number of columns of which x may have only some.
+// d_in of the full x, of whose columns x may have a subset.
 inline void check_whole_d_in(const std::optional<int64_t>& d_in, const Tensor& x) {
   STD_TORCH_CHECK(!d_in.has_value() || *d_in >= x.size(1), "d_in: ", d_in.value_or(0), ", expected at least the ",
                   x.size(1), " columns of x");
@@ -92,7 +92,7 @@ inline void check_dtype(const char* name, const Tensor& tensor, ScalarType expec
   STD_TORCH_CHECK(tensor.scalar_type() == expected, name, ": dtype is not the expected ", expected_name);
 }
 
-// A dense int32 or accumulate-type array, as index and delta are handed to the kernels.
+// An array that kernels take without strides, such as index, delta, plan and bias.
 inline void check_contiguous(const char* name, const Tensor& tensor) {
   STD_TORCH_CHECK(tensor.is_contiguous(), name, ": not contiguous, expected a contiguous tensor");
 }

@@ -1,5 +1,5 @@
 // Element types of the kernels: two 16-bit storage types with scalar conversions that need no
-// instruction set, and the type in which sums of each are taken.
+// instruction set, and the accumulate type of each.
 #pragma once
 
 #include <cstdint>
@@ -28,7 +28,7 @@ struct AccumulateType<double> {
 template <class T>
 using accumulate_t = typename AccumulateType<T>::type;
 
-// Calls f with a value of the C++ type that `dtype` names, for its type alone.
+// Calls f with a value of the C++ type that `dtype` names, of which only the type matters.
 template <class F>
 void with_dtype(DType dtype, F&& f) {
   switch (dtype) {
@@ -87,7 +87,7 @@ static inline void narrow(float value, Half& out) {
   } else if (magnitude >= 0x477ff000u) {
     half = 0x7c00u;  // 65520 and above round to infinity
   } else if (magnitude < 0x38800000u) {
-    // A float whose unit in the last place is the half's: the addition rounds for us.
+    // The ULP of 0.5f is that of a subnormal half, so the addition rounds.
     half = float_bits(float_from_bits(magnitude) + 0.5f) - 0x3f000000u;
   } else {
     half = (magnitude - 0x38000000u + 0x0fffu + ((magnitude >> 13) & 1u)) >> 13;

@@ -1,4 +1,4 @@
-// What is done with the chosen entries of W; each mode touches no other entry.
+// The operations on the chosen entries of W; none touches other entries.
 #pragma once
 
 #include <cstdint>

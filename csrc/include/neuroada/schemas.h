@@ -11,25 +11,25 @@ void define_ops(Library& m) {
       "bypass_fwd(Tensor x, Tensor index, Tensor delta, Tensor? bias, Tensor? base, "
       "Tensor(a!) out) -> ()");
   m.def("bypass_bwd_input(Tensor grad, Tensor plan, Tensor delta, Tensor? base, Tensor(a!) out) -> ()");
-  // On a GPU alone: writes the order in which bypass_bwd_input reads a plan into a copy of it.
+  // GPU only: writes the order in which bypass_bwd_input reads the plan into out, a copy of it.
   m.def("order_plan(Tensor plan, int d_in, int d_out, int k, Tensor(a!) out) -> ()");
-  // x may lack columns; with the d_in of the whole one the sums have the same bits.
+  // x may lack columns; given the d_in of the full x, the sums are bitwise the same.
   m.def("sddmm(Tensor grad, Tensor x, Tensor index, int? d_in=None) -> Tensor");
   m.def("merge(Tensor(a!) weight, Tensor index, Tensor delta) -> Tensor");
-  // The three below on the CPU alone; the last is linear_bwd_input and sddmm in one call, which saves
+  // The next three on the CPU only; linear_bwd is linear_bwd_input and sddmm in one call, which saves
   // microseconds.
   m.def("linear_fwd(Tensor x, Tensor weight, Tensor index, Tensor delta, Tensor? bias) -> Tensor");
   m.def("linear_bwd_input(Tensor grad, Tensor weight, Tensor plan, Tensor delta) -> Tensor");
   m.def(
       "linear_bwd(Tensor grad, Tensor x, Tensor weight, Tensor index, Tensor plan, Tensor delta) -> "
       "(Tensor, Tensor)");
-  // The products of a weight that holds round(W + delta), which only the kernel's copies of W do; on sm_90a alone.
+  // GEMMs with round(W + delta), which is formed only in the kernel's staged copies of W; on sm_90a only.
   m.def("linear_patched_fwd(Tensor x, Tensor weight, Tensor index, Tensor delta, Tensor? bias) -> Tensor");
   m.def("linear_patched_bwd_input(Tensor grad, Tensor weight, Tensor index, Tensor delta) -> Tensor");
-  // Onto what is there, added in float32 and rounded once; on sm_90a alone, and built with CUTLASS.
+  // GEMMs accumulated onto `onto` in float32 and rounded once; on sm_90a only, if built with CUTLASS.
   m.def("product_onto_fwd(Tensor x, Tensor weight, Tensor? bias, Tensor(a!) onto) -> ()");
   m.def("product_onto_bwd_input(Tensor grad, Tensor weight, Tensor(a!) onto) -> ()");
-  // On the CPU alone; by: 0 value, 1 magnitude, 2 smallest magnitude.
+  // On the CPU only; by: 0 value, 1 magnitude, 2 smallest magnitude.
   m.def("largest(Tensor scores, int k, int by) -> Tensor");
   // x[:, columns]; on the CPU a column that x lacks is an error, on a GPU it is zero.
   m.def("columns(Tensor x, Tensor columns) -> Tensor");
