@@ -1,6 +1,6 @@
-"""Triton kernels and their launchers, one op a file; imported as neuroada_kernels.triton_kernels.
+"""Triton kernels and their launchers, one op per file; imported as neuroada_kernels.triton_kernels.
 
-Imports torch and triton alone. Letters: t token, j neuron (a row of W), c input column, s slot of
+Imports only torch and triton. Letters: t token, j neuron (a row of W), c input column, s slot of
 a neuron, e entry (``j * k + s``).
 """
 

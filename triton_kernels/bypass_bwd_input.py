@@ -1,6 +1,6 @@
 """The bypass of the input gradient, written into dx or added to a given one.
 
-It is the transposed product, from entries sorted by column.
+It is the transposed sparse product, from entries sorted by column.
 """
 
 import triton
@@ -45,9 +45,9 @@ def bypass_bwd_input_kernel(
     rounded once.
 
     grad_t [d_out, padded tokens], column_start [d_in + 1], split [splits + 1], entry [live],
-    delta [d_out, k], onto and grad_x [tokens, d_in]. The planner split the columns so that every
-    part has as many entries and columns; a program has a block of tokens and a few neighbouring
-    parts.
+    delta [d_out, k], onto and grad_x [tokens, d_in]. The planner splits the columns into
+    parts of about equal entries plus columns; a program processes a block of tokens and a few
+    adjacent parts.
     """
     t = tl.program_id(0) * BLOCK_T + tl.arange(0, BLOCK_T)
     first_split = split + tl.program_id(1) * splits_a_program

@@ -34,8 +34,8 @@ def bypass_fwd_kernel(
     """``y[t, j] = onto[t, j] + bias[j] + sum_s delta[j, s] x_t[index[j, s], t]``, rounded once.
 
     x_t [d_in, padded tokens], index and delta [d_out, k], onto and y [tokens, d_out], bias [d_out].
-    The tile is summed as [BN, BT], where gathers are coalesced, and turned in registers for
-    coalesced stores.
+    The tile is summed as [BN, BT], where gathers are coalesced, and transposed for coalesced
+    stores.
     """
     t = tl.program_id(0) * BLOCK_T + tl.arange(0, BLOCK_T)
     j = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
@@ -69,7 +69,7 @@ def bypass_fwd(
             "bypass_fwd",
             problem(tokens, x_t.shape[0], index, y, delta, onto, bias),
             bypass_configs(tokens, y.dtype),
-            # Timed into a tensor of its own: onto may be y.
+            # Timed on a separate tensor: onto may be y.
             lambda c: bypass_fwd(
                 x_t, index, delta, torch.empty_like(y), onto=onto, bias=bias, config=c
             ),

@@ -1,4 +1,4 @@
-"""Block sizes and choices, by shape, dtype and GPU: the heuristic ones, and all candidates.
+"""Block sizes and kernel choices by shape, dtype and GPU: the heuristic ones, and all candidates.
 
 Every figure here is a prediction until a measurement in ``benchmarks/results/`` corrects it.
 """
@@ -13,11 +13,11 @@ import torch
 import triton
 import triton.language as tl
 
-#: Bytes of transposed input that a call holds at most, but for one block of tokens.
+#: Maximum bytes of transposed input per call, but at least one block of tokens.
 WORKSPACE_BYTES = 32 << 20
-#: Bytes of a product in float32 that a call holds at most, but for one block of tokens.
+#: Maximum bytes of a float32 GEMM result per call, but at least one block of tokens.
 WIDE_BYTES = 64 << 20
-#: Entries a program of the merge kernels.
+#: Entries per program of the merge kernels.
 MERGE_BLOCK = 256
 
 _MIN_BLOCK_T, _MAX_BLOCK_T = 16, 128
@@ -25,16 +25,16 @@ _MIN_BLOCK_T, _MAX_BLOCK_T = 16, 128
 
 @dataclass(frozen=True)
 class Gpu:
-    """What the choices depend on: FLOP/s of the dense product in 16 bits, bytes/s of memory."""
+    """What the choices depend on: FLOP/s of a GEMM in 16 bits, bytes/s of memory."""
 
     multiprocessors: int
     capability: tuple[int, int]
-    shared_bytes: int  # that one program may have
+    shared_bytes: int  # available to one program
     flops: float
     bandwidth: float
 
 
-#: An H200 as measured; what tests compile for, and the interpreter pretends to be.
+#: An H200 as measured; the target for which tests compile, and of the interpreter.
 H200 = Gpu(132, (9, 0), 227 << 10, 790e12, 4.3e12)
 KNOWN_GPUS = {
     (8, 0): Gpu(108, (8, 0), 163 << 10, 250e12, 1.6e12),
@@ -46,7 +46,7 @@ KNOWN_GPUS = {
 
 @functools.cache
 def gpu_of(device: torch.device) -> Gpu:
-    """The GPU that serves tensors on ``device``; for the interpreter, on a CPU, an H200."""
+    """The GPU of tensors on ``device``; for the interpreter, on a CPU, an H200."""
     if device.type != "cuda":
         return H200
     known = torch.cuda.get_device_properties(device)
@@ -81,15 +81,15 @@ class BypassConfig:
 
 
 class _LightColumns:
-    """How many ``rounds`` light columns may always take, one entry of each a round."""
+    """``rounds``: entries up to which a column is always light, summed one per round."""
 
     rounds: int
 
     def most_light(self, entries: int, d_in: int) -> int:
-        """Entries up to which a column is light, when ``d_in`` columns have ``entries`` in all.
+        """Maximum entries of a light column, if ``d_in`` columns have ``entries`` in total.
 
-        Twice the mean at least: a heavy column has all of its program to itself, which is well
-        spent on some that are much longer than the rest, and not on nearly all of them.
+        At least twice the mean: a heavy column takes its whole program, which pays for a few
+        columns that are much longer than the rest, but not for nearly all of them.
         """
         return max(self.rounds, 2 * triton.cdiv(entries, max(d_in, 1)))
 
@@ -119,7 +119,7 @@ class SddmmConfig:
 
 @dataclass(frozen=True)
 class GemmConfig(_LightColumns):
-    """A tile of the product, and of the bypass that it starts from (``rounds``, ``block_e``)."""
+    """A tile of the GEMM, and of the bypass that it starts from (``rounds``, ``block_e``)."""
 
     block_m: int
     block_n: int
@@ -138,7 +138,7 @@ class GemmConfig(_LightColumns):
 
 
 def padding(tokens: int) -> int:
-    """The number of tokens to a multiple of which a transposed input is padded."""
+    """A transposed input is padded to a multiple of this number of tokens."""
     return min(max(triton.next_power_of_2(tokens), _MIN_BLOCK_T), _MAX_BLOCK_T)
 
 
@@ -158,12 +158,12 @@ def _whole_blocks(available: int, bytes_a_token: int) -> int:
 
 
 def transpose_config(tokens: int) -> TransposeConfig:
-    """Blocks of the padding's length."""
+    """Blocks of as many tokens as the padding."""
     return TransposeConfig(padding(tokens), 64, 4)
 
 
 def bypass_configs(tokens: int, dtype: torch.dtype) -> list[BypassConfig]:
-    """The heuristic choice first, then what tuning tries beside it."""
+    """The heuristic choice first, then the other candidates of tuning."""
     block_t = min(padding(tokens), 64)
     warps = (8, 4) if dtype == torch.float64 else (4, 8)
     return [BypassConfig(block_t, n, w) for w in warps for n in (64, 32)]
@@ -173,7 +173,7 @@ def transposed_configs(tokens: int, dtype: torch.dtype) -> list[TransposedConfig
     """As :func:`bypass_configs`, for the input gradient."""
     block_t = min(padding(tokens), 64)
     warps = 8 if dtype == torch.float64 else 4
-    # In 16 bits dx is added to a product in float32, whose loads are coalesced in the narrow tile.
+    # In 16 bits dx is added to a float32 GEMM result, whose loads are coalesced in the narrow tile.
     widths = (32, 64) if dtype.itemsize == 2 else (64, 32)
     return [
         TransposedConfig(block_t, block_c, 32, rounds, warps)
@@ -199,7 +199,7 @@ def sddmm_parts(entries: int, tokens: int, gpu: Gpu) -> int:
 def gemm_configs(tokens: int, dtype: torch.dtype, gpu: Gpu) -> list[GemmConfig]:
     """The heuristic choice first; each fits the shared memory of ``gpu``."""
     block_m = padding(tokens)
-    # Up to 32 rows a tile are one warp's rows: wider tiles then feed the other warps.
+    # Up to 32 rows per tile are the rows of one warp: wider tiles then give the others work.
     shapes = [(128, 64), (64, 64), (128, 32)] if block_m >= 64 else [(64, 128), (128, 64), (64, 64)]
     warps = 8 if block_m == 128 else 4
     size = dtype.itemsize
@@ -207,7 +207,7 @@ def gemm_configs(tokens: int, dtype: torch.dtype, gpu: Gpu) -> list[GemmConfig]:
     for block_n, depth in shapes:
         block_k = depth * 2 // size
         stage = (block_m + block_n) * block_k * size
-        # The accumulator passes through shared memory once when it is turned.
+        # The accumulator passes through shared memory once when it is transposed.
         stages = min(4, (gpu.shared_bytes - (8 << 10)) // stage)
         if stages >= 2:
             found.append(
@@ -216,17 +216,17 @@ def gemm_configs(tokens: int, dtype: torch.dtype, gpu: Gpu) -> list[GemmConfig]:
     return found
 
 
-#: Share of the FLOP/s of torch's product that the kernels here are expected to reach.
+#: Share of the FLOP/s of torch's GEMM that the kernels here are expected to reach.
 _GEMM_EFFICIENCY = 0.75
 _LAUNCH_SECONDS = 3e-6
 
 
 def prefer_fused(tokens: int, d_in: int, d_out: int, dtype: torch.dtype, gpu: Gpu) -> bool:
-    """Whether one kernel for product and bypass is expected to beat torch's product and a kernel.
+    """Whether a fused GEMM and bypass is expected to beat torch's GEMM and a bypass kernel.
 
-    What differs: torch's product reaches more FLOP/s; the one kernel saves writing the product in
-    float32, reading it, and a launch. ``d_out`` is the width of the output, y or dx.
-    ``NEUROADA_TRITON_FUSED=0|1`` decides instead.
+    torch's GEMM reaches more FLOP/s; the fused kernel saves writing and reading the product in
+    float32, and a launch. ``d_out`` is the width of the output, y or dx.
+    ``NEUROADA_TRITON_FUSED=0|1`` overrides the choice.
     """
     if dtype == torch.float64:
         return False
@@ -236,9 +236,9 @@ def prefer_fused(tokens: int, d_in: int, d_out: int, dtype: torch.dtype, gpu: Gp
             raise ValueError(f"NEUROADA_TRITON_FUSED: {forced!r}, expected 0 or 1")
         return forced == "1"
     if dtype == torch.float32:
-        return False  # torch's products are far ahead in float32, and TF32 is not the default
+        return False  # torch's GEMM is far ahead in float32, and TF32 is not the default
     if 0 in (tokens, d_in, d_out) or d_in % 16 or d_out % 16:
-        return False  # nothing to do, or rows so far apart that loads are of single values
+        return False  # nothing to do, or row strides that prevent vectorized loads
     size = dtype.itemsize
     dense = max(
         2 * tokens * d_in * d_out / gpu.flops,
@@ -258,6 +258,6 @@ def accumulator(dtype: torch.dtype) -> tl.dtype:
 
 
 def dot_precision(dtype: torch.dtype) -> str:
-    """How a float32 dense product may round its inputs, by torch's own setting."""
+    """How a float32 GEMM may round its inputs, by torch's own setting."""
     allowed = torch.backends.cuda.matmul.fp32_precision == "tf32"
     return "tf32" if dtype == torch.float32 and allowed else "ieee"

@@ -1,6 +1,6 @@
-"""bfloat16 in Triton's interpreter, which truncates it and multiplies its bits.
+"""Repair of bfloat16 in Triton's interpreter, which truncates it and multiplies its bits.
 
-Known to its authors (triton-lang/triton issue 11584); nothing here acts on a GPU.
+A known issue (triton-lang/triton issue 11584); nothing here affects a GPU.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from triton.runtime import interpreter
 
 
 def repair_bfloat16() -> None:
-    """Let the interpreter of this process round to the nearest bfloat16, and widen before a dot."""
+    """Make this process's interpreter round to the nearest bfloat16, and widen before a dot."""
     if getattr(interpreter._convert_float, "rounds_bfloat16", False):
         return
     convert, dot = interpreter._convert_float, interpreter.InterpreterBuilder.create_dot

@@ -1,4 +1,4 @@
-"""The input gradient of dense product and bypass in one kernel, with one write of dx."""
+"""The input gradient of a fused GEMM and bypass, with one write of dx."""
 
 import triton
 import triton.language as tl
@@ -52,7 +52,7 @@ def linear_bwd_input_kernel(
 
     grad [tokens, d_out] and weight [d_out, d_in] of any strides, grad_t [d_out, padded tokens],
     column_start [d_in + 1], entry [live], delta [d_out, k], grad_x [tokens, d_in]. As in the
-    forward kernel, the accumulator of the dense product starts as the bypass.
+    forward kernel, the accumulator of the GEMM is initialised with the bypass.
     """
     tiles_m = tl.cdiv(tokens, BLOCK_M)
     tiles_n = tl.cdiv(d_in, BLOCK_N)

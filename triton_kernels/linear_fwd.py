@@ -1,4 +1,4 @@
-"""Dense product and bypass in one kernel, with one write of y."""
+"""Fused GEMM and bypass, with one write of y."""
 
 import triton
 import triton.language as tl
@@ -45,8 +45,8 @@ def linear_fwd_kernel(
 
     x [tokens, d_in] and weight [d_out, d_in] of any strides, x_t [d_in, padded tokens], index and
     delta [d_out, k], bias [d_out], y [tokens, d_out]. Persistent: each program takes every n-th
-    tile. The accumulator of the dense product starts as the bypass, in float32, instead of at
-    zero: so it needs no second set of registers, and y is rounded and written once.
+    tile. The accumulator of the GEMM is initialised with the bypass, in float32, instead of zero,
+    so that it needs no second set of registers, and y is rounded and written once.
     """
     tiles_m = tl.cdiv(tokens, BLOCK_M)
     tiles_n = tl.cdiv(d_out, BLOCK_N)

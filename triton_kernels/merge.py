@@ -1,4 +1,4 @@
-"""The bypass folded into W, once or anew, and taken out again: the chosen entries alone."""
+"""The bypass merged into W, once or repeatedly, and unmerged: the chosen entries alone."""
 
 import torch
 import triton
@@ -19,7 +19,7 @@ def _chosen(
     k: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """This program's entries e of the index, which of them are connections, and where in W."""
+    """This program's entries e of the index, which are connections, and their addresses in W."""
     e = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     column = tl.load(index + e, mask=e < entries, other=-1)
     live = (column >= 0) & (column < d_in)
@@ -43,8 +43,8 @@ def merge_kernel(
 ):
     """``original[e] = W[j, index[e]]``, then ``W[j, index[e]] += delta[e]``, with ``j = e // k``.
 
-    weight [d_out, d_in] of any strides; index, delta and original [d_out, k] as entries e. An
-    entry without a connection has the original 0.
+    weight [d_out, d_in] of any strides; index, delta and original [d_out, k] as entries e. The
+    original of an entry without a connection is 0.
     """
     e, live, place = _chosen(weight, index, entries, d_in, stride_row, stride_column, k, BLOCK)
     before = tl.load(place, mask=live, other=0)
@@ -92,7 +92,7 @@ def unmerge_kernel(
 
 
 def merge(weight: Tensor, index: Tensor, delta: Tensor) -> Tensor:
-    """Add ``delta [d_out, k]`` into ``weight`` in place; the values it had, ``[d_out, k]``."""
+    """Add ``delta [d_out, k]`` to ``weight`` in place; returns the old values, ``[d_out, k]``."""
     original = torch.empty(index.shape, dtype=weight.dtype, device=weight.device)
     merge_kernel[(triton.cdiv(index.numel(), MERGE_BLOCK),)](
         weight,

@@ -1,4 +1,4 @@
-"""The sampled gradient: the k entries a row of ``dy^T x`` that a neuron chose, and no other."""
+"""The sampled gradient: only the k entries of each row of ``dy^T x`` that its neuron chose."""
 
 import torch
 import triton
@@ -35,8 +35,8 @@ def sddmm_kernel(
     """``partial[p, e] += sum over the tokens of part p of dy_t[e // k, t] x_t[index[e], t]``
 
     x_t [d_in, padded], grad_t [d_out, padded], index [d_out, k] as entries e, partial [parts,
-    d_out k]. Each program alone adds to its places, in the order of the calls, so that the sums
-    are the same in every run. The k entries of a neuron lie side by side and read its dy once.
+    d_out k]. Only one program adds to each element, in the order of the calls, so that the
+    sums are the same in every run. The k entries of a neuron are adjacent and read its dy once.
     """
     e = tl.program_id(0) * BLOCK_E + tl.arange(0, BLOCK_E)
     part = tl.program_id(1)
@@ -72,7 +72,7 @@ def sddmm(
 ) -> None:
     """Add to ``partial [parts, d_out * k]``, float32 or float64, whose sum over parts is ddelta.
 
-    ``x_t`` and ``grad_t`` of :func:`transpose`, padded to as many tokens.
+    ``x_t`` and ``grad_t`` are results of :func:`transpose`, with the same padding.
     """
     parts, entries = partial.shape
     padded = x_t.shape[1]
@@ -81,7 +81,7 @@ def sddmm(
             "sddmm",
             problem(padded, x_t.shape[0], index, x_t, partial),
             sddmm_configs(padded, x_t.dtype),
-            # Timed into a tensor of its own: the kernel accumulates.
+            # Timed on a separate tensor: the kernel accumulates.
             lambda c: sddmm(x_t, grad_t, index, torch.zeros_like(partial), c),
             x_t.device,
         )

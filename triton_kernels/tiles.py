@@ -1,8 +1,8 @@
-"""What the kernels share: the bypass of a tile, in both directions, and a tile of a dense product.
+"""Shared by the kernels: the bypass of a tile, in both directions, and a tile of a GEMM.
 
-The bypass tiles are made transposed, [neuron or column, token], from a transposed input: there
+The bypass tiles are computed transposed, [neuron or column, token], from a transposed input:
 each gathered row is contiguous along the tokens, so that a gather is a coalesced load of whole
-lines, however the columns are scattered.
+cache lines, however the columns are scattered.
 """
 
 import triton
@@ -20,7 +20,7 @@ def bypass_tile(
     out = tl.zeros([j.shape[0], t.shape[0]], dtype=ACC)
     for s in range(k):
         column = tl.load(index + j * k + s, mask=j < d_out, other=-1)  # [BN]
-        # What has no connection, or one that is out of range, adds nothing and reads nothing.
+        # A slot without a connection, or with one out of range, adds nothing and reads nothing.
         live = (column >= 0) & (column < d_in)
         value = tl.load(delta + j * k + s, mask=live, other=0).to(ACC)  # [BN]
         row = x_t + column.to(tl.int64) * stride_x_t
@@ -48,13 +48,13 @@ def transposed_bypass_tile(
 ):
     """``out[c, t] = sum over (j, s) with index[j, s] = c of delta[j, s] grad_t[j, t]``  # [BC, BT]
 
-    grad_t [d_out, padded tokens]; entry [live entries] lists ``j * k + s`` by column, that of
-    column c from column_start[c] on; c [BC] and t [BT] of the tile, columns from c_end on are not
-    in it. A plan of another index may give a wrong sum, but nothing outside is read.
+    grad_t [d_out, padded tokens]; entry [live entries] lists ``j * k + s`` by column, those
+    of column c from column_start[c] on; c [BC] and t [BT] of the tile, without columns from c_end
+    on. A plan of another index may give a wrong sum, but no read is out of bounds.
 
-    One column may be chosen by hundreds of neurons. So columns of at most most_light entries are
-    summed side by side, one entry of each a round, and each heavier one by itself, BLOCK_E
-    entries side by side. Either way the order is fixed by the index.
+    Hundreds of neurons may choose one column. So columns of at most most_light entries are summed
+    in parallel, one entry of each per round, and each heavier one by itself, BLOCK_E entries in
+    parallel. Either way the order is fixed by the index.
     """
     first = tl.load(column_start + c, mask=c < c_end, other=0)  # [BC]
     count = tl.load(column_start + c + 1, mask=c < c_end, other=0) - first
@@ -145,8 +145,8 @@ def add_product(
 ):
     """``out[row, column] + sum_d a[row, d] b[d, column]``  # [BM, BN], float32
 
-    Masks, not clamped positions, keep what lies outside away: a clamped position would no longer
-    be known to be contiguous, and its loads be of single values.
+    Bounds are checked by masks, not by clamping positions: the compiler would not know that
+    clamped positions are contiguous, and would load single values.
     """
     d = tl.arange(0, BLOCK_K)
     far = d.to(tl.int64)
@@ -171,7 +171,7 @@ def add_product(
 
 @triton.jit
 def tile_position(tile, tiles_m, tiles_n, GROUP_M: tl.constexpr):
-    """Row and column of a tile, GROUP_M rows at a time so that neighbours share their inputs."""
+    """Row and column of a tile, GROUP_M rows at a time so that adjacent tiles share inputs."""
     group = tile // (GROUP_M * tiles_n)
     first = group * GROUP_M
     height = min(tiles_m - first, GROUP_M)

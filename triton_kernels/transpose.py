@@ -1,4 +1,4 @@
-"""x transposed into a workspace, where the bypass kernels gather whole lines of tokens."""
+"""x transposed into a workspace, from which the bypass kernels gather whole lines of tokens."""
 
 import torch
 import triton
@@ -20,7 +20,7 @@ def transpose_kernel(
     BLOCK_T: tl.constexpr,
     BLOCK_C: tl.constexpr,
 ):
-    """``x_t[c, t] = x[t, c]``, zero for the padding, t from tokens on.
+    """``x_t[c, t] = x[t, c]``, zero for the padding, t >= tokens.
 
     x [tokens, d] of any strides, x_t [d, padded tokens].
     """
@@ -34,7 +34,7 @@ def transpose_kernel(
 
 
 def transpose(x: Tensor) -> Tensor:
-    """``x [tokens, d]`` as a new ``[d, padded]``, padded with zeros to whole blocks."""
+    """``x [tokens, d]`` transposed, a new ``[d, padded]``, padded with zeros to whole blocks."""
     tokens, d = x.shape
     config = transpose_config(tokens)
     x_t = torch.empty(

@@ -1,6 +1,6 @@
-"""Tuning, opt-in: ``NEUROADA_AUTOTUNE=1`` times the candidates of a kernel once for each problem.
+"""Tuning, opt-in: ``NEUROADA_AUTOTUNE=1`` times the candidates of a kernel once per problem.
 
-What won is kept in one JSON file for each GPU name in the user's cache folder.
+The fastest are kept in one JSON file per GPU name in the user's cache folder.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ Timer = Callable[[Callable[[], object]], float]
 
 
 def enabled() -> bool:
-    """Whether the environment asks for tuning."""
+    """Whether the environment enables tuning."""
     return os.environ.get("NEUROADA_AUTOTUNE") == "1"
 
 
@@ -33,14 +33,14 @@ def problem(
 ) -> tuple[object, ...]:
     """What a choice depends on, the tokens as the next power of two; ``entries`` is [d_out, k].
 
-    Of the operands it is the dtype, or that there is none.
+    An operand contributes its dtype, or None if there is none.
     """
     dtypes = (None if operand is None else operand.dtype for operand in operands)
     return (1 << max(tokens - 1, 0).bit_length(), d_in, *entries.shape, *dtypes)
 
 
 def cache_file(gpu_name: str) -> Path:
-    """Where the results for a GPU lie, under ``XDG_CACHE_HOME`` or ``~/.cache``."""
+    """The file of the results for a GPU, under ``XDG_CACHE_HOME`` or ``~/.cache``."""
     root = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
     return root / "neuroada_kernels" / f"{re.sub(r'[^A-Za-z0-9]+', '-', gpu_name)}.json"
 
@@ -59,13 +59,13 @@ def pick(
     kernel : str
         Name of the kernel.
     problem : sequence
-        Of :func:`problem`.
+        From :func:`problem`.
     candidates : sequence of configs
         Frozen dataclasses, the heuristic choice first.
     run : callable
         Launches the kernel with a config; called many times, so it must not accumulate.
     device : torch.device
-        Of the tensors. Nothing is timed while a CUDA graph is being captured.
+        The tensors' device. Nothing is timed while a CUDA graph is being captured.
     """
     if not enabled() or device.type != "cuda":
         return candidates[0]
@@ -75,7 +75,7 @@ def pick(
 
 
 class _Results:
-    """A file of results, read when first asked for and replaced whole."""
+    """A file of results, read at first use and replaced as a whole."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -91,12 +91,12 @@ class _Results:
             return candidates[0]
         seconds = {}
         for candidate in candidates:
-            # A candidate that needs more than this GPU has is no candidate.
+            # Skips candidates that exceed the resources of this GPU.
             with contextlib.suppress(_out_of_resources()):
                 seconds[candidate] = time(functools.partial(run, candidate))
         best = min(seconds, key=seconds.__getitem__, default=candidates[0])
         known[key] = asdict(best)  # type: ignore[call-overload]
-        with contextlib.suppress(OSError):  # what was found holds for this process all the same
+        with contextlib.suppress(OSError):  # the result still holds for this process
             _write(self.path, known)
         return best
 
@@ -113,13 +113,13 @@ def _read(path: Path) -> dict[str, Any]:
 def _in_file(path: Path) -> dict[str, Any]:
     try:
         found = json.loads(path.read_text())
-    except (OSError, ValueError):  # none yet, or not ours: tune again
+    except (OSError, ValueError):  # missing or invalid: tune again
         return {}
     return found if isinstance(found, dict) else {}
 
 
 def _write(path: Path, known: dict[str, Any]) -> None:
-    known = {**_in_file(path), **known}  # which another process may have written since
+    known = {**_in_file(path), **known}  # another process may have written since
     path.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.NamedTemporaryFile("w", dir=path.parent, delete=False) as file:
         json.dump(known, file, indent=1, sort_keys=True)

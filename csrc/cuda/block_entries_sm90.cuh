@@ -1,7 +1,7 @@
-// entry[16 g, 0] [start[b, g] .. start[b + 1, g]) = the connections of neurons 16 g and on in block b of the columns
+// entry[16 g, 0] [start[b, g] .. start[b + 1, g]) = the connections of neurons 16 g .. 16 g + 15 in block b
 //
-// So a tile of a product over [neurons, inputs] finds its connections. A warp has one block of one group, and
-// reads that group's columns twice: what it writes depends on no other warp.
+// A GEMM tile over [neurons, inputs] finds its connections by these offsets. Each warp processes one block of columns
+// of one group. It reads the group's columns twice, so that its output does not depend on other warps.
 #pragma once
 
 #include "device.cuh"
@@ -11,7 +11,7 @@ namespace neuroada::cuda {
 
 __device__ __forceinline__ int lanes_below(unsigned lanes) { return __popc(lanes & ((1u << threadIdx.x % kWarp) - 1)); }
 
-// blockIdx.y is the block; one past the last has the ends alone.
+// blockIdx.y is the block; the one past the last writes only the end offsets.
 __global__ static void block_entries_kernel(BlockEntries a) {
   const int64_t groups = (a.d_out + kGroupNeurons - 1) / kGroupNeurons;
   const int64_t group = (int64_t{blockIdx.x} * blockDim.x + threadIdx.x) / kWarp;

@@ -1,6 +1,6 @@
-// Blocks of tokens that the hardware of sm_90a copies into shared memory as they lie (cp.async.bulk), one or two ahead
-// of the block that is read. The threads transpose them from there, so that none waits for memory with its registers
-// full of what it has loaded, and memory has work while they read.
+// Blocks of tokens that bulk asynchronous copies of sm_90a (cp.async.bulk) bring into shared memory untransposed, one
+// or two ahead of the block that is read. The threads transpose them from there, so that loads in flight take no
+// registers, and overlap with the reads.
 #pragma once
 
 #include "hopper.cuh"
@@ -8,7 +8,7 @@
 
 namespace neuroada::cuda {
 
-// A tile of a block of tokens, from a column on.
+// A step of the pipeline: the tile of a block from column `first` on.
 struct Step {
   int32_t block, first;
 
@@ -24,7 +24,7 @@ struct Step {
   }
 };
 
-// Behind the tile, or two: barriers, then the stages, a block's columns of one tile each, row by row.
+// After the tile or tiles: barriers, then the stages. A stage holds a block's columns of one tile, row by row.
 template <class T>
 struct RawBlocks {
   static constexpr int V = kTokens<T>;
@@ -41,8 +41,8 @@ struct RawBlocks {
 #ifdef NEUROADA_HOPPER
   __device__ __forceinline__ T* stage_rows(int stage) const { return rows + stage * (V * pitch); }
 
-  // Starts the copy of `count` rows of x, by a lane each. All threads have read what it writes over: the fence puts
-  // their reads, which the barrier before it has ended, before the copies, which no barrier knows.
+  // Starts the copy of `count` rows of x, one lane per row. All threads have read the overwritten stage and passed a
+  // barrier; the fence orders those reads before the copies, which are in the async proxy.
   __device__ __forceinline__ void copy(int stage, const T* x, int64_t row_stride, int32_t count, int32_t width) const {
     const int32_t row = static_cast<int32_t>(threadIdx.x);
     const uint32_t bytes = static_cast<uint32_t>(width) * sizeof(T);
@@ -63,8 +63,8 @@ struct RawBlocks {
 #endif
 };
 
-// The blocks [begin, end) of x, which a CTA stages one after another: loaded by its threads (staging.cuh), or copied
-// ahead, of rows and tiles of a multiple of 16 bytes.
+// The blocks [begin, end) of x, which a CTA stages one after another: loaded by its threads (staging.cuh), or
+// bulk-copied, which takes rows and tiles of a multiple of 16 bytes.
 template <class T, bool kBulk>
 struct StagedBlocks {
   const Tiles& tiles;
@@ -72,7 +72,7 @@ struct StagedBlocks {
   int64_t row_stride, tokens;
   int32_t begin, end;
 
-  // Has the first of them on their way, so that a thread may load what it holds meanwhile.
+  // Starts the first copies, so that threads can load what they hold meanwhile.
   __device__ __forceinline__ void start() const {
 #ifdef NEUROADA_HOPPER
     if constexpr (kBulk) {
@@ -99,8 +99,8 @@ struct StagedBlocks {
     }
   }
 
-  // The same of blocks that are copied, and before a block is staged `between(block)`: all have read the block before,
-  // and none reads this one.
+  // The same for bulk-copied blocks, with a call of between(block) before a block is staged: all threads have read the
+  // previous block, and none reads this one.
   template <class Read, class Between>
   __device__ __forceinline__ void for_each_and_between(Read&& read, Between&& between) const {
     static_assert(kBulk);
@@ -128,11 +128,11 @@ struct StagedBlocks {
       between(now.block);
       wait(raw.full[stage], parity);
       raw.transpose(tile, stage, rows_of_block<T>(tokens, int64_t{now.block} * kTokens<T>), now.width(tiles));
-      __syncthreads();  // the tile is whole, and all have read the stage
+      __syncthreads();  // the tile is complete, and all threads have read the stage
       if (ahead.block < end) copy(raw, stage, ahead);
       ahead.advance(tiles);
       read_in_turn<0, kParts>([&](auto part) { read(now.block, static_cast<const Quad*>(tile), now.first, part); });
-      __syncthreads();  // all have read the tile
+      __syncthreads();  // all threads have read the tile
       if (++stage == tiles.stages) {
         stage = 0;
         parity ^= 1;

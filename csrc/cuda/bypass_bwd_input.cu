@@ -6,62 +6,60 @@
 namespace neuroada::cuda {
 namespace {
 
-// Each part of the columns stages all of grad, so there is one, but where there are fewer blocks of tokens than
-// multiprocessors.
+// Each part of the columns stages all of grad, so there is one, unless there are fewer blocks of tokens than SMs.
 int64_t column_parts(int64_t blocks, int64_t threads, const Device& device) {
   const int64_t most = std::clamp<int64_t>(kSplits * kWarp / threads, 1, device.multiprocessors);
   return std::clamp<int64_t>(device.multiprocessors / blocks, 1, most);
 }
 
-// More than so many connections, far more than the mean, make a column heavy. Where lanes outnumber columns, warps
-// had better read them together. Whole quads, packed or not: a plan's order is for both.
+// The most connections of a light column, far more than the mean. If lanes outnumber columns the limit is low, as warps
+// read heavy columns faster then. A multiple of four, for whole quads, packed or not: a plan's order serves both.
 int32_t light_of(int64_t d_in, int64_t live) {
   constexpr int64_t kLight = 32, kFewColumns = 2 * kMaxThreads;
   const int64_t light = d_in < kFewColumns ? kLight : std::max(kLight, ceil_div(live, d_in) * 2);
   return static_cast<int32_t>(ceil_div(light, 4) * 4);
 }
 
-// Connections of a column on average from which on it pays to spread them over the banks: of fewer there is little to
-// choose.
+// Mean connections per column from which spreading them over the banks pays: fewer leave little to choose.
 constexpr int64_t kLeastSpread = 4;
 
-// Connections of a column on average below which rounds without any are left out, for which what is written has to be
-// cleared: of two on average every seventh column has none.
+// Mean connections per column below which rounds without connections are skipped, for which the tile of sums must be
+// cleared: at a mean of two, every seventh column has none.
 constexpr int64_t kFewConnections = 2;
 
-// As many of the lowest bits as `most` has.
+// The shortest mask of low bits that covers `most`.
 uint32_t mask_of(int32_t most) {
   uint32_t mask = 1;
   while (mask < static_cast<uint32_t>(most)) mask = mask << 1 | 1;
   return mask;
 }
 
-// Of shared memory that ordering may take: two CTAs run on a multiprocessor, or one where columns have many kinds. As
-// many connections of a column as fit are far fewer than the 2048 turns that spread_over_banks counts.
+// The most shared memory that ordering may take: two CTAs run on an SM, or one if columns have many kinds. The
+// connections per column that fit are far fewer than the 2048 turns that spread_over_banks can count.
 int64_t most_order_bytes(const ColumnEntries& entries) {
   constexpr int64_t kHalf = 112 << 10;
   return Kinds::by_tile(entries) ? 2 * kHalf : kHalf;
 }
 
-// What is launched, and with how many threads.
+// The kernel, its tiles, and its threads per CTA.
 struct Form {
   Tiles tiles;
   KernelOf<BypassBwdInputLaunch> kernel;
   int64_t threads;
   OutTile out{};
-  int32_t part = 0;  // positions of a CTA, where the neurons come in tiles that are copied ahead
+  int32_t part = 0;  // column positions per CTA if neurons come in bulk-copied tiles
 
-  // What waits to be written; where the neurons come in several tiles, it has the place of one.
+  // Whether sums have a tile of their own; with several tiles of neurons, they reuse the memory of one.
   bool sums_behind_tile() const { return out.width > 0 && part == 0; }
-  // Behind the sums, 16 bytes of counters of shared rounds.
+  // After the sums, 16 bytes for the counters of SharedRounds.
   int64_t bytes() const { return tiles.bytes() + (sums_behind_tile() ? out.bytes() + 16 : 0); }
 };
 
 bool writes_vectors(const BypassBwdInput& p) { return aligned8(p.out) && (p.tokens <= 1 || p.out_stride % 4 == 0); }
 
-// Groups of columns whose sums fit behind the tile of all neurons and one stage: as few and as even as can be. A
-// float32 base is read by lanes whose columns are neighbours, and groups of fewer columns than threads leave warps with
-// nothing to do: for these there is none.
+// Groups of columns whose sums fit after the tile of all neurons and one stage: as few and as even as possible. A
+// float32 base is best read by lanes with adjacent columns, and groups of fewer columns than threads leave warps idle:
+// these cases use no groups.
 Form with_groups(Form form, const BypassBwdInput& p, const Device& device) {
   const int64_t quads = device.shared_bytes / 16 - form.tiles.stride - 1 - 1, columns = form.tiles.columns;
   const int64_t positions = ceil_div(p.d_in, kWindow) * kWindow, room = (quads - columns) / kWindow * kWindow;
@@ -70,14 +68,14 @@ Form with_groups(Form form, const BypassBwdInput& p, const Device& device) {
   form.out.width = static_cast<int32_t>(width);
   form.out.vectors = writes_vectors(p);
   form.tiles.stages = static_cast<int32_t>(std::clamp<int64_t>((quads - width) / columns, 1, kMostStages));
-  // Behind a round of columns without connections there is none with any, if each number of them is a kind of its own.
+  // After a round without connections, no round has any, if each number of connections is a kind of its own.
   const bool apart = light_of(p.d_in, p.live) < Kinds::kOfOne - 2, sparse = apart && p.live < kFewConnections * p.d_in;
   form.kernel = bypass_bwd_input_bulk_kernel(p, sparse ? BulkForm::sparse_groups : BulkForm::groups);
   return form;
 }
 
-// Parts of the columns whose sums the lanes of a CTA keep, as few and as even as can be, and in them windows that fit
-// into a tile.
+// Parts of the columns whose sums fit into a CTA's registers, as few and as even as possible, and in them windows that
+// fit into a tile.
 Form with_parts(Form form, const BypassBwdInput& p) {
   const int64_t most = form.threads * kKeptRounds, room = form.tiles.width / kWindow * kWindow;
   form.part = static_cast<int32_t>(most);
@@ -100,7 +98,7 @@ Form form_of(const BypassBwdInput& p, const Device& device) {
   const Tiles tiles = choose_tiles("bypass_bwd_input", grad, p.grad_stride, p.tokens, p.d_out, device);
   if constexpr (sizeof(T) == 2) {
     const Tiles whole = with_bulk_copies(tiles, grad, p.grad_stride, p.tokens, device);
-    // Twice the threads have the registers, since none holds what is on its way.
+    // There are registers for twice the threads, since loads in flight take none.
     const int64_t threads = 2 * device.threads;
     if (whole.stages > 0) {
       return with_groups({whole, bypass_bwd_input_bulk_kernel(p, BulkForm::whole), threads}, p, device);
@@ -123,14 +121,14 @@ ColumnEntries entries_of(const BypassBwdInput& p, const Form& form) {
   return {p.scratch, positions, light, static_cast<int32_t>(lists), place_mask, window};
 }
 
-// CTAs that share the columns.
+// Number of CTAs that share the columns.
 int64_t parts_of(const Form& form, const ColumnEntries& entries, int64_t blocks, const Device& device) {
   if (form.part > 0) return ceil_div(entries.positions, form.part);
   const int64_t parts = column_parts(blocks, form.threads, device);
   return form.out.width > 0 ? std::min(parts, ceil_div(entries.positions, form.out.width)) : parts;
 }
 
-// What is launched before, with a CTA for each window and tile.
+// The arguments of column_entries_kernel, which runs first, with a CTA for each kWindow positions and tile.
 ColumnEntriesLaunch entries_launch_of(const char* name, const BypassBwdInput& p, const Form& form,
                                       const ColumnEntries& entries, const Device& device) {
   const Tiles& tiles = form.tiles;
@@ -188,7 +186,7 @@ void bypass_bwd_input(const BypassBwdInput& p, const Device& device, void* strea
 void order_plan(const OrderPlan& o, const Device& device, void* stream) {
   if (o.d_in == 0) return;
   check_width("order_plan", o.d_in);
-  // Of whatever grad there may be, as long as its rows can be copied ahead; bfloat16 and float16 have one order.
+  // For any grad whose rows can be bulk-copied; bfloat16 and float16 have the same order.
   BypassBwdInput p{};
   p.dtype = DType::bf16;
   p.tokens = 1;

@@ -1,12 +1,12 @@
 // out[t, c] = sum over (j, s) with index[j, s] = c of delta[j, s] grad[t, j]
 //
-// grad [tokens, d_out], delta [d_out, k], out [tokens, d_in], all of it written. A CTA has a part of the columns
-// and a part of the tokens. It stages block after block of grad as [neuron][V tokens], and each warp has columns
-// of about equal work, by the plan's splits. A lane sums a light column alone; at a heavy one, which far more
-// neurons than others may have chosen, the whole warp sums, and adds its lanes' sums in a fixed order.
+// grad [tokens, d_out], delta [d_out, k], out [tokens, d_in]; all of out is written. A CTA processes a part of the
+// columns and a part of the tokens. It stages grad block by block as [neuron][V tokens]; the plan's splits give each
+// warp columns of about equal work. One lane sums a light column. A heavy column, which many more neurons chose, is
+// summed by the whole warp, whose lanes' sums are added in a fixed order.
 //
-// Here a lane writes what it sums; bypass_bwd_input_groups.cuh gathers it in shared memory first, and
-// bypass_bwd_input_tiles.cuh where it can.
+// In this kernel, lanes write their sums directly; bypass_bwd_input_groups.cuh stages them in shared memory first, and
+// so does bypass_bwd_input_tiles.cuh where possible.
 #pragma once
 
 #include "bulk_staging.cuh"
@@ -24,31 +24,31 @@ struct BypassBwdInputLaunch {
   int64_t blocks;  // of tokens
   ColumnEntries entries;
   OutTile out;
-  int32_t part;  // positions of a CTA whose neurons come in tiles that are copied ahead
+  int32_t part;  // column positions per CTA if neurons come in bulk-copied tiles
 };
 
-// Where blocks are copied ahead, connections are packed if dx's own rounding is far coarser than theirs.
+// Whether kernels with bulk-copied blocks pack connections: only if dx's own rounding is far coarser than theirs.
 template <class T>
 constexpr bool kPacks = std::is_same_v<T, BFloat16>;
 
-// Rounds of 32 columns of which a warp keeps the sums where the neurons come in tiles that are copied ahead.
+// Rounds of 32 columns whose sums a warp keeps in registers if neurons come in bulk-copied tiles.
 constexpr int kKeptRounds = 8;
 
-// The kernel with blocks that are copied ahead, of bypass_bwd_input_sm90.cu.
+// The kernels with bulk-copied blocks, see bypass_bwd_input_sm90.cu.
 enum class BulkForm {
-  groups,         // one tile that holds all neurons, and behind it one for what is summed
-  sparse_groups,  // the same where many columns have no connections
-  whole,          // one tile that holds all neurons, and no room behind it
-  tiles           // several
+  groups,         // one tile holds all neurons, followed by a tile of sums
+  sparse_groups,  // the same if many columns have no connections
+  whole,          // one tile holds all neurons, without room for sums
+  tiles           // several tiles of neurons
 };
 KernelOf<BypassBwdInputLaunch> bypass_bwd_input_bulk_kernel(const BypassBwdInput&, BulkForm);
 
-// The positions [begin, end) of columns of one of `parts` parts of equal work, at most kSplits.
+// Column positions [begin, end) of one of `parts` parts of equal work, at most kSplits.
 struct Columns {
   int32_t begin, end;
 };
 
-// The nearest whole window.
+// The plan's split, rounded to the nearest window and clamped.
 __device__ __forceinline__ int32_t split_of(const BypassBwdInputLaunch& a, int64_t part, int64_t parts) {
   const int64_t d_in = a.problem.d_in, column = a.problem.plan[d_in + 1 + kSplits * part / parts];
   const int64_t bounded = column < 0      ? 0
@@ -61,7 +61,7 @@ __device__ __forceinline__ Columns columns_of(const BypassBwdInputLaunch& a, int
   return {split_of(a, part, parts), split_of(a, part + 1, parts)};
 }
 
-// Rounds of 32 columns that the busiest warp of the CTA has.
+// Number of rounds of 32 columns of the CTA's busiest warp.
 __device__ __forceinline__ int32_t most_rounds(const BypassBwdInputLaunch& a) {
   int32_t longest = 0;
   const int64_t warps = blockDim.x / kWarp, parts = gridDim.x * warps;
@@ -72,8 +72,8 @@ __device__ __forceinline__ int32_t most_rounds(const BypassBwdInputLaunch& a) {
   return (longest + kWarp - 1) / kWarp;
 }
 
-// sum += delta (the staged neuron): an entry names its neuron's place in the staged tile, or its neuron, which may be
-// in another one.
+// sum += delta (the staged neuron). With kPlaces, `neuron` is its place in the staged tile; otherwise its index,
+// possibly in another tile.
 template <class T, bool kPlaces>
 __device__ __forceinline__ void add_entry(float (&sum)[kTokens<T>], const Tiles& tiles, const Quad* tile, int32_t first,
                                           int32_t neuron, float delta) {
@@ -86,13 +86,13 @@ __device__ __forceinline__ void add_entry(float (&sum)[kTokens<T>], const Tiles&
   }
 }
 
-// The first connections of a light column, 16 bytes with a load, on their way before it is known how many there are.
+// The first connections of a light column, 16 bytes per load, loaded before their number is known.
 template <bool kPacked>
 struct FirstLoads {
   static constexpr int kLoads = 2, kEach = kPacked ? 4 : 2;  // connections_a_quad
   Quad quad[kLoads];
 
-  // Those of a column that hardly has more than `most`: what a CTA reads anew for each block comes out of L2.
+  // Loads up to `most` connections, an estimate that limits the L2 traffic: each block loads them again.
   __device__ __forceinline__ void load(const Quad* from, int32_t most) {
     NEUROADA_UNROLL
     for (int n = 0; n < kLoads; ++n) {
@@ -100,7 +100,7 @@ struct FirstLoads {
       if (most > n * kEach) quad[n] = load16(from + n * kWarp);
     }
   }
-  // What was left out and yet is there. A quad whose first word is zero was left out, or is loaded again for nothing.
+  // Loads the quads within `count` that load() skipped: those with a first word of zero. Reloading others is harmless.
   __device__ __forceinline__ void load_missing(const Quad* from, int32_t count) {
     NEUROADA_UNROLL
     for (int n = 0; n < kLoads; ++n) {
@@ -109,8 +109,8 @@ struct FirstLoads {
   }
 };
 
-// The connections of a light column, the next loads on their way: two of them, and before a load is read a third, if
-// there are the registers for it. What is left at the end of a load are none.
+// Adds a light column's connections with two loads in flight, or three with kThird, which takes more registers. Unused
+// connections in the last quad are absent ones, which add zero.
 template <class T, bool kPlaces, bool kPacked, bool kThird>
 __device__ __forceinline__ void add_light(float (&sum)[kTokens<T>], const BypassBwdInputLaunch& a, const Quad* tile,
                                           int32_t first, const Quad* from, int32_t count, FirstLoads<kPacked>& held) {
@@ -134,8 +134,8 @@ __device__ __forceinline__ void add_light(float (&sum)[kTokens<T>], const Bypass
   }
 }
 
-// The sum over all lanes of each of N values, to all of them. Halves of the values change places first,
-// so that N values cost N shuffles and not 5 N; the order of the additions is that of a tree.
+// Sums each of N values over all lanes; every lane gets all sums. Lanes exchange halves of the values first, which
+// takes about 2 N shuffles instead of 5 N; the additions form a fixed tree.
 template <int N>
 __device__ __forceinline__ void sum_over_warp(float (&values)[N], int lane) {
   static_assert(N <= kWarp && (N & (N - 1)) == 0);
@@ -161,8 +161,8 @@ __device__ __forceinline__ void sum_over_warp(float (&values)[N], int lane) {
   for (int i = 0; i < N; ++i) values[i] = __shfl_sync(kAllLanes, total, i * (kWarp / N));
 }
 
-// The connections of the columns of the lanes that say so, by the whole warp, each to its lane's sums. Which they are
-// is read anew: heavy columns are few.
+// The whole warp sums the column of each lane with `heavy` set, into that lane's `sum`. The position of its connections
+// is read again here: heavy columns are few.
 template <class T, bool kPlaces>
 __device__ __forceinline__ void add_heavy(float (&sum)[kTokens<T>], const BypassBwdInputLaunch& a, const Quad* tile,
                                           int32_t first, int32_t lists, uint32_t position, bool heavy) {
@@ -187,7 +187,7 @@ __device__ __forceinline__ void add_heavy(float (&sum)[kTokens<T>], const Bypass
   }
 }
 
-// Adds the connections of every lane's column, in the staged tile, to its sums. `lists` is which tile's they are.
+// Adds the connections of each lane's column in the staged tile to its sums; `lists` selects the tile in a.entries.
 template <class T, bool kPlaces, bool kPacked>
 __device__ __forceinline__ void add_columns(float (&sum)[kTokens<T>], const BypassBwdInputLaunch& a, const Quad* tile,
                                             int32_t first, int32_t lists, uint32_t position, OrderedColumn own) {
@@ -201,7 +201,7 @@ __device__ __forceinline__ void add_columns(float (&sum)[kTokens<T>], const Bypa
   add_heavy<T, kPlaces>(sum, a, tile, first, lists, position, heavy);
 }
 
-// What the sums of a column begin with, so that it is on its way while the first connections are.
+// Initialises a column's sums with base or zero. The loads overlap with those of the first connections.
 template <class T>
 __device__ __forceinline__ void set_to_base(float (&sum)[kTokens<T>], const BypassBwdInput& p, int64_t t, int32_t c) {
   const int rows = rows_of_block<T>(p.tokens, t);
@@ -230,7 +230,7 @@ __device__ __forceinline__ void write_column(const float (&sum)[kTokens<T>], con
   }
 }
 
-// Round `round` of the columns of a warp, in the staged tile; the lane's column is written with the last tile.
+// Processes round `round` of a warp's columns in the staged tile; after the last tile, writes the lane's column.
 template <class T, bool kPlaces, bool kPacked>
 __device__ __forceinline__ void run_round(float (&sum)[kTokens<T>], const BypassBwdInputLaunch& a, Columns part,
                                           int32_t round, int32_t block, const Quad* tile, int32_t first) {
@@ -246,7 +246,7 @@ __device__ __forceinline__ void run_round(float (&sum)[kTokens<T>], const Bypass
   }
 }
 
-// The blocks of grad that a CTA has.
+// The blocks of grad that this CTA processes.
 template <class T, bool kBulk>
 __device__ __forceinline__ StagedBlocks<T, kBulk> blocks_of(const BypassBwdInputLaunch& a) {
   const BypassBwdInput& p = a.problem;
@@ -276,7 +276,7 @@ __global__ void __launch_bounds__(kBulk ? 2 * kMaxThreads : kMaxThreads, 1)
       }
     });
   } else {
-    // All tiles for one round of columns, whose sums a lane keeps, then for the next.
+    // One pass over all tiles per round of columns: a lane keeps the sums of one round.
     const int32_t rounds = most_rounds(a);
     for (int32_t round = 0; round < rounds; ++round) {
       blocks.template for_each<1, 2>([&](int32_t block, const Quad* tile, int32_t first, auto) {

@@ -1,21 +1,21 @@
-// The transposed product of bypass_bwd_input.cuh where blocks are copied ahead, a tile has all neurons, and shared
-// memory has room behind it for what is summed: a group of columns waits there for the CTA to write it. So a lane may
-// have any column of the group, and the group is one window: lanes have about as many connections as their neighbours.
+// The transposed product of bypass_bwd_input.cuh for bulk-copied blocks, if one tile holds all neurons and shared
+// memory also has room for a tile of sums. The CTA writes a group of columns from that tile, so a lane may sum any
+// column of the group. A group is one window: adjacent lanes have about the same number of connections.
 #pragma once
 
 #include "bypass_bwd_input.cuh"
 
 namespace neuroada::cuda {
 
-// The columns of a warp, 32 side by side, a lane's own, and its first connections, on their way before they are summed.
+// A round of 32 columns of a warp: the lane's own column, and its first connections, loaded before they are summed.
 template <bool kPacked>
 struct Round {
   int32_t number;
   OrderedColumn own;
-  uint32_t first;  // of the quads in the scratch
+  uint32_t first;  // index of its first quad in the scratch
   FirstLoads<kPacked> held;
 
-  // Of columns that have no more than `most` connections each, as those of a round before in the group have.
+  // `most` is the lane's count in an earlier round of the group, an estimated upper bound of this one.
   __device__ __forceinline__ void load(const ColumnEntries& entries, int32_t wanted, int32_t most) {
     number = wanted;
     own = *entries.column(0, position());
@@ -30,14 +30,14 @@ struct Round {
   }
 };
 
-// The rounds of a group, which warps share: a warp begins with the one of its own number, and then takes the next that
-// none has. Those with the most connections go first. Which warp has a round changes no bit of its sums.
+// Dynamic scheduling of a group's rounds: a warp starts with the round of its own number, then takes the next untaken
+// one. Rounds with the most connections go first. Which warp takes a round does not change any bit of its sums.
 struct SharedRounds {
-  uint32_t* taken;  // by all warps, in groups of even number and in others
-  int32_t group;    // its number, over all blocks
+  uint32_t* taken;  // rounds that all warps took, in even and odd groups
+  int32_t group;    // its number, counted over all blocks
 
-  // Behind a barrier that all have come to: nobody takes a round of the group before any more, and nobody one of the
-  // next yet.
+  // Called after a CTA barrier: no warp still takes rounds of the previous group, and none takes rounds of the next one
+  // yet.
   __device__ __forceinline__ void clear_next() const {
     if (threadIdx.x == 0) taken[(group + 1) % 2] = 0;
   }
@@ -48,27 +48,27 @@ struct SharedRounds {
   }
 };
 
-// Columns that are written together, by their rounds.
+// Columns that are written together, as a range of rounds.
 struct Group {
   int32_t begin, end;
 
-  // Of the warp; it may have none.
+  // The warp's first round; may be past the end.
   __device__ __forceinline__ int32_t first() const { return begin + static_cast<int32_t>(threadIdx.x / kWarp); }
 };
 
-// Sums all columns of a group over a block, and leaves them in the tile for what is written; but for rounds without any
-// connection, behind which there are no others, if kSparse: the tile is zero. Before the last are summed, the first of
-// the next group are on their way.
+// Sums all columns of a group over a block into the tile `out`. With kSparse it stops at the first round without
+// connections: later rounds have none either, and the tile is already zero. The last round prefetches the first
+// connections of the next group.
 template <class T, bool kPacked, bool kSparse>
 __device__ __forceinline__ void sum_group(const BypassBwdInputLaunch& a, const Quad* tile, Quad* out, Group group,
                                           Group next, const SharedRounds& shared, Round<kPacked>& round) {
   const int32_t d_in = static_cast<int32_t>(a.problem.d_in), first_column = group.begin * kWarp;
   int32_t number = group.first();
   if (number >= group.end) return;
-  if (round.number != number) round.load(a.entries, number, INT32_MAX);  // the warp had none in the group before
+  if (round.number != number) round.load(a.entries, number, INT32_MAX);  // the warp had no round in the previous group
   const int32_t first_of_next = next.first() < next.end ? next.first() : next.begin;
   do {
-    // Nothing of the round but this is needed once its loads are those of the next: no copy waits for them.
+    // Only these values are needed once the next load overwrites the round: no register copy waits for its loads.
     const int32_t to = made_anew(round.own.column < d_in ? place(round.own.column - first_column) : -1);
     const uint32_t position = round.position();
     const bool heavy = round.own.count > a.entries.light;
@@ -87,14 +87,14 @@ __device__ __forceinline__ void sum_group(const BypassBwdInputLaunch& a, const Q
   } while (number < group.end);
 }
 
-// A CTA has some of the groups and some of the blocks. If kSparse, many columns have no connections.
+// A CTA processes some of the groups and some of the blocks. With kSparse, many columns have no connections.
 template <class T, bool kSparse>
 __global__ void __launch_bounds__(2 * kMaxThreads, 1) bypass_bwd_input_groups_kernel(BypassBwdInputLaunch a) {
   constexpr bool kPacked = kPacks<T>;
   const BypassBwdInput& p = a.problem;
   Quad* const out = shared_quads() + a.tiles.quads();
   SharedRounds shared{reinterpret_cast<uint32_t*>(out + a.out.width), 0};
-  // start() shows them to all: `taken`, and where that is wanted all sums.
+  // Zeroes `taken` and, with kSparse, all sums; the barrier in start() makes them visible.
   if (threadIdx.x == 0) out[a.out.width] = Quad{};
   for (int32_t i = threadIdx.x; kSparse && i < a.out.width; i += blockDim.x) out[i] = Quad{};
   const StagedBlocks<T, true> blocks = blocks_of<T, true>(a);
@@ -114,14 +114,14 @@ __global__ void __launch_bounds__(2 * kMaxThreads, 1) bypass_bwd_input_groups_ke
                            rows_of_block<T>(p.tokens, t), left < width ? left : width);
   };
   Round<kPacked> round{};
-  round.number = -1;  // none is on its way
+  round.number = -1;  // no round is loaded
   blocks.for_each_and_between(
       [&](int32_t block, const Quad* tile, int32_t, auto) {
         for (int32_t g = begin; g < end; ++g) {
           if (g > begin) {
-            __syncthreads();  // the group before is whole
+            __syncthreads();  // the previous group is complete
             write_group(block, g - 1);
-            __syncthreads();  // it is written, and its place is free
+            __syncthreads();  // it is written, and the tile is free
           }
           const Group group = group_of(g), next = group_of(g + 1 < end ? g + 1 : begin);
           shared.clear_next();

@@ -1,5 +1,5 @@
-// The kernels of bypass_bwd_input.cuh, bypass_bwd_input_groups.cuh and bypass_bwd_input_tiles.cuh with blocks that the
-// hardware of sm_90a copies ahead.
+// The kernels of bypass_bwd_input.cuh, bypass_bwd_input_groups.cuh and bypass_bwd_input_tiles.cuh with bulk-copied
+// blocks (sm_90a).
 #include "bypass_bwd_input_groups.cuh"
 #include "bypass_bwd_input_tiles.cuh"
 #include "launch.h"

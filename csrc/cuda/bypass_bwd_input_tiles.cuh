@@ -1,21 +1,21 @@
-// The transposed product of bypass_bwd_input.cuh where the neurons come in tiles that are copied ahead. A lane keeps
-// the sums of its columns over the tiles of a block, so that each is staged once; the warps have rounds of 32 columns
-// in turn. Behind the last tile what was summed takes its place for the CTA to write it, so that a lane may have any
-// column of a window that fits there.
+// The transposed product of bypass_bwd_input.cuh if neurons come in bulk-copied tiles. A lane keeps the sums of its
+// columns over the tiles of a block, so that each is staged once; rounds of 32 columns are interleaved over the warps.
+// After the last tile, the sums take its place in shared memory, from which the CTA writes them, so that a lane may
+// have any column of a window that fits there.
 #pragma once
 
 #include "bypass_bwd_input.cuh"
 
 namespace neuroada::cuda {
 
-// The first connections of a lane's column in a tile, on their way before they are summed.
+// The first connections of a lane's column in a tile, loaded before they are summed.
 template <bool kPacked>
 struct TileRound {
   int32_t count;
   const Quad* from;
   FirstLoads<kPacked> held;
 
-  // Of columns that hardly have more than `most` connections each, as few in a round behind another have.
+  // `most` is an estimated upper bound: few columns have more connections than that of an earlier round.
   __device__ __forceinline__ void load(const ColumnEntries& entries, int32_t lists, int32_t number, int32_t most) {
     const uint32_t lane = threadIdx.x % kWarp;
     count = entries.column(lists, static_cast<uint32_t>(number * kWarp) + lane)->count;
@@ -24,7 +24,7 @@ struct TileRound {
   }
 };
 
-// What a lane has summed of its columns. One text sums any round, and a jump leads to where it is kept.
+// A lane's sums of its columns. The same code sums every round; add() branches to the registers of its sums.
 template <class T>
 struct KeptSums {
   float of[kKeptRounds][kTokens<T>];
@@ -47,7 +47,7 @@ struct KeptSums {
   }
 };
 
-// The rounds of a CTA, of which warps have every so many-th.
+// The rounds of a CTA, assigned to its warps round-robin.
 struct TileRounds {
   int32_t begin, end;
 
@@ -56,7 +56,7 @@ struct TileRounds {
                   all = static_cast<int32_t>(a.entries.positions) / kWarp;
     return {begin, end < all ? end : all};
   }
-  // Of the warp; it may have none.
+  // The warp's first round; may be past the end.
   __device__ __forceinline__ int32_t first() const { return begin + static_cast<int32_t>(threadIdx.x / kWarp); }
   __device__ __forceinline__ static int32_t step() { return static_cast<int32_t>(blockDim.x / kWarp); }
 };
@@ -78,7 +78,7 @@ struct KeptColumns {
   }
 };
 
-// Writes the sums of a block, a window after another through the place of the tile, which all have read.
+// Writes the sums of a block, one window after another, through the memory of the tile, which all threads have read.
 template <class T>
 __device__ __forceinline__ void write_windows(const BypassBwdInputLaunch& a, const TileRounds& rounds,
                                               const KeptSums<T>& sums, const KeptColumns& columns, int32_t block) {
@@ -89,7 +89,7 @@ __device__ __forceinline__ void write_windows(const BypassBwdInputLaunch& a, con
   NEUROADA_ROLLED
   for (int32_t begin = rounds.begin * kWarp; begin < rounds.end * kWarp; begin += width) {
     const int32_t left = d_in - begin, here = left < width ? left : width;
-    if (begin > rounds.begin * kWarp) __syncthreads();  // the window before is written
+    if (begin > rounds.begin * kWarp) __syncthreads();  // the previous window is written
     NEUROADA_UNROLL
     for (int r = 0; r < kKeptRounds; ++r) {
       const uint32_t offset = static_cast<uint32_t>(columns.of[r] - begin);
@@ -132,7 +132,7 @@ __global__ void __launch_bounds__(kMaxThreads, 1) bypass_bwd_input_tiles_kernel(
       number += TileRounds::step();
       const bool more = number < rounds.end;
       const int32_t next = more ? number : rounds.first();
-      // Behind the first tile counts rise as often as they fall, by little.
+      // After the first tile, counts rise as often as they fall, by little.
       const int32_t most = !more ? INT32_MAX : count > 0 ? count : 1;
       round.load(a.entries, more ? lists : last ? 0 : lists + 1, next, most);
       add_heavy<T, true>(sum, a, tile, 0, lists, position, heavy);
@@ -141,7 +141,7 @@ __global__ void __launch_bounds__(kMaxThreads, 1) bypass_bwd_input_tiles_kernel(
     if (!last) return;
     const KeptColumns columns = KeptColumns::load(a, rounds);
     if (a.out.width > 0) {
-      __syncthreads();  // all have read the tile
+      __syncthreads();  // all threads have read the tile
       write_windows<T>(a, rounds, sums, columns, block);
     } else {
       NEUROADA_UNROLL

@@ -1,4 +1,4 @@
-// The launcher of bypass_fwd.cuh, where no other kernel is for the problem.
+// Launches the forward bypass: bypass_fwd_rows where it applies, otherwise bypass_fwd.cuh.
 #include "bypass_fwd.cuh"
 #include "bypass_fwd_rows.h"
 #include "launch.h"

@@ -1,9 +1,9 @@
 // out[t, j] = base[t, j] + bias[j] + sum_s delta[j, s] x[t, index[j, s]]
 //
-// x [tokens, d_in], index and delta [d_out, k], base and out [tokens, d_out], bias [d_out]. A CTA has a part of
-// the neurons and a part of the tokens. It stages block after block of x as [column][V tokens]; a lane holds the
-// places of its neurons' columns and their deltas in registers, so that a block costs its gathers alone. Out is
-// written along the neurons, two a lane.
+// x [tokens, d_in], index and delta [d_out, k], base and out [tokens, d_out], bias [d_out]. A CTA processes a part of
+// the neurons and a part of the tokens. It stages x block by block as [column][V tokens]; a lane holds the places of
+// its neurons' columns and their deltas in registers, so that a block only costs its gathers. A lane writes two
+// adjacent neurons of out at a time.
 #pragma once
 
 #include "kernels.h"
@@ -17,10 +17,10 @@ struct BypassFwdLaunch {
   int64_t blocks;          // of tokens
   int64_t neurons_a_part;  // even
   bool slot_vectors;
-  bool vectors;  // a pair is written at once, and so is one read from base
+  bool vectors;  // a pair of out is one store, and a pair of base one load
 };
 
-// The kernel with blocks that are copied ahead, for what one tile holds, or for two such tiles: of bypass_fwd_sm90.cu.
+// The kernel with bulk-copied blocks, for one tile of all columns or two such tiles; defined in bypass_fwd_sm90.cu.
 KernelOf<BypassFwdLaunch> bypass_fwd_bulk_kernel(const BypassFwd&, const Device&, const Tiles&);
 
 // The connections of slot s of a pair: places in the tile that starts at `first`, and deltas.
@@ -100,7 +100,7 @@ __device__ __forceinline__ void load_rows(float (&onto)[V][2], const void* base,
   }
 }
 
-// Asks for a pair of a base in float32: memory may still have to give it.
+// Prefetches a pair of a float32 base to L2, where it may not be yet.
 template <class T>
 __device__ __forceinline__ void fetch_base(const BypassFwdLaunch& a, const Pairs& pairs, int pair, int64_t t) {
   const BypassFwd& p = a.problem;
@@ -122,7 +122,7 @@ __device__ __forceinline__ void load_base(float (&onto)[kTokens<T>][2], const By
   }
 }
 
-// out = sum, for a pair and V tokens that there are, where nothing is added.
+// out = sum, for a whole pair and V tokens, if nothing is added.
 template <class T>
 __device__ __forceinline__ void write_rows(const float (&sum)[2][kTokens<T>], T* out, int64_t stride) {
   NEUROADA_UNROLL

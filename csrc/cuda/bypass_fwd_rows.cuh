@@ -1,7 +1,7 @@
-// The bypass alone of one slot: out[t, j] = delta[j] x[t, index[j]].
+// The bypass of one slot, without base and bias: out[t, j] = delta[j] x[t, index[j]].
 //
-// So few products take less time than memory does to give x and take out: x comes through a ring of rows, and a lane
-// has groups of 8 neighbouring neurons, whose values of a token are one write.
+// With so few products the kernel is bound by memory bandwidth: x comes through a circular buffer of rows, and a lane
+// has groups of 8 adjacent neurons, whose values of a token are one store.
 #pragma once
 
 #include "kernels.h"
@@ -15,8 +15,8 @@ struct BypassFwdRowsLaunch {
   int32_t neurons_a_part;  // a multiple of kGroup
 };
 
-// A lane has kGroups groups of neurons. A slot without a connection has a delta that is not read, of an x that may be
-// anything: what it adds is chosen to be zero.
+// A lane has kGroups groups of neurons. In a slot without a connection, delta is not read and x may be non-finite, so
+// its product is replaced by zero.
 template <class T, int kGroups>
 __global__ void __launch_bounds__(2 * kMaxThreads, 1) bypass_fwd_rows_kernel(BypassFwdRowsLaunch a) {
   using Columns = GroupColumns<kGroups>;
@@ -53,9 +53,9 @@ __global__ void __launch_bounds__(2 * kMaxThreads, 1) bypass_fwd_rows_kernel(Byp
       float value[kGroup];
       NEUROADA_UNROLL
       for (int n = 0; n < kGroup; ++n) {
-        value[n] = 0.0f + delta[group][n] * to_float(*in_row(x, columns(group, n)));  // as others add to zero
+        value[n] = 0.0f + delta[group][n] * to_float(*in_row(x, columns(group, n)));  // as other kernels do
       }
-      if (connected[group] != 0xff) {  // hardly ever
+      if (connected[group] != 0xff) {  // rare
         NEUROADA_UNROLL
         for (int n = 0; n < kGroup; ++n) value[n] = connected[group] >> n & 1 ? value[n] : 0.0f;
       }

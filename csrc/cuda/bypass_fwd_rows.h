@@ -5,7 +5,7 @@
 
 namespace neuroada::cuda {
 
-// Whether it was launched: where it is not for the problem, or the device, nothing is. Its bits are those of any other.
+// Launches the kernel if it applies, and returns whether it did. The result has the same bits as any other kernel's.
 bool bypass_fwd_rows(const BypassFwd&, const Device&, void* stream);
 
 }  // namespace neuroada::cuda

@@ -1,4 +1,4 @@
-// The kernels of bypass_fwd.cuh with blocks that the hardware of sm_90a copies ahead.
+// The kernels of bypass_fwd.cuh with bulk-copied blocks (sm_90a).
 #include "bypass_fwd.cuh"
 #include "launch.h"
 

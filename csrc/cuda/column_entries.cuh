@@ -1,14 +1,15 @@
-// The plan's connections as dx's kernel reads them. Within windows those columns with the most connections come first,
-// so that the lanes of a warp, which has 32 columns at a time, are done at about the same time; of these the i-th
-// connections lie side by side, 16 bytes of each column at a time, so that the lanes load theirs together. A window has
-// 64 columns where lanes write what they sum, which had better be neighbours; else as many as are written together.
+// The plan's connections in the layout that the dx kernels read. Within windows, columns with the most connections come
+// first, so that the lanes of a warp, one column each, finish at about the same time. The i-th connections of 32
+// columns are adjacent, in units of 16 bytes per column, so that a warp's loads are coalesced. A window has 64 columns
+// if lanes write their sums directly, where adjacent columns are faster; otherwise as many as are written together.
 //
 // A connection is a neuron and its delta, or packed into 4 bytes: the neuron's place in the lowest bits of the delta,
-// which is rounded to the others. bfloat16 has 7 bits of mantissa, the packed delta at least 10.
+// which is rounded to the other bits. bfloat16 has 7 bits of mantissa, the packed delta at least 10.
 //
-// A column of more than `light` connections is heavy: it has its own in a row, for a warp to read together. Heavy
-// columns are shared out evenly over the window's 32s. Where the neurons come in tiles, each tile has such columns of
-// its own, in the same order, which in larger windows is by the connections in the first tile and in the others.
+// A column of more than `light` connections is heavy: its connections are contiguous, for a warp to read together.
+// Heavy columns are distributed evenly over the window's rounds of 32 columns. If the neurons come in tiles, each tile
+// has its own lists of all columns, in the same order, which in larger windows is by the connections in the first tile
+// and in the others.
 #pragma once
 
 #include "kernels.h"
@@ -16,26 +17,26 @@
 
 namespace neuroada::cuda {
 
-constexpr int kWindow = 2 * kWarp;  // of columns, or a multiple of it
+constexpr int kWindow = 2 * kWarp;  // columns; windows are multiples of it
 
-// The column at a position of the order, d_in where there is none, and how many connections it has.
+// The column at a position of the order (d_in if none), and its number of connections.
 struct alignas(8) OrderedColumn {
   int32_t column, count;
 };
 static_assert(sizeof(OrderedColumn) == sizeof(WeightedNeuron));
 
-// A connection is 8 bytes, or packed 4.
+// A connection is 8 bytes, or 4 if packed.
 __host__ __device__ inline int32_t connections_a_quad(uint32_t place_mask) { return place_mask == 0 ? 2 : 4; }
 
-// Where what lies in the scratch, of each tile: columns in order, and connections of the light ones. Behind all of
-// them connections of the heavy ones, as in the plan.
+// Layout of the scratch: per tile, the columns in order and the connections of the light ones; after all tiles, the
+// connections of the heavy ones, indexed as in the plan.
 struct ColumnEntries {
   WeightedNeuron* scratch;
   int64_t positions;    // of columns, a multiple of kWindow
-  int32_t light;        // a multiple of four
+  int32_t light;        // most connections of a light column, a multiple of four
   int32_t tiles;        // of the neurons
-  uint32_t place_mask;  // where connections of light columns are packed, the bits of a place; or 0
-  int32_t window;       // of columns that are in order, a multiple of kWindow; the last may have fewer
+  uint32_t place_mask;  // the bits of a place if light columns are packed, or 0
+  int32_t window;       // of columns sorted together, a multiple of kWindow; the last may have fewer
 
   __host__ __device__ int64_t tile_size() const { return positions * (1 + light); }
   __host__ __device__ int64_t size(int64_t live) const { return tiles * tile_size() + live; }
@@ -46,13 +47,13 @@ struct ColumnEntries {
   __device__ __forceinline__ OrderedColumn* column(int32_t tile, uint32_t position) const {
     return in_row(reinterpret_cast<OrderedColumn*>(of_tile(tile)), position);
   }
-  // The first 16 bytes of a light column's connections; the next are kWarp further on. A heavy column has there
-  // which of the heavy connections are its own.
+  // The first 16 bytes of a light column's connections; the next are kWarp quads further on. For a heavy column, the
+  // first word is the index of its first connection in heavy().
   __device__ __forceinline__ Quad* quads(int32_t tile, uint32_t position) const {
     return place_mask == 0 ? quads<false>(tile, position / kWarp, position % kWarp)
                            : quads<true>(tile, position / kWarp, position % kWarp);
   }
-  // The same of the lane's position among 32.
+  // The same for a round of 32 columns and a lane.
   template <bool kPacked>
   __device__ __forceinline__ Quad* quads(int32_t tile, uint32_t round, uint32_t lane) const {
     return in_row(reinterpret_cast<Quad*>(of_tile(tile)), first_quad<kPacked>(round, lane));
@@ -65,7 +66,7 @@ struct ColumnEntries {
   __device__ __forceinline__ WeightedNeuron* heavy(uint32_t i) const { return of_tile(tiles) + i; }
 };
 
-// A delta rounded to the bits that `mask` leaves, to nearest and to even, and the place in the others.
+// A delta rounded to nearest even in the bits outside `mask`, and the place in the others.
 __device__ __forceinline__ uint32_t pack(uint32_t place, float delta, uint32_t mask) {
   uint32_t bits = bits_of_float(delta);
   if (delta != delta) bits = 0x7fc00000;  // rounding up would carry into the sign
@@ -73,7 +74,7 @@ __device__ __forceinline__ uint32_t pack(uint32_t place, float delta, uint32_t m
   return ((bits + (mask >> 1) + odd) & ~mask) | place;
 }
 
-// The n-th of the connections that 16 bytes hold.
+// The n-th connection in a quad.
 template <bool kPacked>
 __device__ __forceinline__ WeightedNeuron connection(const Quad& quad, int n, uint32_t mask) {
   if constexpr (kPacked) {

@@ -5,8 +5,8 @@
 namespace neuroada::cuda {
 namespace {
 
-constexpr int64_t kMostRows = 64;              // of a warp; beyond that its columns are a small part of what it reads
-constexpr int64_t kWarpsAMultiprocessor = 64;  // as long as these have kRowsAhead rows
+constexpr int64_t kMostRows = 64;              // per warp; beyond, column indices are a small part of its reads
+constexpr int64_t kWarpsAMultiprocessor = 64;  // per SM, if each has kRowsAhead rows
 
 template <class T>
 void run(const ChosenColumns& p, const Device& device, void* stream) {

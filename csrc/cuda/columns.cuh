@@ -1,10 +1,10 @@
-// out[t, i] = x[t, columns[i]], values copied as they are, and zero for a column that x lacks.
+// out[t, i] = x[t, columns[i]], copied unchanged, and zero for a column outside x.
 //
-// x [tokens, d_in], columns [count], out [tokens, count] without gaps. A warp has a strip of neighbouring columns,
-// two a lane, and a part of the tokens: it reads its columns once, and then has some rows on their way at a time.
-// Columns that rise lie close, so that lanes share the sectors that they read. Two values are written at once, which
-// needs an aligned pair: where a row begins between two, as every second one does in an out of an odd number of
-// columns, all pairs are one column earlier.
+// x [tokens, d_in], columns [count], out [tokens, count] without gaps. A warp copies a strip of adjacent columns of
+// out, two per lane, for a part of the tokens: it reads its column indices once, and then keeps several rows in flight.
+// With ascending columns, lanes share the sectors that they read. Two values are written by one store, which needs an
+// aligned pair: in rows that start at an odd element, as every second row of an odd number of columns, all pairs are
+// one column earlier.
 #pragma once
 
 #include "device.cuh"
@@ -19,14 +19,14 @@ constexpr int kRowsAhead = 8;  // even, so that a row's parity is known where th
 struct ColumnsLaunch {
   ChosenColumns problem;
   int64_t strips, rows_a_part;  // rows a multiple of kRowsAhead
-  int32_t early[2];             // of even and odd rows: by how many columns their pairs are earlier, 0 or 1
+  int32_t early[2];             // for even and odd rows: by how many columns pairs are earlier, 0 or 1
 };
 
-// The places of a lane's pair in a row of out, and where their values stand in a row of x.
+// The positions of a lane's pair in a row of out, and of their values in a row of x.
 struct PairOfColumns {
-  int64_t first;      // place; the other is the next
-  bool there[2];      // whether the row has it
-  int32_t column[2];  // -1 where x has none
+  int64_t first;      // position in out; the other is the next
+  bool there[2];      // whether the row has this position
+  int32_t column[2];  // -1 if outside x
 
   __device__ __forceinline__ void load(const ChosenColumns& p, int64_t place) {
     first = place;
@@ -40,8 +40,8 @@ struct PairOfColumns {
   __device__ __forceinline__ bool whole() const { return there[0] && there[1]; }
 };
 
-// The first `rows` of kRowsAhead rows. `kAll`: there are as many, and x has a column 0, which is read where one that
-// it lacks is meant, so that no load waits for a comparison.
+// Copies the first `rows` of kRowsAhead rows. `kAll`: rows is kRowsAhead, and x has a column 0, which is read in place
+// of a column outside x, so that no load waits for a comparison.
 template <bool kAll, class T>
 __device__ __forceinline__ void copy_rows(const ChosenColumns& p, const PairOfColumns (&own)[2], const T* from, T* to,
                                           int rows) {

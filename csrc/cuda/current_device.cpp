@@ -1,5 +1,5 @@
-// See current_device.h. Neither torch's CUDA library nor a GPU is needed to load this: what they give
-// is looked up at the first call.
+// See current_device.h. Loading this needs neither torch's CUDA library nor a GPU: symbols and attributes are looked up
+// at the first call.
 #include "current_device.h"
 
 #include <cuda_runtime_api.h>
@@ -35,8 +35,8 @@ Device facts_of(int gpu) {
   return known[gpu] = facts;
 }
 
-// A build of torch for the CPU lacks this part of the stable ABI, so it is no symbol to link against.
-// It is found among what this library depends on, or else in the library that has it.
+// CPU builds of torch lack this part of the stable ABI, so it is looked up instead of linked: first among this
+// library's dependencies, then in libtorch_cuda.so.
 using GetStream = AOTITorchError (*)(int32_t gpu, void** stream);
 
 GetStream find_get_stream() {
@@ -63,7 +63,7 @@ Site site_of(const char* name, const Tensor& tensor) {
   return {true, tensor.get_device_index()};
 }
 
-// torch has a runtime of its own; the one in this library is told as well.
+// torch has its own CUDA runtime; the device must also be set in this library's runtime.
 CurrentDevice::CurrentDevice(Site site)
     : guard_(site.gpu), facts_(facts_of(site.gpu)), stream_(current_stream(site.gpu)) {
   check(site.gpu, "cudaSetDevice", cudaSetDevice(site.gpu));

@@ -1,5 +1,5 @@
-// The GPU of a call: where its tensors lie, what its launchers fit their grids to, and torch's
-// current stream on it.
+// The GPU of a call: where its tensors are, the properties that launchers fit grids to, and torch's current stream on
+// it.
 #pragma once
 
 #include <cstdlib>
@@ -11,10 +11,10 @@
 
 namespace neuroada::cuda {
 
-// Of the first argument; everything else is checked to lie there too.
+// That of the first argument; all others are checked to be on the same GPU.
 Site site_of(const char* name, const Tensor& tensor);
 
-// While it lives, the GPU is the current one.
+// Makes the GPU the current one during its lifetime.
 class CurrentDevice {
  public:
   explicit CurrentDevice(Site site);
@@ -28,7 +28,7 @@ class CurrentDevice {
   void* stream_;
 };
 
-// What a variable of the environment says, which may be 0 or 1, or else `otherwise`.
+// The value of an environment variable, 0 or 1; `otherwise` if it is not set.
 inline bool wants(const char* variable, bool otherwise) {
   const char* said = std::getenv(variable);
   if (said == nullptr) return otherwise;
@@ -37,7 +37,7 @@ inline bool wants(const char* variable, bool otherwise) {
   return text == "1";
 }
 
-// Whether the hardware may copy blocks of tokens ahead, where it can, and whether in two tiles.
+// Whether blocks may be bulk-copied where supported, and whether into double-buffered tiles.
 inline bool wants_bulk_copies() { return wants("NEUROADA_CUDA_BULK", true); }
 inline bool wants_two_tiles() { return wants("NEUROADA_CUDA_TWO_TILES", false); }
 

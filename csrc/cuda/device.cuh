@@ -1,5 +1,5 @@
-// What device code needs and a host lacks, wrapped once. Under NEUROADA_HOST_CUDA a host compiler
-// builds the same kernels, and host_cuda.h of the tests runs them, a fiber for each of CUDA's threads.
+// Wrappers of device intrinsics. Under NEUROADA_HOST_CUDA a host compiler builds the same kernels, and the tests'
+// host_cuda.h runs them with a fiber per CUDA thread.
 #pragma once
 
 #include <cstdint>
@@ -29,7 +29,7 @@ constexpr unsigned kAllLanes = 0xffffffffu;
 template <class Args>
 using KernelOf = void (*)(Args);
 
-// Sixteen bytes: what one shared-memory access of a lane serves.
+// Sixteen bytes: the widest shared-memory access of a lane.
 struct alignas(16) Quad {
   uint32_t word[4];
 };
@@ -51,7 +51,7 @@ T round_to(float value) {
   return out;
 }
 
-// Four of the eight bytes of low and high, by the digits of `which`.
+// Selects four of the eight bytes of low and high by the hexadecimal digits of `which`.
 inline uint32_t bytes_of(uint32_t low, uint32_t high, uint32_t which) {
   const uint64_t both = uint64_t{high} << 32 | low;
   uint32_t word = 0;
@@ -59,7 +59,7 @@ inline uint32_t bytes_of(uint32_t low, uint32_t high, uint32_t which) {
   return word;
 }
 
-// The lesser of two values of 16 bits, for each half of a word.
+// The minimum of two unsigned 16-bit values, for each half of a word.
 inline uint32_t least_of_halves(uint32_t a, uint32_t b) {
   const uint32_t low = (a & 0xffff) < (b & 0xffff) ? a & 0xffff : b & 0xffff;
   return (a >> 16 < b >> 16 ? a >> 16 : b >> 16) << 16 | low;
@@ -87,16 +87,16 @@ void store_words(void* to, const uint32_t (&word)[N]) {
   host_cuda::check_aligned(to, sizeof(word));
   std::memcpy(to, word, sizeof(word));
 }
-// The address of element `at` of a row: one that all threads share and an offset of 32 bits, for which GPUs have
-// an addressing mode, so that a row costs no arithmetic.
+// The address of element `at` of a row: a base that all threads share plus a 32-bit offset, for which GPUs have an
+// addressing mode, so that a row takes no address arithmetic.
 template <class T>
 T* in_row(T* row, uint32_t at) {
   return row + at;
 }
-// The value before.
+// Increments the counter and returns its previous value.
 inline uint32_t count_up(uint32_t* counter) { return atomicAdd(counter, 1u); }
 
-// Two values rounded to T, as they lie in memory.
+// Two values rounded to T, packed as in memory.
 template <class T>
 void round_pair(float first, float second, uint32_t (&word)[sizeof(T) / 2]) {
   const T values[2] = {round_to<T>(first), round_to<T>(second)};
@@ -136,7 +136,7 @@ __device__ __forceinline__ uint32_t bytes_of(uint32_t low, uint32_t high, uint32
   return __byte_perm(low, high, which);
 }
 
-// The lesser of two values of 16 bits, for each half of a word.
+// The minimum of two unsigned 16-bit values, for each half of a word.
 __device__ __forceinline__ uint32_t least_of_halves(uint32_t a, uint32_t b) { return __vminu2(a, b); }
 
 __device__ __forceinline__ uint32_t rounded_words(float first, float second, BFloat16) {
@@ -148,7 +148,7 @@ __device__ __forceinline__ uint32_t rounded_words(float first, float second, Hal
   return uint32_t{__half_as_ushort(both.x)} | uint32_t{__half_as_ushort(both.y)} << 16;
 }
 
-// Asks for a line that is read soon.
+// Prefetches a cache line to L2.
 __device__ __forceinline__ void fetch_to_l2(const void* from) { asm volatile("prefetch.global.L2 [%0];" ::"l"(from)); }
 
 __device__ __forceinline__ Quad load16(const void* from) {
@@ -183,8 +183,8 @@ __device__ __forceinline__ T* in_row(T* row, uint32_t at) {
   using Byte = std::conditional_t<std::is_const_v<T>, const char, char>;
   return reinterpret_cast<T*>(reinterpret_cast<Byte*>(row) + static_cast<uint32_t>(at * sizeof(T)));
 }
-// The value before, of a counter in shared memory. What is the same as adding, as with a limit of 2^32 - 1, the
-// compiler sums over the lanes first, of which it does not know that there is one.
+// Increments a counter in shared memory and returns its previous value. With a limit of 2^32 - 1 it would be an
+// addition, which the compiler sums over the lanes first, not knowing that only one is active.
 __device__ __forceinline__ uint32_t count_up(uint32_t* counter) {
   constexpr uint32_t kLimit = 0xfffffffe;
   uint32_t before;
@@ -195,7 +195,7 @@ __device__ __forceinline__ uint32_t count_up(uint32_t* counter) {
   return before;
 }
 
-// Two values rounded to T, as they lie in memory.
+// Two values rounded to T, packed as in memory.
 template <class T>
 __device__ __forceinline__ void round_pair(float first, float second, uint32_t (&word)[sizeof(T) / 2]) {
   if constexpr (sizeof(T) == 4) {
@@ -208,8 +208,8 @@ __device__ __forceinline__ void round_pair(float first, float second, uint32_t (
 
 #endif
 
-// The same value, which the compiler does not know to be the same: what is made of it in a loop is made there,
-// and takes no register for all of the loop.
+// Returns `value`, but hides from the compiler that it is the same: expressions of it in a loop are computed there, and
+// take no register for the whole loop.
 template <class T>
 __device__ __forceinline__ T made_anew(T value) {
 #ifndef NEUROADA_HOST_CUDA
@@ -222,7 +222,7 @@ __device__ __forceinline__ T made_anew(T value) {
   return value;
 }
 
-// Element q of a Quad that holds 16 / sizeof(T) of T.
+// Element q of a Quad that holds 16 / sizeof(T) values of T.
 template <class T>
 __device__ __forceinline__ float element(const Quad& quad, int q) {
   if constexpr (sizeof(T) == 4) {

@@ -1,5 +1,5 @@
-// What the products for sm_90a do with a finished tile: the bias is added in float32, and the sum is rounded once
-// and written once.
+// Epilogue of the GEMMs for sm_90a: adds the bias to a finished tile in float32, rounds the sum once and writes it
+// once.
 #pragma once
 
 #include "product_sm90.cuh"
@@ -18,8 +18,8 @@ __device__ __forceinline__ float bias_of(const Epilogue& epilogue, int64_t colum
   return epilogue.bias && column < columns ? to_float(static_cast<const T*>(epilogue.bias)[column]) : 0.0f;
 }
 
-// word[i] of lane q, which is that of columns 2 q and 2 q + 1 in the i-th of four groups of 8, becomes
-// the i-th of the four words of group q: the four lanes of a row change places.
+// Transposes 4 x 4 words over the four lanes of a row. Before, word[i] of lane q holds columns 2 q and 2 q + 1 of the
+// i-th of four groups of 8; after, it holds the i-th word of group q.
 __device__ __forceinline__ void transpose_words(uint32_t (&word)[4]) {
   const int lane = threadIdx.x % kWarp;
   NEUROADA_UNROLL
@@ -53,8 +53,8 @@ __device__ __forceinline__ void write_eight(const Epilogue& epilogue, const uint
   }
 }
 
-// out = product + bias, of the 64 rows of one consumer: `sum` are its accumulators. A lane has two neighbouring
-// columns of each group of 8, in a row and in the 8th after it.
+// out = product + bias for the 64 rows of one consumer, whose accumulators are `sum`. A lane holds two adjacent columns
+// of each group of 8, in rows r and r + 8.
 template <class T, class Tile>
 __device__ __forceinline__ void finish_tile(const float (&sum)[Tile::kAccumulators], const Epilogue& epilogue,
                                             const Grid& grid, TilePlace at, int consumer) {

@@ -1,6 +1,6 @@
-// What sm_90a has beyond device.cuh, wrapped once: barriers that count bytes (mbarrier), tensor copies
-// (TMA), the product of a warpgroup (wgmma), and registers that move between warpgroups. Section names
-// are those of the PTX ISA. Under NEUROADA_HOST_CUDA the tests' host_hopper.h stands for the hardware.
+// Wrappers of sm_90a instructions: barriers that count bytes (mbarrier), bulk and tensor copies (TMA), warpgroup MMA
+// (wgmma), and register reallocation between warpgroups (setmaxnreg). Quoted section names are those of the PTX ISA.
+// Under NEUROADA_HOST_CUDA the tests' host_hopper.h emulates the hardware.
 #pragma once
 
 #include <type_traits>
@@ -13,8 +13,8 @@
 #include <cuda.h>
 #endif
 
-// sm_90a alone has these instructions; for any other arch the kernels are compiled empty. The compiler's
-// pass over the host's code, in which no arch is defined, reads them as well.
+// Only sm_90a has these instructions; for any other arch the kernels are compiled empty. The host compilation pass, in
+// which no arch is defined, parses them as well.
 #if defined(NEUROADA_HOST_CUDA) || !defined(__CUDA_ARCH__) || defined(__CUDA_ARCH_FEAT_SM90_ALL)
 #define NEUROADA_HOPPER
 #endif
@@ -120,7 +120,7 @@ __device__ __forceinline__ void init_barrier(Barrier& barrier, uint32_t count) {
   asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(shared_address(&barrier)), "r"(count) : "memory");
 }
 
-// Shows initialised barriers to the copies; the CTA's other threads need a barrier as well.
+// Makes initialised barriers visible to copies; the CTA's other threads need a __syncthreads as well.
 __device__ __forceinline__ void publish_barriers() {
   asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
 }
@@ -134,15 +134,15 @@ __device__ __forceinline__ void arrive_expecting(Barrier& barrier, uint32_t byte
                : "memory");
 }
 
-// What the tensor cores or a copy will read, or write over: between such a write and whatever tells another
-// thread of it stands fence_operands.
+// Writes an operand that the tensor cores or a copy will read or overwrite. fence_operands must come between such a
+// write and the signal of it to another thread.
 template <class T>
 __device__ __forceinline__ void write_operand(T* to, T value) {
   *to = value;
 }
 __device__ __forceinline__ void fence_operands() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
 
-// Returns once the phase of this parity is complete; before the first phase, that of parity 1 is.
+// Returns once the phase of this parity is complete; before the first phase, parity 1 counts as complete.
 __device__ __forceinline__ void wait(Barrier& barrier, uint32_t parity) {
   uint32_t complete = 0;
   while (complete == 0) {
@@ -172,7 +172,7 @@ __device__ __forceinline__ void copy_box(void* to, const TensorMap& map, int32_t
       : "memory");
 }
 
-// Starts the copy of bytes in a row, as many as a multiple of 16, between places that are multiples of 16.
+// Starts the copy of contiguous bytes; their number and both addresses are multiples of 16.
 __device__ __forceinline__ void copy_bulk(void* to, const void* from, uint32_t bytes, Barrier& barrier) {
   asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::"r"(
                    shared_address(to)),

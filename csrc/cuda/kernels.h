@@ -1,11 +1,10 @@
-// The CUDA kernels as plain functions over pointers, sizes and strides. Matrices are row-major with
-// unit stride along a row; strides count elements between rows. Sums are taken in float32, in an
-// order that the shapes, a plan and the device fix; no kernel synchronises or allocates. Where blocks are
-// copied in bulk, dx has another order, and deltas that are rounded for it in bfloat16: whether they
-// are depends on the alignment of grad and its rows too.
+// The CUDA kernels as plain functions over pointers, sizes and strides. Matrices are row-major with unit stride along a
+// row; strides count elements between rows. Sums are taken in float32, in an order that is fixed by the shapes, a plan
+// and the device; no kernel synchronises or allocates. With bulk-copied blocks, dx sums in another order, and in
+// bfloat16 with rounded deltas; whether blocks are bulk-copied also depends on the alignment of grad and its rows.
 //
-// dtype is float32, bfloat16 or float16. A column outside [0, d_in) marks a slot without a
-// connection: it adds nothing, and nothing is read through it.
+// dtype is float32, bfloat16 or float16. A column outside [0, d_in) marks a slot without a connection: it adds nothing,
+// and nothing is read through it.
 #pragma once
 
 #include <cstdint>
@@ -15,14 +14,14 @@
 
 namespace neuroada::cuda {
 
-// What the launchers fit their grids and tiles to.
+// Properties of the GPU to which launchers fit grids and tiles.
 struct Device {
-  int64_t shared_bytes;  // that one CTA may have
+  int64_t shared_bytes;  // available to one CTA
   int64_t multiprocessors;
-  int64_t threads = 512;             // of most CTAs, a multiple of 32 and a power of two up to 512
-  int64_t scratch_bytes = 32 << 20;  // of SDDMM's partial sums; more where the least is
-  bool bulk_copies = false;          // blocks of tokens are copied by the hardware of sm_90a, in 16 bits
-  bool two_tiles = false;            // and of these one is transposed while another is read, in forward and SDDMM
+  int64_t threads = 512;             // per CTA of most kernels, a multiple of 32 and a power of two up to 512
+  int64_t scratch_bytes = 32 << 20;  // limit of SDDMM's partial sums, but at least one part
+  bool bulk_copies = false;          // 16-bit blocks come by bulk asynchronous copies of sm_90a
+  bool two_tiles = false;            // and forward and SDDMM double-buffer their tiles
 };
 
 // out[t, j] = base[t, j] + bias[j] + sum_s delta[j, s] x[t, index[j, s]]
@@ -53,7 +52,7 @@ struct BypassBwdInput {
   int64_t tokens, d_in, d_out, k;
   const void* grad;  // [tokens, d_out]
   int64_t grad_stride;
-  const int32_t* plan;  // [plan_size(d_in, live)], see neuroada/planner.h; in an order for the same Device, or in none
+  const int32_t* plan;  // [plan_size(d_in, live)], see neuroada/planner.h; ordered for the same Device, or unordered
   int64_t live;
   const float* delta;       // [d_out, k]
   WeightedNeuron* scratch;  // [bypass_bwd_input_entries], 16-byte aligned
@@ -63,8 +62,9 @@ struct BypassBwdInput {
   int64_t base_stride = 0;
 };
 
-// A plan of index [d_out, k] with the order in which bypass_bwd_input reads its columns and entries, which that need
-// not find then, in 16 bits where no base is given. Sums by such a plan are in another order than by one without.
+// Stores in a copy of a plan of index [d_out, k] the order in which bypass_bwd_input reads its columns and entries, so
+// that calls in 16 bits without a base need not compute it. With such a plan, sums are taken in another order than
+// without.
 struct OrderPlan {
   int64_t d_in, d_out, k;
   const int32_t* plan;  // [plan_size(d_in, live)]
@@ -74,14 +74,14 @@ struct OrderPlan {
 
 constexpr int kGroupNeurons = 16;
 
-// A connection of a group of neurons: its place e = j * k + s, its column within a block, j within the group.
+// A connection of a group of neurons: its entry e = j * k + s, its column within the block, its row j within the group.
 struct alignas(8) BlockEntry {
   int32_t e;
   uint16_t column, row;
 };
 
-// The connections of each group of neurons by blocks of columns: of those of group g, which begin at entry
-// [16 g, 0], start[b, g] up to start[b + 1, g] lie in block b, in rising order of e.
+// The connections of each group of neurons by blocks of columns. Those of group g begin at entry[16 g, 0]; of them,
+// start[b, g] up to start[b + 1, g] are in block b, in ascending order of e.
 struct BlockEntries {
   int64_t d_in, d_out, k;
   int64_t width;         // of a block, up to 65536 columns
@@ -90,8 +90,8 @@ struct BlockEntries {
   BlockEntry* entry;     // [d_out, k]
 };
 
-// out = from weight^T + bias, or out = from weight, where each weight[j, index[j, s]] is round(weight + delta[j, s])
-// as `patch` has it: rounded for as long as its tile is in shared memory. On sm_90a.
+// out = from weight^T + bias, or out = from weight, where each weight[j, index[j, s]] is round(weight + delta[j, s]) as
+// by `patch`, but only while its tile is in shared memory. On sm_90a.
 struct LinearPatched {
   DType dtype;  // bfloat16 or float16: of from, weight, bias and out
   int64_t tokens, d_in, d_out, k;
@@ -108,8 +108,8 @@ struct LinearPatched {
   int64_t out_stride;
 };
 
-// onto = from weight^T + bias + onto, or onto = from weight + onto: all of it is added in float32 and rounded once.
-// On sm_90a, by CUTLASS.
+// onto = from weight^T + bias + onto, or onto = from weight + onto: summed in float32 and rounded once. On sm_90a, by
+// CUTLASS.
 struct ProductOnto {
   DType dtype;  // bfloat16 or float16: of from, weight, bias and onto
   int64_t tokens, d_in, d_out;
@@ -131,9 +131,9 @@ struct Sddmm {
   const void* x;  // [tokens, d_in]
   int64_t x_stride;
   const int32_t* index;    // [d_out, k]
-  float* partial;          // [sddmm_parts, d_out, k], scratch; not read where that is 0 or 1
+  float* partial;          // [sddmm_parts, d_out, k], scratch; unused if sddmm_parts is 0 or 1
   float* out;              // [d_out, k]
-  int64_t whole_d_in = 0;  // as for the CPU
+  int64_t whole_d_in = 0;  // see csrc/cpu/kernels.h
 };
 
 using neuroada::MergeMode;
@@ -155,12 +155,12 @@ struct ChosenColumns {
   int64_t tokens, d_in, count;
   const void* x;  // [tokens, d_in]
   int64_t x_stride;
-  const int32_t* columns;  // [count], in any order; rising ones are read fastest
+  const int32_t* columns;  // [count], in any order; ascending ones are fastest
   void* out;               // [tokens, count]
 };
 
-// `stream` is a cudaStream_t of the current device. They throw std::runtime_error, naming the kernel
-// and CUDA's error.
+// Launchers. `stream` is a cudaStream_t of the current device. They throw std::runtime_error, naming the kernel and
+// CUDA's error.
 void bypass_fwd(const BypassFwd&, const Device&, void* stream);
 void bypass_bwd_input(const BypassBwdInput&, const Device&, void* stream);
 void order_plan(const OrderPlan&, const Device&, void* stream);
@@ -169,20 +169,20 @@ void columns(const ChosenColumns&, const Device&, void* stream);
 void merge(const Merge&, const Device&, void* stream);
 void block_entries(const BlockEntries&, const Device&, void* stream);
 
-// How many connections its scratch needs room for.
+// Number of connections in the scratch of bypass_bwd_input.
 int64_t bypass_bwd_input_entries(const BypassBwdInput&, const Device&);
 
-// In how many parts of the tokens SDDMM sums first.
+// Number of parts of the tokens that SDDMM sums separately.
 int64_t sddmm_parts(const Sddmm&, const Device&);
 
-// These copy their operands by the hardware of sm_90: x, weight, grad and onto are 16-byte aligned, their rows
-// and sizes along a row multiples of 8 elements, and no size is zero. They check that first.
+// These kernels copy their operands by TMA: x, weight, grad and onto must be 16-byte aligned, their strides and widths
+// multiples of 8 elements, and no size zero. The launchers check that first.
 void linear_patched_fwd(const LinearPatched&, const Device&, void* stream);
 void linear_patched_bwd_input(const LinearPatched&, const Device&, void* stream);
 void product_onto_fwd(const ProductOnto&, const Device&, void* stream);
 void product_onto_bwd_input(const ProductOnto&, const Device&, void* stream);
 
-// How many offsets they need as scratch.
+// Number of offsets in LinearPatched::start.
 int64_t linear_patched_starts(int64_t d_in, int64_t d_out, bool forward);
 
 }  // namespace neuroada::cuda

@@ -1,5 +1,4 @@
-// How the launchers choose tiles and grids, and how a kernel is started: every return code of CUDA
-// becomes an error that names the kernel.
+// How the launchers choose tiles and grids, and start a kernel: every CUDA error is thrown with the kernel's name.
 #pragma once
 
 #include <algorithm>
@@ -17,13 +16,13 @@ inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 inline bool aligned8(const void* pointer) { return reinterpret_cast<uintptr_t>(pointer) % 8 == 0; }
 inline bool aligned16(const void* pointer) { return reinterpret_cast<uintptr_t>(pointer) % 16 == 0; }
 
-// Rows are addressed from their beginning by bytes in 32 bits.
+// Elements of a row have 32-bit byte offsets.
 inline void check_width(const char* kernel, int64_t width) {
   if (width >= int64_t{1} << 30) throw std::runtime_error(std::string(kernel) + ": a row of 2^30 values or more");
 }
 
-// All columns where a block of them fits, and two such tiles where these do and there is a second block; tiles of
-// the columns where not even one does.
+// One tile of all columns if it fits, two if both fit and there is a second block; tiles of some of the columns if not
+// even one fits.
 template <class T>
 Tiles choose_tiles(const char* kernel, const T* x, int64_t row_stride, int64_t tokens, int64_t columns,
                    const Device& device) {
@@ -45,8 +44,8 @@ Tiles choose_tiles(const char* kernel, const T* x, int64_t row_stride, int64_t t
   return tiles;
 }
 
-// Whether the hardware of `device` copies rows of x: in 16 bits, where they begin at multiples of 16 bytes and are
-// multiples of them. How many rows there are is no matter, so that parts of the tokens are all treated alike.
+// Whether `device` can bulk-copy rows of x: in 16 bits, with starts and sizes that are multiples of 16 bytes. There is
+// no minimum number of rows, so that all parts of the tokens are treated alike.
 template <class T>
 bool copies_in_bulk(const T* x, int64_t row_stride, int64_t tokens, int64_t columns, const Device& device) {
   const auto whole_quads = [](int64_t values) { return values * static_cast<int64_t>(sizeof(T)) % 16 == 0; };
@@ -54,7 +53,7 @@ bool copies_in_bulk(const T* x, int64_t row_stride, int64_t tokens, int64_t colu
   return device.bulk_copies && sizeof(T) == 2 && columns > 0 && aligned;
 }
 
-// The same tile of all columns, and behind it those of the next blocks, where there is room for one at least.
+// Keeps the tile of all columns, and adds stages for the next blocks after it if there is room for at least one.
 template <class T>
 Tiles with_bulk_copies(Tiles tiles, const T* x, int64_t row_stride, int64_t tokens, const Device& device) {
   if (!tiles.single() || !copies_in_bulk(x, row_stride, tokens, tiles.columns, device)) return tiles;
@@ -67,7 +66,7 @@ Tiles with_bulk_copies(Tiles tiles, const T* x, int64_t row_stride, int64_t toke
   return tiles;
 }
 
-// Of one tile two where the device wants them and there is room beside one stage: StaggeredBlocks.
+// Makes one tile two (StaggeredBlocks) if the device has two_tiles set and both fit beside one stage.
 inline Tiles with_two_tiles(Tiles tiles, const Device& device) {
   constexpr int32_t kLeastColumns = 16, kLeastThreads = 2 * kWarp;
   if (!device.two_tiles || tiles.stages == 0 || tiles.columns < kLeastColumns || device.threads < kLeastThreads) {
@@ -79,8 +78,8 @@ inline Tiles with_two_tiles(Tiles tiles, const Device& device) {
   return two.bytes() <= device.shared_bytes ? two : tiles;
 }
 
-// Tiles of some of the columns, as few and as even as can be, with room for the next one behind each. They begin at
-// multiples of 64, where a column's bank is what it is in a tile of all columns: slots are in order for that.
+// Tiles of some of the columns, as few and as even as possible, with room for one stage. They start at multiples of 64
+// (of 8 if fewer fit), so that a column has the same bank as in a tile of all columns, for which slots are ordered.
 template <class T>
 Tiles cut_for_bulk_copies(Tiles tiles, const T* x, int64_t row_stride, int64_t tokens, const Device& device) {
   const int64_t fit = (device.shared_bytes / 16 - 2) / 2, multiple = fit >= 64 ? 64 : 8,
@@ -98,13 +97,13 @@ Tiles cut_for_bulk_copies(Tiles tiles, const T* x, int64_t row_stride, int64_t t
 template <int N>
 constexpr std::integral_constant<int, N> kNumber{};
 
-// Rows and blocks of tokens, shared out to CTAs that all run at once: one a multiprocessor, whose registers it
-// fills. As few parts of the rows as there may be, since each stages all blocks of its tokens.
+// Partition of rows and blocks of tokens over CTAs that all run at once: one per SM, whose registers it fills. As few
+// parts of the rows as possible, since each stages all blocks of its tokens.
 struct Shares {
   int64_t rows_a_part, row_parts, token_parts;
 };
 
-// `most` is how many rows a CTA may have, `times` how many CTAs share the same rows and tokens.
+// `most` is the maximum number of rows per CTA, `times` how many CTAs share the same rows and tokens.
 inline Shares share_out(int64_t rows, int64_t most, int64_t blocks, int64_t times, const Device& device) {
   constexpr int64_t kMultiple = 16, kLeast = 128;  // of rows: whole octets of both neurons of a pair
   const int64_t idle = device.multiprocessors / std::max<int64_t>(blocks * times, 1);
@@ -116,9 +115,9 @@ inline Shares share_out(int64_t rows, int64_t most, int64_t blocks, int64_t time
   return shares;
 }
 
-// How many connections of how many pairs of neurons a lane holds, as template arguments: f(pairs, held). As many
-// pairs as there are registers and neurons for: the more, the fewer CTAs stage the same tokens. kMost is how many of
-// one pair there are registers for; more than 8 of a neuron go in parts if `parts`.
+// Calls f(pairs, held): the pairs of neurons per lane and the connections held per neuron, as template arguments. As
+// many pairs as registers and neurons allow: the more, the fewer CTAs stage the same tokens. kMost is the number held
+// with one pair. With `parts`, more than 8 per neuron are held in parts.
 template <int kMost, class F>
 void with_held(int64_t neurons, int64_t k, bool parts, const Device& device, F&& f) {
   const auto fit = [&](int64_t pairs, int64_t held) {
@@ -130,8 +129,8 @@ void with_held(int64_t neurons, int64_t k, bool parts, const Device& device, F&&
   return f(kNumber<1>, kNumber<kMost>);
 }
 
-// The same, and whether a tile has all columns: f(pairs, held, whole). Where it has not, places change with the tile
-// and are not held.
+// The same with f(pairs, held, whole): whether a tile has all columns. If not, places change with the tile and are not
+// held.
 template <int kMost, class F>
 void with_held(int64_t neurons, int64_t k, bool parts, bool whole, const Device& device, F&& f) {
   if (!whole) return f(kNumber<1>, kNumber<4>, std::false_type{});
@@ -149,7 +148,7 @@ void with_element(const char* kernel, DType dtype, F&& f) {
   }
 }
 
-// The same for the kernels that have 16 bits alone.
+// The same for kernels of 16-bit types only.
 template <class F>
 void with_element16(const char* kernel, DType dtype, F&& f) {
   switch (dtype) {
@@ -180,7 +179,7 @@ inline void check(const char* kernel, const char* call, cudaError_t error) {
 template <class Args>
 void launch(const char* name, KernelOf<Args> kernel, int64_t grid_x, int64_t grid_y, int64_t threads, int64_t shared,
             void* stream, const Args& args) {
-  constexpr int64_t kGranted = 48 << 10;  // without asking
+  constexpr int64_t kGranted = 48 << 10;  // without opt-in
   const void* function = reinterpret_cast<const void*>(kernel);
   if (shared > kGranted) {
     check(name, "cudaFuncSetAttribute",

@@ -1,4 +1,4 @@
-// out = from weight^T + bias, or out = from weight, with round(weight + delta) where a connection is
+// out = from weight^T + bias, or out = from weight, with round(weight + delta) at the connections
 #include "linear_patched_sm90.h"
 
 namespace neuroada::cuda {

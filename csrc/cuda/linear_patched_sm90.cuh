@@ -1,5 +1,5 @@
-// out = left right + bias for sm_90a, in bfloat16 or float16, summed in float32 and rounded once: the right operand
-// is W, whose tiles are patched in shared memory by the warps of the copying warpgroup that copy nothing.
+// out = left right + bias for sm_90a, in bfloat16 or float16, summed in float32 and rounded once. The right operand is
+// W, whose tiles the spare warps of the producer warpgroup patch in shared memory.
 #pragma once
 
 #include "epilogue_sm90.cuh"
@@ -8,16 +8,16 @@
 namespace neuroada::cuda {
 
 struct LinearPatchedLaunch {
-  TensorMap left, right;  // 64-byte aligned in the constant bank, where the copies read them
+  TensorMap left, right;  // 64-byte aligned in the constant bank, where TMA reads them
   Grid grid;
   Epilogue epilogue;
   Patches patches;
 };
 
-// Registers a thread: what the warpgroup that copies and patches keeps, and each of the multiplying ones may have.
+// Registers per thread: of the producer warpgroup, which copies and patches, and of each consumer.
 constexpr int kPatchRegisters = 88, kMultiplyRegisters = 208;
 
-// One consumer: its 64 rows of every tile that this CTA has.
+// For one consumer: computes its 64 rows of every tile of this CTA.
 template <class T, class Tile, bool kRowsOfRight>
 __device__ __forceinline__ void multiply_tiles(ProductShared<T, Tile>& shared, const LinearPatchedLaunch& a,
                                                int consumer) {

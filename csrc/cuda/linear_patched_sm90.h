@@ -1,4 +1,5 @@
-// How the kernels of linear_patched_sm90.cuh are launched: the connections by the pieces of W, then the product.
+// Launches the kernels of linear_patched_sm90.cuh: first a kernel that sorts the connections by pieces of W, then the
+// GEMM.
 #pragma once
 
 #include "linear_patched_sm90.cuh"
@@ -7,7 +8,7 @@
 
 namespace neuroada::cuda {
 
-// The tile that is compiled for the GPU: the largest whose accumulators two warpgroups hold.
+// The tile that is compiled for the GPU: the largest whose accumulators fit into the registers of two warpgroups.
 using HopperTile = ProductTile<2, 256, 4>;
 static_assert(sizeof(ProductShared<BFloat16, HopperTile>) <= 227 << 10, "the shared memory that a CTA may have");
 

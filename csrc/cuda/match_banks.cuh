@@ -1,6 +1,6 @@
-// The order in which an octet of lanes reads the connections of its columns, a matching of lanes with banks at a time:
-// as csrc/order_slots.cpp has it for the slots of neurons, which says why. It takes one thread an octet, and many
-// steps: for what is done once, not in each backward.
+// The order in which an octet of lanes reads the connections of its columns, as a sequence of matchings of lanes with
+// banks. csrc/order_slots.cpp orders the slots of neurons likewise, and explains why. It takes one thread per octet and
+// many steps, so it is done once, not in each backward.
 #pragma once
 
 #include "device.cuh"
@@ -20,11 +20,11 @@ struct Nibbles {
 
 __device__ __forceinline__ int first_in(uint32_t set) { return __ffs(static_cast<int>(set)) - 1; }
 
-// Eight lanes, and how many connections of each bank each has left. Sets of lanes and of banks are bits.
+// Eight lanes, and how many unread connections each has in each bank. Sets of lanes and of banks are bit masks.
 struct Octet {
   uint16_t (*left)[kBanks];  // [lane][bank], in shared memory
-  Nibbles choice{};          // the bank of each lane in the present step
-  uint32_t free = 0;         // lanes that have none yet
+  Nibbles choice{};          // the bank of each lane in the current step
+  uint32_t free = 0;         // lanes without a bank so far
 
   __device__ __forceinline__ uint32_t lanes_of(int bank) const {
     uint32_t lanes = 0;
@@ -37,9 +37,9 @@ struct Octet {
     return sum;
   }
 
-  // Gives the bank to a lane more: a free one, or else one whose bank in turn finds another (an augmenting path).
+  // Gives the bank to one more lane: a free one, or one whose bank can move to another lane (an augmenting path).
   __device__ bool give(int bank, uint32_t active) {
-    Nibbles from{}, by{};  // which bank a lane was reached from, and by which lane a bank was
+    Nibbles from{}, by{};  // the bank from which a lane was reached, and the lane from which a bank was
     uint32_t reached = 0, open = 1u << bank, seen = open;
     while (open != 0) {
       int at = first_in(open);
@@ -72,8 +72,8 @@ struct Octet {
     return false;
   }
 
-  // Chooses the banks of the `active` lanes for the next of `steps` steps: most from those that have most left, and
-  // none more often than the fullest one needs, as long as that serves all.
+  // Chooses the banks of the `active` lanes for the next of `steps` steps. Banks with the most connections left come
+  // first; none is read more often than the fullest one needs, unless a lane would have no bank.
   __device__ void choose(uint32_t active, int32_t steps) {
     free = active;
     int32_t bank_left[kBanks], most = 0;
@@ -102,7 +102,7 @@ struct Octet {
     }
   }
 
-  // What is left after a step.
+  // Removes the connections that the step reads.
   __device__ __forceinline__ void take(uint32_t active) {
     for (; active != 0; active &= active - 1) --left[first_in(active)][choice[first_in(active)]];
   }

@@ -3,7 +3,7 @@
 // patch:   W[j, index[j, s]] = round(original[j, s] + delta[j, s])
 // restore: W[j, index[j, s]] = original[j, s]
 //
-// W [d_out, d_in], index, delta and original [d_out, k]. A thread has one connection.
+// W [d_out, d_in], index, delta and original [d_out, k]. A thread processes one connection.
 #pragma once
 
 #include "device.cuh"

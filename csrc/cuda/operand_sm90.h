@@ -1,11 +1,11 @@
-// An operand of a product for sm_90, and what the hardware's copies ask of it.
+// An operand of a GEMM for sm_90, and what TMA requires of it.
 #pragma once
 
 #include "launch.h"
 
 namespace neuroada::cuda {
 
-// As it lies in memory.
+// Its layout in memory.
 struct Operand {
   const char* name;
   const void* data;

@@ -1,9 +1,8 @@
 // Torch glue of the CUDA kernels: checks, pointers, torch's current stream, and scratch from torch's
 // allocator. See schemas.h for the ops and kernels.h for what each computes.
 //
-// The values of index and plan lie on the GPU, and are not read here: a kernel takes a column out of
-// range for a slot without a connection, and reads and writes nothing outside its arguments whatever
-// they hold.
+// The values of index and plan are on the GPU, and are not read here: a kernel treats a column out of range as a slot
+// without a connection, and accesses nothing outside its arguments, whatever the values.
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
@@ -47,7 +46,7 @@ void check_bias(const Tensor& bias, int64_t d_out, DType dtype, Site site) {
   check_storage("bias", bias);
 }
 
-// The number of connections in a plan for a weight with d_in inputs, of up to `most`.
+// Returns the number of connections in a plan for a weight with d_in inputs, at most `most`.
 int64_t check_plan(const char* name, const Tensor& plan, int64_t d_in, int64_t most, Site site) {
   STD_TORCH_CHECK(plan.dim() == 1 && plan.size(0) >= plan_size(d_in, 0), name, ": shape ", shape_of(plan),
                   ", expected at least [", plan_size(d_in, 0), "]");
@@ -93,7 +92,7 @@ void bypass_fwd_op(const Tensor& x, const Tensor& index, const Tensor& delta, st
       device.facts(), device.stream());
 }
 
-// base + bypass(grad) transposed, into out, which is written whole; base is float32.
+// out = base + the transposed bypass of grad; all of out is written; base is float32.
 void bypass_bwd_input_op(const Tensor& grad, const Tensor& plan, const Tensor& delta, std::optional<Tensor> base,
                          Tensor out) {
   const Site site = site_of("grad", grad);
@@ -133,7 +132,7 @@ void bypass_bwd_input_op(const Tensor& grad, const Tensor& plan, const Tensor& d
   bypass_bwd_input(args, device.facts(), device.stream());
 }
 
-// The order of dx for an index [d_out, k] into d_in columns, into a copy of its plan.
+// Writes the order of dx for an index [d_out, k] into d_in columns to a copy of its plan.
 void order_plan_op(const Tensor& plan, int64_t d_in, int64_t d_out, int64_t k, Tensor out) {
   const Site site = site_of("plan", plan);
   STD_TORCH_CHECK(0 <= d_in && d_in < INT32_MAX, "d_in: ", d_in, ", expected 0 to 2^31 - 2");
@@ -180,7 +179,7 @@ Tensor sddmm_op(const Tensor& grad, const Tensor& x, const Tensor& index, std::o
   return out;
 }
 
-// What a product and its weight must be: [rows, columns], 16 bits, of the dtype of its first operand.
+// Checks a GEMM's weight: [rows, columns], in 16 bits, of the dtype of its first operand.
 void check_weight(const Tensor& weight, int64_t rows, int64_t columns, const char* first, const Tensor& operand,
                   Site site) {
   const DType dtype = element_dtype(first, operand);
@@ -189,7 +188,7 @@ void check_weight(const Tensor& weight, int64_t rows, int64_t columns, const cha
   check_same_dtype("weight", weight, dtype, first);
 }
 
-// from weight^T + bias, or from weight: with round(weight + delta), which no memory holds.
+// from weight^T + bias, or from weight, with round(weight + delta), which is never in global memory.
 Tensor linear_patched(const char* name, const Tensor& from, const Tensor& weight, const Tensor& index,
                       const Tensor& delta, const std::optional<Tensor>& bias, bool forward) {
   const Site site = site_of(name, from);
@@ -235,7 +234,7 @@ Tensor linear_patched_bwd_input_op(const Tensor& grad, const Tensor& weight, con
   return linear_patched("grad", grad, weight, index, delta, std::nullopt, false);
 }
 
-// onto += from weight^T + bias, or from weight: in float32, and rounded once.
+// onto += from weight^T + bias, or from weight: summed in float32, and rounded once.
 void product_onto(const char* name, const Tensor& from, const Tensor& weight, const std::optional<Tensor>& bias,
                   Tensor& onto, bool forward) {
   const Site site = site_of(name, from);
@@ -271,7 +270,7 @@ void product_onto_bwd_input_op(const Tensor& grad, const Tensor& weight, Tensor 
   product_onto("grad", grad, weight, std::nullopt, onto, false);
 }
 
-// What the four ops on the chosen entries of W share; delta may be missing.
+// Shared by the four ops on the chosen entries of W; delta may be null.
 void run_merge(MergeMode mode, const Tensor& weight, const Tensor& index, const Tensor* delta, const Tensor& original) {
   const Site site = site_of("weight", weight);
   check_matrix("weight", weight, -1, -1, site);
@@ -313,7 +312,7 @@ void restore_op(Tensor weight, const Tensor& index, const Tensor& original) {
   run_merge(MergeMode::restore, weight, index, nullptr, original);
 }
 
-// x[:, columns], and zero for a column that x lacks.
+// x[:, columns], and zero for a column outside x.
 Tensor columns_op(const Tensor& x, const Tensor& columns) {
   const Site site = site_of("x", x);
   check_matrix("x", x, -1, -1, site);

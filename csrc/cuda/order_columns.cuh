@@ -1,5 +1,5 @@
-// Writes a plan's connections in the order of column_entries.cuh: by the order that the plan holds (order_plan.cuh), or
-// one that is found on the way.
+// Writes a plan's connections in the layout of column_entries.cuh: in the order that the plan holds (order_plan.cuh),
+// or in one that is computed here.
 #pragma once
 
 #include "order_facts.cuh"
@@ -14,18 +14,18 @@ struct ColumnEntriesLaunch {
   int64_t d_in, live;
   uint32_t entries, k;
   int32_t width;   // of a tile of the neurons
-  int32_t absent;  // what stands for a neuron where there is no connection
-  bool places;     // in their tile, instead of neurons
+  int32_t absent;  // the neuron of an absent connection
+  bool places;     // writes places in the tile instead of neurons
   bool spread;     // light columns' connections are spread over the banks
 
-  // Of shared memory: for each connection of a CTA's columns a bank and a turn.
+  // Shared memory, with a bank and a turn for each connection of a CTA's columns if they are spread.
   int64_t bytes(int64_t threads) const {
     return SortedColumns::bytes(threads, to) +
            (spread ? int64_t{kWindow} * to.light * 2 * int64_t{sizeof(uint16_t)} : 0);
   }
 };
 
-// The first of the connections [begin, end) of a column, in rising order, that is at least `least`.
+// The first of the ascending connections [begin, end) of a column that is at least `least`.
 __device__ __forceinline__ int32_t first_at_least(const int32_t* entry, int32_t begin, int32_t end, int64_t least) {
   while (begin < end) {
     const int32_t middle = begin + (end - begin) / 2;
@@ -38,7 +38,7 @@ __device__ __forceinline__ int32_t first_at_least(const int32_t* entry, int32_t 
   return begin;
 }
 
-// Connection i of the light column at `position`.
+// Writes connection i of the light column at `position`.
 __device__ __forceinline__ void write_light(const ColumnEntries& to, int32_t tile, uint32_t position, uint32_t i,
                                             const WeightedNeuron& connection) {
   Quad* quads = to.quads(tile, position);
@@ -50,7 +50,7 @@ __device__ __forceinline__ void write_light(const ColumnEntries& to, int32_t til
   }
 }
 
-// What dx reads for the neuron of an entry of the plan; what is none, or belongs to another tile, is absent.
+// The neuron or place of entry e of the plan; absent if e is out of range or in another tile.
 __device__ __forceinline__ int32_t neuron_of(const ColumnEntriesLaunch& a, uint32_t e, int32_t first) {
   if (e >= a.entries) return a.absent;
   const int32_t neuron = static_cast<int32_t>(e / a.k), offset = neuron - first;
@@ -58,7 +58,7 @@ __device__ __forceinline__ int32_t neuron_of(const ColumnEntriesLaunch& a, uint3
   return a.places ? place(offset) : neuron;
 }
 
-// And its delta. What is absent adds nothing.
+// The same with its delta, zero if absent.
 __device__ __forceinline__ WeightedNeuron connection_of(const ColumnEntriesLaunch& a, uint32_t e, int32_t first) {
   const int32_t neuron = neuron_of(a, e, first);
   return {neuron, neuron == a.absent ? 0.0f : a.delta[e]};
@@ -66,8 +66,8 @@ __device__ __forceinline__ WeightedNeuron connection_of(const ColumnEntriesLaunc
 
 __device__ __forceinline__ bool any_lane(bool own) { return __ballot_sync(kAllLanes, own) != 0; }
 
-// Which of the 32 connections of a column from `from` on are of the bank that a lane asks for, by all lanes of its
-// octet, whose column it is: each looks up four.
+// Bit mask of the connections of a column, of the 32 from `from` on, that are in the `wanted` bank of the lane. The
+// eight lanes of an octet have one column, and each looks up four connections.
 __device__ __forceinline__ unsigned of_bank(const uint16_t* bank, int32_t from, int32_t count, int wanted, int octet) {
   static_assert(kBanks == 8, "three bits");
   constexpr int kEach = kWarp / kBanks;
@@ -90,11 +90,12 @@ __device__ __forceinline__ unsigned of_bank(const uint16_t* bank, int32_t from, 
   return left >= kWarp ? of_wanted : left <= 0 ? 0 : of_wanted & ((1u << left) - 1);
 }
 
-// Turns for a column's connections, by their banks: the order in which its lane reads them. The lanes of an octet read
-// together, so each begins at a bank of its own, the column's is `first`, and goes on to the next: where all have every
-// bank equally often, no two meet. What is left when a bank has no turns left takes those that others leave.
+// Assigns turns to a column's connections by their banks: the order in which its lane reads them. The lanes of an octet
+// read together, so each begins at a different bank, its column's `first`, and goes on to the next: if every bank has
+// equally many connections, there are no bank conflicts. Connections beyond their bank's turns take turns that other
+// banks leave free.
 //
-// Eight lanes do so for a column, each for the connections of one bank: their turns are every eighth.
+// Eight lanes process a column, each the connections of one bank: their turns are every eighth.
 __device__ __forceinline__ void spread_over_banks(const uint16_t* bank, uint16_t* turn, int32_t count, int32_t first) {
   const int own = threadIdx.x % kBanks, octet = static_cast<int>(threadIdx.x % kWarp) - own;
   const auto turns_of = [&](int b) { return (count + kBanks - 1 - b) / kBanks; };
@@ -104,8 +105,8 @@ __device__ __forceinline__ void spread_over_banks(const uint16_t* bank, uint16_t
     have += __popc(of_bank(bank, from, count, own + first, octet));
   }
   const int32_t taken = have < turns_of(own) ? have : turns_of(own);
-  uint64_t taken_of = 0;  // by each bank, 8 bits: bytes(), of which the launcher knows the most, bounds them
-  int32_t skipped = 0;    // turns that lanes before this one take of what banks leave
+  uint64_t taken_of = 0;  // turns taken per bank, 8 bits each: the launcher's limit of bytes() bounds them
+  int32_t skipped = 0;    // free turns that the lanes before this one take
   for (int b = 0; b < kBanks; ++b) {
     taken_of |= uint64_t(__shfl_sync(kAllLanes, static_cast<uint32_t>(taken), octet + b)) << 8 * b;
     const int32_t left = __shfl_sync(kAllLanes, have - taken, octet + b);
@@ -128,7 +129,7 @@ __device__ __forceinline__ void spread_over_banks(const uint16_t* bank, uint16_t
   }
 }
 
-// Turns for all columns of the CTA: `bank` and behind it `turn`, a column's kWindow apart.
+// Assigns turns to all columns of the CTA; those of a column are kWindow apart in `bank` and `turn`.
 __device__ __forceinline__ void spread_columns(const SortedColumns& columns, uint32_t position, int32_t light,
                                                const uint16_t* bank, uint16_t* turn) {
   const int32_t octets = blockDim.x / kBanks;
@@ -140,7 +141,7 @@ __device__ __forceinline__ void spread_columns(const SortedColumns& columns, uin
   }
 }
 
-// Leaves of each column what lies in a tile of the neurons.
+// Restricts each column to its connections in a tile of the neurons.
 __device__ __forceinline__ void keep_tile(const ColumnEntriesLaunch& a, const SortedColumns& columns, int32_t first) {
   const int32_t* entry = ColumnStarts{a.plan, a.d_in, 0}.entries();
   for (int32_t at = threadIdx.x; at < kWindow; at += blockDim.x) {
@@ -152,7 +153,7 @@ __device__ __forceinline__ void keep_tile(const ColumnEntriesLaunch& a, const So
   __syncthreads();
 }
 
-// The CTA's columns in their order, and of each what lies in its tile of the neurons. Whether the plan holds the order.
+// Finds the CTA's columns in order, restricted to its tile of the neurons. Returns whether the plan holds the order.
 __device__ __forceinline__ bool order_columns(const ColumnEntriesLaunch& a, int32_t from, int32_t first,
                                               const SortedColumns& columns) {
   const ColumnStarts starts{a.plan, a.d_in, static_cast<int32_t>(a.live)};
@@ -170,7 +171,7 @@ __device__ __forceinline__ bool order_columns(const ColumnEntriesLaunch& a, int3
   return ordered;
 }
 
-// Where the CTA's columns are spread: for each connection a bank, and behind them a turn, a column's kWindow apart.
+// Scratch for spreading: a bank for each connection, then a turn for each; those of a column are kWindow apart.
 struct Turns {
   uint16_t *bank, *turn;
 
@@ -180,7 +181,7 @@ struct Turns {
   }
 };
 
-// The bank of each connection of all light columns of the CTA: neuron(n, column, i) is what is read for connection i.
+// Finds the bank of each connection of the CTA's light columns: neuron(n, column, i) is the place of connection i.
 template <class F>
 __device__ __forceinline__ void find_banks(const ColumnEntriesLaunch& a, const SortedColumns& columns,
                                            const Turns& turns, F&& neuron) {
@@ -196,8 +197,8 @@ __device__ __forceinline__ void find_banks(const ColumnEntriesLaunch& a, const S
   __syncthreads();
 }
 
-// A CTA has kWindow positions and a tile of the neurons, and a warp every so many-th connection of its columns. The
-// first of each is on its way while what is loaded of all is spread.
+// A CTA processes kWindow positions and one tile of the neurons; its columns' connections are interleaved over its
+// warps. The first connection of each lane is loaded before all are spread.
 __global__ static void __launch_bounds__(kMaxThreads, 2) column_entries_kernel(ColumnEntriesLaunch a) {
   constexpr int kEach = kWindow / kWarp;
   const int lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp, warps = blockDim.x / kWarp;

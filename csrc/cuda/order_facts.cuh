@@ -1,6 +1,6 @@
-// The order that a plan may hold: the columns as dx's kernel has them side by side, and each column's entries as it
-// reads them. It hangs on the index and on what the kernel is fitted to, not on delta: so it is found once, and a call
-// writes its connections by it.
+// The order that a plan may hold: of the columns, as the lanes of the dx kernels process them, and of each column's
+// entries. It depends on the index and on the kernel's tiling, not on delta, so it is computed once, and each call
+// writes its connections in that order.
 #pragma once
 
 #include "column_entries.cuh"
@@ -10,10 +10,10 @@ namespace neuroada::cuda {
 
 static_assert(kOrderWindow == kWindow, "a plan has room for the columns of whole windows");
 
-// What an order is for, as a plan names it in front of the columns. A call that it is not for sorts the columns anew,
-// and takes their entries in whatever order they are. Only if it has several tiles of the neurons must a column's
-// entries rise, or come tile by tile in the call's own width, where they are searched for borders. They do: tiles are
-// cut on sm_90a alone, whose GPUs all have as much shared memory, and so the same width.
+// The parameters of an order, stored in a plan before the columns. A call with other parameters sorts the columns
+// again, and takes their entries in the stored order. Only with several tiles of neurons must a column's entries
+// ascend, or be grouped by tiles of the call's width, as they are searched for tile boundaries. This holds: only sm_90a
+// uses tiles, and its GPUs all have the same amount of shared memory, and so the same width.
 struct OrderFacts {
   int32_t fact[kOrderFacts];
 
@@ -29,8 +29,8 @@ struct OrderFacts {
   }
 };
 
-// The column at a position of a plan's order, d_in where there is none: what lies outside the window of its position,
-// which no order has, is none either.
+// The column at a position of a plan's order, d_in if none. A column outside the window of its position, which no valid
+// order has, also gives d_in.
 __device__ __forceinline__ int32_t ordered_column(const int32_t* order, const ColumnEntries& to, int64_t d_in,
                                                   int32_t position) {
   const int32_t column = order[kOrderFacts + position], window = position / to.window * to.window;

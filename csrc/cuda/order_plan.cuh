@@ -1,6 +1,6 @@
-// Writes the order in which dx reads a plan into a copy of it, for all calls to come: columns and tiles as
-// column_entries_kernel has them, and the connections of light columns so that the lanes of an octet, which shared
-// memory serves together, meet as few banks twice as can be.
+// Writes the order in which dx reads a plan into a copy of it, once for all later calls: columns and tiles as in
+// column_entries_kernel, and the connections of light columns so that the lanes of an octet, which shared memory serves
+// together, have as few bank conflicts as possible.
 #pragma once
 
 #include "match_banks.cuh"
@@ -18,7 +18,7 @@ struct OrderPlanLaunch {
   }
 };
 
-// Matches the lanes of an octet with banks, step by step, by one warp: turns.turn becomes the bank of each step.
+// One warp matches the lanes of an octet with banks, step by step, and stores the bank of each step in turns.turn.
 __device__ __forceinline__ void match_octet(const SortedColumns& columns, int octet, int32_t light, const Turns& turns,
                                             uint16_t (*left)[kBanks]) {
   const int lane = threadIdx.x % kWarp;
@@ -50,7 +50,8 @@ __device__ __forceinline__ void match_octet(const SortedColumns& columns, int oc
   __syncwarp();
 }
 
-// The step in which a column's connection i is read: those of a bank in their order when that bank is chosen.
+// The step in which a column's connection i is read: a bank's n-th connection is read when the bank is chosen the n-th
+// time.
 __device__ __forceinline__ int32_t step_of(const Turns& turns, int at, int32_t i, int32_t count) {
   const uint16_t own = turns.bank[i * kWindow + at];
   int32_t before = 0, step = 0;
@@ -61,7 +62,7 @@ __device__ __forceinline__ int32_t step_of(const Turns& turns, int at, int32_t i
   return step;
 }
 
-// A CTA has kWindow positions and a tile of the neurons.
+// A CTA processes kWindow positions and one tile of the neurons.
 __global__ static void __launch_bounds__(kMaxThreads, 1) order_plan_kernel(OrderPlanLaunch launch) {
   using Left = uint16_t[kBanks][kBanks];
   const ColumnEntriesLaunch& a = launch.entries;

@@ -1,23 +1,23 @@
-// What a block's sums wait in, in shared memory, until the CTA writes them along their rows: lanes that sum have
-// columns from anywhere, and would write 2 bytes of a sector each.
+// A tile of a block's sums in shared memory, from which the CTA writes them along their rows. The lanes that sum hold
+// scattered columns, and would write 2 bytes of a sector each.
 #pragma once
 
 #include "staging.cuh"
 
 namespace neuroada::cuda {
 
-// Of a group of columns, as [column][V tokens], at their places.
+// Holds a group of columns as [column][V tokens], at their places.
 struct OutTile {
-  int32_t width;  // columns of a group, a multiple of 64; 0 where lanes write what they sum
+  int32_t width;  // columns of a group, a multiple of 64; 0 if lanes write their sums
   bool vectors;   // rows are written 8 bytes at a time: they are aligned
 
   __host__ __device__ int64_t bytes() const { return int64_t{width} * 16; }
 };
 
-// Four neighbouring columns of the tile to 8 bytes of each of `rows` rows, from `out` on.
+// Writes four adjacent columns of the tile as 8 bytes of each of `rows` rows, from `out` on.
 template <class T, bool kClears>
 __device__ __forceinline__ void write_four(Quad* tile, int32_t column, T* out, int64_t row_stride, int32_t rows) {
-  const int32_t first = place(column);  // q columns on, of up to 3, the place is first ^ q
+  const int32_t first = place(column);  // column + q is at first ^ q, for q up to 3
   Quad quad[4];
   NEUROADA_UNROLL
   for (int q = 0; q < 4; ++q) quad[q] = tile[first ^ q];
@@ -34,8 +34,8 @@ __device__ __forceinline__ void write_four(Quad* tile, int32_t column, T* out, i
   }
 }
 
-// out[v, c] = the v-th token of column c of the tile, for c < width, by the whole CTA. Stores run along the columns.
-// What is written is zero then, if kClears.
+// out[v, c] = the v-th token of column c of the tile, for c < width, by the whole CTA. Stores are coalesced along the
+// rows. With kClears, the columns that were read are set to zero.
 template <class T, bool kClears>
 __device__ __forceinline__ void write_tile(Quad* tile, const OutTile& shape, T* out, int64_t row_stride, int32_t rows,
                                            int32_t width) {

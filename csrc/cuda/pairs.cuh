@@ -1,5 +1,5 @@
-// Pairs of neighbouring neurons, of which a lane has one or two: their values of a token travel together, and
-// so do the places of their columns.
+// Pairs of adjacent neurons, of which a lane has one to eight. Both values of a token are moved together, and so are
+// the places of both columns.
 #pragma once
 
 #include "staggered_staging.cuh"
@@ -20,11 +20,11 @@ struct PairOf {
   }
 };
 
-// The neurons of a lane: pair p is (first(p), first(p) + 1), as far as there are so many.
+// The neurons of a lane: pair p is (first(p), first(p) + 1), as far as neurons are before `end`.
 struct Pairs {
   int32_t begin, end;  // of the CTA
 
-  // Those of part `part` of `all` neurons.
+  // The neurons of part `part`, of `all`.
   __device__ __forceinline__ static Pairs of(int64_t part, int64_t neurons_a_part, int64_t all) {
     const int64_t begin = part * neurons_a_part, end = begin + neurons_a_part;
     return {static_cast<int32_t>(begin), static_cast<int32_t>(end < all ? end : all)};
@@ -62,30 +62,30 @@ __device__ __forceinline__ void load_pairs(PairOf<T> (&to)[kTokens<T>], const T*
   }
 }
 
-// Asks for what load_pairs reads soon.
+// Prefetches what load_pairs will read.
 template <class T>
 __device__ __forceinline__ void fetch_pairs(const T* from, int64_t stride, int rows, const Pairs& pairs, int pair) {
-  if (rows != kTokens<T> || !pairs.has(pair, 0)) return;  // a last block waits for its few rows
+  if (rows != kTokens<T> || !pairs.has(pair, 0)) return;  // a partial last block is not prefetched
   NEUROADA_UNROLL
   for (int v = 0; v < kTokens<T>; ++v) fetch_to_l2(in_row(from + v * stride, pairs.first(pair)));
 }
 
-// Whether both neurons of every pair are read at once, from rows of a matrix.
+// Whether both neurons of every pair can be read by one access, in rows of a matrix.
 template <class T>
 inline bool pairs_aligned(const T* matrix, int64_t stride, int64_t rows) {
   return reinterpret_cast<uintptr_t>(matrix) % (2 * sizeof(T)) == 0 && (rows <= 1 || stride % 2 == 0);
 }
 
-// Connections of a neuron that a lane holds at most: with sums of their own, or of one pair without, or with, where
-// what is copied ahead leaves the registers.
+// The most connections per neuron that a lane holds: kFewHeld with a sum for each, kMostHeld for one pair without such
+// sums, or with them in bulk-copied kernels, which leave more registers.
 constexpr int kFewHeld = 8, kMostHeld = 20;
 
-// How what a lane holds, kHeld slots of each of kPairs pairs, is shared out to the parts of the work on a block:
-// pairs in turn, and where there are fewer than parts, every so many-th slot of a pair, so that each part has as
-// many however many there are.
+// Divides the slots that a lane holds, kHeld of each of kPairs pairs, into parts of the work on a block: whole pairs,
+// or every kSplit-th slot of a pair if there are fewer pairs than parts, so that parts are equal for any number of
+// slots.
 template <int kPairs, int kHeld>
 struct Held {
-  // More parts leave more registers: each has less of the next block on its way.
+  // More parts take fewer registers: each has less of the next block in flight.
   static constexpr int kParts = kPairs > 1 ? 2 : 4;
   static constexpr int kSplit = kPairs < kParts ? kParts / kPairs : 1, kPairsAPart = kPairs * kSplit / kParts;
   static constexpr int kSlots = kHeld / kSplit;
@@ -94,16 +94,16 @@ struct Held {
   static constexpr __device__ __forceinline__ int first_pair(int part) { return part / kSplit * kPairsAPart; }
   static constexpr __device__ __forceinline__ bool begins_pair(int part) { return part % kSplit == 0; }
   static constexpr __device__ __forceinline__ bool ends_pair(int part) { return part % kSplit == kSplit - 1; }
-  // Slots whose columns are read at once, whether they are all there or not: more take more registers.
+  // Slots whose columns are read together, whether or not all exist: more take more registers.
   static constexpr int kTogether = kHeld > kFewHeld ? 1 : 2;
-  // The first of a part's registers of a pair, and the slot that a register is for.
+  // A part's first register of a pair; the slot that a register holds, and its inverse.
   static constexpr __device__ __forceinline__ int begin(int part) { return part % kSplit * kSlots; }
   static constexpr __device__ __forceinline__ int slot(int r) { return r % kSlots * kSplit + r / kSlots; }
   static constexpr __device__ __forceinline__ int register_of(int s) { return s / kSplit + s % kSplit * kSlots; }
 };
 
-// Slots that are read or written as one, where a neuron's begin at a multiple of so many. Where a lane holds fewer,
-// k is less, and no multiple.
+// Slots that one access reads or writes, if each neuron's slots begin at a multiple of this number. Where a lane holds
+// fewer, k is smaller, and no multiple.
 constexpr int kSlotVector = 4;
 
 inline bool slots_aligned(int64_t k, const void* a, const void* b) {
@@ -139,8 +139,8 @@ __device__ __forceinline__ uint32_t places_of(const int32_t (&column)[2], const 
   return static_cast<uint32_t>(low) | static_cast<uint32_t>(high) << 16;
 }
 
-// Where columns come in tiles and a lane holds their places all the same, these have their tile above them, so that
-// one of another tile is more than that of zeros.
+// The places that a lane holds if columns come in tiles: a place, with its tile's number in the bits above it. XOR with
+// the number of the current tile makes a place of another tile greater than the place of zeros.
 struct TilePlaces {
   static constexpr uint32_t kNone = 0xffff;  // no connection: no place in any tile
   static constexpr uint32_t kTwice = 0x10001;
@@ -154,7 +154,7 @@ struct TilePlaces {
   // Whether 16 bits are enough for place and tile.
   bool fit(const Tiles& tiles) const { return bits <= 16 && (tiles.columns - 1) / tiles.width >> (16 - bits) == 0; }
 
-  // Of both columns of a slot.
+  // The encoded places of both columns of a slot.
   __device__ __forceinline__ uint32_t operator()(const int32_t (&column)[2], const Tiles& tiles) const {
     uint32_t both = 0;
     NEUROADA_UNROLL
@@ -165,23 +165,23 @@ struct TilePlaces {
     }
     return both;
   }
-  // What in_tile takes for the tile that begins at column `first`.
+  // The `tile` of in_tile for the tile that begins at column `first`.
   __device__ __forceinline__ uint32_t tile(const Tiles& tiles, int32_t first) const {
     return (static_cast<uint32_t>(first / tiles.width) << bits) * kTwice;
   }
-  // Both places in that tile: those of zeros where the columns are in another.
+  // Both places in that tile; the place of zeros for a column of another tile.
   __device__ __forceinline__ static uint32_t in_tile(uint32_t both, uint32_t tile, const Tiles& tiles) {
     return least_of_halves(both ^ tile, static_cast<uint32_t>(tiles.zero) * kTwice);
   }
 };
 
-// 0, of which the compiler does not know that it is the same for every block.
+// Returns 0, but the compiler does not know that it is the same for every block.
 __device__ __forceinline__ uint32_t varying_zero(int32_t block) {
   return static_cast<uint32_t>((block + static_cast<int32_t>(threadIdx.x)) >> 31);
 }
 
-// The place of one of them. With a zero that seems to vary: or else all places would be taken apart once, before
-// the first block, and there are not enough registers for them.
+// The place of one neuron. With a constant zero, the compiler would unpack all places once, before the first block,
+// which takes more registers than there are.
 __device__ __forceinline__ uint32_t place_of(uint32_t places, int neuron, uint32_t zero) {
   return bytes_of(places, zero, neuron == 0 ? 0x4410 : 0x4432);
 }

@@ -1,8 +1,8 @@
 // W[j, index[j, s]] = round(W + delta[j, s]) in a tile of W in shared memory, before the tensor cores read it
 //
-// By the warps of the copying warpgroup that copy nothing. Their threads are shared out among the groups of
-// neurons in the tile, and each takes every so many connections of its group. What they need of those is on
-// its way three pieces ahead: offsets, then connections, then deltas.
+// Run by the spare warps of the producer warpgroup, which issue no copies. Their threads are divided evenly among the
+// tile's groups of neurons; each takes every kThreadsEach-th connection of its group. Loads are pipelined three pieces
+// deep: offsets, then connections, then deltas.
 #pragma once
 
 #include "kernels.h"
@@ -17,8 +17,8 @@ struct Patches {
   int32_t d_out, k, blocks;
 };
 
-// How a piece of W lies in the stage: [neurons, 64 inputs] or, with kRowsOfRight, 64 inputs at a time of
-// [64 neurons, inputs], in swizzled rows; and which connections are in it.
+// Layout of a piece of W in a stage, in swizzled rows: [neurons, 64 inputs] or, with kRowsOfRight, [64 neurons, inputs]
+// in blocks of 64 inputs. Also selects the piece's block and groups of connections.
 template <class Tile, bool kRowsOfRight>
 struct PatchPiece {
   static constexpr int kNeurons = kRowsOfRight ? Tile::kDepth : Tile::kColumns;
@@ -41,7 +41,7 @@ struct PatchPiece {
 
 __device__ __forceinline__ int spare_thread() { return threadIdx.x - kWarp; }
 
-// A thread's connections in a piece: those at first, first + step and so on of its group's.
+// A thread's connections in a piece: elements first, first + kThreadsEach, ... of its group's list.
 struct OwnPatches {
   static constexpr int kHeld = 2;
   const BlockEntry* entry;
@@ -62,7 +62,7 @@ class PatchReader {
     load_deltas(now_);
   }
 
-  // The next piece's; each of the loads that follow depends on one that an earlier call has started.
+  // Returns the patches of the next piece. Each load issued here depends only on loads of earlier calls.
   __device__ __forceinline__ OwnPatches next() {
     const OwnPatches given = now_;
     now_ = next_;
@@ -123,7 +123,7 @@ __device__ __forceinline__ void patch_piece(T* tile, const OwnPatches& own, cons
   }
 }
 
-// One warp: its share of every piece that this CTA multiplies.
+// For one warp: patches its share of every piece that this CTA multiplies.
 template <class T, class Tile, bool kRowsOfRight>
 __device__ __forceinline__ void patch_tiles(ProductShared<T, Tile>& shared, const Patches& a, const Grid& grid) {
   using Piece = PatchPiece<Tile, kRowsOfRight>;

@@ -1,4 +1,4 @@
-// What device code reads from a plan, see neuroada/planner.h: its values are bounded where they are used.
+// Device-side access to a plan (neuroada/planner.h). Its values are unchecked, and bounded where they are used.
 #pragma once
 
 #include "device.cuh"
@@ -14,7 +14,7 @@ __device__ __forceinline__ const int32_t* entries_of_plan(const int32_t* plan, i
   return order_of_plan(plan, d_in) + kOrderFacts + (d_in + kOrderWindow - 1) / kOrderWindow * kOrderWindow;
 }
 
-// Where the entries of a column begin, of `live` of them.
+// Index of the first entry of `column`, clamped to [0, live].
 __device__ __forceinline__ int32_t start_of_column(const int32_t* plan, int32_t live, int64_t column) {
   const int32_t start = plan[column];
   return start < 0 ? 0 : start < live ? start : live;

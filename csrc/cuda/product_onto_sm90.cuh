@@ -1,8 +1,8 @@
-// onto = from weight^T + bias + onto, or onto = from weight + onto, by CUTLASS for sm_90a: what is there already is
-// added to the float32 sums, and all of it is rounded once. cuBLAS, asked for the same, rounds the product first, and
-// what lies below its last place is lost.
+// onto = from weight^T + bias + onto, or onto = from weight + onto, by CUTLASS for sm_90a: the old value of onto is
+// added to the float32 sums, and the result is rounded once. cuBLAS rounds the product first for the same operation,
+// and so loses what lies below the product's ULP.
 //
-// Forward and dx are compiled by themselves, as each takes longest of all sources.
+// Forward and dx are separate sources, as each takes longer to compile than any other.
 #pragma once
 
 #include "product_onto_sm90.h"
@@ -29,23 +29,23 @@ struct CutlassElement<Half> {
   using type = cutlass::half_t;
 };
 
-// How two warpgroups have the tiles of sums. Each its own of 128 x 128: it adds what is there and stores while the
-// other one multiplies (pingpong).
+// How two consumer warpgroups process output tiles. Pingpong: each has its own of 128 x 128, and runs its epilogue
+// while the other one multiplies.
 struct OwnTiles {
-  static constexpr int kColumns = 128, kRowPair = 1, kColumnPair = 2;  // CTAs of a pair, which share a tile of x
+  static constexpr int kColumns = 128, kRowPair = 1, kColumnPair = 2;  // of a cluster, which shares a tile of x
   using EpilogueSchedule = cutlass::epilogue::TmaWarpSpecialized;
   using Schedule = cutlass::gemm::KernelTmaWarpSpecializedPingpong;
 };
 
-// Or one of 128 x 256 together: no tile whose sums fit into registers reads fewer bytes a product, but both wait at its
-// end.
+// Cooperative: both share one of 128 x 256. No tile whose sums fit into registers reads fewer bytes per product, but
+// both wait in its epilogue.
 struct SharedTile {
-  static constexpr int kColumns = 256, kRowPair = 2, kColumnPair = 1;  // a pair shares a tile of W
+  static constexpr int kColumns = 256, kRowPair = 2, kColumnPair = 1;  // the cluster shares a tile of W
   using EpilogueSchedule = cutlass::epilogue::TmaWarpSpecializedCooperative;
   using Schedule = cutlass::gemm::KernelTmaWarpSpecializedCooperative;
 };
 
-// Products of a sum from which on the end of a tile counts for less than the bytes: measured at 4096 and 14336.
+// Length of K from which the epilogue counts for less than the bytes: measured at 4096 and 14336.
 constexpr int64_t kLongSum = 8192;
 
 template <class T, bool kRowsOfRight, class Form>
@@ -57,14 +57,13 @@ struct OntoProduct {
   using Right = std::conditional_t<kRowsOfRight, RowMajor, cutlass::layout::ColumnMajor>;
   static constexpr int kAligned = 8;  // elements, 16 bytes
 
-  // beta * onto + (alpha * sum + bias) in float32, and the only rounding; a null bias is zero. Its elements are read
-  // one by one, so that they may lie anywhere.
+  // beta * onto + (alpha * sum + bias) in float32, rounded once; a null bias is zero. Bias elements are read one by
+  // one, so that bias needs no alignment.
   using Sum = cutlass::epilogue::fusion::LinCombPerColBias<Element, float, Element, Element, float, 1>;
 
-  // onto is C and D at once. A CTA stores a part of a tile only after all of that part has been read, no other CTA
-  // reads or writes it, and what is read ahead are other parts. C and D share their shared memory as well
-  // (ReuseSmemC): a part is summed where it was copied to, and copied over only once its store has been read from
-  // there.
+  // onto is both C and D. A CTA stores an epilogue subtile only after reading all of it, no other CTA accesses it, and
+  // prefetched subtiles are different ones. C and D also share shared memory (ReuseSmemC): a subtile is summed in
+  // place, and overwritten only after its store has read it.
   using Epilogue = typename cutlass::epilogue::collective::CollectiveBuilder<
       cutlass::arch::Sm90, cutlass::arch::OpClassTensorOp, Tile, Cluster,
       cutlass::epilogue::collective::EpilogueTileAuto, float, float, Element, RowMajor, kAligned, Element, RowMajor,
@@ -82,7 +81,7 @@ struct OntoProduct {
   static_assert(alignof(typename Kernel::SharedStorage) <= 1024, "what the kernel asks for");
 };
 
-// In place of CUTLASS's own entry point, which has all of its types in its name.
+// Replaces CUTLASS's own entry point, which has all of its types in its name.
 template <class T, bool kRowsOfRight, class Form>
 __global__ void __launch_bounds__(OntoProduct<T, kRowsOfRight, Form>::Kernel::MaxThreadsPerBlock, 1)
     product_onto_sm90_kernel(const __grid_constant__ typename OntoProduct<T, kRowsOfRight, Form>::Params params) {
@@ -92,8 +91,8 @@ __global__ void __launch_bounds__(OntoProduct<T, kRowsOfRight, Form>::Kernel::Ma
 
 namespace {
 
-// Tiles go in strips of up to 8, so that the CTAs which run at once share both operands in the L2 cache. Sizes that the
-// strips do not divide would be filled up with tiles of zeros, which take as long as any.
+// Tiles go in strips of up to 8, so that concurrent CTAs share both operands in L2. If strips do not divide the tiles,
+// the scheduler pads with tiles of zeros, which take as long as any.
 template <class Form>
 int strip_of(const Operand& onto) {
   const int64_t rows = ceil_div(onto.rows, Form::kRowPair * 128),
@@ -125,7 +124,7 @@ auto arguments_of(const OntoOperands& operands, const void* bias, const Device& 
   args.epilogue.thread.alpha = 1;
   args.epilogue.thread.beta = 1;
   args.epilogue.thread.bias_ptr = static_cast<const Element*>(bias);
-  // Known, so that CUTLASS asks no device.
+  // Set, so that CUTLASS does not query the device.
   args.hw_info.sm_count = static_cast<int>(device.multiprocessors);
   args.scheduler.max_swizzle_size = strip_of<Form>(operands.onto);
   if (std::is_same_v<Form, OwnTiles>) {
@@ -134,7 +133,7 @@ auto arguments_of(const OntoOperands& operands, const void* bias, const Device& 
   return args;
 }
 
-// In pairs of CTAs, which launch.h does not know.
+// Launches clusters of two CTAs, which launch.h does not support.
 template <class Form, class Params>
 void launch_pairs(const char* name, void (*kernel)(Params), dim3 grid, dim3 threads, int shared, void* stream,
                   Params& params) {
@@ -164,7 +163,7 @@ void run(const char* name, const OntoOperands& operands, const void* bias, const
   if (!Kernel::can_implement(args) || Kernel::get_workspace_size(args) != 0) {
     throw std::runtime_error(std::string(name) + ": CUTLASS cannot run this product");
   }
-  // Where the driver cannot encode an operand's layout CUTLASS only prints that: what there is to refuse is checked.
+  // CUTLASS only prints an error if the driver cannot encode an operand's layout: such operands are refused before.
   auto params = Kernel::to_underlying_arguments(args, nullptr);
   launch_pairs<Form>(name, product_onto_sm90_kernel<T, kRowsOfRight, Form>, Kernel::get_grid_shape(params),
                      Kernel::get_block_shape(), Kernel::SharedStorageSize, stream, params);

@@ -1,4 +1,4 @@
-// A product onto what is there already: its operands by the roles that they have in it, checked.
+// A GEMM that accumulates into its output: its operands by their roles, and checks of them.
 #pragma once
 
 #include "operand_sm90.h"

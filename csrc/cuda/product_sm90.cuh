@@ -1,13 +1,13 @@
-// The product of the kernels for sm_90a: one warpgroup copies tiles of both operands into a ring
-// of stages (TMA), the others multiply them (wgmma), a CTA stays for many tiles of the output.
+// The mainloop of the GEMMs for sm_90a: a producer warpgroup copies tiles of both operands into a circular buffer of
+// stages (TMA), the consumer warpgroups multiply them (wgmma). CTAs are persistent, each for many output tiles.
 #pragma once
 
 #include "hopper.cuh"
 
 namespace neuroada::cuda {
 
-// A tile of the output: 64 rows for each of `Consumers` warpgroups, `Columns` columns, and a ring of
-// `Stages` pieces of the sum over 64 of its terms, which fill a swizzled row.
+// An output tile: 64 rows for each of `Consumers` warpgroups, `Columns` columns, and a circular buffer of `Stages`
+// pieces. A piece is 64 elements of K, which fill a swizzled row.
 template <int Consumers, int Columns, int Stages>
 struct ProductTile {
   static constexpr int kConsumers = Consumers, kColumns = Columns, kStages = Stages;
@@ -15,12 +15,12 @@ struct ProductTile {
   static constexpr int kRows = kRowsEach * Consumers;
   static constexpr int kDepth = kSwizzle / 2;
   static constexpr int kThreads = kWarpgroup * (1 + Consumers);
-  static constexpr int kAccumulators = Columns / 2;  // of a thread
+  static constexpr int kAccumulators = Columns / 2;  // per thread
   static_assert(Columns % 32 == 0 && Columns <= 256);
 };
 
-// Whether a CTA that starts with as many registers a thread as it can may come to have `copying` in one
-// warpgroup and `multiplying` in the others: a warpgroup that claims more than there are waits for ever.
+// Whether a CTA that starts with the most registers per thread can reallocate them to `copying` in the producer and
+// `multiplying` in each consumer: a warpgroup that claims more than are free waits forever.
 template <class Tile>
 __host__ __device__ constexpr bool registers_suffice(int copying, int multiplying) {
   constexpr int kAtStart = 65536 / Tile::kThreads / 8 * 8;
@@ -37,16 +37,16 @@ struct alignas(kSwizzleAtom) ProductShared {
   static constexpr uint32_t kStageBytes = sizeof(left[0]) + sizeof(right[0]);
 };
 
-// Those of the copying warpgroup that copy nothing.
+// Warps of the producer warpgroup that issue no copies.
 constexpr int kSpareWarps = kWarpgroup / kWarp - 1;
 
-// The sizes of the product, and the tiles of its output.
+// The sizes of the GEMM, and the number of output tiles along each side.
 struct Grid {
   int32_t rows, columns, depth;
   int32_t row_tiles, column_tiles;
 };
 
-// A place in the ring; the parity is that of the phase in which its barriers are.
+// A position in the circular buffer; the parity is that of the current phase of its barriers.
 struct Stage {
   int index = 0;
   uint32_t parity = 0;
@@ -64,7 +64,7 @@ struct TilePlace {
   int32_t row, column;  // of the first element
 };
 
-// Neighbouring CTAs share rows of both operands in L2: tiles go down columns of kDown.
+// Tiles go down columns of kDown tiles, so that concurrent CTAs share rows of both operands in L2.
 template <class Tile>
 __device__ __forceinline__ TilePlace place_of(const Grid& grid, int64_t tile) {
   constexpr int32_t kDown = 8;
@@ -82,8 +82,8 @@ __device__ __forceinline__ int32_t pieces_of(const Grid& grid) {
   return (grid.depth + Tile::kDepth - 1) / Tile::kDepth;
 }
 
-// One lane of each consumer's warps says that a stage may be written again, once the warp has read it, and one of
-// each spare warp that its share is patched.
+// On `empty`, one lane per consumer warp arrives once the warp has read the stage; on `patched`, one lane per spare
+// warp once its share is patched.
 template <class T, class Tile>
 __device__ __forceinline__ void prepare_barriers(ProductShared<T, Tile>& shared) {
   if (threadIdx.x == 0) {
@@ -97,8 +97,8 @@ __device__ __forceinline__ void prepare_barriers(ProductShared<T, Tile>& shared)
   __syncthreads();
 }
 
-// One thread: what the consumers will multiply, as far ahead as the ring is long. With kRowsOfRight the
-// right operand is [depth, columns] in memory, otherwise [columns, depth].
+// For one thread: copies the consumers' operands, as far ahead as the buffer is long. With kRowsOfRight the right
+// operand is [depth, columns] in memory, otherwise [columns, depth].
 template <class T, class Tile, bool kRowsOfRight>
 __device__ void copy_tiles(ProductShared<T, Tile>& shared, const TensorMap& left, const TensorMap& right,
                            const Grid& grid) {
@@ -127,7 +127,7 @@ __device__ void copy_tiles(ProductShared<T, Tile>& shared, const TensorMap& left
   }
 }
 
-// Starts the products of one stage, 16 terms each.
+// Issues the wgmma of one stage, each over 16 elements of K.
 template <class T, class Tile, bool kRowsOfRight>
 __device__ __forceinline__ void multiply_stage(float (&sum)[Tile::kAccumulators], const T* left, const T* right,
                                                bool first) {
@@ -137,14 +137,14 @@ __device__ __forceinline__ void multiply_stage(float (&sum)[Tile::kAccumulators]
   const uint64_t b = matrix_descriptor(shared_address(right), kRowsOfRight ? kBlockBytes : 0, kSwizzleAtom);
   NEUROADA_UNROLL
   for (int step = 0; step < Tile::kDepth / 16; ++step) {
-    // In a descriptor, addresses count 16 bytes.
+    // Descriptor addresses are in units of 16 bytes.
     wgmma<T, Tile::kColumns, kRowsOfRight>(sum, a + step * (kLeftStep / 16), b + step * (kRightStep / 16),
                                            !first || step > 0);
   }
 }
 
-// One consumer: sum = its 64 rows of one tile, from stages that are full and patched.
-// The products of a stage run while those of the next are started, so a stage is given back one later.
+// For one consumer: sum = its 64 rows of one tile, from stages that are full and patched. The wgmma of a stage stay in
+// flight while those of the next are issued, so a stage is released one iteration later.
 template <class T, class Tile, bool kRowsOfRight>
 __device__ __forceinline__ void multiply_tile(float (&sum)[Tile::kAccumulators], ProductShared<T, Tile>& shared,
                                               int consumer, int32_t pieces, Stage& stage) {

@@ -1,6 +1,6 @@
-// Rows of one or two matrices in shared memory as they lie, each token's together, in a ring of stages that the
-// hardware of sm_90a fills: what reads so little of each row that nothing is to stand between it and memory has it from
-// there.
+// Untransposed rows of one or two matrices, those of a token adjacent, in a circular buffer of stages in shared memory
+// that bulk asynchronous copies (sm_90a) fill. For kernels that do so little work per row that they are bound by memory
+// bandwidth.
 #pragma once
 
 #include "hopper.cuh"
@@ -8,13 +8,13 @@
 
 namespace neuroada::cuda {
 
-// Stages of a ring at most.
+// Maximum number of stages.
 constexpr int kRingStages = 8;
 
-// A barrier for each stage, then the stages: of each row what is read of the first matrix, then of the second.
+// One barrier per stage, then the stages. A row holds the values of the first matrix, then of the second.
 struct Ring {
-  int32_t rows, stages;         // of a stage, and of the ring
-  int32_t width, second_width;  // values of a row of each matrix, multiples of 8
+  int32_t rows, stages;         // per stage, and of the buffer
+  int32_t width, second_width;  // values per row of each matrix, multiples of 8
 
   static constexpr int32_t kBarrierBytes = kRingStages * 8;
   __host__ __device__ int32_t row() const { return width + second_width; }
@@ -24,7 +24,7 @@ struct Ring {
   }
 };
 
-// Rows of a matrix, of which `width` values are read.
+// Rows of a matrix; `width` values of each are read.
 template <class T>
 struct RowsOf {
   const T* data;
@@ -32,14 +32,14 @@ struct RowsOf {
   int32_t width;
 };
 
-// The tokens [begin, end) of both matrices; of the second there may be nothing.
+// The tokens [begin, end) of both matrices; the second may have width 0.
 template <class T, bool kBulk>
 struct TokenRows {
   const Ring& ring;
   RowsOf<T> first, second;
   int64_t begin, end;
 
-  // Has the first stages on their way.
+  // Starts the copies into all stages.
   __device__ __forceinline__ void start() const {
 #ifdef NEUROADA_HOPPER
     if constexpr (kBulk) {
@@ -53,7 +53,7 @@ struct TokenRows {
 #endif
   }
 
-  // read(token, row of the first, row of the second), of one token after another.
+  // Calls read(token, row of the first, row of the second) for each token in order.
   template <class Read>
   __device__ __forceinline__ void for_each(Read&& read) const {
     if constexpr (kBulk) {
@@ -77,7 +77,7 @@ struct TokenRows {
     return static_cast<int32_t>(end - t < ring.rows ? end - t : ring.rows);
   }
 
-  // By a lane for each row. All threads have read what it writes over: see RawBlocks::copy.
+  // One lane copies each row. All threads have read the overwritten stage: see RawBlocks::copy.
   __device__ __forceinline__ void copy(int stage, int64_t t) const {
     const int32_t row = static_cast<int32_t>(threadIdx.x), count = t < end ? rows_from(t) : 0;
     if (row >= count) return;
@@ -102,7 +102,7 @@ struct TokenRows {
       const int32_t rows = rows_from(t);
       NEUROADA_ROLLED
       for (int32_t r = 0; r < rows; ++r, row += ring.row()) read(t + r, row, row + ring.width);
-      __syncthreads();  // all have read the stage
+      __syncthreads();  // all threads have read the stage
       copy(stage, t + int64_t{ring.stages} * ring.rows);
       if (++stage == ring.stages) {
         stage = 0;
@@ -113,7 +113,7 @@ struct TokenRows {
   }
 };
 
-// Neighbouring neurons, whose values of a token are read or written as one.
+// Adjacent neurons whose values of a token are read or written by one access.
 constexpr int kGroup = 8;
 
 // The neurons of a CTA.
@@ -127,7 +127,7 @@ struct NeuronPart {
   }
 };
 
-// The columns of a lane's groups of neurons, of one slot, 16 bits each. Where there is no connection it is column 0.
+// The columns of a lane's groups of neurons for one slot, 16 bits each; column 0 in a slot without a connection.
 template <int kGroups>
 struct GroupColumns {
   uint32_t both[kGroups][kGroup / 2];
@@ -136,14 +136,14 @@ struct GroupColumns {
     return kGroup * static_cast<int32_t>(group * blockDim.x + threadIdx.x);
   }
 
-  // -1 where there is none.
+  // -1 without a connection.
   __device__ __forceinline__ static int32_t column_of(const int32_t* index, int32_t neuron, int32_t neurons,
                                                       int64_t d_in) {
     const int32_t column = neuron < neurons ? index[neuron] : -1;
     return static_cast<uint32_t>(column) < static_cast<uint32_t>(d_in) ? column : -1;
   }
 
-  // Of `neurons` from the one on that `index` begins with.
+  // `index` begins with the CTA's first neuron, of `neurons`.
   __device__ __forceinline__ void load(const int32_t* index, int32_t neurons, int64_t d_in) {
     NEUROADA_UNROLL
     for (int group = 0; group < kGroups; ++group) {

@@ -1,4 +1,4 @@
-// What the launchers of kernels with a ring of rows share: how neurons and tokens are shared out, and the ring.
+// For launchers of kernels on a circular buffer of rows: the partition of neurons and tokens, and the buffer.
 #pragma once
 
 #include "launch.h"
@@ -6,8 +6,8 @@
 
 namespace neuroada::cuda {
 
-// Groups of 8 neurons that a lane has, and threads. All neurons are one CTA's, as far as there are the registers for
-// it, so that x is read once.
+// Groups of 8 neurons per lane, and threads per CTA. One CTA takes all neurons, as far as registers allow, so that x is
+// read once.
 struct RowsForm {
   int64_t groups, threads;
 
@@ -16,13 +16,13 @@ struct RowsForm {
   }
 };
 
-// Whether so few columns can be named by 16 bits, and so many neurons give half of the lanes work at least.
+// Whether 16 bits can index the columns, and the neurons give at least half of the lanes work.
 inline bool suits_rows(int64_t d_in, int64_t d_out, const Device& device) {
   return device.bulk_copies && d_in > 0 && d_in <= UINT16_MAX && 2 * d_out >= kGroup * device.threads;
 }
 
-// As many rows a stage as leave `few` stages, of which one is read while the others are on their way. Fewer than two
-// where no two rows fit.
+// The most rows per stage that leave `few` stages, of which one is read while the others are in flight. Fewer than two
+// stages if two rows do not fit.
 template <class T>
 Ring choose_ring(int64_t width, int64_t second_width, int64_t few, const Device& device) {
   constexpr int64_t kMostRows = 8;

@@ -7,7 +7,7 @@
 namespace neuroada::cuda {
 namespace {
 
-// Rows of neurons, their slots and the tokens, shared out.
+// Partition of the neurons, their slots and the tokens.
 struct SddmmShares {
   Shares shares;
   int64_t blocks, slot_parts;
@@ -22,8 +22,8 @@ SddmmShares share_out(const Sddmm& p, int64_t pairs, int64_t held, const Device&
   return {shares, blocks, slot_parts};
 }
 
-// In how many parts the tokens go, and so every bit, is for the device and the sizes to decide: the same x has the same
-// bits, whether it can be copied ahead or not.
+// The number of token parts, and so every bit, depends only on the device and the sizes: the same x gives the same
+// bits, whether it can be bulk-copied or not.
 template <class T>
 SddmmShares shares_of(const Sddmm& p, int64_t pairs, int64_t held, bool whole, bool copied, const Device& device) {
   SddmmShares own = share_out<T>(p, pairs, held, device);
@@ -39,7 +39,7 @@ Tiles tiles_of(const Sddmm& p, int64_t d_in, const Device& device) {
   return choose_tiles("sddmm", static_cast<const T*>(p.x), p.x_stride, p.tokens, d_in, device);
 }
 
-// f(pairs, held, whole), of an x with all columns: how neurons and tokens are shared out, and so every bit, is its.
+// f(pairs, held, whole) for an x with all columns, which determines the partition, and so every bit.
 template <class T, class F>
 void with_held_of(const Sddmm& p, const Device& device, F&& f) {
   with_held<kFewHeld>(p.d_out, p.k, true, tiles_of<T>(p, std::max(p.d_in, p.whole_d_in), device).single(), device, f);
@@ -54,7 +54,7 @@ void run(const Sddmm& p, float* partial, const Device& device, void* stream) {
     if constexpr (sizeof(T) == 2 && whole) {
       const T* x = static_cast<const T*>(p.x);
       tiles = with_two_tiles(with_bulk_copies(tiles, x, p.x_stride, p.tokens, device), device);
-      // In tiles each connection is read from all of them, which is sooner done only where a lane holds all slots.
+      // With tiles, each connection is read from every tile, which is faster only if a lane holds all slots.
       if (tiles.stages == 0 && holds_all_slots(p.k)) {
         const Tiles cut = cut_for_bulk_copies(tiles, x, p.x_stride, p.tokens, device);
         if (cut.stages > 0 && TilePlaces::of(cut).fit(cut)) tiles = cut;

@@ -1,10 +1,10 @@
 // out[j, s] = sum_t grad[t, j] x[t, index[j, s]]
 //
-// grad [tokens, d_out], x [tokens, d_in], index and out [d_out, k]. A CTA has a part of the neurons and a part of
-// the tokens. It stages block after block of x as [column][V tokens]; a lane holds the places of its neurons'
-// columns and their sums in registers, and has its grad of a block on the way while it reads the one before. No
-// atomics: what a part of the tokens sums up goes to partial [parts, d_out, k], and a second kernel adds the
-// parts in a fixed order, so that the result is the same in every run.
+// grad [tokens, d_out], x [tokens, d_in], index and out [d_out, k]. A CTA processes a part of the neurons and a part of
+// the tokens. It stages x block by block as [column][V tokens]; a lane holds the places of its neurons' columns and
+// their sums in registers, and loads its grad of a block while it reads the previous one. No atomics: the sums of each
+// part of the tokens go to partial [parts, d_out, k], and a second kernel adds the parts in a fixed order, so that the
+// result is the same in every run.
 #pragma once
 
 #include "kernels.h"
@@ -18,20 +18,20 @@ struct SddmmLaunch {
   int64_t blocks;          // of tokens
   int64_t neurons_a_part;  // even
   int64_t slot_parts;      // blockIdx.x counts them within a part of the neurons
-  int64_t slots;           // of such a part, at most what a lane holds
+  int64_t slots;           // per such part, at most as many as a lane holds
   float* partial;          // [gridDim.y, d_out, k]
   bool pair_vectors, slot_vectors;
 };
 
-// Whether a lane of such a kernel holds all slots of one pair instead of 8 of up to two: as many neurons to a CTA, none
-// of them twice.
+// Whether a lane of a bulk-copied kernel holds all slots of one pair instead of 8 of up to two pairs: a CTA has as many
+// neurons, and no neuron is divided between CTAs.
 inline bool holds_all_slots(int64_t k) { return k > kFewHeld && k <= kMostHeld; }
 
-// The kernel with blocks that are copied ahead: for one tile that holds all columns, for two of them, or for several
-// tiles where a lane holds all slots. Of sddmm_sm90.cu.
+// The kernel with bulk-copied blocks: for one tile of all columns, for two of them, or for several narrower tiles if a
+// lane holds all slots. Defined in sddmm_sm90.cu.
 KernelOf<SddmmLaunch> sddmm_bulk_kernel(const Sddmm&, const Device&, const Tiles&);
 
-// Asks for grad[t .. t + V] of a pair.
+// Prefetches grad[t .. t + V] of a pair.
 template <class T>
 __device__ __forceinline__ void fetch_grad(const SddmmLaunch& a, const Pairs& pairs, int pair, int64_t t) {
   const Sddmm& p = a.problem;
@@ -48,7 +48,7 @@ __device__ __forceinline__ void load_grad(PairOf<T> (&grad)[kTokens<T>], const S
              pairs, pair, a.pair_vectors);
 }
 
-// The columns of what a lane's register r is for, -1 where there is none.
+// The columns of the slot that a lane's register r holds, -1 if there is none.
 template <int kPairs, int kHeld>
 __device__ __forceinline__ void columns_of_slot(int32_t (&column)[2], const SddmmLaunch& a, const Pairs& pairs,
                                                 int pair, int64_t slot, int r) {
@@ -56,8 +56,8 @@ __device__ __forceinline__ void columns_of_slot(int32_t (&column)[2], const Sddm
   load_columns(column, a.problem.index, a.problem.k, pairs, pair, s < a.slots ? slot + s : a.problem.k);
 }
 
-// The places that a lane holds of both columns of a slot, and what it holds for none: in the tile that has all
-// columns, or among all tiles.
+// The places that a lane holds for both columns of a slot, and for no column: in the tile of all columns, or among all
+// tiles.
 template <bool kWhole>
 struct HeldPlaces {
   __device__ __forceinline__ static uint32_t of(const int32_t (&column)[2], const Tiles& tiles) {
@@ -107,7 +107,7 @@ __device__ __forceinline__ void load_places(uint32_t (&places)[kPairs][kHeld], c
   }
 }
 
-// The sums of this part of the tokens; a slot without a connection has none.
+// Writes the sums of this part of the tokens; zero in a slot without a connection.
 template <bool kWhole, bool kHolds, int kPairs, int kHeld>
 __device__ __forceinline__ void write_sums(const float (&sum)[kPairs][kHeld][2],
                                            const uint32_t (&places)[kPairs][kHeld], const SddmmLaunch& a,
@@ -146,15 +146,15 @@ __device__ __forceinline__ void write_sums(const float (&sum)[kPairs][kHeld][2],
   }
 }
 
-// A lane holds its places where a tile has all columns, or where tiles are copied ahead: then a block's tiles follow
-// one another, and its grad comes anew for each.
+// A lane holds its places if a tile has all columns or if tiles are bulk-copied. Then the tiles of a block follow one
+// another, and grad is loaded again for each.
 template <class T, int kPairs, int kHeld, bool kWhole, Staging kStaging>
 __global__ void __launch_bounds__(kMaxThreads, 1) sddmm_kernel(SddmmLaunch a) {
   constexpr int V = kTokens<T>;
   constexpr bool kBulk = kStaging != Staging::loaded;
   constexpr bool kHolds = kWhole || kBulk;
   using H = Held<kPairs, kHeld>;
-  // Slots whose columns are read at once: what is copied ahead leaves the registers for two.
+  // Slots whose columns are read together: with bulk copies there are registers for two.
   constexpr int kTogether = kBulk ? 2 : 1;
   const Sddmm& p = a.problem;
   const Pairs pairs = Pairs::of(blockIdx.x / a.slot_parts, a.neurons_a_part, p.d_out);
@@ -169,7 +169,7 @@ __global__ void __launch_bounds__(kMaxThreads, 1) sddmm_kernel(SddmmLaunch a) {
   float sum[kPairs][kHeld][2] = {}, grad[2][V];
   const TilePlaces tile_places = TilePlaces::of(a.tiles);
   if (kHolds) load_places<kWhole>(places, a, pairs, slot, slots);
-  PairOf<T> next[V];  // grad of the pair that is read next, on its way
+  PairOf<T> next[V];  // grad of the pair that is read next, in flight
   if (kHolds) load_grad(next, a, pairs, 0, int64_t{begin} * V);
   const auto read = [&](int32_t block, const Quad* tile, int32_t first, auto part) {
     constexpr int kPart = decltype(part)::value, kBegin = H::begin(kPart), kFirst = H::first_pair(kPart);
@@ -207,7 +207,7 @@ __global__ void __launch_bounds__(kMaxThreads, 1) sddmm_kernel(SddmmLaunch a) {
         for (int n = 0; n < 2; ++n) {
           const uint32_t at = place_of(both, n, varying_zero(block));
           const float with = add_dot<T>(sum[pair][r][n], grad[n], tile[at]);
-          // Zeros for a column of another tile would not do: grad may be infinite.
+          // Zeros for a column of another tile would give NaN if grad is infinite.
           if (kWhole || at != static_cast<uint32_t>(a.tiles.zero)) sum[pair][r][n] = with;
         }
       }

@@ -1,8 +1,8 @@
 // SDDMM of one slot: out[j] = sum_t grad[t, j] x[t, index[j]].
 //
-// So few products take less time than memory does to give x and grad, which come through a ring of rows. A lane has
-// groups of 8 neighbouring neurons, whose grad of a token is one read; from the row of x it reads value by value. Each
-// connection is summed over the tokens in their order, wherever its rows are read from.
+// With so few products the kernel is bound by memory bandwidth: x and grad come through a circular buffer of rows. A
+// lane has groups of 8 adjacent neurons, whose grad of a token is one read; it reads x value by value. Each connection
+// is summed over the tokens in their order, wherever its rows are read from.
 #pragma once
 
 #include "kernels.h"
@@ -14,11 +14,11 @@ struct SddmmRowsLaunch {
   Sddmm problem;
   Ring ring;               // of x and grad
   int32_t neurons_a_part;  // a multiple of kGroup
-  bool vectors;            // 8 values of grad are aligned to their size
+  bool vectors;            // groups of 8 values of grad are aligned
   float* partial;          // [gridDim.y, d_out]
 };
 
-// 8 neighbouring values of a row, zeros past the last.
+// 8 adjacent values of a row, zeros past the last.
 template <class T>
 __device__ __forceinline__ void load_group(float (&value)[kGroup], const T* row, int32_t first, int32_t end,
                                            bool vectors) {

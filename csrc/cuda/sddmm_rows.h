@@ -1,15 +1,15 @@
-// SDDMM of one slot on sm_90a: what it is for, and its launcher. See sddmm_rows.cuh.
+// SDDMM of one slot on sm_90a: when it applies, and its launcher. See sddmm_rows.cuh.
 #pragma once
 
 #include "kernels.h"
 
 namespace neuroada::cuda {
 
-// In how many parts of the tokens its sums go, or 0 where another kernel is to take them. The dtype, the sizes and the
-// device say so, and not how x and grad lie in memory: the same values have the same bits.
+// Number of token parts that are summed separately, or 0 if another kernel is used. Depends on the dtype, the sizes and
+// the device, not on the layout of x and grad: the same values give the same bits.
 int64_t sddmm_rows_parts(const Sddmm&, const Device&);
 
-// Into partial [parts, d_out, k], or [d_out, k] where there is one part.
+// Writes partial [parts, d_out, k], or [d_out, k] if there is one part.
 void sddmm_rows(const Sddmm&, float* partial, const Device&, void* stream);
 
 }  // namespace neuroada::cuda

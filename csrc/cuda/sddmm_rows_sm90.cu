@@ -6,7 +6,7 @@
 namespace neuroada::cuda {
 namespace {
 
-// All threads meet once a stage, and more stages of fewer rows took longer.
+// There is a barrier per stage, and more stages of fewer rows were slower.
 constexpr int64_t kFewStages = 3;
 
 RowsForm form_of(const Sddmm& p, const Device& device) {

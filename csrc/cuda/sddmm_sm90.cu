@@ -1,4 +1,4 @@
-// The kernels of sddmm.cuh with blocks that the hardware of sm_90a copies ahead.
+// The kernels of sddmm.cuh with bulk-copied blocks (sm_90a).
 #include "launch.h"
 #include "sddmm.cuh"
 

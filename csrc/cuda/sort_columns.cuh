@@ -1,6 +1,6 @@
-// Sorts the columns of a window by how many connections they have: a counting sort in shared memory. Every CTA of a
-// window does it anew, and keeps the kWindow positions that are its own: that is little work next to writing their
-// connections, which so many CTAs share.
+// Sorts the columns of a window by their number of connections: a counting sort in shared memory. Every CTA of a window
+// repeats it and keeps its own kWindow positions: that is little work compared to writing their connections, which the
+// CTAs share.
 #pragma once
 
 #include "column_entries.cuh"
@@ -8,32 +8,32 @@
 
 namespace neuroada::cuda {
 
-// The connections [begin, end) of a column, d_in where there is none.
+// A column, d_in if none, and its connections [begin, end).
 struct SortedColumn {
   int32_t column, begin, end;
 
   __device__ __forceinline__ int32_t count() const { return end - begin; }
 };
 
-// Kinds of columns, of which one with more connections comes first; then what is no column, and heavy ones. Of a column
-// whose connections lie in several tiles of the neurons there are two counts, and more kinds.
+// Kinds are the sort keys of columns: more connections come first, then positions without a column, then heavy columns.
+// If the neurons come in several tiles, a kind combines two counts, and there are more kinds.
 struct Kinds {
   static constexpr int kOfOne = 128, kOfTwo = 1024;
-  static constexpr int kLevels = 31;  // of each of two counts
+  static constexpr int kLevels = 31;  // per count, if there are two
   static_assert(kLevels * kLevels <= kOfTwo - 2);
 
-  int number;     // of kinds, the last two those of no column and of heavy ones
-  int32_t first;  // neurons of the first tile times k, or 0: then one count is all there is
+  int number;     // of kinds; the last two are for no column and for heavy ones
+  int32_t first;  // neurons of the first tile times k, or 0 if there is one count
   int64_t d_in;
-  int32_t most[2];  // connections of a column that is not heavy, in the first tile and in the others; or at all
+  int32_t most[2];  // connections of a light column, in the first tile and in the others; or in total
   int coarse[2];    // a level is 2^coarse counts, or twice as many
 
-  // With one window for many columns, lanes have neighbours whose counts are theirs in the first tile and in the
-  // others.
+  // Windows of many columns are sorted by two counts, so that adjacent lanes have similar counts in the first tile and
+  // in the others.
   __host__ __device__ static bool by_tile(const ColumnEntries& to) { return to.tiles > 1 && to.window > kWindow; }
   __host__ __device__ static int number_of(const ColumnEntries& to) { return by_tile(to) ? kOfTwo : kOfOne; }
 
-  // `width` is that of a tile, times k.
+  // `width` is that of a tile times k.
   __device__ __forceinline__ static Kinds of(int64_t d_in, const ColumnEntries& to, int64_t width) {
     Kinds kinds{number_of(to), 0, d_in, {to.light * to.tiles, 0}, {0, 0}};
     if (by_tile(to)) {
@@ -42,7 +42,7 @@ struct Kinds {
       kinds.most[1] = to.light * (to.tiles - 1);
       NEUROADA_UNROLL
       for (int i = 0; i < 2; ++i) {
-        // Few have more than three quarters of the most: they are of one level.
+        // Few columns have more than three quarters of the maximum: these share one level.
         while ((kinds.most[i] / 4 * 3 + 1) / 2 >> kinds.coarse[i] >= kLevels) ++kinds.coarse[i];
       }
     } else {
@@ -57,8 +57,8 @@ struct Kinds {
     const int32_t level = (count + 1) / 2 >> coarse[which];
     return level < kLevels ? level : kLevels - 1;
   }
-  // Of a column whose connections from `middle` on are not in the first tile. Where the first count changes, the second
-  // goes on with nearly what it was.
+  // The kind of a column whose connections from `middle` on are not in the first tile. Where the first count changes,
+  // the second reverses its direction, and so changes little.
   __device__ __forceinline__ int of(const SortedColumn& column, int32_t middle) const {
     if (column.column >= d_in) return no_column();
     const int32_t count = column.count() > 0 ? column.count() : 0;
@@ -72,12 +72,12 @@ struct Kinds {
 
 struct SortedColumns {
   SortedColumn* of;  // [kWindow]
-  int32_t* chunks;   // [kinds / kWarp] columns of the kinds before a chunk of them
-  int32_t* before;   // [kinds] columns of the kinds before one in its chunk
-  int32_t* seen;     // [warps, kinds] columns of each kind that warps before have, and then those of its own so far
+  int32_t* chunks;   // [kinds / kWarp] columns of all kinds before a chunk of kWarp kinds
+  int32_t* before;   // [kinds] columns of the previous kinds in the same chunk
+  int32_t* seen;     // [warps, kinds] columns of each kind in previous warps, plus the warp's own so far
   uint16_t* kind;    // [window] of each column
 
-  // Whole quads.
+  // A multiple of 16.
   __host__ __device__ static int64_t bytes(int64_t threads, const ColumnEntries& to) {
     const int64_t kinds = Kinds::number_of(to);
     return kWindow * int64_t{sizeof(SortedColumn)} +
@@ -91,7 +91,7 @@ struct SortedColumns {
     int32_t* const seen = before + kinds;
     return {of, chunks, before, seen, reinterpret_cast<uint16_t*>(seen + blockDim.x / kWarp * kinds)};
   }
-  // Of `kind`, which is sorted by now.
+  // Columns of all kinds before `kind`; valid after sum_kinds.
   __device__ __forceinline__ int32_t before_kind(int kind) const { return chunks[kind / kWarp] + before[kind]; }
 };
 
@@ -107,8 +107,7 @@ struct ColumnStarts {
   __device__ __forceinline__ const int32_t* entries() const { return entries_of_plan(plan, d_in); }
 };
 
-// middle[i] = the first of the connections of a column, in rising order, that is at least `least`; of several columns
-// at once.
+// middle[i] = the first of the ascending connections of a column that is at least `least`; for several columns at once.
 template <int N>
 __device__ __forceinline__ void find_middles(const int32_t* entry, const SortedColumn (&column)[N], int32_t least,
                                              int32_t (&middle)[N]) {
@@ -139,8 +138,8 @@ __device__ __forceinline__ void find_middles(const int32_t* entry, const SortedC
   }
 }
 
-// The kinds of a warp's columns [begin, end), 32 at a time, to `kind`, and how many there are of each to `seen`. What
-// is loaded of several is on its way at once.
+// Writes the kinds of a warp's columns [begin, end), 32 at a time, to `kind`, and counts each kind in `seen`. Loads of
+// several columns are in flight at once.
 __device__ __forceinline__ void count_kinds(const ColumnStarts& starts, const Kinds& kinds, int32_t begin, int32_t end,
                                             uint16_t* kind, int32_t* seen) {
   constexpr int kAtOnce = 8;
@@ -164,7 +163,7 @@ __device__ __forceinline__ void count_kinds(const ColumnStarts& starts, const Ki
   }
 }
 
-// The sum of the values of the lanes up to the own one.
+// Inclusive prefix sum over the lanes.
 __device__ __forceinline__ int32_t sum_upto(int32_t value, int lane) {
   NEUROADA_UNROLL
   for (int offset = 1; offset < kWarp; offset *= 2) {
@@ -174,8 +173,8 @@ __device__ __forceinline__ int32_t sum_upto(int32_t value, int lane) {
   return value;
 }
 
-// How many columns of a kind the warps before each have, and how many come before those of a kind: each warp does so
-// for 32 kinds and the next, a lane for one.
+// Exclusive prefix sums of each kind's count over the warps, and of the total counts over the kinds. A warp processes
+// 32 kinds at a time, one per lane.
 __device__ __forceinline__ void sum_kinds(const SortedColumns& sorted, int kinds) {
   constexpr int kAtOnce = 8;
   const int lane = threadIdx.x % kWarp, warps = blockDim.x / kWarp;
@@ -204,20 +203,20 @@ __device__ __forceinline__ void sum_kinds(const SortedColumns& sorted, int kinds
   __syncthreads();
 }
 
-// The position in a window of `columns` columns, `heavy` of them heavy, of the rank-th in the order. Heavy columns take
-// the last lanes of all 32s in turn, the others what is left.
+// The position of the rank-th column of the order in a window of `columns` columns, `heavy` of them heavy. Heavy
+// columns take the last lanes of the rounds of 32, round-robin; the others take what is left.
 __device__ __forceinline__ int32_t position_of(int32_t rank, int32_t columns, int32_t heavy) {
   if (heavy == 0) return rank;
   const int32_t rounds = columns / kWarp, light = columns - heavy;
   if (rank >= light) return (rank - light) % rounds * kWarp + (kWarp - 1 - (rank - light) / rounds);
-  // The first 32s have one heavy column more.
+  // The first `more` rounds have one heavy column more.
   const int32_t more = heavy % rounds, least = kWarp - 1 - heavy / rounds, left = rank - more * least;
   if (left < 0) return rank / least * kWarp + rank % least;
   return (more + left / (least + 1)) * kWarp + left % (least + 1);
 }
 
-// The columns at the positions from `from` on, in all of the CTA's threads. A warp has neighbouring columns, and of one
-// kind those further left come first: the order is the same every time.
+// Finds the columns at the positions from `from` on, by the whole CTA. A warp has adjacent columns, and columns of one
+// kind stay in ascending order: the result is deterministic.
 __device__ __forceinline__ void sort_columns(const ColumnStarts& starts, const ColumnEntries& to, int64_t width,
                                              int32_t from, const SortedColumns& sorted) {
   const int lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp, warps = blockDim.x / kWarp;

@@ -1,18 +1,17 @@
-// Blocks that the hardware of sm_90a copies ahead, in two tiles: while a block is read in one, the next is transposed
-// into the other, from one stage. The first half of a CTA's warps transposes its half of the columns before it reads,
-// the second half after that, so that shared memory and the multipliers have both kinds of work at any time. There is
-// one barrier a block.
+// Bulk-copied blocks in double-buffered tiles: while a block is read from one tile, the next is transposed into the
+// other, from one stage. The first half of a CTA's warps transposes its half of the columns before it reads, the second
+// half after it reads, so that shared memory and the FMA pipe always both have work. There is one barrier per block.
 #pragma once
 
 #include "bulk_staging.cuh"
 
 namespace neuroada::cuda {
 
-// How a kernel's blocks come into shared memory: loaded by its threads (staging.cuh), copied ahead by the hardware
-// (bulk_staging.cuh), or so in two tiles.
+// How blocks reach shared memory: loaded by the threads (staging.cuh), bulk-copied (bulk_staging.cuh), or bulk-copied
+// into double-buffered tiles.
 enum class Staging { loaded, copied, staggered };
 
-// As StagedBlocks, of which a CTA has at least two warps, and a row at least 16 columns.
+// As StagedBlocks, for CTAs of at least two warps and rows of at least 16 columns.
 template <class T>
 struct StaggeredBlocks {
   static constexpr int V = kTokens<T>;
@@ -54,7 +53,7 @@ struct StaggeredBlocks {
       }
       read_in_turn<0, kParts>([&](auto part) { read(block, static_cast<const Quad*>(tile), 0, part); });
       if (own.number == 1 && block + 1 < end) transpose(own, other, block + 1);
-      __syncthreads();  // the other tile is whole, and all have read this one and the stage
+      __syncthreads();  // the other tile is complete; all threads have read this one and the stage
       if (own.number == 1 && block + 2 < end) copy(own, block + 2);
       Quad* const read_now = tile;
       tile = other;
@@ -64,9 +63,9 @@ struct StaggeredBlocks {
   }
 
  private:
-  static constexpr int kRead = 2;  // behind the barriers of both halves, that of warps that have read the first
+  static constexpr int kRead = 2;  // after both halves' barriers; counts warps of the first half that have read
 
-  // CtaHalf of the threads, with the columns [from, to).
+  // Half of the CTA's threads, and the columns [from, to) that it transposes.
   struct CtaHalf {
     int number;
     int32_t from, to, thread;
@@ -82,7 +81,7 @@ struct StaggeredBlocks {
   };
 
 #ifdef NEUROADA_HOPPER
-  // Starts the copy of a block's half, by a lane for each row, which all have read.
+  // Starts the copy of a half of a block, one lane per row. All threads of the half have read the overwritten stage.
   __device__ __forceinline__ void copy(const CtaHalf& own, int32_t block) const {
     const RawBlocks<T> raw = RawBlocks<T>::behind(tiles);
     const int64_t t = int64_t{block} * V;
@@ -95,7 +94,7 @@ struct StaggeredBlocks {
     copy_bulk(raw.rows + own.thread * raw.pitch + own.from, x + (t + own.thread) * row_stride + own.from, bytes, full);
   }
 
-  // The same, by the first warp, once the others of the half have read it too.
+  // The same by the half's first warp, once its other warps have read the stage.
   __device__ __forceinline__ void copy_when_read(const CtaHalf& own, int32_t block) const {
     Barrier& read = RawBlocks<T>::behind(tiles).full[kRead];
     sync_warp();
@@ -120,7 +119,7 @@ struct StaggeredBlocks {
 #endif
 };
 
-// The blocks of a kernel.
+// The type of a kernel's blocks.
 template <class T, Staging kStaging>
 struct BlocksOf {
   using type = StagedBlocks<T, kStaging == Staging::copied>;

@@ -1,40 +1,40 @@
-// Blocks of tokens in shared memory, as [column][V tokens] of 16 bytes: a gather of one column is one
-// 16-byte read that serves V tokens. All staged kernels share what stands here.
+// Blocks of tokens in shared memory, as [column][V tokens] of 16 bytes: a gather of one column is one 16-byte read that
+// serves V tokens. Shared by all staged kernels.
 #pragma once
 
 #include "device.cuh"
 
 namespace neuroada::cuda {
 
-// Of a CTA: 128 registers a thread, or 64 for twice as many.
+// Threads per CTA at 128 registers per thread; or twice as many at 64.
 constexpr int kMaxThreads = 512;
 
 // V: the tokens of a block, 8 in sixteen bits and 4 in float32.
 template <class T>
 constexpr int kTokens = 16 / static_cast<int>(sizeof(T));
 
-// Blocks that are copied ahead at most, where the hardware copies them.
+// Maximum number of stages of bulk-copied blocks.
 constexpr int kMostStages = 2;
 
-// How the columns of a matrix lie in shared memory: in tiles of `width` columns and a column of zeros. Where
-// a tile has all columns and two of them fit, one block is read while the next is staged.
+// Layout of a matrix's columns in shared memory: tiles of `width` columns and a column of zeros. If a tile has all
+// columns and two of them fit, one block is read while the next is staged.
 struct Tiles {
   int32_t columns;  // of the matrix
   int32_t width;    // of a tile: all columns, or a multiple of 8
   int32_t zero;     // the place of the column of zeros
   int32_t stride;   // from a tile to the next
   int32_t count;    // 1 or 2
-  int32_t stages;   // of tiles that are copied as they lie behind the one that is read, or 0: bulk_staging.cuh
+  int32_t stages;   // of untransposed tiles after the one that is read, or 0: bulk_staging.cuh
   bool vectors;     // rows are read 8 bytes at a time: they are aligned
 
-  // A block has 16 bytes of each column, whatever the dtype. Each tile has as much for barriers, two of them.
+  // A block has 16 bytes per column for any dtype. With stages, each tile has 16 more for two barriers.
   __host__ __device__ int32_t quads() const { return count * stride + (stages == 0 ? 0 : count + stages * width); }
   __host__ __device__ int64_t bytes() const { return int64_t{quads()} * 16; }
   __host__ __device__ bool single() const { return width == columns; }
 };
 
-// Where a column lies in its group. A lane that transposes writes V neighbouring columns in turn;
-// exchanging them within blocks of 8 spreads the lanes over all banks.
+// The place of a column in its tile. A lane that transposes writes adjacent columns one by one; permuting columns
+// within blocks of 8 spreads the lanes over all banks.
 __device__ __forceinline__ int place(int column) { return column ^ (column >> 3 & 7); }
 
 // The place of `column` in the tile that starts at `first`, or that of the zeros; `inside` tells which.
@@ -44,7 +44,7 @@ __device__ __forceinline__ int place_in_tile(const Tiles& tiles, int32_t column,
   return inside ? place(static_cast<int>(offset)) : tiles.zero;
 }
 
-// Column q of V rows, of each of which `row` has the words that hold it.
+// Column q of V rows; row[v] has the words of row v that hold it.
 template <class T, int kWords>
 __device__ __forceinline__ Quad transposed(const uint32_t (&row)[kTokens<T>][kWords], int q) {
   Quad out;
@@ -82,13 +82,13 @@ __device__ __forceinline__ int rows_of_block(int64_t tokens, int64_t t) {
   return tokens - t < kTokens<T> ? static_cast<int>(tokens - t) : kTokens<T>;
 }
 
-// Some bytes of each row of a block, a lane's, on their way to shared memory.
+// A lane's kBytes of each row of a block, in registers on their way to shared memory.
 template <class T, int kBytes>
 struct Rows {
   static constexpr int V = kTokens<T>, kColumns = kBytes / static_cast<int>(sizeof(T));
   uint32_t row[V][kBytes / 4];
 
-  // From column `column` on of rows that all threads share; zeros past the last of `count` of them.
+  // Loads from column `column` on, of rows that all threads share; zeros past the last of `count` rows.
   __device__ __forceinline__ void load(const T* rows, int64_t row_stride, int32_t count, int32_t column) {
     if (count >= V) {
       NEUROADA_UNROLL
@@ -103,14 +103,14 @@ struct Rows {
     }
   }
   __device__ __forceinline__ void store(Quad* tile, int32_t column) const {
-    const int32_t first = place(made_anew(column));  // q columns on, within kColumns, the place is first ^ q
+    const int32_t first = place(made_anew(column));  // column + q is at first ^ q, for q < kColumns
     NEUROADA_UNROLL
     for (int q = 0; q < kColumns; ++q) tile[first ^ q] = transposed<T>(row, q);
   }
 };
 
-// tile[place(c)] = x[t .. t + V, first + c] for c from `from` on, by the whole CTA. Loads run along the columns;
-// kAtOnce times 8 bytes of each row are on their way at once, if there are the registers for it.
+// tile[place(c)] = x[t .. t + V, first + c] for c from `from` on, by the whole CTA. Loads are coalesced along the rows;
+// kAtOnce times 8 bytes of each row are in flight at once, registers permitting.
 template <int kAtOnce, class T>
 __device__ __forceinline__ void stage_columns(Quad* tile, const Tiles& tiles, const T* x, int64_t row_stride,
                                               int32_t rows, int32_t first, int32_t from = 0) {
@@ -134,8 +134,8 @@ __device__ __forceinline__ void stage_columns(Quad* tile, const Tiles& tiles, co
   }
 }
 
-// Asks for a block that is staged soon, so that its loads wait for L2 at most. All CTAs load theirs at
-// the same moments, and memory has nothing to do in between.
+// Prefetches to L2 a block that is staged soon, so that its loads have at most L2 latency: all CTAs load theirs at the
+// same time, and memory would be idle in between.
 template <class T>
 __device__ __forceinline__ void fetch_block(const T* x, int64_t row_stride, int64_t rows, int32_t columns) {
   constexpr int32_t kLine = 128 / static_cast<int32_t>(sizeof(T));
@@ -146,14 +146,14 @@ __device__ __forceinline__ void fetch_block(const T* x, int64_t row_stride, int6
   }
 }
 
-// The columns that a CTA takes along while it reads the block before, as far as there are so many: in kParts parts
-// of 4 bytes of each row a lane, or in two of 8.
+// The columns of the next block that a CTA loads while it reads the current one, at most all: in kParts parts of 4
+// bytes per row and lane, or in two of 8.
 template <class T, int kParts>
 struct Ahead {
   using Chunk = Rows<T, kParts == 2 ? 8 : 4>;
   Chunk chunk;
 
-  // Columns from here on are not taken along.
+  // Columns from here on are not loaded ahead.
   __device__ __forceinline__ static int32_t end(const Tiles& tiles) {
     const int32_t most = kParts * blockDim.x * Chunk::kColumns,
                   whole = tiles.columns / Chunk::kColumns * Chunk::kColumns;
@@ -183,7 +183,7 @@ __device__ __forceinline__ void read_in_turn(Read&& read) {
   if constexpr (kPart + 1 < kParts) read_in_turn<kPart + 1, kParts>(read);
 }
 
-// read(Part<N>) for N from kPart on, and before each the next block's columns are asked for.
+// The same; each part loads columns of the next block before it reads, and stores them after.
 template <int kPart, int kParts, class T, class Read>
 __device__ __forceinline__ void read_parts(const Tiles& tiles, Quad* other, const T* next, int64_t row_stride,
                                            int32_t rows, bool more, Read&& read) {
@@ -194,9 +194,8 @@ __device__ __forceinline__ void read_parts(const Tiles& tiles, Quad* other, cons
   if constexpr (kPart + 1 < kParts) read_parts<kPart + 1, kParts>(tiles, other, next, row_stride, rows, more, read);
 }
 
-// The blocks [begin, end) of x, V tokens each, staged one after another by the whole CTA. For each block and
-// each tile of its columns `read(block, tile, first, Part<N>)` does kParts parts of the work, and meanwhile the
-// next block comes in.
+// The blocks [begin, end) of x, V tokens each, staged one after another by the whole CTA. For each block and each tile
+// of its columns `read(block, tile, first, Part<N>)` does kParts parts of the work, while the next block is loaded.
 template <int kParts, int kAtOnce, class T, class Read>
 __device__ __forceinline__ void for_each_block(const Tiles& tiles, const T* x, int64_t row_stride, int64_t tokens,
                                                int32_t begin, int32_t end, Read&& read) {
@@ -208,14 +207,14 @@ __device__ __forceinline__ void for_each_block(const Tiles& tiles, const T* x, i
     const int32_t left =
         static_cast<int32_t>(tokens - int64_t{block} * V < 2 * V ? tokens - int64_t{block} * V : 2 * V);
     int32_t first = 0;
-    do {  // once where there is no column
+    do {  // runs once if there are no columns
       if (tiles.count == 1 || block == begin) {
         __syncthreads();
         if (threadIdx.x == 0) tile[tiles.zero] = other[tiles.zero] = Quad{};
         stage_columns<kAtOnce>(tile, tiles, rows, row_stride, left, first);
         __syncthreads();
       }
-      if (first == 0 && block + tiles.count < end) {  // the next one, or the one after that
+      if (first == 0 && block + tiles.count < end) {  // the next block, or the one after that
         const int64_t soon = int64_t{tiles.count} * V;
         fetch_block(rows + soon * row_stride, row_stride, tokens - int64_t{block} * V - soon, tiles.columns);
       }
@@ -235,7 +234,7 @@ __device__ __forceinline__ void for_each_block(const Tiles& tiles, const T* x, i
   }
 }
 
-// Eight sums rounded to 16 bits, as they lie in memory.
+// Eight sums rounded to 16 bits, packed as in memory.
 template <class T>
 __device__ __forceinline__ Quad rounded_quad(const float (&sum)[kTokens<T>]) {
   static_assert(sizeof(T) == 2);

@@ -1,12 +1,12 @@
-// out[e] = sum_p partial[p, e]: what the parts of the tokens have summed up, see sddmm.cuh.
+// out[e] = sum_p partial[p, e]: adds the sums of the parts of the tokens, see sddmm.cuh.
 #pragma once
 
 #include "device.cuh"
 
 namespace neuroada::cuda {
 
-// A CTA has 32 sums, and each of its warps some of their parts: few threads that each read all parts in turn would
-// wait for memory most of the time.
+// A CTA computes 32 sums, and each of its warps adds some of their parts: with one thread per sum, the few threads
+// would mostly wait for memory.
 constexpr int kSumPartsThreads = 256;
 
 struct SumPartsLaunch {
@@ -15,7 +15,7 @@ struct SumPartsLaunch {
   int64_t parts, count;
 };
 
-// The parts of a warp in the order of p, several on their way at once; then those of the warps in their order.
+// Each warp adds its parts in the order of p, with several loads in flight; warp 0 then adds the warps' sums in order.
 __global__ static void sum_parts_kernel(SumPartsLaunch a) {
   constexpr int kAtOnce = 8;
   const int lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp, warps = blockDim.x / kWarp;

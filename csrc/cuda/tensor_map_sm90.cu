@@ -26,7 +26,7 @@ namespace {
 
 using Encode = PFN_cuTensorMapEncodeTiled_v12000;
 
-// The driver is there wherever a kernel can be launched, and it alone knows the encoding.
+// Looked up in the driver, which is present wherever a kernel runs, and alone knows the encoding.
 Encode find_encode(const char* kernel) {
   constexpr const char* kName = "cuTensorMapEncodeTiled";
   void* found = nullptr;

@@ -1,4 +1,4 @@
-// The encoded form in which the copies of sm_90 take a matrix, and the boxes that they copy.
+// Tensor maps: a matrix and the boxes that TMA copies, in encoded form.
 #pragma once
 
 #include <cstdint>
@@ -8,9 +8,9 @@
 
 namespace neuroada::cuda {
 
-// Of a matrix of 16-bit elements, in boxes whose rows of up to 128 bytes are swizzled over 128; what
-// lies outside of the matrix is copied as zeros. base and rows are 16-byte aligned. It throws
-// std::runtime_error, naming the kernel, where the driver refuses. No library of the driver is linked.
+// Encodes a matrix of 16-bit elements, in boxes whose rows of up to 128 bytes are swizzled over 128; elements outside
+// the matrix are copied as zeros. base and rows are 16-byte aligned. Throws std::runtime_error, naming the kernel, if
+// the driver refuses. The driver library is not linked.
 TensorMap make_tensor_map(const char* kernel, DType dtype, const void* base, int64_t rows, int64_t columns,
                           int64_t stride, int32_t box_rows, int32_t box_columns);
 

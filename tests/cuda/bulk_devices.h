@@ -1,4 +1,4 @@
-// How the tests of blocks that the hardware copies ask for devices, and count its copies.
+// Devices for the tests of bulk-copied blocks, and counts of bulk copies.
 #pragma once
 
 #include "cuda/launch.h"
@@ -6,13 +6,13 @@
 
 namespace neuroada::testing {
 
-// Room for a tile and a number of stages of `columns` columns, and for no more.
+// A device with room for exactly a tile and a number of stages of `columns` columns.
 inline cuda::Device device_of(int64_t columns, int64_t stages, bool bulk_copies) {
   const int64_t quads = columns + 1 + 1 + stages * columns;
   return {quads * kQuad, 3, 32, 1 << 20, bulk_copies};
 }
 
-// How the hardware is asked for the blocks of a matrix: with no stages where it is not.
+// The tiles for the blocks of a matrix; without stages if they are not bulk-copied.
 template <class T>
 cuda::Tiles bulk_tiles(const Matrix<T>& matrix, const cuda::Device& device, bool cut) {
   const auto tiles =
@@ -21,7 +21,7 @@ cuda::Tiles bulk_tiles(const Matrix<T>& matrix, const cuda::Device& device, bool
   return copied(tiles, matrix.data(), matrix.stride(), matrix.rows(), device);
 }
 
-// How many copies the hardware was asked for.
+// The number of bulk copies that f issues.
 template <class F>
 int64_t count_copies(F&& f) {
   const int64_t before = host_cuda::bulk_copies;
@@ -33,7 +33,7 @@ bool copies(F&& f) {
   return count_copies(f) > 0;
 }
 
-// Room for a tile of all neurons, a stage, and groups of `columns` columns that are written together.
+// A device with room for a tile of all neurons, a stage, and groups of `columns` columns that are written together.
 inline cuda::Device device_with_groups(int64_t neurons, int64_t columns, int64_t multiprocessors = 3,
                                        int64_t threads = 32) {
   const int64_t quads = neurons + 1 + 1 + neurons + columns + 1;

@@ -1,7 +1,7 @@
-// Runs CUDA device code on the CPU: a fiber for each thread of a CTA, a barrier for __syncthreads, slots
-// for the shuffles of a warp. CTAs run in turn, each with shared memory full of NaN, allocated to the
-// byte. So AddressSanitizer sees an index gone wrong, ThreadSanitizer a missing barrier, and a wrong sum
-// whatever was never written.
+// Runs CUDA device code on the CPU: a fiber for each thread of a CTA, a barrier for __syncthreads, slots for the
+// shuffles of a warp. CTAs run one after another, each with shared memory full of NaN, allocated to the byte. So
+// AddressSanitizer reports a wrong index, ThreadSanitizer a missing barrier, and reads of unwritten memory make sums
+// wrong.
 #pragma once
 
 #include <cstddef>
@@ -40,7 +40,7 @@ struct Cta {
 struct Self {
   Cta* cta = nullptr;
   Dim3 thread, block, block_dim, grid_dim;
-  std::shared_ptr<void> asynchronous;  // what host_hopper.h keeps of a thread
+  std::shared_ptr<void> asynchronous;  // state of a thread in host_hopper.h
 };
 
 inline Self& self() { return *static_cast<Self*>(fiber_data()); }

@@ -1,5 +1,5 @@
-// ThreadSanitizer is to see what fibers do, not how they are run: nothing here is instrumented, nor calls a template or
-// an inline function of which the linker may take the instrumented copy of another file.
+// ThreadSanitizer must check the fibers, not their scheduler: this file is not instrumented, and calls no template or
+// inline function, of which the linker might take the instrumented copy of another file.
 #include "host_fibers.h"
 
 #include <sys/mman.h>
@@ -25,8 +25,8 @@ struct Fiber {
   char* stack = nullptr;
   size_t stack_bytes = 0;
   void* data = nullptr;
-  const void* place = nullptr;  // where it waits
-  Fiber* next = nullptr;        // in the queue that it is in
+  const void* place = nullptr;  // the place at which it waits
+  Fiber* next = nullptr;        // in its queue
   unsigned number = 0;
   void* asan_stack = nullptr;
   void* tsan_fiber = nullptr;
@@ -52,7 +52,7 @@ Fiber* pop(FiberQueue& queue) {
   return fiber;
 }
 
-// The fibers of a thread of the CPU: made once, and run again by each call.
+// The fibers of a CPU thread: created once, and reused by each call.
 struct Scheduler {
   Fiber main;
   Fiber* fibers[kMostFibers] = {};
@@ -79,7 +79,8 @@ struct Scheduler {
 
 thread_local Scheduler scheduler;
 
-// The switch to the running fiber is done. Where main's stack lies AddressSanitizer only tells who comes from there.
+// Completes the switch to the running fiber. AddressSanitizer reports where main's stack is only to a fiber that main
+// switches to.
 void arrive() {
 #ifdef NEUROADA_ADDRESS_SANITIZER
   const void* stack = nullptr;
@@ -101,7 +102,7 @@ void enter() {
   s.finish();
 }
 
-// Of a fiber that has ended: its last function never returned.
+// Unpoisons the stack of a finished fiber: its last function never returned.
 void unpoison([[maybe_unused]] const Fiber* fiber) {
 #ifdef NEUROADA_ADDRESS_SANITIZER
   __asan_unpoison_memory_region(fiber->stack, fiber->stack_bytes);
@@ -144,12 +145,12 @@ Fiber* Scheduler::fiber(unsigned number) {
   fiber->context.uc_stack.ss_sp = fiber->stack;
   fiber->context.uc_stack.ss_size = fiber->stack_bytes;
   makecontext(&fiber->context, enter, 0);
-  // Of a stack that it is told of, AddressSanitizer would unpoison all frames at each switch.
+  // If AddressSanitizer knew the stack, it would unpoison all frames at each switch.
   fiber->context.uc_stack.ss_size = 0;
   return fiber;
 }
 
-// As the next or as the last one: by the bits of a xorshift (Marsaglia 2003).
+// Queues it first or last, by the bits of a xorshift (Marsaglia 2003).
 void Scheduler::make_ready(Fiber* fiber) {
   random ^= random << 13;
   random ^= random >> 17;

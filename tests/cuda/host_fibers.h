@@ -1,5 +1,5 @@
-// Fibers: the threads of a CTA as one thread of the CPU, which goes from one to another where they wait. To
-// ThreadSanitizer what one does is in no order with what another does, but by the barriers below.
+// Fibers: the threads of a CTA on one CPU thread, which switches to another fiber when one waits. For ThreadSanitizer,
+// only the barriers below order what fibers do.
 #pragma once
 
 #include <cstdint>
@@ -16,19 +16,19 @@ struct FiberQueue {
 
 [[noreturn]] void stop(const char* message);
 
-// Runs body(0), body(1), ... to body(count - 1), each as a fiber, in an order that is another in every call and repeats
-// from process to process. Where every fiber waits, that is a deadlock and stops the program.
+// Runs body(0), body(1), ... to body(count - 1), each as a fiber, in an order that differs between calls and repeats
+// between processes. If all fibers wait, that is a deadlock and stops the program.
 void run_fibers(unsigned count, const std::function<void(unsigned)>& body);
 
-// What the running fiber has set for itself, or null.
+// The running fiber's own data, or null.
 void* fiber_data();
 void set_fiber_data(void* data);
 
-// The running fiber waits until another one wakes whoever waits at `place`.
+// Suspends the running fiber until another calls wake_all_at for `place`.
 void wait_at(const void* place);
 void wake_all_at(const void* place);
 
-// What was done before a release of `place` comes before what is done after an acquire of it.
+// Actions before a release of `place` happen before those after an acquire of it.
 void release(const void* place);
 void acquire(const void* place);
 
@@ -40,28 +40,28 @@ class Barrier {
 
   void arrive_and_wait();
 
-  // The same for threads that learn of nothing that the others have done.
+  // The same without ordering memory between the threads.
   void meet();
 
  private:
   friend class Warp;
   unsigned threads_, arrived_ = 0, turn_ = 0;
   FiberQueue waiting_;
-  char order_[2] = {};  // by turns: who leaves one late is not to learn of what others do before they are at the next
+  char order_[2] = {};  // alternate: a fiber that leaves late must not synchronise with actions after the barrier
 };
 
-// A warp's shuffles, which order no memory on a GPU either.
+// A warp's shuffles. As on a GPU, they do not order memory.
 class Warp {
  public:
   static constexpr unsigned kLanes = 32;
 
-  // Every lane's word, after every lane has given its own.
+  // Returns every lane's word, once every lane has given its own.
   const uint32_t* exchange(unsigned lane, uint32_t word);
   void sync() { barrier_.arrive_and_wait(); }
 
  private:
   Barrier barrier_{kLanes};
-  uint32_t words_[2][kLanes];  // in turns: who writes to one again has seen all others read it
+  uint32_t words_[2][kLanes];  // alternate: a lane overwrites one only after all have read it
 };
 
 }  // namespace neuroada::host_cuda

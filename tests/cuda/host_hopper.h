@@ -1,10 +1,10 @@
-// Stands for Hopper's asynchronous hardware where csrc/cuda/hopper.cuh runs on the CPU. Layouts are
-// those of the PTX ISA: "Tensor swizzle modes" of the copies; "Shared Memory Matrix Layout", "Matrix
-// Descriptor Format" and "Register Fragments" of wgmma; "mbarrier" for phases.
+// Emulates Hopper's asynchronous hardware for csrc/cuda/hopper.cuh on the CPU. Layouts are those of the PTX ISA:
+// "Tensor swizzle modes" of the copies; "Shared Memory Matrix Layout", "Matrix Descriptor Format" and "Register
+// Fragments" of wgmma; "mbarrier" for phases.
 //
-// What is asynchronous on the GPU happens here at the most unfavourable time: a copy is in shared
-// memory at once, over whatever is still being read there, and a product is computed only when its
-// group is waited for, from whatever shared memory holds by then.
+// Asynchronous operations happen at the most unfavourable time: a copy is in shared memory at once, over data that may
+// still be read, and a wgmma is computed only when its group is waited for, from the contents of shared memory at that
+// time.
 #pragma once
 
 #include <atomic>
@@ -32,7 +32,7 @@ inline char* shared_at(uint32_t address, size_t bytes) {
   return static_cast<char*>(self().cta->shared) + address;
 }
 
-// The products that a thread has started and not waited for; `groups` are the committed ones.
+// The wgmma operations that a thread has issued and not waited for; `groups` are the committed ones.
 struct Products {
   std::deque<std::vector<std::function<void()>>> groups;
   std::vector<std::function<void()>> open;
@@ -45,7 +45,7 @@ struct Products {
 
 struct Asynchronous {
   Products products;
-  // Whether it has written operands that fence.proxy.async does not show to the tensor cores yet.
+  // Whether the thread has written operands without a fence.proxy.async after them.
   bool unfenced = false;
 };
 
@@ -87,12 +87,12 @@ inline void store_barrier(uint64_t& word, const BarrierWord& barrier) {
   __atomic_store_n(&word, barrier.word(), __ATOMIC_RELAXED);
 }
 
-// By phases: who is late to see one complete is not to learn of what others do before they arrive in the next.
+// Per phase: a thread that sees a phase complete late must not synchronise with actions before arrivals at the next.
 inline const char* order_of(const uint64_t& word, uint32_t phase) {
   return reinterpret_cast<const char*>(&word) + phase;
 }
 
-// Of a copy this tells too much: all that who asked for it had done, and not its bytes alone.
+// For a copy this orders too much: all earlier actions of the thread that issued it, not only its bytes.
 template <class Change>
 void change_barrier(uint64_t& word, Change&& change) {
   BarrierWord barrier = load_barrier(word);
@@ -109,7 +109,7 @@ void change_barrier(uint64_t& word, Change&& change) {
 
 inline void init_barrier(uint64_t& word, uint32_t count) {
   check_aligned(&word, sizeof(word));
-  word = BarrierWord{count, count, 0, 0}.word();  // not atomic: who uses it without having waited for it races
+  word = BarrierWord{count, count, 0, 0}.word();  // not atomic, so that unsynchronised use is a race
 }
 
 inline void arrive(uint64_t& word, uint32_t bytes) {
@@ -138,7 +138,7 @@ struct TensorMap {
   int32_t box_rows, box_columns;
 };
 
-// A matrix of 16-bit elements in boxes of 128-byte rows; what the driver refuses is refused.
+// A matrix of 16-bit elements in boxes of 128-byte rows; refuses what the driver refuses.
 inline TensorMap make_tensor_map(const char* kernel, const void* base, int64_t rows, int64_t columns, int64_t stride,
                                  int32_t box_rows, int32_t box_columns) {
   const bool valid = reinterpret_cast<uintptr_t>(base) % 16 == 0 && stride * 2 % 16 == 0 && rows > 0 && columns > 0 &&
@@ -165,10 +165,10 @@ inline void copy_box(void* to, const TensorMap& map, int32_t column, int32_t row
   complete_bytes(barrier, static_cast<uint32_t>(map.box_rows) * row_bytes);
 }
 
-// How often the hardware was asked for such a copy.
+// Number of bulk copies issued.
 inline std::atomic<int64_t> bulk_copies = 0;
 
-// Bytes in a row, "cp.async.bulk".
+// Contiguous bytes, "cp.async.bulk".
 inline void copy_bulk(void* to, const void* from, uint32_t bytes, uint64_t& barrier) {
   check_aligned(to, 16);
   check_aligned(from, 16);
@@ -233,10 +233,10 @@ inline void wgmma_wait(size_t left) {
   for (; products.groups.size() > left; products.groups.pop_front()) {
     for (const auto& product : products.groups.front()) product();
   }
-  products.fenced = false;  // from here on, the registers are the thread's
+  products.fenced = false;  // from here on, the thread may use the registers
 }
 
-// The share of one thread, in the registers that are its own.
+// The part of one thread, in its own registers.
 template <class T, int N, bool kRowsOfB>
 void multiply(float* d, const Operand& a, const Operand& b, bool accumulate) {
   const unsigned lane = self().thread.x % kLanes, warp = self().thread.x / kLanes % 4;

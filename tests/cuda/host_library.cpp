@@ -12,7 +12,7 @@ Site site_of(const char* name, const Tensor& tensor) {
   return kCpu;
 }
 
-// Small, so that the cases are cut as large ones are on a GPU.
+// Small, so that the cases are partitioned as large ones are on a GPU.
 CurrentDevice::CurrentDevice(Site)
     : facts_{24 << 10, 3, 64, 1 << 20, wants_bulk_copies(), wants_two_tiles()}, stream_(nullptr) {}
 

@@ -1,7 +1,7 @@
-"""The compiled CUDA ops where there is no GPU: their kernels and torch glue, on the CPU.
+"""The compiled CUDA ops without a GPU: their kernels and torch bindings, on the CPU.
 
-``make test-python`` builds the library; ``host_cuda.h`` says how device code runs there. Where it
-is not built, what imports this is skipped.
+``make test-python`` builds the library; ``host_cuda.h`` says how device code runs there. If it
+is not built, tests that import this module are skipped.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-// In place of csrc/cuda/product_onto_sm90.cuh, whose CUTLASS runs on no host: the same sums, in float32 and rounded
+// Replaces csrc/cuda/product_onto_sm90.cuh, since CUTLASS does not run on a host: the same sums, in float32 and rounded
 // once.
 #include "cuda/product_onto_sm90.h"
 

@@ -1,5 +1,5 @@
-// What ThreadSanitizer is there to catch: `cuda_racy NAME` runs a kernel one of whose threads reads what another one
-// writes to shared memory, with nothing between that orders the two.
+// Races that ThreadSanitizer must report: `cuda_racy NAME` runs a kernel in which one thread reads what another one
+// writes to shared memory, without synchronisation between them.
 #include <cstdio>
 #include <cstring>
 
@@ -34,14 +34,14 @@ void no_barrier() {
   if (threadIdx.x == 1) read(0);
 }
 
-// On a GPU they order no memory.
+// On a GPU, shuffles do not order memory.
 void a_shuffle_alone() {
   write(threadIdx.x);
   __shfl_sync(~0u, 1, 0);
   if (threadIdx.x == 1) read(0);
 }
 
-// Between two barriers: who leaves the first one late finds others at the second.
+// Between two barriers: one thread may leave the first while others are already at the second.
 void between_barriers() {
   __syncthreads();
   if (threadIdx.x == 0) write(0);
@@ -98,7 +98,7 @@ int main(int, char** arguments) {
              {"an_mbarrier_of_which_nobody_was_told", an_mbarrier_of_which_nobody_was_told}};
   for (const auto& racy : all) {
     if (std::strcmp(racy.name, arguments[1]) != 0) continue;
-    // The more orders, the less a race depends on one.
+    // The more orders are run, the less a race depends on one of them.
     for (int launch = 0; launch < 16; ++launch) host_cuda::launch({1, 1}, kThreads, sizeof(Shared), racy.kernel);
     std::printf("%u\n", found);
   }

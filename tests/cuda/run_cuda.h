@@ -11,13 +11,13 @@
 
 namespace neuroada::testing {
 
-// A device so small that small problems are cut as large ones are on a GPU.
+// A device so small that small problems are partitioned as large ones are on a GPU.
 struct TestDevice {
   const char* name;
   cuda::Device device;
 };
 
-inline constexpr int64_t kQuad = 16;  // bytes of one column of a staged group of tokens
+inline constexpr int64_t kQuad = 16;  // bytes of one column of a staged block
 
 // Calls f(element) for each dtype that the CUDA kernels have.
 template <class F>
@@ -69,7 +69,7 @@ void run_bypass_fwd(const Problem<T>& p, Outputs<T>& r, const cuda::Device& devi
                    device, nullptr);
 }
 
-// With scratch of just the size that it needs.
+// With scratch of exactly the required size.
 inline void run_bypass_bwd_input(cuda::BypassBwdInput args, const cuda::Device& device) {
   Matrix<cuda::WeightedNeuron> scratch(1, cuda::bypass_bwd_input_entries(args, device));
   args.scratch = scratch.data();
@@ -84,7 +84,7 @@ inline std::vector<int32_t> ordered_plan(const std::vector<int32_t>& plan, const
   return ordered;
 }
 
-// By a plan, and again by the same in order: where sums are exact, it has the same bits, and else nearly the same.
+// With a plan, and again with the plan in order: the same bits if sums are exact, otherwise nearly the same values.
 template <class T>
 void run_bypass_bwd_input(const Problem<T>& p, Outputs<T>& r, const cuda::Device& device) {
   const Case& c = p.shape;
@@ -101,7 +101,7 @@ void run_bypass_bwd_input(const Problem<T>& p, Outputs<T>& r, const cuda::Device
   const std::string where = std::string(dtype_name<T>()) + ", " + c.name() + ": an ordered plan";
   if (c.values == Values::grid) CHECK(again.same_bits(r.grad_x), where + ", other bits");
   CHECK(again.gaps_untouched(), where + ": wrote between rows");
-  constexpr float kRelative = sizeof(T) == 2 ? 1.0f / 128 : 1e-5f;  // two roundings of 16 bits that lie side by side
+  constexpr float kRelative = sizeof(T) == 2 ? 1.0f / 128 : 1e-5f;  // two adjacent values of 16 bits
   for (int64_t t = 0; t < c.tokens; ++t) {
     for (int64_t i = 0; i < c.d_in; ++i) {
       const float found = widen(again(t, i)), expected = widen(r.grad_x(t, i));
@@ -111,8 +111,8 @@ void run_bypass_bwd_input(const Problem<T>& p, Outputs<T>& r, const cuda::Device
   }
 }
 
-// Of a plan that holds an order for such a dx it is what counts: without columns dx has nothing to write. Of one that
-// is for something else it does not.
+// If a plan holds an order for such a dx, dx uses it: with an order without columns it has nothing to write. An order
+// with other parameters is ignored.
 template <class T>
 void check_order_is_taken_at_its_word(const Case& c, const cuda::Device& device, const std::string& where) {
   Random random(8);
@@ -150,9 +150,9 @@ Outputs<T> run(const Problem<T>& p, const cuda::Device& device) {
   return r;
 }
 
-// The values of a plan are not checked on a GPU: whatever they are, AddressSanitizer sees no access outside the
-// arguments of dx, and nobody waits at a barrier for ever. Ranges of such a plan may overlap, and then several threads
-// write the same values to the same places; ThreadSanitizer is not to look at that.
+// The values of a plan are not checked on a GPU. Whatever they are, AddressSanitizer must see no access outside the
+// arguments of dx, and no thread may wait at a barrier forever. Ranges of such a plan may overlap, and then several
+// threads write the same values to the same addresses; ThreadSanitizer would report that.
 template <class T>
 void check_garbage_plans(const Case& c, const TestDevice& on) {
 #ifdef __SANITIZE_THREAD__
@@ -164,7 +164,7 @@ void check_garbage_plans(const Case& c, const TestDevice& on) {
   for (int64_t range : {2, 60, 1 << 30}) {
     std::vector<int32_t> plan(static_cast<size_t>(plan_size(c.d_in, kLive)));
     for (int32_t& value : plan) value = static_cast<int32_t>(random.below(2 * range) - range / 4);
-    // Also where an order that it holds is taken at its word.
+    // Also with random columns in an order that dx uses.
     std::vector<int32_t> ordered = ordered_plan(plan, c, on.device);
     int32_t* columns = ordered.data() + plan_size(c.d_in, 0) - order_size(c.d_in) + kOrderFacts;
     for (int64_t i = 0; i < c.d_in; ++i) columns[i] = static_cast<int32_t>(random.below(2 * range) - range / 4);

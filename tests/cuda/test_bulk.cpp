@@ -1,5 +1,5 @@
-// With blocks of tokens that the hardware copies ahead, forward and SDDMM have the bits that they have without, but for
-// SDDMM where a lane holds more slots; that has what the formula says.
+// With bulk-copied blocks of tokens, forward and SDDMM have the same bits as without, except SDDMM if a lane holds more
+// slots, which matches the formula.
 #include <limits>
 #include <vector>
 
@@ -30,13 +30,13 @@ void check_case(const Case& c, int64_t stages, uint64_t seed, bool copied = true
   CHECK(!copies([&] { run(problem, without); }), where + ": copies though there are none");
   const Outputs<T> expected = run(problem, without);
   CHECK(found.out.same_bits(expected.out), where + ": other bits of out");
-  // Where a lane holds more slots, tokens are shared out in another way.
+  // If a lane holds more slots, tokens are partitioned differently.
   const bool all_slots = c.k > cuda::kFewHeld && c.k <= cuda::kMostHeld;
   CHECK(all_slots || found.grad_delta.same_bits(expected.grad_delta), where + ": other bits of grad_delta");
 }
 
-// Tokens below, at and above whole blocks, and so many blocks that stages take turns; rows next to and apart from one
-// another; as many pairs a lane as there may be; real values, whose sums tell an order from another.
+// Tokens below, at and above whole blocks, and so many blocks that stages are reused; rows with and without gaps; as
+// many pairs per lane as possible; real values, whose sums depend on the order.
 void blocks_that_are_copied_give_the_same_bits() {
   uint64_t seed = 0;
   for (int64_t stages : {1, 2}) {
@@ -59,13 +59,13 @@ void blocks_that_are_copied_give_the_same_bits() {
   }
 }
 
-// More pairs of neurons than a CTA of 32 has lanes for: several a lane.
+// More pairs of neurons than a CTA of 32 threads has lanes: several pairs per lane.
 void many_neurons_give_the_same_bits() {
   for (int64_t k : {1, 2, 4, 8, 9}) check_case<BFloat16>({33, 48, 600, k, IndexKind::ragged, true}, 2, 7);
 }
 
-// In two tiles, of which one is transposed while the other is read: by two warps and by four, of few columns and of
-// odd halves, of one block and of many, whose barriers take turns.
+// In double-buffered tiles: with two warps and four, with few columns and uneven halves, with one block and with many,
+// for which barriers alternate their phases.
 template <class T>
 void check_two_tiles(const Case& c, int64_t threads, uint64_t seed) {
   Random random(seed);
@@ -82,7 +82,7 @@ void check_two_tiles(const Case& c, int64_t threads, uint64_t seed) {
   device.two_tiles = true;
   const cuda::Tiles tiles = cuda::with_two_tiles(bulk_tiles(problem.x, device, false), device);
   CHECK(tiles.count == 2 && tiles.bytes() == device.shared_bytes, where + ": other tiles");
-  // Each row comes in two halves.
+  // Each row is copied in two halves.
   CHECK(of_forward > 0 && count_copies(forward) == 2 * of_forward, where + ": other copies in the forward");
   CHECK(of_sddmm > 0 && count_copies(sddmm) == 2 * of_sddmm, where + ": other copies in SDDMM");
   CHECK(found.out.same_bits(expected.out), where + ": other bits of out");
@@ -118,7 +118,7 @@ void blocks_in_two_tiles_give_the_same_bits() {
         "two tiles where there are not two of the warps, the columns or the rooms");
 }
 
-// What the hardware does not copy, threads load: odd rows, rows that begin between 16 bytes, and a row too short.
+// Threads load what cannot be bulk-copied: odd rows, rows that are not 16-byte aligned, and a row too short.
 void what_cannot_be_copied_is_loaded() {
   const auto check_loaded = [](const Case& c, int64_t stages) { check_case<BFloat16>(c, stages, 1, false); };
   check_loaded({33, 41, 67, 3, IndexKind::ragged}, 2);
@@ -127,7 +127,7 @@ void what_cannot_be_copied_is_loaded() {
   check_loaded({33, 4, 12, 2, IndexKind::distinct}, 2);
 }
 
-// The gradient of the same problem, whose x lies so that it cannot be copied.
+// The gradient of the same problem with an x whose layout cannot be bulk-copied.
 Matrix<float> loaded_sddmm(Case c, uint64_t seed, const Device& device) {
   Random random(seed);
   c.gap += 4;
@@ -137,7 +137,7 @@ Matrix<float> loaded_sddmm(Case c, uint64_t seed, const Device& device) {
   return out;
 }
 
-// Whether x can be copied changes no bit, however many slots a lane holds and CTAs share the tokens.
+// Whether x can be bulk-copied changes no bit, for any number of slots per lane and of CTAs that share the tokens.
 void an_x_that_cannot_be_copied_has_the_same_gradient() {
   uint64_t seed = 100;
   for (int64_t k : {1, 8, 9, 16, 20, 21, 40}) {
@@ -153,7 +153,7 @@ void an_x_that_cannot_be_copied_has_the_same_gradient() {
   }
 }
 
-// The columns of x that some neuron chose, and what the index calls them there; `more` of them that none chose.
+// The problem with only the chosen columns of x, renumbered in the index, and `more` columns that no neuron chose.
 Problem<BFloat16> of_chosen_columns(const Problem<BFloat16>& whole, int64_t more) {
   std::vector<int32_t> renamed(static_cast<size_t>(whole.shape.d_in), -1);
   Problem<BFloat16> chosen = whole;
@@ -180,8 +180,8 @@ Problem<BFloat16> of_chosen_columns(const Problem<BFloat16>& whole, int64_t more
   return chosen;
 }
 
-// x as a layer keeps it, some of its columns, has the gradient of all of it: of an x in one tile, in several, and of
-// one that no tile holds; kept in rows that can be copied, and in others.
+// The chosen columns of x, as a layer saves them, give the gradient of the whole x: of an x in one tile, in several,
+// and too wide for any; saved in rows that can be bulk-copied, and in others.
 void chosen_columns_have_the_gradient_of_all() {
   uint64_t seed = 200;
   for (int64_t quads : {500, 210, 150}) {
@@ -202,8 +202,8 @@ void chosen_columns_have_the_gradient_of_all() {
   }
 }
 
-// Of an x that fills a tile, with no room behind it, SDDMM of many slots takes columns in tiles, and has the very bits
-// of one tile.
+// If x fills a tile and leaves no room for a stage, SDDMM of many slots uses several tiles, and has the same bits as
+// with one.
 void sddmm_takes_columns_in_tiles() {
   struct Wide {
     int64_t d_in, quads, width;
@@ -226,7 +226,8 @@ void sddmm_takes_columns_in_tiles() {
   }
 }
 
-// An infinite grad meets no zeros that stand for another tile, and an infinite x only those that chose its column.
+// An infinite grad is not multiplied by zeros that stand for another tile, and an infinite x only affects neurons that
+// chose its column.
 void what_is_not_finite_stays_where_it_belongs() {
   constexpr float kInf = std::numeric_limits<float>::infinity();
   const Device devices[] = {device_of(72, 2, true),

@@ -1,5 +1,5 @@
-// dx with blocks of tokens that the hardware copies ahead, in all its forms: it sums in another order than without, and
-// has what the formula says.
+// dx with bulk-copied blocks of tokens, in all its forms: it sums in another order than without, and matches the
+// formula.
 #include <cmath>
 #include <utility>
 
@@ -14,8 +14,8 @@ namespace cuda = neuroada::cuda;
 
 namespace {
 
-// More neurons than a tile with room behind it can have: dx takes several, and keeps a column's sums from one to the
-// next. Columns of more than one CTA, the last of them with few; a heavy column, and one that is heavy in one tile.
+// More neurons than one tile beside a stage can have: dx uses several, and keeps a column's sums across them. Columns
+// of several CTAs, the last with few; a heavy column, and one that is heavy in one tile only.
 template <class T>
 void check_tiles(const Case& c, int64_t width, uint64_t seed) {
   Random random(seed);
@@ -40,7 +40,7 @@ void dx_takes_neurons_in_tiles() {
   check_tiles<BFloat16>({17, 600, 200, 4, IndexKind::ragged}, 40, 3);
 }
 
-// Every other problem has some columns that are as many neurons' as all others together.
+// In every other problem some columns are chosen as often as all others together.
 template <class T>
 Problem<T> with_popular_columns(const Case& c, uint64_t seed) {
   Random random(seed);
@@ -52,9 +52,9 @@ Problem<T> with_popular_columns(const Case& c, uint64_t seed) {
   return problem;
 }
 
-// Columns whose sums wait where the tile was: in windows of as many as a tile has neurons at most, so that lanes have
-// columns from anywhere. The very bits whatever CTAs there are, and where some columns are as many as all others
-// together.
+// Sums that are written through the memory of the tile, in windows of at most as many columns as a tile has neurons, so
+// that lanes may have any column of a window. The same bits for any number of CTAs, also if some columns are chosen as
+// often as all others together.
 template <class T>
 void check_windows(const Case& c, int64_t width, uint64_t seed, int64_t threads = 32) {
   const Problem<T> problem = with_popular_columns<T>(c, seed);
@@ -72,8 +72,9 @@ void check_windows(const Case& c, int64_t width, uint64_t seed, int64_t threads 
   CHECK(found.grad_x.same_bits(other.grad_x), where + ": other bits");
 }
 
-// One window, several of a CTA, several CTAs; a last one of fewer columns; columns of no multiple of anything; rows
-// that are written 8 bytes at a time and others; tokens below, at and above whole blocks; two tiles and three.
+// One window, several per CTA, several CTAs; a last one of fewer columns; numbers of columns that are no multiple of
+// anything; rows that are written 8 bytes at a time and others; tokens below, at and above whole blocks; two tiles and
+// three.
 void dx_writes_columns_of_tiles_in_windows() {
   uint64_t seed = 0;
   for (int64_t d_in : {5, 64, 65, 333, 700}) {
@@ -95,7 +96,7 @@ void dx_writes_columns_of_tiles_in_windows() {
   check_windows<Half>({17, 600, 264, 5, IndexKind::distinct}, 64, 4, 96);
 }
 
-// A dx of which some columns are as many as all others together, and which has the very bits whatever CTAs there are.
+// Groups, also if some columns are chosen as often as all others together: the same bits for any number of CTAs.
 template <class T>
 void check_groups(const Case& c, int64_t columns, uint64_t seed, int64_t threads = 32) {
   const Problem<T> problem = with_popular_columns<T>(c, seed);
@@ -111,9 +112,9 @@ void check_groups(const Case& c, int64_t columns, uint64_t seed, int64_t threads
   }
 }
 
-// One group, several, a last one of fewer columns or hardly any; columns of no multiple of anything; rows that are
-// written 8 bytes at a time and others; tokens below, at and above whole blocks; rounds for some warps alone, of the
-// only group or of the last.
+// One group, several, a last one of fewer columns or hardly any; numbers of columns that are no multiple of anything;
+// rows that are written 8 bytes at a time and others; tokens below, at and above whole blocks; fewer rounds than warps,
+// in the only group or in the last.
 void dx_writes_columns_in_groups() {
   uint64_t seed = 0;
   for (int64_t d_in : {5, 64, 65, 200, 333, 388}) {
@@ -135,12 +136,12 @@ void dx_writes_columns_in_groups() {
   check_groups<BFloat16>({50, 260, 600, 9, IndexKind::ragged}, 320, 1);
   check_groups<BFloat16>({33, 90, 72, 20, IndexKind::distinct}, 512, 1, 128);
   check_groups<BFloat16>({33, 830, 200, 20, IndexKind::distinct}, 256, 1, 64);
-  check_groups<BFloat16>({40, 1500, 72, 1, IndexKind::distinct}, 512, 1, 64);  // most have no connections
+  check_groups<BFloat16>({40, 1500, 72, 1, IndexKind::distinct}, 512, 1, 64);  // most columns have no connections
   check_groups<Half>({40, 1500, 72, 1, IndexKind::distinct}, 512, 2, 64);
 }
 
-// In every form of dx: loaded, in one tile and in several; copied, in groups, also of few connections, in a whole tile
-// without room behind it, and in tiles.
+// In every form of dx: loaded, in one tile and in several; bulk-copied, in groups, also with few connections, in one
+// tile without room for sums, and in several tiles.
 void orders_are_taken_at_their_word() {
   const Device loaded{64 << 10, 3, 32, 1 << 20}, several{1 << 10, 3, 32, 1 << 20};
   const Case dense{17, 100, 72, 8}, few{17, 200, 72, 1}, wide{17, 100, 264, 8};
@@ -160,7 +161,7 @@ void orders_are_taken_at_their_word() {
   in_16_bits(Half{});
 }
 
-// To nearest, ties to even; what is no number stays none, and what is too large becomes infinite.
+// To nearest, ties to even; NaN stays NaN, and overflow becomes infinite.
 void a_packed_delta_is_rounded_once() {
   constexpr uint32_t kMask = 0xfff, kPlace = 0xabc;
   const auto packed = [](uint32_t bits) { return cuda::pack(kPlace, neuroada::float_from_bits(bits), kMask); };

@@ -1,4 +1,4 @@
-// The kernel that copies columns of x: every parity of rows and addresses, and columns that x lacks.
+// The kernel that copies columns of x: every parity of rows and addresses, and columns outside x.
 #include "columns_problem.h"
 #include "run_cuda.h"
 
@@ -7,7 +7,7 @@ using namespace neuroada::testing;
 
 namespace {
 
-// So few multiprocessors that a warp has many rows, or so many that it has the fewest.
+// So few SMs that a warp has many rows, or so many that it has the fewest.
 constexpr cuda::Device kFew{0, 1, 64}, kMany{0, 1000, 32};
 
 template <class T>
@@ -34,7 +34,7 @@ void columns_are_copied_as_they_are() {
   }
 }
 
-// As many as fill a strip of a warp, one fewer and one more.
+// As many columns as fill a strip of a warp, one fewer and one more.
 template <class T>
 void strips_end_at_any_column() {
   Random random(1);
@@ -45,7 +45,7 @@ void strips_end_at_any_column() {
   }
 }
 
-// Nothing is read through them; x ends where nothing may be read, see matrix.h.
+// Nothing is read through such columns; x ends where nothing may be read, see matrix.h.
 template <class T>
 void columns_that_x_lacks_are_zero() {
   Random random(2);

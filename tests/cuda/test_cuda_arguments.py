@@ -1,4 +1,4 @@
-"""What the CUDA ops are given is checked before a kernel writes anything."""
+"""Arguments of the CUDA ops are checked before a kernel writes anything."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def arguments() -> dict[str, Tensor]:
 
 
 def sixteen_bits() -> dict[str, Tensor]:
-    """Arguments of the products for sm_90a; the names say so where others have them."""
+    """Arguments of the GEMMs for sm_90a; suffixes distinguish names that other ops use."""
     dtype = torch.bfloat16
     return {
         "x16": torch.randn(5, 8, dtype=dtype),
@@ -83,7 +83,7 @@ def odd(tensor: Tensor) -> Tensor:
     return torch.cat([tensor, tensor[:, :1]], 1)[:, : tensor.shape[1]]
 
 
-#: (op, argument, what it is instead, what the error says)
+#: (op, argument, what makes it wrong, expected error message)
 WRONG = [
     ("bypass_fwd", "x", lambda t: t[0], "x: shape [6], expected a matrix"),
     ("bypass_fwd", "x", lambda t: t.double(), "x: dtype float64, expected float32"),

@@ -1,6 +1,6 @@
-"""What nvcc makes of the kernels, read from the built library: registers, spills, loads, stores.
+"""The kernels as nvcc compiles them, read from the library: registers, spills, loads, stores.
 
-``python tests/cuda/test_cuda_compiled.py`` writes the table anew; a spill is to be explained in
+``python tests/cuda/test_cuda_compiled.py`` rewrites the table; a spill must be explained in
 ``docs/kernels/cuda.md``.
 """
 
@@ -42,7 +42,7 @@ ARCHS = BUILD["cuda_archs"].split()
 every_arch = pytest.mark.parametrize("arch", ARCHS)
 
 
-#: How a kernel's blocks come into shared memory, as staggered_staging.cuh counts them.
+#: How blocks reach shared memory, in the order of ``Staging`` in staggered_staging.cuh.
 STAGINGS = ("loaded", "copied", "staggered")
 
 
@@ -70,7 +70,7 @@ def _name(signature: str) -> str:
 
 @cache
 def resources() -> dict[str, dict[str, int]]:
-    """By arch and kernel; ``stack`` are bytes a thread, in which spilled registers lie."""
+    """By arch and kernel; ``stack`` is in bytes per thread and holds spilled registers."""
     found, arch, name = {}, "", ""
     for line in _read("--dump-resource-usage").splitlines():
         if match := re.match(r"arch = (\w+)", line):
@@ -89,7 +89,7 @@ def resources() -> dict[str, dict[str, int]]:
 
 @cache
 def instructions(arch: str) -> dict[str, set[str]]:
-    """The memory instructions of each kernel, and what sm_90a alone has."""
+    """The memory instructions of each kernel, and those that only sm_90a has."""
     found, name = {}, ""
     for line in _read("-sass", "-arch", f"sm_{arch}").splitlines():
         if match := re.search(r"Function : (.+)$", line):
@@ -104,22 +104,22 @@ _INSTRUCTIONS = (
 )
 
 
-#: The products for sm_90a: ours, whose tiles of W are patched, and CUTLASS's where it is built in.
+#: The GEMMs for sm_90a: ours with patched tiles of W, and CUTLASS's if built with it.
 PATCHED, ONTO = PRODUCTS = ("linear_patched_sm90_kernel", "product_onto_sm90_kernel")
 
 
-#: Its two forms, by how warpgroups have tiles, and the columns of a product of theirs.
+#: The two forms of CUTLASS's, and the columns of their wgmma instructions.
 COLUMNS = {"OwnTiles": 128, "SharedTile": 256}
 
-#: dx where it writes columns together.
+#: dx that writes groups of columns.
 GROUPS = "bypass_bwd_input_groups_kernel"
 
-#: What reads rows as they lie, of one slot.
+#: The kernels of one slot, which read untransposed rows.
 ROWS = ("bypass_fwd_rows_kernel", "sddmm_rows_kernel")
 
 
 def has_bulk_copies(name: str) -> bool:
-    """Whether it is a staged kernel whose blocks the hardware copies ahead."""
+    """Whether it is a staged kernel with bulk-copied blocks."""
     if name.startswith(("bypass_bwd_input_tiles_kernel", GROUPS)):
         return True
     if name.startswith("bypass_bwd_input_kernel"):
@@ -134,8 +134,8 @@ def is_for_sm90(name: str) -> bool:
 
 def test_every_kernel_is_compiled_for_every_arch_that_it_is_for():
     names = {key.partition(" ")[2] for key in resources()}
-    # Staged ones, their helpers, merge, columns; for sm_90a staged ones with blocks that are
-    # copied ahead (forward, SDDMM, dx), of one slot with rows, products each way and their helper.
+    # Staged kernels, their helpers, merge, columns; for sm_90a staged kernels with bulk-copied
+    # blocks (forward, SDDMM, dx), of one slot with rows, GEMMs each way and their helper.
     products = 1 + len(COLUMNS) if BUILD["cutlass"] and "90a" in ARCHS else 1
     bulk, rows = 2 * (2 * 4 + 2 * 5 + 1 + 4), 2 * (2 + 3 * 2)
     assert len(names) == 3 * (5 + 5 + 2) + 3 + 3 * 4 + 2 + bulk + rows + products * 2 * 2 + 1
@@ -159,7 +159,7 @@ def test_no_kernel_needs_more_than_the_table_says():
 
 
 def test_every_kernel_launches_with_the_threads_of_a_cta():
-    """Of 65536 registers: 384 for a product, 1024 for dx with bulk copies, 512 for any other."""
+    """With 65536 registers: 384 for a GEMM, 1024 for dx with bulk copies, 512 for any other."""
     for key, used in resources().items():
         name = key.partition(" ")[2]
         threads = 384 if name.startswith(PRODUCTS) else 512
@@ -169,7 +169,7 @@ def test_every_kernel_launches_with_the_threads_of_a_cta():
 
 
 def product_of(name: str) -> str:
-    """wgmma in the largest shape of a tile, with W's rows along the sum in dx."""
+    """The wgmma instruction of a tile's width; in dx, W's rows are along the sum."""
     bfloat16 = ".BF16" if "BFloat16" in name else ""
     rows_of_w = "" if "false" in name else ".tnspB"
     columns = next((columns for form, columns in COLUMNS.items() if form in name), 256)
@@ -179,7 +179,7 @@ def product_of(name: str) -> str:
 @pytest.mark.skipif("90a" not in ARCHS, reason="nvcc does not know sm_90a")
 @pytest.mark.parametrize("product", PRODUCTS)
 def test_products_for_sm90_are_made_by_the_hardware_for_them(product):
-    """TMA, wgmma, mbarriers, registers that move."""
+    """TMA, wgmma, mbarriers, setmaxnreg."""
     if product == ONTO and not BUILD["cutlass"]:
         pytest.skip("built without CUTLASS")
     kernels = {n: used for n, used in instructions("90a").items() if n.startswith(product)}
@@ -205,8 +205,8 @@ def test_staged_columns_are_read_and_written_sixteen_bytes_at_a_time(arch):
     for name, used in staged.items():
         shared = {i for i in used if i.startswith(("LDS", "STS"))}
         bulk = has_bulk_copies(name)
-        # Of what was copied ahead, rows are read by 8 bytes a lane; else they come so from memory,
-        # and leave the registers for what a lane holds.
+        # Lanes read rows 8 bytes at a time, bulk-copied ones from shared memory, others from
+        # global memory, which leaves registers for what a lane holds.
         assert {i.partition(".")[0] + i.partition(".")[2].split(".")[0] for i in shared} == {
             "LDS128",
             "STS128",

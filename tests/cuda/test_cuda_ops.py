@@ -1,4 +1,4 @@
-"""The CUDA backend where there is no GPU: its kernels, its torch glue and its Python on the CPU."""
+"""The CUDA backend without a GPU: its kernels, torch bindings and Python code on the CPU."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from neuroada_kernels.plan import (
 )
 from neuroada_kernels.testing import CASES, Case, Inputs, make_inputs, rms_error, tolerance
 
-#: A thread of a CTA is a thread of the CPU: half a thousand tokens would take minutes.
+#: A thread of a CTA is a fiber on the CPU: half a thousand tokens would take minutes.
 SMALL = [case for case in CASES if case.tokens <= 65]
 every_case = pytest.mark.parametrize("case", SMALL, ids=lambda case: case.name)
 every_dtype = pytest.mark.parametrize(
@@ -42,8 +42,8 @@ def _on_host(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture(params=["copied", "two_tiles", "loaded"])
 def _staging(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-    """In 16 bits blocks of tokens are copied ahead, as on sm_90a, into one tile or two, or loaded,
-    as everywhere else."""
+    """In 16 bits, blocks of tokens are bulk-copied into one tile or two, as on sm_90a, or loaded,
+    as on other GPUs."""
     if request.param == "loaded":
         monkeypatch.setenv("NEUROADA_CUDA_BULK", "0")
     if request.param == "two_tiles":
@@ -171,7 +171,7 @@ def test_an_order_is_not_written_into_the_plan_that_it_is_of():
         C.order_plan(plan, 6, 1 << 16, 1 << 16, plan.clone())
 
 
-#: All of x leaves shared memory room for one group of tokens, its chosen columns for two.
+#: Shared memory has room for one block of the whole x, or for two of its chosen columns.
 WIDE = Case(tokens=40, d_in=8000, d_out=12, k=2, index="ragged")
 
 
@@ -216,12 +216,12 @@ def test_blocks_that_the_hardware_copies_give_the_same_numbers(case, dtype, monk
     monkeypatch.setenv("NEUROADA_CUDA_BULK", "0")
     loaded = run()
     assert y.equal(loaded[0])
-    # Of 9 to 20 connections a lane holds all, and tokens are shared out in another way.
+    # With 9 to 20 connections a lane holds all, and tokens are partitioned differently.
     assert grad_delta.equal(loaded[2]) or case.k == 20
     assert rms_error(grad_delta, exact(i).grad_delta) <= tolerance(
         dtype, case.tokens, torch.float32
     )
-    # dx sums in another order: few sums, in float16, may come out the same.
+    # dx sums in another order; in float16, short sums may still be equal.
     assert not grad_x.equal(loaded[1]) or (dtype == torch.float16 and case.k < 20)
     assert rms_error(grad_x, exact(i).bypass_grad_x) <= tolerance(dtype, case.d_out * case.k)
 
@@ -235,7 +235,7 @@ def test_what_is_said_of_bulk_copies_is_0_or_1(variable, monkeypatch):
             C.sddmm(i.grad_output, i.x, i.index)
 
 
-#: Sizes along a row are multiples of 8; 384 threads a CTA.
+#: Sizes along a row are multiples of 8; 384 threads per CTA.
 ALIGNED = [
     Case(tokens=17, d_in=64, d_out=48, k=8, bias=True),
     Case(tokens=130, d_in=72, d_out=264, k=2, bias=True, index="one_column"),
@@ -245,7 +245,7 @@ ALIGNED = [
 @pytest.mark.parametrize("case", ALIGNED, ids=lambda case: case.name)
 @every_16_bits
 def test_patched_tiles_are_a_patched_weight(case, dtype):
-    """The rounding of ``resident``: that of the weight, and then once that of the result."""
+    """The rounding of ``resident``: of the weight, and then once of the result."""
     inputs = make_inputs(case, dtype)
     weight, grad = inputs.weight.clone(), inputs.grad_output
     _compiled.merge(weight, inputs.index, inputs.delta)
@@ -281,7 +281,7 @@ ONTO = [
 @pytest.mark.parametrize("case", ONTO, ids=lambda case: case.name)
 @every_16_bits
 def test_a_product_onto_the_bypass_is_the_formula(case, dtype):
-    """The bypass is rounded, then all of it once more."""
+    """The bypass is rounded, then the whole sum once more."""
     inputs = make_inputs(case, dtype)
     truth, rest = exact(inputs), (inputs.index, inputs.delta)
     y = _compiled.linear_onto_bypass(inputs.x, inputs.weight, *rest, inputs.bias)
@@ -294,7 +294,7 @@ def test_a_product_onto_the_bypass_is_the_formula(case, dtype):
 
 
 def share(moved: Tensor, expected: Tensor) -> float:
-    """Of the expected move, what was made, by least squares."""
+    """The fraction of the expected change that was made, by least squares."""
     return ((moved * expected).sum() / expected.square().sum()).item()
 
 
@@ -317,7 +317,7 @@ def test_what_a_product_goes_onto_acts_however_small_it_is(forward, dtype):
             C.product_onto_bwd_input(x, weight, y)
     expected = onto.double()
     assert abs(share(moved.double() - still.double(), expected) - 1) < 0.03
-    # Where a float32 sum lies beside the middle of two values it may fall to the other one.
+    # A float32 sum close to the midpoint of two values may be rounded to the other one.
     once, twice = (product + expected).to(dtype), product.to(dtype) + onto
     assert (moved != once).double().mean() < 2e-3
     assert (twice != once).double().mean() > 2e-2, "two roundings would be seen"
@@ -374,7 +374,7 @@ def test_patching_assigns(dtype):
 
 @pytest.mark.parametrize("column", [24, 2**31 - 1, -2, -(2**31)])
 def test_a_column_out_of_range_is_a_slot_without_a_connection(column):
-    """The values of an index on a GPU cannot be checked without waiting for it."""
+    """The values of an index on a GPU cannot be checked without synchronising."""
     inputs = make_inputs(Case(tokens=5, d_in=24, d_out=40, k=2), torch.float32)
     inputs.index[3, 1] = -1
     without = _compiled.bypass_add(inputs.x, inputs.grad_output, inputs.index, inputs.delta)

@@ -1,5 +1,5 @@
-// The stand-in for Hopper's hardware does what the PTX ISA says: where copies put their elements, what
-// matrix descriptors address, which registers hold a product, and when barriers and products are late.
+// The emulation of Hopper's hardware follows the PTX ISA: where copies put their elements, what matrix descriptors
+// address, which registers hold a wgmma result, and when barriers and wgmma complete.
 #include <sys/wait.h>
 #include <unistd.h>
 
@@ -19,7 +19,7 @@ namespace {
 
 constexpr unsigned kThreads = cuda::kWarpgroup;
 
-// A small integer for each place of a matrix, exact in 16 bits.
+// A small integer for each element of a matrix, exact in 16 bits.
 float value_at(int64_t row, int64_t column) { return static_cast<float>((row * 37 + column * 11) % 127 - 63); }
 
 Matrix<BFloat16> numbered(int64_t rows, int64_t columns, int64_t gap) {
@@ -74,7 +74,7 @@ void descriptors_address_the_canonical_layouts() {
   };
   struct {
     int mode;
-    uint32_t row;  // bytes of a swizzled one
+    uint32_t row;  // bytes of a swizzled row
   } const modes[] = {{1, 128}, {2, 64}, {3, 32}};
   for (const auto& [mode, row] : modes) {
     CHECK(offset(mode, false, 0, 1) == 2 && offset(mode, false, 0, 8) == 16, "K contiguous, along K");
@@ -91,7 +91,7 @@ void descriptors_address_the_canonical_layouts() {
   CHECK(host_cuda::swizzled(0x0390, 3) == 0x03e0 && host_cuda::swizzled(0x0390, 1) == 0x0380, "the swizzle");
 }
 
-// A [64, 16] times B [16, 64], B as its columns or as its rows, added onto what the registers held.
+// A [64, 16] times B [16, 64], with B stored by columns or by rows, added to the registers.
 template <bool kRowsOfB>
 void a_product_lies_in_the_documented_registers() {
   const Matrix<BFloat16> a = numbered(64, 64, 0), b = numbered(64, 64, 8);
@@ -130,7 +130,7 @@ void a_product_lies_in_the_documented_registers() {
   });
 }
 
-// Two arrivals and 128 bytes make a phase, in any order; the next one starts from the same counts.
+// Two arrivals and 128 bytes complete a phase, in any order; the next one starts from the same counts.
 void a_phase_needs_its_arrivals_and_its_bytes() {
   host_cuda::launch({1, 1}, 32, sizeof(Shared), [] {
     if (threadIdx.x != 0) return;
@@ -212,7 +212,7 @@ void the_driver_s_rules_hold_for_maps() {
 }  // namespace
 
 int main() {
-  // First those that fork: of a process that has fibers ThreadSanitizer would not look at a fork.
+  // Tests that fork come first: ThreadSanitizer does not check a fork of a process that has fibers.
   misuse_stops_the_program();
   a_box_is_swizzled_and_padded_with_zeros();
   descriptors_address_the_canonical_layouts();

@@ -1,5 +1,5 @@
-// Every CUDA kernel, in every dtype, is its formula over small shapes, whatever the device it is cut
-// for. Grid values are summed exactly, so outputs are compared for equality.
+// Every CUDA kernel, in every dtype, matches its formula over small shapes, for any device that it is partitioned for.
+// Sums of grid values are exact, so outputs are compared for equality.
 #include <initializer_list>
 #include <utility>
 
@@ -11,7 +11,7 @@ using neuroada::cuda::MergeMode;
 
 namespace {
 
-constexpr Device kRoomy{64 << 10, 4, 64, 1 << 20};  // two groups of tokens a CTA, and several CTAs
+constexpr Device kRoomy{64 << 10, 4, 64, 1 << 20};  // two staged blocks per CTA, and several CTAs
 constexpr TestDevice kDevices[] = {
     {"roomy", kRoomy},
     {"one CTA", {64 << 10, 1, 32, 1 << 20}},
@@ -34,8 +34,8 @@ void check_case(const Case& c, const TestDevice& on, uint64_t seed) {
 constexpr std::pair<int64_t, int64_t> kWeights[] = {{1, 5}, {5, 1}, {13, 70}, {37, 31}, {67, 33}};
 constexpr int64_t kTokens[] = {0, 1, 7, 8, 9, 17, 40};
 
-// Dtypes, index kinds, base, bias, strides, alignment and devices take turns over the shapes, each at
-// a step of its own, so that all pairs of them occur.
+// Dtypes, index kinds, base, bias, strides, alignment and devices cycle over the shapes, each with its own period, so
+// that all pairs of them occur.
 void formulas_hold_over_shapes() {
   int64_t turn = 0;
   for (const auto& [d_in, d_out] : kWeights) {
@@ -56,7 +56,7 @@ void formulas_hold_over_shapes() {
   }
 }
 
-// Rows that can be read 8 bytes at a time, to the last one and with columns left over.
+// Rows that can be read 8 bytes at a time, up to the last one and with columns left over.
 void formulas_hold_for_aligned_rows() {
   for (const TestDevice& on : kDevices) {
     check_case({17, 64, 72, 8, IndexKind::ragged, true, Base::separate}, on, 1);
@@ -73,8 +73,8 @@ void formulas_hold_for_each_way_to_hand_over_the_output() {
   }
 }
 
-// The product that a base is comes in float32, and is rounded once with what is added to it: the outputs are those of
-// float32, rounded.
+// A float32 base, the result of a GEMM, is added to the bypass in float32, and the sum is rounded once: outputs are the
+// float32 outputs, rounded.
 template <class T>
 void a_base_in_float32_is_rounded_once(const Case& c, const TestDevice& on) {
   Random random(7);
@@ -118,7 +118,7 @@ void a_base_in_float32_is_rounded_once(const Case& c, const TestDevice& on) {
   }
 }
 
-// The more pairs of neurons a lane may have, the more it has.
+// Enough neurons that a lane has each possible number of pairs.
 void formulas_hold_for_many_neurons() {
   const TestDevice on{"lanes of 32", {64 << 10, 3, 32, 1 << 20}};
   for (int64_t k : {1, 2, 3, 4, 8, 20, 21}) {
@@ -145,7 +145,7 @@ void formulas_hold_for_empty_sizes() {
   }
 }
 
-// Whether the staged tile is just one column too wide decides what is launched, not what comes out.
+// A staged tile that is one column too wide changes what is launched, not the result.
 void formulas_hold_at_the_edges_of_the_shared_memory() {
   for (int64_t quads : {9, 17, 24, 25, 26, 49, 50, 51}) {
     check_case({17, 24, 35, 3, IndexKind::ragged}, {"an edge", {quads * kQuad, 2, 32, 1 << 20}}, 5);

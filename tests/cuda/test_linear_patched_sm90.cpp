@@ -1,6 +1,6 @@
-// The products for sm_90a whose tiles of W are patched in shared memory are those of a weight that was patched
-// in memory: the same rounding, the same bits. In tiles so small that few tokens make many of them, and in the
-// tile that a GPU runs. Grid values are summed exactly: outputs are compared for equality.
+// GEMMs for sm_90a with tiles of W patched in shared memory give the same bits as with a weight patched in memory. With
+// tiles so small that few tokens fill many of them, and with the tile that a GPU runs. Sums of grid values are exact:
+// outputs are compared for equality.
 #include "cuda/linear_patched_sm90.h"
 #include "run_cuda.h"
 
@@ -13,11 +13,11 @@ namespace {
 
 using Narrow = ProductTile<1, 32, 2>;  // fewer columns than a swizzled row has
 using Small = ProductTile<1, 64, 2>;   // one block of 64 rows of W
-using Two = ProductTile<2, 64, 3>;     // two consumers, and stages that no power of two counts
+using Two = ProductTile<2, 64, 3>;     // two consumers, and a number of stages that is no power of two
 
 constexpr cuda::Device kDevice{0, 2, 64, 1 << 20};
 
-// The problem of a layer whose weight holds round(W + delta), and that has no connection.
+// The same problem with round(W + delta) in the weight, and without connections.
 template <class T>
 Problem<T> patched(const Problem<T>& p) {
   Problem<T> q = p;
@@ -28,7 +28,7 @@ Problem<T> patched(const Problem<T>& p) {
   return q;
 }
 
-// With the tile of the GPU by the entry points that a GPU has.
+// The tile of the GPU runs through the entry points that a GPU has.
 template <class T, class Tile, bool kForward>
 Matrix<T> run_patched(const Problem<T>& p, int64_t out_gap = 0) {
   const Case& c = p.shape;
@@ -86,8 +86,8 @@ void check_bwd(const Case& c, int64_t out_gap = 0) {
                 describe<Tile>("linear_patched_bwd_input", dtype_name<T>(), c));
 }
 
-// Sizes round the edges of a tile: rows, columns and depth one short of it, on it and beyond, where a size may be
-// anything; the shortest sum, and sums longer than the ring.
+// Sizes around the edges of a tile: rows, columns and depth below, at and above it, where a size is not restricted; the
+// shortest sum, and sums longer than the circular buffer.
 void forward_holds_over_shapes() {
   check_fwd<BFloat16, Narrow>({1, 8, 1, 1});
   check_fwd<BFloat16, Narrow>({63, 64, 31, 1, IndexKind::distinct, true});
@@ -104,13 +104,13 @@ void backward_holds_over_shapes() {
   check_bwd<Half, Two>({100, 40, 72, 1, IndexKind::one_column, false, Base::none, 16}, 3);
 }
 
-// More connections of a group in a piece than its threads hold ahead.
+// More connections of a group in a piece than its threads hold in registers.
 void pieces_of_many_connections_hold() {
   check_fwd<Half, Small>({70, 72, 40, 72, IndexKind::ragged});
   check_bwd<BFloat16, Small>({9, 72, 48, 72, IndexKind::ragged});
 }
 
-// Longer sums than its ring, both of its consumers, and all blocks of W's rows.
+// Sums longer than its circular buffer, both of its consumers, and all blocks of W's rows.
 void the_tile_of_the_gpu_holds() {
   check_fwd<BFloat16, HopperTile>({100, 328, 296, 9, IndexKind::ragged, true});
   check_bwd<Half, HopperTile>({100, 328, 248, 9, IndexKind::ragged});
@@ -124,7 +124,7 @@ void runs_repeat_to_the_bit() {
   CHECK((run_patched<Half, Two, false>(p).same_bits(run_patched<Half, Two, false>(p))), "linear_patched_bwd_input");
 }
 
-// A product of 1 + 2^-12 and a bias of 256 are 258 in bfloat16, and 256 where the product is rounded by itself.
+// A product of 1 + 2^-12 plus a bias of 256 is 258 in bfloat16, but 256 if the product is rounded first.
 void the_sum_is_rounded_once() {
   Random random(4);
   Problem<BFloat16> p({8, 8, 32, 1, IndexKind::one_column, true}, random);

@@ -1,5 +1,5 @@
-// The four modes of the kernel on the chosen entries of W; columns out of range; and the rounding of the
-// kernels, which patch applies to one value.
+// The four modes of the kernel on the chosen entries of W; columns out of range; and the rounding of the kernels,
+// tested by patch on single values.
 #include "merge_checks.h"
 #include "run_cuda.h"
 #include "values16.h"
@@ -48,8 +48,8 @@ void columns_out_of_range_are_no_connections() {
   check_rounded(original, expected.original, where + ": original");
 }
 
-// The shim rounds as dtype.h does, whose own test is tests/cpp/test_dtype.cpp; here, that patch rounds
-// W + delta once, to nearest with ties to even: the values are delta, W is zero.
+// The shim rounds as dtype.h does, which tests/cpp/test_dtype.cpp tests. Here: patch rounds W + delta once, to nearest
+// with ties to even. The values are delta, W is zero.
 template <class T>
 void patch_rounds_to_nearest_even() {
   constexpr size_t kStep = 61;  // of all values; every one would take minutes under ThreadSanitizer

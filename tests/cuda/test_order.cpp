@@ -1,5 +1,5 @@
-// Sums are taken in the order that kernels.h promises, whatever the scheduler does: in one order for
-// a shape and a device, parts of the tokens after another.
+// Sums are taken in the order that kernels.h specifies, whatever the scheduler does: in one order per shape and device,
+// one part of the tokens after another.
 #include <set>
 
 #include "cuda/staging.cuh"
@@ -25,8 +25,7 @@ void runs_repeat_to_the_bit(const Case& c, const Device& device) {
   CHECK(run(problem, device).same_bits(first), std::string(dtype_name<T>()) + ", " + c.name());
 }
 
-// out = ((part 0 + part 1) + part 2) + part 3 to the bit, where a part is what SDDMM makes of its
-// tokens alone: three blocks.
+// out = ((part 0 + part 1) + part 2) + part 3 to the bit, where a part is the SDDMM of its tokens alone: three blocks.
 template <class T>
 void sddmm_adds_parts_in_order() {
   constexpr int64_t kBlock = neuroada::cuda::kTokens<T>, kParts = 4, kTokensAPart = 3 * kBlock;
@@ -59,12 +58,12 @@ void sddmm_sums_tokens_in_order() {
   });
 }
 
-// Of an x that has only the columns that somebody chose the sums are the whole one's, to the bit, whatever room there
-// is for columns: for all, for those that are chosen, for fewer.
+// An x with only the chosen columns gives the sums of the whole x, to the bit, whether there is room for all columns,
+// for the chosen ones, or for fewer.
 template <class T>
 void sddmm_of_chosen_columns_has_the_bits_of_the_whole(const Device& device) {
   Random random(4);
-  // So many neurons that how they are shared out, and with them the tokens, hangs on the room for columns.
+  // So many neurons that the partition of neurons and tokens depends on the room for columns.
   const Case c{75, 1000, 300, 1, IndexKind::distinct, false, Base::none, 0, Values::real};
   const Problem<T> whole(c, random);
   Problem<T> chosen = whole;
@@ -84,7 +83,7 @@ void sddmm_of_chosen_columns_has_the_bits_of_the_whole(const Device& device) {
         std::string(dtype_name<T>()) + " with room for " + std::to_string(device.shared_bytes / kQuad));
 }
 
-// The planner orders the slots of a neuron for the banks where the kernels stage the columns.
+// The planner orders a neuron's slots for the banks in which the kernels stage the columns.
 void the_planner_knows_where_columns_are_staged() {
   for (int32_t column = 0; column < 4096; ++column) {
     CHECK(neuroada::bank_of(column) == neuroada::cuda::place(column) % neuroada::kBanks, std::to_string(column));

@@ -1,5 +1,5 @@
-// The bypass and the SDDMM of one slot by the kernels with rings of rows: what the formula says, with the same
-// bits however x lies in memory, and what is not finite where it belongs.
+// The bypass and the SDDMM of one slot by the kernels on a circular buffer of rows: they match the formula, with the
+// same bits for any layout of x, and non-finite values only where they belong.
 #include "cuda/hopper.cuh"
 #include "cuda/sddmm_rows.h"
 #include "nonfinite.h"
@@ -14,7 +14,7 @@ namespace cuda = neuroada::cuda;
 
 namespace {
 
-// 32 threads have 8 neurons each, so 256 are one group of each.
+// 32 threads of 8 neurons each: 256 neurons are one group per thread.
 Device device_of(int64_t bytes, bool bulk_copies = true) { return {bytes, 5, 32, 1 << 20, bulk_copies}; }
 
 bool copies(const Problem<BFloat16>& problem, const Device& device) {
@@ -36,8 +36,8 @@ void check_gradient(const Problem<T>& problem, const Device& device, const std::
   check_rounded(run_sddmm(problem, device), reference(problem).grad_delta, where);
 }
 
-// Tokens below, at and above whole stages; of 128 neurons up to more than a CTA has; rings of two, three and more
-// stages of one to eight rows; rows that can be copied, and others.
+// Tokens below, at and above whole stages; 128 neurons up to more than a CTA has; buffers of two, three and more stages
+// of one to eight rows; rows that can be bulk-copied, and others.
 template <class T>
 void every_form_has_the_gradient() {
   uint64_t seed = 0;
@@ -57,7 +57,7 @@ void every_form_has_the_gradient() {
   }
 }
 
-// Real values, whose sums tell an order from another.
+// Real values, whose sums depend on the order.
 void how_x_lies_changes_no_bit() {
   uint64_t seed = 100;
   for (int64_t d_out : {136, 304, 1040}) {
@@ -77,7 +77,7 @@ void how_x_lies_changes_no_bit() {
   }
 }
 
-// What decides is the same for the columns of x that a layer keeps as for all of them.
+// The choice of the kernel is the same for the columns of x that a layer saves as for all of them.
 void what_it_is_for() {
   const Device device = device_of(4096);
   const Case c{33, 64, 128, 1};
@@ -105,8 +105,8 @@ Outputs<T> forward(const Problem<T>& problem, const Device& device, bool& copied
   return outputs;
 }
 
-// The very bits of the kernel for any problem, with as many neurons as a CTA has and more; where rows or sizes are not
-// for copies, or something is added, by that.
+// The same bits as the general kernel, with as many neurons as a CTA has and more; the general kernel runs if rows or
+// sizes cannot be bulk-copied, or if something is added.
 template <class T>
 void the_bypass_has_the_bits_of_any_other_kernel() {
   uint64_t seed = 200;

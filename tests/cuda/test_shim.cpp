@@ -24,7 +24,7 @@ void every_thread_of_the_grid_runs_once() {
   for (int count : seen) CHECK(count == 1, "a thread ran " + std::to_string(count) + " times");
 }
 
-// Each lane gives its number in the CTA and asks others for theirs.
+// Each lane publishes its thread index and reads those of others.
 void lanes_exchange_within_their_warp() {
   std::vector<int> broadcast(kThreads), crossed(kThreads);
   std::vector<unsigned> ballots(kThreads);
@@ -44,7 +44,7 @@ void lanes_exchange_within_their_warp() {
   }
 }
 
-// Also of the second CTA, which finds nothing of the first.
+// Also in the second CTA, which finds no values of the first.
 void shared_memory_starts_as_nan() {
   host_cuda::launch({2, 1}, 32, 4 * sizeof(cuda::Quad), [] {
     cuda::Quad* shared = cuda::shared_quads();
@@ -74,7 +74,7 @@ void misaligned_vectors_stop_the_program() {
   CHECK(stops([] { host_cuda::launch({1, 1}, 33, 0, [] {}); }), "33 threads a CTA go through");
 }
 
-// Half of them are where the others do not come.
+// Half of the threads wait at a barrier that the others never reach.
 void threads_that_wait_in_vain_stop_the_program() {
   const auto halves = [](bool together) {
     host_cuda::launch({1, 1}, kThreads, 0, [&] {
@@ -85,7 +85,7 @@ void threads_that_wait_in_vain_stop_the_program() {
   CHECK(stops([&] { halves(false); }), "a barrier that some never come to goes through");
 }
 
-// So that a kernel which counts on one of them being first fails.
+// So that a kernel that relies on one thread being first fails.
 void threads_begin_in_any_order() {
   std::set<unsigned> first;
   for (int launch = 0; launch < 8; ++launch) {
@@ -100,7 +100,7 @@ void threads_begin_in_any_order() {
 }  // namespace
 
 int main() {
-  // First those that fork: of a process that has fibers ThreadSanitizer would not look at a fork.
+  // Tests that fork come first: ThreadSanitizer does not check a fork of a process that has fibers.
   misaligned_vectors_stop_the_program();
   threads_that_wait_in_vain_stop_the_program();
   threads_begin_in_any_order();

@@ -1,5 +1,5 @@
-// The sizes of a Llama-3-8B's linears on what an H200 has: as many threads, multiprocessors and bytes of shared memory,
-// where all other tests have problems so small that a small device cuts them alike.
+// The sizes of a Llama-3-8B's linears with the threads, SMs and shared memory of an H200. All other tests have small
+// problems and a small device, which are partitioned alike.
 #include "run_cuda.h"
 
 using namespace neuroada::testing;
@@ -14,7 +14,7 @@ constexpr Device kH200{232448, 132, 512, 32 << 20, true};
   Random random(1);
   Problem<BFloat16> problem(c, random);
   for (int64_t j = 0; j < c.d_out; ++j) {
-    for (int64_t s = 0; s < c.k; ++s) {  // to bits that a packed connection has room for
+    for (int64_t s = 0; s < c.k; ++s) {  // to the bits of a packed delta
       BFloat16 narrow;
       neuroada::narrow(problem.delta(j, s), narrow);
       problem.delta(j, s) = neuroada::widen(narrow);

@@ -1,5 +1,5 @@
-// The connections of dx in the order in which its kernel reads them: each is there once, and where they are spread, an
-// octet of lanes meets more banks.
+// The connections of dx in the order in which its kernel reads them: each occurs once, and if they are spread, an octet
+// of lanes has fewer bank conflicts.
 #include <algorithm>
 #include <array>
 #include <set>
@@ -33,7 +33,7 @@ struct Shape {
   }
 };
 
-// Columns of which a few are popular.
+// Random columns, of which a few are chosen often.
 std::vector<int32_t> draw_index(const Shape& shape, Random& random) {
   std::vector<int32_t> index;
   for (int64_t j = 0; j < shape.d_out; ++j) {
@@ -46,11 +46,11 @@ std::vector<int32_t> draw_index(const Shape& shape, Random& random) {
   return index;
 }
 
-// As the plan has them, spread on the way, or by an order that the plan holds.
+// In the plan's order, spread by the kernel, or in an order that the plan holds.
 enum class Order { of_plan, spread, matched };
 constexpr Order kOrders[] = {Order::of_plan, Order::spread, Order::matched};
 
-// What the kernel has written; deltas are the numbers of their connections, which a packed one has the bits for.
+// The kernel's output. Deltas are the numbers of their connections, which fit into the bits of a packed delta.
 struct Ordered {
   Shape shape;
   std::vector<int32_t> plan;
@@ -106,7 +106,7 @@ struct Ordered {
     return ordered;
   }
 
-  // Where nothing is spread, the same comes from a plan that holds its order.
+  // If nothing is spread, a plan that holds its order gives the same result.
   void check_order_of_plan(cuda::ColumnEntriesLaunch args) const {
     const std::vector<int32_t> ordered = ordered_by(args);
     CHECK(std::equal(ordered.end() - args.live, ordered.end(), plan.end() - args.live),
@@ -129,7 +129,7 @@ struct Ordered {
   }
 };
 
-// The connections of every column, from both kinds of lists, are those of the plan.
+// The connections of every column, from light and heavy lists, are those of the plan.
 void check_complete(const Ordered& o, const std::string& where) {
   std::vector<std::vector<int64_t>> found(static_cast<size_t>(o.shape.d_in));
   for (int32_t tile = 0; tile < o.entries.tiles; ++tile) {
@@ -158,8 +158,8 @@ void check_complete(const Ordered& o, const std::string& where) {
   }
 }
 
-// Within a window light columns have ever fewer connections, or nearly where they may have very many; what is no column
-// comes last, and each 32 have as many heavy ones as any others, but for one.
+// Within a window, light columns are in descending order of connections, or nearly so if they may have very many;
+// positions without a column come last, and rounds of 32 differ by at most one heavy column.
 void check_order(const Ordered& o, const std::string& where) {
   for (int64_t window = 0; window < o.entries.positions; window += o.shape.window) {
     const int64_t end = std::min<int64_t>(o.entries.positions, window + o.shape.window);
@@ -183,7 +183,7 @@ void check_order(const Ordered& o, const std::string& where) {
   }
 }
 
-// How often shared memory is read for the light columns: of each octet's step, the most different places of a bank.
+// Reads of shared memory for the light columns: per step of an octet, the most different places of a bank.
 int64_t reads(const Ordered& o) {
   int64_t sum = 0;
   for (int64_t octet = 0; octet < o.entries.positions; octet += 8) {
@@ -221,8 +221,7 @@ void every_connection_is_there_once() {
   }
 }
 
-// Slots that the lanes of warps take for each connection, where all wait for the longest of their columns, two at a
-// time.
+// Lane slots per connection, as the lanes of a warp wait for the longest of their columns, two connections at a time.
 double slots(const Ordered& o) {
   int64_t sum = 0;
   for (int32_t tile = 0; tile < o.entries.tiles; ++tile) {
@@ -238,7 +237,7 @@ double slots(const Ordered& o) {
   return static_cast<double>(sum) / static_cast<double>(o.shape.d_out * o.shape.k);
 }
 
-// In two tiles lanes have about as many connections as their neighbours in each; by their sum they would not.
+// With two tiles, adjacent lanes have similar counts in each; sorted by their sum they would not.
 void columns_of_two_tiles_are_in_order_in_both() {
   Random random(3);
   for (const auto& [k, light, most] : {std::tuple{4, 64, 1.2}, std::tuple{10, 160, 1.15}}) {
@@ -271,7 +270,7 @@ void heavy_columns_are_shared_out() {
   }
 }
 
-// No order of an octet's connections can do with fewer reads: one a step, and one for each of its fullest bank.
+// Lower bound of the reads of any order of an octet's connections: one per step, and one per place of its fullest bank.
 int64_t least_reads(const Ordered& o) {
   int64_t sum = 0;
   for (int64_t octet = 0; octet < o.entries.positions; octet += 8) {
@@ -293,13 +292,13 @@ int64_t least_reads(const Ordered& o) {
   return sum;
 }
 
-// By simulation, at means of 8 and 20 connections a column, spread on the way 0.85 and 0.73 of the reads of any order.
-// Matched, 0.62 and 0.54, where the least there could be is 0.59 and 0.51.
+// By simulation, at means of 8 and 20 connections per column: spread by the kernel, 0.85 and 0.73 of the reads of any
+// order. Matched, 0.62 and 0.54, where the lower bound is 0.59 and 0.51.
 void spread_connections_take_fewer_reads() {
   Random random(2);
   const Shape of_8{512, 512, 8, 32, 512, false}, of_20{512, 512, 20, 48, 512, false};
   const Shape wide{512, 512, 8, 32, 512, false, 512};
-  // So many neurons that columns of an octet hardly share one: of such, which are read once, matching knows nothing.
+  // So many neurons that columns of an octet rarely share one. A shared neuron is read once, which matching ignores.
   const Shape far_8{512, 4096, 1, 32, 4096, false, 512}, far_20{512, 5120, 2, 48, 5120, false, 512};
   for (const auto& [shape, most, over_least] :
        {std::tuple{of_8, 0.9, 1.2}, std::tuple{of_20, 0.8, 1.25}, std::tuple{wide, 0.9, 1.2},
