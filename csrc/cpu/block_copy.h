@@ -30,29 +30,29 @@ class BlockCopy {
   // Sets how much each step() copies, so that a copy that has not begun is done after `steps` steps, and prefetches
   // the first run.
   void share_out(int64_t steps) {
-    lines_a_step_ = steps > 0 ? ceil_div(job_.rows * job_.lines, steps) : 0;
+    lines_per_step_ = steps > 0 ? ceil_div(job_.rows * job_.lines, steps) : 0;
     for (int64_t line = 0; line < job_.lines && job_.rows > 0; ++line) {
-      weight_->template prefetch_line<kFirstCache>(job_.source + line * Weight::kLine);
+      weight_->template prefetch_line<kL1>(job_.source + line * Weight::kLine);
     }
   }
 
   inline __attribute__((always_inline)) void step() {
-    for (int64_t n = lines_a_step_; n > 0 && job_.rows > 0; --n) copy_line<1, kFirstCache>();
+    for (int64_t n = lines_per_step_; n > 0 && job_.rows > 0; --n) copy_line<1, kL1>();
   }
 
   void finish() {
-    while (job_.rows > 0) copy_line<4, kSecondCache>();
+    while (job_.rows > 0) copy_line<4, kL2>();
   }
 
  private:
   // Locality argument of __builtin_prefetch. Interleaved with a GEMM, whose steps leave time for memory, lines go to L1
   // only: rows a power of two apart map to the same sets of L2 and would evict what the forward pass reads; for dx it
   // makes no difference. finish(), which does not pause, soon uses up what L1 holds: its lines go to L2.
-  static constexpr int kFirstCache = 0, kSecondCache = 2;
+  static constexpr int kL1 = 0, kL2 = 2;
 
   const Weight* weight_ = nullptr;
   CopyJob<Weight> job_;
-  int64_t line_ = 0, lines_a_step_ = 0;
+  int64_t line_ = 0, lines_per_step_ = 0;
 
   // Copies a line and prefetches the one at the same place `runs_ahead` runs later.
   template <int64_t runs_ahead, int locality>

@@ -41,7 +41,7 @@ struct WideCell {
   static void add(Vec<A>& sum, Vec<A> x, Vec<A> weight) { sum += x * weight; }
 };
 
-#ifdef NEUROADA_PAIRS
+#ifdef NEUROADA_AVX512_BF16
 
 // Byte-shuffle controls that widen the lower or the upper bfloat16 of each lane to float32; 0x80 yields a zero byte.
 struct Widened {
@@ -102,7 +102,7 @@ struct WideTokens {
   static void add(Vec<A>& sum, Vec<A> a, Vec<A> b) { sum += a * b; }
 };
 
-#ifdef NEUROADA_PAIRS
+#ifdef NEUROADA_AVX512_BF16
 struct PairedTokens {
   static constexpr int kTokens = 2;
   static void add(Vec<float>& sum, Vec<float> a, Vec<float> b) { PairCell::add(sum, a, b); }
@@ -115,7 +115,7 @@ struct ProductCell {
   using type = WideCell<T>;
   using tokens = WideTokens<T>;
 };
-#ifdef NEUROADA_PAIRS
+#ifdef NEUROADA_AVX512_BF16
 template <>
 struct ProductCell<BFloat16> {
   using type = PairCell;

@@ -80,19 +80,19 @@ inline void write_highest(int64_t n, int64_t k, F&& rank, G&& column, int32_t* o
 
 constexpr int64_t kBlock = 64;  // scores
 constexpr int64_t kMostBlocks = 2048;
-constexpr int64_t kMostTaken = 1024;
+constexpr int64_t kMostCandidates = 1024;
 
 // Scores at or above the threshold, with room for one more block.
 template <class U>
-struct Taken {
-  U rank[kMostTaken + kBlock];
-  int32_t column[kMostTaken + kBlock];
+struct Candidates {
+  U rank[kMostCandidates + kBlock];
+  int32_t column[kMostCandidates + kBlock];
 };
 
 // Extracts all scores that could be among the k best. Returns how many, or -1 if they are too many, or the row has
 // fewer than k or more than kMostBlocks blocks.
 template <Ranking by, class U>
-int64_t take_out(const U* scores, int64_t columns, int64_t k, Taken<U>& taken) {
+int64_t collect_candidates(const U* scores, int64_t columns, int64_t k, Candidates<U>& candidates) {
   const int64_t blocks = columns / kBlock;
   if (blocks < k || blocks > kMostBlocks) return -1;
   U best[kMostBlocks];
@@ -101,22 +101,22 @@ int64_t take_out(const U* scores, int64_t columns, int64_t k, Taken<U>& taken) {
     for (int64_t i = 0; i < kBlock; ++i) highest = std::max(highest, rank_of<by>(scores[b * kBlock + i]));
     best[b] = highest;
   }
-  const U floor = kth_highest<U>(blocks, k, [&](int64_t b) { return best[b]; });
+  const U threshold = kth_highest<U>(blocks, k, [&](int64_t b) { return best[b]; });
   int64_t count = 0;
   for (int64_t b = 0; b * kBlock < columns; ++b) {
-    if (b < blocks && best[b] < floor) continue;
-    if (count > kMostTaken) return -1;
+    if (b < blocks && best[b] < threshold) continue;
+    if (count > kMostCandidates) return -1;
     for (int64_t i = b * kBlock; i < std::min((b + 1) * kBlock, columns); ++i) {
-      taken.rank[count] = rank_of<by>(scores[i]);
-      taken.column[count] = static_cast<int32_t>(i);
-      count += taken.rank[count] >= floor;
+      candidates.rank[count] = rank_of<by>(scores[i]);
+      candidates.column[count] = static_cast<int32_t>(i);
+      count += candidates.rank[count] >= threshold;
     }
   }
   return count;
 }
 
 template <class U>
-inline U widest(const U* scores, int64_t columns) {
+inline U max_magnitude(const U* scores, int64_t columns) {
   U magnitude = 0;
   for (int64_t i = 0; i < columns; ++i) magnitude = std::max(magnitude, magnitude_of(scores[i]));
   return magnitude;
@@ -125,18 +125,18 @@ inline U widest(const U* scores, int64_t columns) {
 template <class T, Ranking by>
 void write_row(const Bits<T>* scores, int64_t columns, int64_t k, int32_t* out) {
   using U = Bits<T>;
-  if (widest(scores, columns) > kInfinity<T>) {  // a NaN
+  if (max_magnitude(scores, columns) > kInfinity<T>) {  // a NaN
     for (int64_t s = 0; s < k; ++s) out[s] = -1;
     return;
   }
-  Taken<U> taken;
-  const int64_t count = take_out<by>(scores, columns, k, taken);
+  Candidates<U> candidates;
+  const int64_t count = collect_candidates<by>(scores, columns, k, candidates);
   if (count < 0) {
     const auto column = [](int64_t i) { return static_cast<int32_t>(i); };
     return write_highest<U>(columns, k, [&](int64_t i) { return rank_of<by>(scores[i]); }, column, out);
   }
-  const auto column = [&](int64_t i) { return taken.column[i]; };
-  write_highest<U>(count, k, [&](int64_t i) { return taken.rank[i]; }, column, out);
+  const auto column = [&](int64_t i) { return candidates.column[i]; };
+  write_highest<U>(count, k, [&](int64_t i) { return candidates.rank[i]; }, column, out);
 }
 
 template <class T, Ranking by>

@@ -4,7 +4,7 @@
 // a time, in place or copied to the layout that the GEMM's tile reads.
 #include "entry.h"
 #include "plan_rows.h"
-#ifdef NEUROADA_TILES
+#ifdef NEUROADA_AMX_TILES
 #include "transposed_weight.h"
 #else
 #include "packed_weight.h"

@@ -19,14 +19,14 @@ struct ForwardWeight {
   static constexpr int64_t kStep = kBlockCells<Cell> * Cell::kDepth + 64 / sizeof(Element);
   static constexpr int64_t kLine = 64 / sizeof(T), kLineStep = kLine;
   static constexpr bool kInPlace = std::is_same_v<T, Element>;
-  static constexpr int64_t kTokensInTurn = !kInPlace || !kCopiesAside ? kFewTokens : Cell::kDepth == 1 ? 64 : 48;
+  static constexpr int64_t kSequentialTokens = !kInPlace || !kCopiesAside ? kFewTokens : Cell::kDepth == 1 ? 64 : 48;
 
   const T* weight;  // [d_out, d_in]
   int64_t stride, d_in;
 
   static int64_t most_tokens(int64_t) { return kMostTokens; }
   static BlockSize block(int64_t tokens) {
-    return {tokens <= kTokensInTurn ? 2 * kBlockRows : kBlockRows, kBlockCells<Cell>, kStep};
+    return {tokens <= kSequentialTokens ? 2 * kBlockRows : kBlockRows, kBlockCells<Cell>, kStep};
   }
 
   // The block in place, without a copy, or null: no tile may read past the last row, nor a pair past a row's end.

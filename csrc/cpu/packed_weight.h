@@ -15,7 +15,7 @@ struct BackwardWeight {
   static constexpr bool kPacked = true;
   static constexpr int64_t kLine = 64 / sizeof(T), kLineStep = kLine * Cell::kDepth;
   static constexpr bool kInPlace = std::is_same_v<T, Element> && Cell::kDepth == 1;
-  static constexpr int64_t kTokensInTurn = !kInPlace ? kFewTokens : kVectorBytes == 64 ? 96 : 64;
+  static constexpr int64_t kSequentialTokens = !kInPlace ? kFewTokens : kVectorBytes == 64 ? 96 : 64;
   // A block's columns are whole tiles and whole lines, so that Cell::place of a column is within its cell.
   static constexpr int64_t kColumns = 96;
   static_assert(kColumns % kTileSums == 0 && kColumns % kLine == 0);
@@ -31,8 +31,8 @@ struct BackwardWeight {
   // have twice the columns, and sums have the same neurons as for many, since the threads decide between the two.
   BlockSize block(int64_t tokens) const {
     constexpr BlockSize many{kColumns * Cell::kDepth, kBlockCells<Cell>, kBlockCells<Cell> * Cell::kDepth};
-    if (tokens > kTokensInTurn) return many;
-    if (!is_short_block(tokens)) return {2 * many.rows, many.cells, many.elements_a_row};
+    if (tokens > kSequentialTokens) return many;
+    if (!is_short_block(tokens)) return {2 * many.rows, many.cells, many.elements_per_row};
     constexpr int64_t kRun = 2048, kRows = 24, kSums = 170;
     const int64_t cells = std::max(kRows, ceil_div(ceil_div(d_out, Cell::kDepth), kSums));
     const int64_t run = std::clamp<int64_t>(2 * many.rows * many.cells / cells, kColumns, kRun);
@@ -90,7 +90,7 @@ struct BackwardWeight {
   // From one cell of a block to the next.
   static int64_t step(const BlockPlace& b) { return b.rows * Cell::kDepth; }
 
-#ifdef NEUROADA_PAIRS
+#ifdef NEUROADA_AVX512_BF16
   // A line of pairs: target[place(i)] = low[i], target[place(i) + 1] = high[i]
   static void pack_pairs(const BFloat16* low, const BFloat16* high, BFloat16* target) {
     const __m512i lower = _mm512_loadu_si512(low), upper = _mm512_loadu_si512(high);

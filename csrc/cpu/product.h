@@ -8,7 +8,7 @@
 
 #include "block_copy.h"
 #include "staging.h"
-#ifdef NEUROADA_TILES
+#ifdef NEUROADA_AMX_TILES
 #include "product_tile_amx.h"
 #else
 #include "product_tile.h"
@@ -21,9 +21,9 @@ namespace neuroada::cpu::NEUROADA_ISA {
 inline constexpr int64_t kMostTokens = 256;
 
 // A block of at most kFewTokens tokens is memory-bound: no copy is interleaved with the GEMM, and blocks of W may be
-// wider, which memory reads faster. With more tokens, up to Weight::kTokensInTurn, tiles still read W in place where
-// they can, which saves the copy. That must not change the cells of a block, and with them the order of summation,
-// since the number of tokens of a block depends on the number of threads.
+// wider, which memory reads faster. With more tokens, up to Weight::kSequentialTokens, tiles still read W in place
+// where they can, which saves the copy. That must not change the cells of a block, and with them the order of
+// summation, since the number of tokens of a block depends on the number of threads.
 inline constexpr int64_t kFewTokens = 32;
 inline bool is_short_block(int64_t tokens) { return tokens <= kFewTokens; }
 
@@ -42,10 +42,10 @@ struct Product {
 struct ProductTasks {
   int64_t block_tokens, blocks, ranges, rows;
 
-  ProductTasks(int64_t tokens, int64_t rows, int64_t most_tokens, int64_t staged_bytes_a_token, int64_t lanes,
+  ProductTasks(int64_t tokens, int64_t rows, int64_t most_tokens, int64_t staged_bytes_per_token, int64_t lanes,
                int64_t threads)
       : rows(rows) {
-    const int64_t fit = kStagedBytes / std::max<int64_t>(staged_bytes_a_token, 1) / lanes * lanes;
+    const int64_t fit = kStagedBytes / std::max<int64_t>(staged_bytes_per_token, 1) / lanes * lanes;
     const int64_t most = std::max(lanes, std::min(most_tokens, fit));
     const int64_t wanted =
         std::max({ceil_div(tokens, most), std::min(threads, ceil_div(tokens, kLeastTokens)), int64_t{1}});
@@ -75,14 +75,14 @@ struct ProductTasks {
 
 // Rows and cells of a block of W, and the elements per row of its copy.
 struct BlockSize {
-  int64_t rows, cells, elements_a_row;
-  int64_t elements() const { return rows * elements_a_row; }
+  int64_t rows, cells, elements_per_row;
+  int64_t elements() const { return rows * elements_per_row; }
 };
 
 // Whether the copy of the next block of W is interleaved with the GEMM of the current one.
 template <class Weight>
 bool copies_aside(const ProductTasks& tasks) {
-  if constexpr (kCopiesAside) return tasks.block_tokens > Weight::kTokensInTurn;
+  if constexpr (kCopiesAside) return tasks.block_tokens > Weight::kSequentialTokens;
   return false;
 }
 
@@ -227,8 +227,8 @@ void multiply_block(const ProductScratch<Cell>& scratch, const BlockPlace& place
 // Calls after_row_block(place) when the totals of a block of rows are complete. A block of W is read in place, or
 // copied before it is multiplied.
 template <class Cell, class Weight, class F>
-void multiply_in_turn(const ProductScratch<Cell>& scratch, const Weight& weight, const BlockOrder& order,
-                      int64_t tokens, F&& after_row_block) {
+void multiply_sequentially(const ProductScratch<Cell>& scratch, const Weight& weight, const BlockOrder& order,
+                           int64_t tokens, F&& after_row_block) {
   NothingAside nothing;
   for (int64_t number = 0; number < order.count(); ++number) {
     const BlockPlace place = order.at(number);
@@ -281,11 +281,12 @@ void run_task(const Product<T>& p, const Weight& weight, const Rows& rows, const
       std::fill(panel + ceil_div(p.columns, Cell::kDepth) * width, panel + scratch.cells * width, A{0});
     }
   });
-  const bool far = scratch.cells * tasks.block_tokens * static_cast<int64_t>(sizeof(A)) > kNearBytes;
+  const bool prefetches = scratch.cells * tasks.block_tokens * static_cast<int64_t>(sizeof(A)) > kNearBytes;
   const auto gather = [&](const BlockPlace& place) {
     each_gather<Cell>(tokens, [&](int64_t t, int64_t count, auto vectors, auto tiles) {
       constexpr int width = kPanelVectors<vectors> * kLanes<A>;
-      const StagedBlock<Cell, tiles * vectors * kLanes<A>, width> staged{scratch.panel(t), scratch.cells * width, far};
+      const StagedBlock<Cell, tiles * vectors * kLanes<A>, width> staged{scratch.panel(t), scratch.cells * width,
+                                                                         prefetches};
       const DenseTerm<T> dense{{p.bias}, scratch.totals.get() + t, scratch.total_stride, place.row};
       gather_rows<T>(rows, staged, place.row, place.row + place.width, count, none, 0, dense, out + t * p.out_stride,
                      p.out_stride);
@@ -296,13 +297,13 @@ void run_task(const Product<T>& p, const Weight& weight, const Rows& rows, const
   if constexpr (kCopiesAside) {
     if (copies_aside<Weight>(tasks)) return multiply_with_copies(scratch, weight, order, tokens, gather);
   }
-  multiply_in_turn(scratch, weight, order, tokens, gather);
+  multiply_sequentially(scratch, weight, order, tokens, gather);
 }
 
 // Calls f(element) with an element of the dtype; AMX tiles multiply bfloat16 only.
 template <class F>
 void with_product_dtype([[maybe_unused]] DType dtype, F&& f) {
-#ifdef NEUROADA_TILES
+#ifdef NEUROADA_AMX_TILES
   f(BFloat16{});
 #else
   with_dtype(dtype, f);

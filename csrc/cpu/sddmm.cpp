@@ -27,7 +27,7 @@ struct Partial {
 template <class Tokens>
 constexpr int kStagedGroups = Tokens::kTokens == 1 ? 1 : 4;
 
-#ifdef NEUROADA_PAIRS
+#ifdef NEUROADA_AVX512_BF16
 
 // staged[c - first][i] = the tokens t and t + 16 of column c, t = 32 (i / 16) + i % 16, zero past the
 // last. x and grad pair the same tokens, so the pairing does not affect their product.

@@ -175,7 +175,7 @@ struct BiasTerm {
 };
 
 // A block of staged tokens, in panels of `panel` tokens, each [cell][panel], `step` elements apart. A gather prefetches
-// columns from a block that is `far`, larger than kNearBytes.
+// columns from a block larger than kNearBytes (`prefetches`).
 template <class Cell, int block, int panel = block>
 struct StagedBlock {
   using A = typename Cell::A;
@@ -183,7 +183,7 @@ struct StagedBlock {
   static constexpr int kSideBySide = panel / kLanes<A>;  // vectors
   const A* at;
   int64_t step = 0;
-  bool far = false;
+  bool prefetches = false;
   Vec<A> column(int32_t column, int v) const {
     return Cell::template column<panel>(at + v / kSideBySide * step, column, v % kSideBySide);
   }
@@ -204,7 +204,7 @@ void gather_rows(const Rows& rows, const Staged staged, int64_t first, int64_t l
   using A = accumulate_t<T>;
   constexpr int lanes = kLanes<A>, vectors = Staged::kVectors, line = kOutVectors<T>;
   constexpr int64_t ahead = 16;  // entries
-  const int64_t last_ahead = staged.far && first < last ? rows.end(last - 1) - ahead : 0;
+  const int64_t last_ahead = staged.prefetches && first < last ? rows.end(last - 1) - ahead : 0;
   Vec<A> tile[vectors][line * lanes];  // [block][a cache line of out]
   for (int64_t r = first; r < last; r += line * lanes) {
     const int width = static_cast<int>(std::min<int64_t>(line * lanes, last - r));

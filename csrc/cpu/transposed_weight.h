@@ -23,8 +23,8 @@ struct BackwardWeight {
   int64_t stride, d_out;
 
   // Each block of tokens transposes all of W: twice as many tokens where half of L2 (1 MB) holds them.
-  static int64_t most_tokens(int64_t staged_bytes_a_token) {
-    return 2 * kMostTokens * staged_bytes_a_token <= 1 << 20 ? 2 * kMostTokens : kMostTokens;
+  static int64_t most_tokens(int64_t staged_bytes_per_token) {
+    return 2 * kMostTokens * staged_bytes_per_token <= 1 << 20 ? 2 * kMostTokens : kMostTokens;
   }
   // Many columns: those of a row of W are contiguous, and memory reads long runs faster. No more than have their
   // totals in L2.

@@ -16,7 +16,7 @@ void check_columns(int64_t tokens, int64_t d_in, const std::vector<int32_t>& col
   each_isa([&](const cpu::Kernels& kernels) {
     const bool made = p.is_made_by([&](Matrix<T>& out) {
       kernels.columns({dtype_of<T>(), tokens, d_in, p.count(), p.x.data(), p.x.stride(), columns.data(), out.data()},
-                      in_turn(threads));
+                      sequential(threads));
     });
     CHECK(made, label<T>(kernels) + ", columns, " + where);
   });

@@ -35,8 +35,8 @@ int count(const char* isa, const char* dtype) {
     known = true;
     Random random(1);
     const Problem<T> problem(kCase, random);
-    run(problem, *kernels, in_turn(1));
-    run_largest(problem, *kernels, in_turn(1));
+    run(problem, *kernels, sequential(1));
+    run_largest(problem, *kernels, sequential(1));
   });
   if (!known) std::printf("%s is no dtype\n", dtype);
   return known ? 0 : 2;

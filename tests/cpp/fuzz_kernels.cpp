@@ -67,14 +67,14 @@ void fuzz_kernels(const Case& c, Random& random) {
   const int64_t threads = 1 + random.below(9);
   each_isa([&](const cpu::Kernels& kernels) {
     const std::string where = label<T>(kernels) + ", " + c.name() + ", threads " + std::to_string(threads);
-    const Outputs<T> outputs = run(problem, kernels, in_turn(threads));
+    const Outputs<T> outputs = run(problem, kernels, sequential(threads));
     if (c.values == Values::grid) {
       check_outputs(outputs, reference(problem), where);
       check_patched(problem, where, [&](const Problem<T>& p, MergeMode mode, Matrix<T>& weight, Matrix<T>& original) {
-        run_mode(p, mode, weight, original, kernels, in_turn(threads));
+        run_mode(p, mode, weight, original, kernels, sequential(threads));
       });
     } else {
-      CHECK(outputs.same_bits(run(problem, kernels, in_turn(1))), where + ": not the bits of one thread");
+      CHECK(outputs.same_bits(run(problem, kernels, sequential(1))), where + ": not the bits of one thread");
     }
   });
 }

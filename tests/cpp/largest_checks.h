@@ -39,7 +39,7 @@ void check_largest(const Matrix<T>& scores, int64_t k, int64_t threads, const st
     for (cpu::Ranking by : {cpu::Ranking::value, cpu::Ranking::magnitude, cpu::Ranking::smallest}) {
       std::vector<int32_t> index(static_cast<size_t>(rows * k), -7);
       kernels.largest({dtype_of<T>(), by, rows, columns, k, scores.data(), scores.stride(), index.data()},
-                      in_turn(threads));
+                      sequential(threads));
       for (int64_t row = 0; row < rows; ++row) {
         const std::vector<int32_t> found(index.begin() + row * k, index.begin() + (row + 1) * k);
         CHECK(found == sorted_columns(scores, row, k, by),

@@ -53,7 +53,7 @@ Outputs<T> run(const Problem<T>& p, const cpu::Kernels& kernels, const cpu::Exec
 inline constexpr int64_t kSmallestGrain = 1;
 
 // Splits the work as for `threads` threads, and runs the tasks on the calling thread, in reverse order.
-inline cpu::Executor in_turn(int64_t threads) {
+inline cpu::Executor sequential(int64_t threads) {
   const auto run = [](int64_t tasks, void (*body)(void*, int64_t), void* context) {
     while (tasks > 0) body(context, --tasks);
   };

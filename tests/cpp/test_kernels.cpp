@@ -15,7 +15,7 @@ void check_case(const Case& c, uint64_t seed) {
   const Outputs<double> expected = reference(problem);
   each_isa([&](const neuroada::cpu::Kernels& kernels) {
     for (int64_t threads : {1, 5}) {
-      check_outputs(run(problem, kernels, in_turn(threads)), expected, label<T>(kernels) + ", " + c.name());
+      check_outputs(run(problem, kernels, sequential(threads)), expected, label<T>(kernels) + ", " + c.name());
     }
   });
 }

@@ -12,7 +12,7 @@ int main() {
       for (int64_t threads : {1, 5}) {
         check_merge_modes<T>(label<T>(kernels) + ", threads " + std::to_string(threads),
                              [&](const Problem<T>& p, MergeMode mode, Matrix<T>& weight, Matrix<T>& original) {
-                               run_mode(p, mode, weight, original, kernels, in_turn(threads));
+                               run_mode(p, mode, weight, original, kernels, sequential(threads));
                              });
       }
     });

@@ -10,7 +10,7 @@ int main() {
     each_nonfinite_problem<T>([](const Problem<T>& problem, const char* what) {
       const Outputs<double> expected = reference(problem);
       each_isa([&](const neuroada::cpu::Kernels& kernels) {
-        check_outputs(run(problem, kernels, in_turn(2)), expected, label<T>(kernels) + ", " + what);
+        check_outputs(run(problem, kernels, sequential(2)), expected, label<T>(kernels) + ", " + what);
       });
     });
   });

@@ -23,7 +23,7 @@ int main() {
   if (kernels == nullptr) return 77;  // no tiles here
   Random random(1);
   const Problem<neuroada::BFloat16> problem({40, 96, 64, 2}, random);
-  run(problem, *kernels, in_turn(1));
+  run(problem, *kernels, sequential(1));
   CHECK(tiles_are_free(), "a product left its tile registers in use");
   return exit_status();
 }
