@@ -1,8 +1,8 @@
 """Adapting a randomly initialised Llama: seconds per 10⁹ parameters, and memory beside the model.
 
 ``python -m neuroada_kernels.benchmarks.adapting --json FILE``. The sizes default to Llama-3-8B's.
-Of its layers as many are made as half the free memory holds, since all of them cost the same;
-figures of the whole are marked as extrapolated. Linux alone: the peak is the system's record.
+Only as many layers are made as half the free memory holds, since all of them cost the same;
+figures of the whole model are marked as extrapolated. Linux only: the kernel records the peak.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ def shapes(sizes: Sizes) -> dict[str, tuple[int, int]]:
 
 
 def build(sizes: Sizes, layers: int, dtype: torch.dtype) -> nn.Module:
-    """The linears of so many layers, drawn at random."""
+    """The linears of ``layers`` layers, with random weights."""
     model = nn.Module()
     for layer in range(layers):
         block = nn.Module()
@@ -49,7 +49,7 @@ def build(sizes: Sizes, layers: int, dtype: torch.dtype) -> nn.Module:
 
 
 def measure(sizes: Sizes, layers: int, k: int, dtype: torch.dtype) -> dict[str, Any]:
-    """Adapt so many layers once, after a small model that warms up what is loaded lazily."""
+    """Adapt ``layers`` layers once, after a small model that warms up lazy loading."""
     nk.adapt(build(Sizes(hidden=256, intermediate=512), 1, dtype), k=1)
     model = build(sizes, layers, dtype)
     parameters = sum(parameter.numel() for parameter in model.parameters())
@@ -74,7 +74,7 @@ def measure(sizes: Sizes, layers: int, k: int, dtype: torch.dtype) -> dict[str, 
         "seconds_per_billion": seconds * 1e9 / parameters,
         **kept,
         "peak_bytes": peak,
-        # Below zero where the warm-up left more free memory than adapting needs for a while.
+        # Negative if the warm-up left more free memory than adapting needs temporarily.
         "peak_bytes_beside_what_is_kept": beside,
         "extrapolated_to_all_layers": {
             "parameters": parameters // layers * sizes.layers,
@@ -99,7 +99,7 @@ def _memory(field: str) -> int:
 
 
 def _forget_peak() -> int:
-    """Let the record of the peak begin anew; bytes of the process now."""
+    """Reset the record of the peak; returns the bytes of the process now."""
     Path("/proc/self/clear_refs").write_text("5")
     return _memory("VmRSS")
 
@@ -112,7 +112,7 @@ def _fitting(sizes: Sizes, dtype: torch.dtype) -> int:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """The command; the exit status."""
+    """Run the command; returns the exit status."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--k", type=int, nargs="+", default=[20])
     parser.add_argument(

@@ -1,8 +1,8 @@
-"""The most bytes that a piece of work holds at once, by the profiler's record of allocations.
+"""The peak memory of a piece of work, by the profiler's record of allocations.
 
-What goes through torch's allocator is counted: every tensor, those inside other libraries' ops
-included. Not seen: scratch that a kernel takes from the C++ heap itself (ours, a block of tokens a
-thread, and oneDNN's), and pages that the heap holds back after a free.
+What goes through torch's allocator is counted: every tensor, including those inside other
+libraries' ops. Not counted: scratch that a kernel takes from the C++ heap itself (ours, a block of
+tokens per thread, and oneDNN's), and pages that the heap keeps after a free.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ Returned = TypeVar("Returned")
 
 
 def allocated_peak(work: Callable[[], object]) -> int:
-    """Bytes, what ``work`` returns included; what was allocated before does not count."""
+    """Peak bytes, what ``work`` returns included; what was allocated before does not count."""
     return highest_alive(_recorded(work)[1])
 
 
@@ -34,7 +34,7 @@ def held_after(work: Callable[[], Returned]) -> tuple[Returned, int]:
 
     def clean() -> Returned:
         found = work()
-        gc.collect()  # modules are rings, which live on until they are looked for
+        gc.collect()  # modules are reference cycles, which only this frees
         return found
 
     gc.collect()
@@ -44,7 +44,7 @@ def held_after(work: Callable[[], Returned]) -> tuple[Returned, int]:
 
 @contextmanager
 def loaded_for_good() -> Iterator[None]:
-    """Whatever is there by now is no garbage: collections, which some loops ask for, skip it."""
+    """Make garbage collections, which some loops trigger, skip all objects that exist by now."""
     gc.freeze()
     try:
         yield
@@ -101,7 +101,7 @@ def highest_alive(events: list[tuple[int, int]]) -> int:
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """Without what the profiler's C++ part writes to standard error on starting and stopping."""
+    """Suppress what the profiler's C++ part writes to standard error on start and stop."""
     saved = os.dup(2)
     nowhere = os.open(os.devnull, os.O_WRONLY)
     try:

@@ -1,4 +1,4 @@
-"""The bars: how slow a NeuroAda linear may be at most, and the judgement of what was measured."""
+"""The bars: the largest times that a NeuroAda linear may take, and verdicts on measurements."""
 
 from __future__ import annotations
 
@@ -21,8 +21,8 @@ class Bar:
 
     Against a candidate: the median over the rounds of NeuroAda's forward and backward divided by
     that candidate's. Against :data:`HOST`: the microseconds that one forward call at T = 1 takes
-    beyond the frozen linear's. ``candidate`` is judged, or where it is None the NeuroAda candidate
-    that is chosen where none is named.
+    beyond the frozen linear's. ``candidate`` is judged, or if it is None the NeuroAda candidate
+    of the backend chosen by default.
     """
 
     limit: float
@@ -75,7 +75,7 @@ BARS: tuple[Bar, ...] = tuple(_bars())
 
 @dataclass(frozen=True)
 class Verdict:
-    """``value`` is None where nothing was measured that the bar could judge."""
+    """``value`` is None if nothing was measured for the bar."""
 
     bar: Bar
     value: float | None

@@ -29,7 +29,7 @@ class BarsError(ValueError):
 
 @dataclass(frozen=True)
 class Verdict:
-    """A target beside what was measured."""
+    """A target and its measured value."""
 
     target: Target
     found: Value
@@ -45,7 +45,7 @@ class Verdict:
     def _outcome(self, limit: Limit | None) -> str:
         """``met``, ``missed``, ``not measured``, or nothing where there is no limit.
 
-        What holds of some cases alone is not met, and what one case misses is missed.
+        A limit is not met if only some cases were measured, and missed if one case misses it.
         """
         if limit is None:
             return ""
@@ -61,7 +61,7 @@ class Verdict:
 
     @property
     def remark(self) -> str:
-        """Of which rows the value is, and what is lacking."""
+        """The rows that the value is of, and what is lacking."""
         lacking = f"lacking: {self.found.lacking}" if self.found.lacking else ""
         return "; ".join(part for part in (self.found.of, lacking) if part)
 
@@ -71,7 +71,7 @@ def judge(
     model: Mapping[str, Any] | None = None,
     targets: Sequence[Target] = TARGETS,
 ) -> list[Verdict]:
-    """A verdict for every target, of the files of the suites ``linear`` and ``model``."""
+    """A verdict for every target, from the files of the suites ``linear`` and ``model``."""
     files = Files(linear, model)
     return [Verdict(target, target.value(files)) for target in targets]
 
@@ -111,7 +111,7 @@ def read(folder: Path) -> list[Source]:
     Raises
     ------
     BarsError
-        If it has none, or one is not what its name says.
+        If it has none, or a file is not of the kind of its name.
     """
     found = []
     for kind, name in FILES.items():
@@ -131,13 +131,13 @@ def read(folder: Path) -> list[Source]:
 
 
 def judged(sources: Sequence[Source]) -> list[Verdict]:
-    """A verdict for every target, of the files of a folder."""
+    """A verdict for every target, from the files of a folder."""
     documents = {source.kind: source.document for source in sources}
     return judge(documents.get("linear"), documents.get("model"))
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Print one line per target; the exit status."""
+    """Print one line per target; returns the exit status."""
     parser = argparse.ArgumentParser(prog="neuroada bench gpu-bars", description=__doc__)
     parser.add_argument(
         "folder", type=Path, metavar="FOLDER", help=f"with {', '.join(FILES.values())}"

@@ -1,4 +1,4 @@
-"""What the NeuroAda linear is compared to: each a frozen linear, and the way another method trains.
+"""Linears that NeuroAda's is compared to: the frozen one, and those of other methods.
 
 All take their tensors from :class:`neuroada_kernels.testing.Inputs`, so that they do the same work.
 """
@@ -15,7 +15,7 @@ from neuroada_kernels.testing import Inputs
 
 
 class FrozenLinear(nn.Module):
-    """``y = x W^T + b``, nothing trains: forward and dx, the least that any method pays."""
+    """``y = x W^T + b``, nothing trains: forward and dx, the minimum of any method."""
 
     def __init__(self, inputs: Inputs) -> None:
         super().__init__()
@@ -30,7 +30,7 @@ class FrozenLinear(nn.Module):
 class MaterialisedLinear(FrozenLinear):
     """``W + delta`` built in every forward, as the method's authors and PEFT's sparse tuners do.
 
-    ``delta`` has the weight's dtype, because ``scatter_add`` asks for it.
+    ``delta`` has the weight's dtype, because ``scatter_add`` requires it.
     """
 
     def __init__(self, inputs: Inputs) -> None:
@@ -71,7 +71,7 @@ class LoRALinear(FrozenLinear):
     """``y = x W^T + b + scaling * B(A(x))`` of rank ``r``, in the order in which PEFT computes it.
 
     A and B have the weight's dtype. PEFT's own default for a 16-bit model, float32 adapters, costs
-    more. B is not zero, as it is after training.
+    more. B is nonzero, as after training.
     """
 
     def __init__(self, inputs: Inputs, r: int = 8, scaling: float = 2.0) -> None:
@@ -84,7 +84,7 @@ class LoRALinear(FrozenLinear):
             values = torch.randn(rows, columns, generator=generator) * scale
             return nn.Parameter(values.to(inputs.weight))
 
-        # The branch is as large as the dense product, so that an error in it is seen.
+        # The branch is as large as the GEMM's result, so that an error in it is seen.
         self.lora_A = normal(r, d_in, d_in**-0.5)
         self.lora_B = normal(d_out, r, r**-0.5 / scaling)
 
@@ -99,7 +99,7 @@ class LoRALinear(FrozenLinear):
 
 
 class FullLinear(nn.Module):
-    """Full fine-tuning: W, and the bias where there is one, train themselves."""
+    """Full fine-tuning: W trains, and the bias if there is one."""
 
     def __init__(self, inputs: Inputs) -> None:
         super().__init__()

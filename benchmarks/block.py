@@ -3,10 +3,10 @@
 The command is ``neuroada bench memory --block``.
 
 The block is Llama's as transformers builds it: norm, q, k and v, rotary embedding, attention by
-``scaled_dot_product_attention``, o; norm, gate and up, SiLU, down; two residuals. Counted are
-storages that autograd saves, each once, however many share it; what the module holds anyway
-(parameters, buffers) costs nothing. What is beyond the frozen block's is kept by the linears:
-activation function, attention and norms keep the same in every method.
+``scaled_dot_product_attention``, o; norm, gate and up, SiLU, down; two residuals. The count
+is of storages that autograd saves, each once, however many tensors share it, without those that
+the module holds anyway (parameters, buffers). The difference from the frozen block is saved by the
+linears: activation function, attention and norms save the same in every method.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ RANK = 8
 
 @dataclass(frozen=True)
 class BlockSizes:
-    """Of one block and its input."""
+    """Sizes of one block and its input."""
 
     tokens: int = 512
     width: int = 1024
@@ -162,7 +162,7 @@ def _kept(method: str, sizes: BlockSizes, dtype: torch.dtype, device: str) -> in
     kept: dict[int, Tensor] = {}
 
     def pack(tensor: Tensor) -> Tensor:
-        # The tensor itself, so that nobody else comes to have its address.
+        # The tensor itself, so that its address is not reused.
         kept[tensor.untyped_storage().data_ptr()] = tensor
         return tensor
 

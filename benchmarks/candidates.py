@@ -1,6 +1,6 @@
 """The table of candidates: how each is built, what it must compute, and what work it needs.
 
-:func:`prepare` is the only way to something that can be timed, and it refuses a wrong candidate.
+Only :func:`prepare` makes something that can be timed, and it raises for a wrong candidate.
 """
 
 from __future__ import annotations
@@ -58,10 +58,10 @@ class WrongCandidateError(RuntimeError):
 class Candidate:
     """One row of the table.
 
-    ``roundings`` counts, on the longest way from an input to a result, how often a value is
-    rounded to the inputs' dtype: the float64 reference is to be met within that many tolerances.
-    ``backend``, where not None, serves forward and backward. A ``peer`` runs where it is asked for.
-    ``nested``: a parameter's gradient is a sum over tokens of what are sums over features.
+    ``roundings`` counts, on the longest path from an input to a result, how often a value is
+    rounded to the inputs' dtype: that many tolerances are allowed against the float64 reference.
+    ``backend``, if not None, serves forward and backward. A ``peer`` runs only on request.
+    ``nested``: a parameter's gradient is a sum over tokens of sums over features.
     """
 
     name: str
@@ -77,8 +77,8 @@ class Candidate:
 class Run:
     """A candidate's layer and its inputs: one step is ``backward(forward())`` in ``serving()``.
 
-    Its weight is its own: one that another candidate has just read would still lie in a cache, for
-    which the frozen linear was 2 % faster than with its own.
+    It has its own copy of the weight: one that another candidate has just read would still be in a
+    cache, which made the frozen linear 2 % faster.
     """
 
     def __init__(self, candidate: Candidate, inputs: Inputs) -> None:
@@ -116,15 +116,15 @@ def table() -> dict[str, Candidate]:
             for name, unavailable in available_backends().items()
             if unavailable is None
         ),
-        # W + delta is rounded, then its product.
+        # W + delta is rounded, then the GEMM's result.
         Candidate(RESIDENT, _resident, lambda exact, _: exact.bypass, work.bypass, 2),
         # The two parts of dx are rounded before they are added.
         Candidate("reference", _reference, lambda exact, _: exact.bypass, work.bypass, 2),
-        # delta is rounded, then W + delta, then their product.
+        # delta is rounded, then W + delta, then the GEMM's result.
         Candidate(
             "materialised", MaterialisedLinear, lambda exact, _: exact.bypass, work.bypass, 3
         ),
-        # W + delta is rounded, then its product.
+        # W + delta is rounded, then the GEMM's result.
         Candidate("masked-dense", MaskedDenseLinear, lambda exact, _: exact.masked, work.bypass, 2),
         # A(x), then B of it, then the sum.
         Candidate(
@@ -159,27 +159,27 @@ def _peft() -> Iterator[Candidate]:
     r = PEFT_LORA_RANK
     dora, needs = partial(PeftDoRALinear, r=r), partial(work.dora, rank=r)
     yield peer(f"peft-dora-r{r}", dora, work=needs, roundings=8, nested=True)
-    # The frozen product, then its scaled form.
+    # The frozen GEMM's result, then its scaled form.
     yield peer("peft-ia3", PeftIA3Linear, work=work.ia3, roundings=2, nested=True)
-    # W + delta is rounded, then its product.
+    # W + delta is rounded, then the GEMM's result.
     yield peer("peft-shira", PeftSHiRALinear, work=work.shira, roundings=2)
-    # delta is rounded, then W + delta, then their product.
+    # delta is rounded, then W + delta, then the GEMM's result.
     yield peer("peft-supertuning", PeftSupertuningLinear, work=work.bypass, roundings=3)
 
 
 def automatic(inputs: Inputs) -> str:
-    """The name of the candidate that serves these inputs where no backend is named."""
+    """The name of the candidate that serves these inputs by default."""
     arguments = (inputs.x, inputs.weight, inputs.index, inputs.delta, inputs.bias)
     return f"neuroada-{serving('linear', *arguments).name}"
 
 
 def bench_inputs(case: Case, dtype: torch.dtype, device: str = "cpu") -> Inputs:
-    """The inputs of a case with a bypass as large as the dense product.
+    """The inputs of a case with a bypass as large as the GEMM's result.
 
     A trained bypass is so small that, in 16 bits, the check of a layer without one would pass.
     """
     inputs = make_inputs(case, dtype, device=device)
-    if device == "cuda":  # as a layer that selects its connections has them
+    if device == "cuda":  # as in a layer that selects its connections
         inputs = replace(inputs, index=order_slots(inputs.index))
     rms = inputs.delta.square().mean().sqrt()
     return replace(inputs, delta=inputs.delta / (rms * case.k**0.5))

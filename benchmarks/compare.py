@@ -1,11 +1,11 @@
 """The command ``neuroada bench compare OLD.json NEW.json``: is the second file slower?
 
 Rows with samples are compared by their key: candidate, case and dtype of the linear suite, a method
-of the model suite. Every round's time is taken over the yardstick's in the same round first (the
-frozen linear or model; through Trainer, full fine-tuning), so that a drift of the machine between
-the files cancels; the yardstick shows that drift by its own time, and is not judged. Rounds of two
-files belong to no pairs: a ratio is the median over all pairs of one round of each, its spread
-their quartiles.
+of the model suite. Every round's time is first divided by the yardstick's in the same round
+(the frozen linear or model; through Trainer, full fine-tuning), so that drift of the machine
+between the files cancels; the yardstick's own time shows the drift and is not judged. Rounds of two
+files are not paired: a ratio is the median over all pairs of one round of each, its spread their
+quartiles.
 """
 
 from __future__ import annotations
@@ -27,11 +27,11 @@ from neuroada_kernels.benchmarks.html.source import Source
 from neuroada_kernels.benchmarks.linear_results import KIND, framed
 from neuroada_kernels.benchmarks.timing import Quartiles, paired_ratio
 
-#: Facts of a session without which times are of another machine, or of one held to less.
+#: Facts of a session that have to be equal for times to be comparable.
 MACHINE = ("device", "cpu", "gpu", "threads", "environment")
-#: Settings without which rows of one key are of other work.
+#: Settings that have to be equal for rows of one key to be of the same work.
 WORK = ("sizes", "sequence", "batch", "dtype", "k")
-#: What a suite's rows are taken over, where it is not the frozen model.
+#: The yardstick of a suite, if it is not the frozen model.
 _YARDSTICKS = {"peers-training": "full"}
 _FROZEN = "frozen"
 
@@ -45,7 +45,7 @@ class Change:
     """New over old; above 1 is slower."""
 
     key: str
-    old: float  # medians: over the yardstick, or else milliseconds
+    old: float  # medians: relative to the yardstick, or else ms
     new: float
     ratio: Quartiles
     judged: bool = True
@@ -54,14 +54,14 @@ class Change:
 def compare(
     old: Mapping[str, Any], new: Mapping[str, Any], *, anyway: bool = False
 ) -> list[Change]:
-    """The changes of all rows that both have, the worst first.
+    """The changes of all rows that both files have, the worst first.
 
     Parameters
     ----------
     old, new : mapping
         Files of a suite whose rows have samples, as their JSON holds them.
     anyway : bool
-        Also those of two machines, suites or sizes.
+        Compare also files of two machines, suites or sizes.
 
     Raises
     ------
@@ -84,12 +84,12 @@ def compare(
 
 
 def read(path: Path) -> dict[str, Any]:
-    """A file of a suite, one of the linear suite also from before its frame.
+    """A suite's results file; of the linear suite also one that predates the common frame.
 
     Raises
     ------
     CompareError
-        If it is none.
+        If it is no such file.
     """
     try:
         found = json.loads(path.read_text())
@@ -113,7 +113,7 @@ def _differing(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
 
 @dataclass(frozen=True)
 class _Samples:
-    """Milliseconds of each round, and the yardstick's where they are known."""
+    """Milliseconds of each round, and the yardstick's if they are known."""
 
     own: Sequence[float]
     yardstick: Sequence[float]
@@ -126,7 +126,7 @@ class _Samples:
 
 
 def _samples(document: Mapping[str, Any]) -> dict[str, _Samples]:
-    """By key; nobody's yardstick is taken over itself."""
+    """Samples by key; rows of the yardstick itself have no yardstick."""
     name = _yardstick(document)
     rows = {row["key"]: row for row in document["results"]}
     times = {key: _milliseconds(row) for key, row in rows.items()}
@@ -143,7 +143,7 @@ def _samples(document: Mapping[str, Any]) -> dict[str, _Samples]:
 
 
 def _alike(old: _Samples, new: _Samples) -> tuple[Sequence[float], Sequence[float]]:
-    """Both over the yardstick where that is known of both, or else both in milliseconds."""
+    """Both relative to the yardstick if known for both, or else both in milliseconds."""
     if old.relative is not None and new.relative is not None:
         return old.relative, new.relative
     return old.own, new.own
@@ -171,7 +171,7 @@ def _change(key: str, old: Sequence[float], new: Sequence[float], judged: bool) 
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Print the table; 1 where a ratio is beyond the threshold."""
+    """Print the table; returns 1 if a judged ratio is above the threshold."""
     parser = argparse.ArgumentParser(prog="neuroada bench compare", description=__doc__)
     add = parser.add_argument
     add("old", type=Path, metavar="OLD.json")

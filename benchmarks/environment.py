@@ -1,4 +1,4 @@
-"""What ran, and on what: the facts without which a result can be neither judged nor repeated."""
+"""What ran, and on what: the facts that are needed to judge and repeat a result."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from neuroada_kernels._extension import cutlass_version
 from neuroada_kernels._version import __version__
 
 #: Variables that change which kernels run, or how these round: the package's own, and those of
-#: PyTorch, oneDNN, MKL and CUDA, by which the products of everything else are made.
+#: PyTorch, oneDNN, MKL and CUDA, whose GEMMs all other methods use.
 VARIABLES = (
     "NEUROADA_BACKEND",
     "NEUROADA_CPU_ISA",
@@ -48,7 +48,7 @@ def environment(device: str = "cpu") -> dict[str, Any]:
     """What ran, and on what.
 
     ``commit`` is NEUROADA_COMMIT, or else the checkout's, or None outside of one. ``environment``
-    is there only where one of :data:`VARIABLES` is set, and says which and to what.
+    is present only if one of :data:`VARIABLES` is set, and maps those that are to their values.
     """
     commit, changed = _commit(Path(__file__).resolve().parent)
     variables = {name: os.environ[name] for name in VARIABLES if name in os.environ}
@@ -70,7 +70,7 @@ def environment(device: str = "cpu") -> dict[str, Any]:
 
 
 def _gpu() -> dict[str, Any]:
-    """The GPU, its driver, and the versions of what compiled for it."""
+    """The GPU, its driver, and versions of GPU libraries."""
     return {
         "gpu": torch.cuda.get_device_name(),
         "capability": torch.cuda.get_device_capability(),
@@ -101,8 +101,8 @@ def _version(package: str) -> str | None:
 def _commit(folder: Path) -> tuple[str | None, bool | None]:
     """The commit of the checkout that tracks this package, and whether files differ from it.
 
-    NEUROADA_COMMIT comes before it: to where the GPU is a checkout may come without its .git, or
-    with that of another commit.
+    NEUROADA_COMMIT takes precedence: on a GPU machine a checkout may lack its .git, or have that of
+    another commit.
     """
     if commit := os.environ.get("NEUROADA_COMMIT"):
         return commit, None
@@ -112,7 +112,7 @@ def _commit(folder: Path) -> tuple[str | None, bool | None]:
         return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
 
     try:
-        # An environment inside of somebody else's checkout is ignored there, not tracked.
+        # Fails for an environment inside another checkout, which ignores it.
         git("ls-files", "--error-unmatch", "__init__.py")
         return git("rev-parse", "HEAD"), bool(git("status", "--porcelain"))
     except (OSError, subprocess.CalledProcessError):

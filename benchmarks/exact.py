@@ -1,4 +1,4 @@
-"""What a step of a method must give, in float64: candidates are checked against it."""
+"""The expected results of a step of a method, in float64, to check candidates against."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from neuroada_kernels.testing import Inputs
 
 @dataclass(frozen=True)
 class Expected:
-    """What a step must give, in float64; ``grads`` as the layer orders what trains."""
+    """Expected results of a step in float64; ``grads`` in the order of the layer's parameters."""
 
     y: Tensor  # [tokens, d_out]
     grad_x: Tensor  # [tokens, d_in]
@@ -55,7 +55,7 @@ class Exact:
 
     @cached_property
     def full(self) -> Expected:
-        """W and the bias train themselves."""
+        """W and the bias train."""
         grads = (self.grad_weight, self.grad_output.sum(0))
         return replace(self.frozen, grads=grads[: 1 + self.has_bias])
 
@@ -92,7 +92,7 @@ class Exact:
         return Expected(self.frozen.y * scale.t(), scaled @ self.frozen_weight, (grad,))
 
     def sparse(self, positions: Tensor, values: Tensor) -> Expected:
-        """A bypass at any ``positions`` of the flat weight, as many a row as there happen to be."""
+        """A bypass at any ``positions`` of the flat weight, any number in a row."""
         weight = self.frozen_weight.flatten().scatter_add(0, positions, values)
         weight = weight.view_as(self.frozen_weight)
         y = self.x @ weight.t() + self.bias

@@ -1,9 +1,9 @@
-"""How a step's time grows with k and with T: a line through what was measured.
+"""How a step's time grows with k and with T: lines fitted to the measurements.
 
 ``time = a + b k`` and ``time = a + b T``, fitted to the medians by least squares of the *relative*
-errors: across four decades of T, absolute ones would fit the largest alone. The residual is their
-root mean square: 0.1 says that the line is about 10 % off. Over T it is no small one where a line
-is not what happens: few tokens cost what reading the weight does, however few they are.
+errors: across four decades of T, absolute ones would fit only the largest times. The residual is
+their root mean square: 0.1 means that the line is about 10 % off. Over T it is large where time is
+not linear: few tokens cost the time of reading the weight, whatever their number.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from neuroada_kernels.benchmarks.measurement import Measurement
 
 Over = Literal["k", "tokens"]
 Where = tuple[int, int, int, bool, str]  # at, d_in, d_out, bias, dtype
-#: Points that a fit takes at least: two numbers are fitted, and a residual is to be seen.
+#: Minimum number of points of a fit: two parameters are fitted, and a residual needs a third.
 LEAST = 3
 
 
@@ -35,10 +35,10 @@ class Line:
 
 @dataclass(frozen=True)
 class Fit:
-    """Of forward and backward, in microseconds, over ``k`` or ``tokens``, all else the same."""
+    """A fit of forward and backward, in microseconds, over ``k`` or ``tokens``, all else equal."""
 
     over: Over
-    at: int  # tokens, where it is over k, and the other way round
+    at: int  # tokens of a fit over k, k of one over tokens
     d_in: int
     d_out: int
     bias: bool
@@ -51,7 +51,7 @@ class Fit:
 
     @property
     def title(self) -> str:
-        """Where it holds."""
+        """The layer, size and dtype of the fit."""
         other = f"T = {self.at}" if self.over == "k" else f"k = {self.at}"
         return f"{self.d_in} to {self.d_out}{', bias' * self.bias}, {other}, {self.dtype}"
 
@@ -64,7 +64,7 @@ def line(x: Sequence[float], y: Sequence[float]) -> Line:
     values, times = (torch.tensor(each, dtype=torch.float64) for each in (x, y))
     design = torch.stack([1 / times, values / times], dim=1)  # each row divided by its time
     ones = torch.ones(len(times), 1, dtype=torch.float64)
-    # Columns of a size: T up to 16384 beside 1 would cost digits.
+    # Scale the columns: T up to 16384 beside 1 would cost precision.
     scale = design.norm(dim=0)
     found = torch.linalg.lstsq(design / scale, ones).solution[:, 0] / scale
     error = (design @ found - 1).square().mean().sqrt()
@@ -74,8 +74,8 @@ def line(x: Sequence[float], y: Sequence[float]) -> Line:
 def fits(measurements: Iterable[Measurement]) -> list[Fit]:
     """A fit wherever at least :data:`LEAST` measurements differ in k alone, or in tokens alone.
 
-    The frozen linear does the same at every k: there, times are the median of its own, times each
-    point's ratio to it, so that a drift of the machine from point to point cancels.
+    The frozen linear does the same work at every k. So over k a time is each point's ratio to it
+    multiplied by its median over all k, which cancels drift of the machine from point to point.
     """
     rows = list(measurements)
     return [*_over("k", rows), *_over("tokens", rows)]

@@ -1,20 +1,20 @@
 # shellcheck shell=bash
-# What the phases of gpu_run.sh are, by importance, and what each runs: sourced by it, whose `run`
-# and `skip` end a phase with the words for its summary.
+# The phases of gpu_run.sh, by importance, and what each runs. gpu_run.sh sources this file; its
+# `run` and `skip` end a phase and set its line of the summary.
 
-# By importance: what is not reached in time is what matters least.
+# By importance: phases that are not reached in time are the least important.
 PHASES=(build environment cuda-smoke cuda-tests tests linear-8192 model linear-1024 model-checkpointed linear-16384
   cuda-memcheck memcheck sweep-k linear-peers sweep-tokens cuda-racecheck racecheck)
-# By name alone.
+# Run only by name.
 MORE=(cuda-initcheck cuda-synccheck linear-patched linear-no-onto linear-no-bulk linear-plain linear-two-tiles
   linear-unordered cuda-no-onto-tests cuda-plain-tests cuda-two-tiles-tests linear-triton-one-kernel kernels
   kernels-plain kernels-two-tiles)
-# What sets other kernels for sm_90a than the default ones, by the part of a phase's name that says which.
+# Variables that select non-default kernels for sm_90a, by the part of a phase's name that names the form.
 declare -A FORM=([patched]=NEUROADA_CUDA_PATCHED=1 [no-onto]=NEUROADA_CUDA_ONTO=0 [no-bulk]=NEUROADA_CUDA_BULK=0
   [plain]='NEUROADA_CUDA_ONTO=0 NEUROADA_CUDA_BULK=0' [two-tiles]=NEUROADA_CUDA_TWO_TILES=1
   [unordered]=NEUROADA_CUDA_ORDER=0)
-# Percent of the time that a phase may take of what others need more: a kernel may hang. Nothing of a build does, and
-# without it there is nothing to measure.
+# Limits of phases, in percent of the whole time, so that a kernel that hangs leaves time for the others. A build
+# cannot hang, and without it there is nothing to measure.
 declare -A SHARE=([build]=60 [environment]=10 [cuda-smoke]=25 [cuda-tests]=22 [tests]=15 [linear-8192]=20 [model]=35
   [cuda-memcheck]=20 [memcheck]=20 [linear-patched]=12 [linear-no-onto]=12 [linear-no-bulk]=12
   [linear-plain]=12 [linear-two-tiles]=12 [linear-unordered]=12 [linear-triton-one-kernel]=12
@@ -24,7 +24,7 @@ is_phase() {
   [[ " ${PHASES[*]} ${MORE[*]} " == *" $1 "* ]]
 }
 
-form_of() { # PHASE: which other kernels than the default ones it is about
+form_of() { # PHASE: the form of non-default kernels that it runs
   local form=${1#*-}
   form=${form%-tests}
   [[ -n ${FORM[$form]:-} ]] && echo "$form"
@@ -36,9 +36,9 @@ needs_cuda() {
 
 # --- what can run here ------------------------------------------------------------------------
 
-HAS_CUDA='' # yes or no, once it was asked for
+HAS_CUDA='' # yes or no, after the first call of has_cuda
 
-# Asked for once: each answer is an import of torch.
+# Cached, since every check imports torch.
 has_cuda() {
   [[ -n $HAS_CUDA ]] || { "$PYTHON" -c '
 import sys, neuroada_kernels as n
@@ -46,13 +46,13 @@ sys.exit(n.available_backends().get("cuda", "") is not None)' 2>/dev/null && HAS
   [[ $HAS_CUDA == yes ]]
 }
 
-# Where it is missing, its product is in no form, and two of them are the same.
+# Without CUTLASS no form has its GEMM, and two forms are the same.
 has_cutlass() {
   "$PYTHON" -c 'import sys, neuroada_kernels._extension as e; sys.exit(not e.cutlass_version())' 2>/dev/null
 }
 
-# STATUSES that say nothing of it: what measures is to go on without the CUDA kernels where these
-# broke its process, or made it hang.
+# STATUSES that do not point to the CUDA kernels. With any other status these crashed or hung the
+# process, and the measurements continue without them.
 left_cuda_out() {
   [[ $STATUS =~ ^($1)$ ]] || ! has_cuda || (($(seconds_left) < LEAST)) && return 1
   HAS_CUDA=no
@@ -63,7 +63,7 @@ backend() {
   has_cuda && echo cuda || echo triton
 }
 
-results() { # NAME: of its file; one has the same candidates throughout
+results() { # NAME: path of its file; all rows of a file have the same candidates
   has_cuda && echo "$OUT/$1.json" || echo "$OUT/$1-triton.json"
 }
 
@@ -88,9 +88,9 @@ tests() { # BACKEND: every test that runs on a backend, and the Triton kernels' 
   has pytest || { skip "pytest is missing"; return; }
   [[ $1 == triton ]] && files=(triton_kernels "${files[@]}")
   has hypothesis && files+=(test_functional.py)
-  # Compiling kernels is most of it. A worker that a test kills, or hangs, is replaced.
+  # Compiling kernels takes most of the time. A worker that a test kills or hangs is replaced.
   has xdist && some+=(-n "$(($(nproc) < 16 ? $(nproc) : 16))")
-  # Of the tests of what shows on a GPU alone, those of the backend.
+  # Of test_on_gpu.py, only the tests of this backend.
   [[ $1 != cuda ]] || { files+=(triton_kernels/test_on_gpu.py); some+=(-k 'cuda or not test_on_gpu'); }
   has pytest_timeout && some+=(--timeout 60 --timeout-method thread)
   [[ -z $DRY_RUN ]] || { files=(ops/test_kept.py); some=(-k 'float32 and T17 and linear and not dispatched'); }
@@ -98,16 +98,16 @@ tests() { # BACKEND: every test that runs on a backend, and the Triton kernels' 
     -c "$WORK/pytest.ini" --rootdir="$ROOT" -p no:cacheprovider "${files[@]/#/$ROOT/tests/}"
 }
 
-# Each form in a process of its own: where one crashes or hangs, the others are tried all the same. Without
-# form 0, the default, nothing is to be had of the backend: it is the first, and has the time for a cold start.
+# Each form runs in its own process: if one crashes or hangs, the others still run. Form 0, the default, runs
+# first, with time for a cold start: if it fails, the backend is left out.
 smoke() {
   [[ -z $DRY_RUN ]] || { skip "there is no kernel to try on the CPU"; return; }
   local limit first each
   limit=$(limit_of "$PHASE")
   first=$((limit > 60 ? 40 : limit * 2 / 3))
-  each=$(((limit - first) / 4 - 1)) # so that all forms end before the phase is stopped
+  each=$(((limit - first) / 4 - 1)) # all forms end before the phase is stopped
   ((each < 30)) || each=30
-  ((each > 0)) || each=1 # of 0 timeout takes no notice
+  ((each > 0)) || each=1 # timeout ignores a limit of 0
   # shellcheck disable=SC2016
   run bash -c 'status=0
     for form in 0 1 2 3 4; do
@@ -128,14 +128,14 @@ sanitize() { # TOOL BACKEND
   command -v compute-sanitizer >/dev/null || { skip "compute-sanitizer is not found"; return; }
   [[ -z $DRY_RUN ]] || { skip "there is nothing to sanitize on the CPU"; return; }
   local forms=()
-  [[ $2 != cuda ]] || forms=(--forms 04321) # after the default the newest: the last ones may be cut off
-  # Each tensor an allocation of its own, so that its bounds are seen.
+  [[ $2 != cuda ]] || forms=(--forms 04321) # the default, then the newest: the last ones may be cut off
+  # One allocation per tensor, so that out-of-bounds accesses are detected.
   run env PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --tool "$1" --error-exitcode 9 \
     "$PYTHON" "$ROOT/tests/triton_kernels/smoke_gpu.py" "$2" "${forms[@]}"
 }
 
-# FILE OPTIONS...: the linear suite, its rows added to FILE; in a dry run at tiny sizes instead.
-# The backend is for `resident`, which names none.
+# FILE OPTIONS...: the linear suite, its rows added to FILE; in a dry run at tiny sizes.
+# NEUROADA_BACKEND is for the candidate `resident`, which names no backend.
 bench_linear() {
   local file=$1
   shift
@@ -146,7 +146,7 @@ bench_linear() {
   run env NEUROADA_BACKEND="$(backend)" "$PYTHON" -m neuroada_kernels.cli bench linear --keep-going --json "$file" "$@" "${where[@]}"
 }
 
-linear() { # OPTIONS...: beside frozen, what the targets name
+linear() { # OPTIONS...: frozen, and the candidates that the targets name
   local candidates=(neuroada-triton resident materialised masked-dense full)
   has_cuda && candidates+=(neuroada-cuda)
   [[ -z $DRY_RUN ]] && has peft && candidates+=(peft-lora-r16)
@@ -154,7 +154,7 @@ linear() { # OPTIONS...: beside frozen, what the targets name
   left_cuda_out '0|2|10' && linear "$@"
 }
 
-sizes() { # OPTIONS...: what a dry run takes instead, the last of an option being the one that counts
+sizes() { # OPTIONS...: of a dry run; placed last, they override earlier ones
   [[ -z $DRY_RUN ]] || echo "$@"
 }
 
@@ -173,7 +173,7 @@ model() { # MODE
   run "$PYTHON" -m neuroada_kernels.benchmarks.model --device "$DEVICE" --backend "$(backend)" --modes "$1" \
     --methods "${methods[@]}" --json "$(results model)" $(sizes --hidden 32 --intermediate 64 --layers 1 \
       --heads 2 --kv-heads 1 --vocabulary 64 --sequence 8 --k 2 --steps 2 --warmup 1 --dtype float32)
-  left_cuda_out '0|2|124|137' && model "$@" # it may just take long
+  left_cuda_out '0|2|124|137' && model "$@" # a timeout need not be a fault of the kernels
 }
 
 phase() {
@@ -197,8 +197,8 @@ phase() {
     # shellcheck disable=SC2046
     kernels) run "$PYTHON" -m neuroada_kernels.cli bench kernels --device "$DEVICE" --cases T8192- \
       --candidates "neuroada-$(backend)" $(sizes --shapes 32x48 --tokens 8 --k 2 --cases T8- --steps 1) ;;
-    # Triton's product with the bypass in it, where torch's and a kernel for the bypass would be taken: at one shape,
-    # as it need only be told from the two, which linear-8192 has.
+    # Triton's fused kernel, instead of torch's GEMM and a kernel for the bypass. One shape is enough to compare it
+    # with the unfused ones, which linear-8192 measures.
     # shellcheck disable=SC2046
     linear-triton-one-kernel) NEUROADA_TRITON_FUSED=1 bench_linear "$OUT/$PHASE.json" --cases T8192-4096to4096- \
       --candidates neuroada-triton $(sizes --tokens 8 --k 2 --cases T8-) ;;
@@ -219,7 +219,7 @@ phase() {
   esac
 }
 
-# The kernels for sm_90a that variables choose: whether they are right, and what they take.
+# The kernels for sm_90a that variables select: tests and timings.
 another_form() { # PHASE
   local form setting
   form=$(form_of "$1")
@@ -229,7 +229,7 @@ another_form() { # PHASE
     cuda-*) tests cuda ;;
     linear-*)
       local candidates=(neuroada-cuda)
-      [[ ${FORM[$form]} != *BULK* && $form != two-tiles ]] || candidates+=(resident) # whose SDDMM is another then
+      [[ ${FORM[$form]} != *BULK* && $form != two-tiles ]] || candidates+=(resident) # its SDDMM differs in this form
       bench_linear "$OUT/$1.json" --cases T8192- --candidates "${candidates[@]}"
       ;;
     kernels-*) phase kernels ;;

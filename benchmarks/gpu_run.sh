@@ -1,32 +1,32 @@
 #!/usr/bin/env bash
 # Tests, benchmarks and sanitizers on a GPU, in one command; nothing is downloaded or installed.
 #
-#   benchmarks/gpu_run.sh OUTDIR [--minutes 9]     # phases by importance, as far as the time goes
-#   benchmarks/gpu_run.sh OUTDIR tests linear-8192 # some phases; --minutes bounds them where it is given
+#   benchmarks/gpu_run.sh OUTDIR [--minutes 9]     # phases by importance, until the time is up
+#   benchmarks/gpu_run.sh OUTDIR tests linear-8192 # some phases; bounded by --minutes if given
 #   benchmarks/gpu_run.sh OUTDIR --dry-run         # tiny sizes on the CPU, Triton's interpreter; no GPU
 #
 # OUTDIR gets one log, a summary and a file of results for each suite: at most 8 files, none above
-# 16 MB. They are whole after every row, so what is cut off leaves valid results, and a further call
-# with the same OUTDIR and commit goes on. The summary says of every phase what became of it.
+# 16 MB. Results are complete after every row, so an interrupted run leaves valid results, and a
+# further call with the same OUTDIR and commit resumes it. The summary has the outcome of every phase.
 #
-# OUT              OUTDIR; then all arguments are phases. Default: benchmarks/results/<gpu>
+# OUT              OUTDIR; if set, all arguments are phases. Default: benchmarks/results/<gpu>
 # PYTHON           has torch and Triton; default: python3
 # LIMIT            seconds that a phase may take at most; default: 540
-# NEUROADA_COMMIT  the commit to note where the checkout has come without its .git, or with another commit's
-# NEUROADA_CUTLASS the folder include of CUTLASS to build with, where PyPI's nvidia-cutlass is not installed
+# NEUROADA_COMMIT  the commit to record if the checkout has no .git, or that of another commit
+# NEUROADA_CUTLASS CUTLASS's include folder to build with, if PyPI's nvidia-cutlass is not installed
 set -uo pipefail
 
 ROOT=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 PYTHON=$(command -v "${PYTHON:-python3}") || { echo "gpu_run.sh: no Python" >&2; exit 1; }
 [[ $PYTHON == /* ]] || PYTHON=$PWD/$PYTHON
-PATH=$(dirname "$PYTHON"):$PATH # what pip installed beside it, as CMake and ninja
+PATH=$(dirname "$PYTHON"):$PATH # for programs that pip installed beside it, such as CMake and ninja
 LIMIT=${LIMIT:-540}
 BUILT=$ROOT/build/gpu
 WORK=$(mktemp -d)
 trap 'rm -rf "$WORK"' EXIT
 SITE=$WORK/site
-LEAST=10   # seconds without which no phase is worth its start
-RESERVE=3  # seconds for the end
+LEAST=10   # minimum seconds left to start a phase
+RESERVE=3  # seconds reserved for the end
 MAX_FILES=8 MAX_BYTES=16000000
 MINUTES=''
 DRY_RUN=''
@@ -47,7 +47,7 @@ has() { # PACKAGE
 
 # --- time -------------------------------------------------------------------------------------
 
-seconds_left() { # of the whole run; without --minutes of one phase
+seconds_left() { # of the whole run; without --minutes, of one phase
   [[ -n $MINUTES ]] && echo $((MINUTES * 60 - SECONDS - RESERVE)) || echo "$LIMIT"
 }
 
@@ -73,13 +73,13 @@ write_summary() {
     for name in "${WANTED[@]}"; do echo "$name: ${OUTCOME[$name]:-not reached}"; done
     [[ -z $NOTES ]] || printf '%s' "$NOTES"
   } >"$OUT/.summary"
-  mv "$OUT/.summary" "$OUT/summary.txt" # so that there is a whole one at any moment
+  mv "$OUT/.summary" "$OUT/summary.txt" # atomic, so that the summary is always complete
 }
 
-# Keeps OUTDIR within its bounds: of a log its beginning and its end, anything else compressed.
+# Keeps OUTDIR within its bounds: keeps the beginning and end of a log, compresses other files.
 bound() {
   local file bytes count
-  rm -f "$OUT"/.*.tmp # of a suite that was killed while it wrote
+  rm -f "$OUT"/.*.tmp # left by a suite that was killed while writing
   for file in "$OUT"/*; do
     bytes=$(stat -c %s "$file")
     ((bytes > MAX_BYTES)) || continue
@@ -108,8 +108,8 @@ cut_off() {
   finish 1
 }
 
-# run COMMAND...: the phase's, within its limit, its output in the log; what fails stops no other.
-# What is stopped is interrupted first, so that pytest says what failed until then. Sets STATUS.
+# run COMMAND...: runs a phase's command within its limit, with its output in the log; a failure does
+# not stop other phases. A timeout sends SIGINT first, so that pytest reports failures. Sets STATUS.
 run() {
   local limit from
   limit=$(limit_of "$PHASE")
@@ -140,16 +140,16 @@ skip() {
 
 # --- the package ------------------------------------------------------------------------------
 
-# As an import finds it, from the checkout: its parts lie in several folders there.
+# Links the package for imports: in the checkout its parts are in several folders.
 link_package() {
   mkdir -p "$SITE/neuroada_kernels"
   ln -s "$ROOT"/neuroada_kernels/* "$ROOT/benchmarks" "$ROOT/triton_kernels" "$SITE/neuroada_kernels/"
   link_built
-  # A machine with torch alone has pip, and pip a copy of rich.
+  # A machine with torch alone has pip, which has a copy of rich.
   if ! has rich && has pip._vendor.rich; then
     ln -s "$("$PYTHON" -c 'import os, pip._vendor.rich as r; print(os.path.dirname(r.__file__))')" "$SITE/rich"
   fi
-  # The checkout's own settings need pytest-timeout, and make errors of other packages' warnings.
+  # The checkout's own settings need pytest-timeout, and turn other packages' warnings into errors.
   printf '[pytest]\nmarkers = on_backend\n' >"$WORK/pytest.ini"
   export PYTHONPATH=$SITE${PYTHONPATH:+:$PYTHONPATH}
   cd "$SITE" || exit 1 # python -m looks here first
@@ -163,14 +163,14 @@ link_built() {
   HAS_CUDA=''
 }
 
-# By somebody else. What was built here before is built anew, of which only changed files take time.
+# Built elsewhere. An earlier build by this script is run again, which recompiles only changed files.
 is_built() {
   [[ ! -e $BUILT/cmake && -e $SITE/neuroada_kernels/libneuroada.so ]] && "$PYTHON" -c '
 import sys, neuroada_kernels._extension as e
 sys.exit(bool(e.library_error or e.module_error))' 2>/dev/null
 }
 
-# By CMake alone: setup.py would ask for a newer setuptools than a machine with torch may have.
+# By CMake alone: setup.py may require a newer setuptools than the machine has.
 build() {
   local missing=() tool generator=() version
   is_built && { skip 'it is built already'; return; }

@@ -1,7 +1,7 @@
 """Bars and goals of an H200, and how each is read from results of the suites linear and model.
 
-A bar is what must hold, a goal what is aimed at. ``bypass`` is the NeuroAda candidate that serves
-where none is named, of each case; where no such one was measured, the fastest backend's.
+A bar must hold, a goal is aimed at. ``bypass`` is, for each case, the NeuroAda candidate that
+serves by default; if that was not measured, the fastest one.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ MIB = 1 << 20
 
 @dataclass(frozen=True)
 class Limit:
-    """The largest value that passes; ``below``: not even that one."""
+    """The largest value that passes; ``below``: values have to be below it."""
 
     most: float
     below: bool = False
@@ -44,7 +44,7 @@ class Limit:
 
 @dataclass(frozen=True)
 class Value:
-    """Smaller is better. ``of``: the rows that it is of; ``lacking``: what was not measured."""
+    """Smaller is better. ``of``: the rows of the value; ``lacking``: what was not measured."""
 
     value: float | None = None
     of: str = ""
@@ -52,7 +52,7 @@ class Value:
 
 
 class Files:
-    """What was measured, by the names that targets use."""
+    """The measurements, by the names that targets use."""
 
     def __init__(
         self, linear: Mapping[str, Any] | None = None, model: Mapping[str, Any] | None = None
@@ -91,7 +91,7 @@ def _named(rows: Mapping[str, Row], candidate: str) -> Row | None:
 
 @dataclass(frozen=True)
 class Target:
-    """What is to be reached; a subclass says of what, and gives the value of some files."""
+    """A bar and a goal; a subclass defines the quantity and reads its value from files."""
 
     bar: Limit | None
     goal: Limit | None
@@ -104,11 +104,11 @@ class Target:
         raise NotImplementedError
 
     def shown(self, value: float) -> str:
-        """A value in words."""
+        """A value as text."""
         return f"{value:.3f}"
 
     def limit(self, limit: Limit | None) -> str:
-        """A limit in words."""
+        """A limit as text."""
         if limit is None:
             return ""
         return f"below {limit.most:g}" if limit.below else f"at most {limit.most:.2f}"
@@ -145,7 +145,7 @@ def _names(rows: Iterable[Row]) -> str:
 
 @dataclass(frozen=True)
 class BlockSpeedUp(BlockTime):
-    """The same, said as so many times faster."""
+    """The same, shown as a speedup."""
 
     @property
     def meaning(self) -> str:
@@ -262,9 +262,9 @@ _OVER_FROZEN = {
     BYPASS: {1: (1.15, 1.05), 8: (1.20, 1.08), 20: (1.30, 1.13)},
     RESIDENT: {1: (1.06, 1.03), 8: (1.08, 1.04), 20: (1.12, 1.06)},
 }
-#: So many times faster than the materialised scheme, bar and goal, by T.
+#: Speedup over the materialised scheme, bar and goal, by T.
 _FASTER = {8192: (1.35, 1.5), 1024: (1.8, 2.5)}
-#: Peak of a whole model's step as a part of another method's, bar and goal.
+#: Peak of a whole model's step over another method's, bar and goal.
 _PEAK = {
     "masked-dense": (Limit(0.40), Limit(0.25)),
     MATERIALISED: (Limit(0.60), Limit(0.50)),

@@ -1,7 +1,7 @@
-"""What each kernel of a step takes, by torch's profiler, behind ``neuroada bench kernels``.
+"""The time of each kernel of a step, by torch's profiler, behind ``neuroada bench kernels``.
 
-For whoever works on a kernel: the ratios of ``neuroada bench linear`` say whether a step is fast,
-these times say what of it is not. Caches are overwritten before every step, as there.
+For work on a kernel: the ratios of ``neuroada bench linear`` say whether a step is fast, these
+times say which of its kernels is slow. On a GPU, L2 is overwritten before every step, as there.
 """
 
 from __future__ import annotations

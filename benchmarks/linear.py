@@ -3,8 +3,8 @@
 Forward and backward of every candidate at every case, interleaved, each checked before it is
 timed: ratios to the frozen linear, rates, memory, host time, and how time grows with k and with T.
 The file that ``--json`` writes has the common frame (:mod:`neuroada_kernels.benchmarks.records`);
-:mod:`neuroada_kernels.benchmarks.linear_results` describes its rows, and in its ``summary`` are the
-fits and the bars.
+:mod:`neuroada_kernels.benchmarks.linear_results` describes its rows. Its ``summary`` has the fits
+and the bars.
 With ``--memory`` nothing is timed, see :mod:`neuroada_kernels.benchmarks.block`.
 """
 
@@ -62,9 +62,9 @@ from neuroada_kernels.testing import BENCH_CASES, GPU_BENCH_CASES, Case, Inputs
 _DTYPES = ("float32", "bfloat16", "float16", "float64")
 _ROUNDS = 15
 _WARMUP = 2
-#: Exit status where --keep-going left a candidate out that failed; nothing else ends so.
+#: Exit status if --keep-going left out a candidate that failed; not used otherwise.
 FAILED = 10
-#: Where there is next to nothing to compute, so that a step's time is the host's.
+#: So little to compute that a step's time is Python and dispatch overhead.
 _HOST_CASE = Case(tokens=1, d_in=64, d_out=64, k=1)
 
 
@@ -120,7 +120,7 @@ def measure_case(
 def _prepare(
     candidates: Iterable[Candidate], inputs: Inputs, device: str, keep_going: bool
 ) -> tuple[dict[str, Run], dict[str, dict[str, Any]]]:
-    """What can be timed, checked, and the reasons why the rest cannot."""
+    """The checked candidates that can be timed, and the reasons why the others cannot."""
     exact = Exact(inputs)
     runs: dict[str, Run] = {}
     skipped: dict[str, dict[str, Any]] = {}
@@ -146,16 +146,16 @@ def _prepare(
 
 @lru_cache
 def _host_us(names: tuple[str, ...], dtype: str, rounds: int) -> Mapping[str, Quartiles]:
-    """A step's time with next to nothing to compute, where host and device are one."""
+    """The host's time of a step on a CPU, taken with next to nothing to compute."""
     inputs = bench_inputs(_HOST_CASE, getattr(torch, dtype))
     known = table()
     return dict(host_times({name: Run(known[name], inputs) for name in names}, rounds))
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Run the suite as the arguments say; 1 where ``--assert-bars`` finds a bar missed.
+    """Run the suite as the arguments say; returns 1 if ``--assert-bars`` finds a bar missed.
 
-    :data:`FAILED` where ``--keep-going`` left a candidate out that is wrong or could not run.
+    Returns :data:`FAILED` if ``--keep-going`` left out a candidate that is wrong or could not run.
     """
     parser = _parser()
     options = parser.parse_args(argv)
@@ -235,7 +235,7 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _complete(options: argparse.Namespace, parser: argparse.ArgumentParser) -> None:
-    """Fill in the defaults that depend on other options; refuse what would measure nothing."""
+    """Fill in the defaults that depend on other options; reject options that measure nothing."""
     options.rounds = options.rounds or (MIN_ROUNDS if options.quick else _ROUNDS)
     if options.assert_bars:
         options.host_cost = True
@@ -264,7 +264,7 @@ def _complete(options: argparse.Namespace, parser: argparse.ArgumentParser) -> N
 
 
 def _candidates(names: Sequence[str] | None, peers: bool) -> list[Candidate]:
-    """The frozen linear, and those named, or else those that are always compared; the peers."""
+    """The frozen linear, the named candidates or else the default ones, and the peers if given."""
     named = {"frozen", *(names or ())}
     return [
         row

@@ -1,9 +1,9 @@
-"""What a results file of the linear suite holds, also one written before it had the common frame.
+"""Contents of a results file of the linear suite, also of one that predates the common frame.
 
 A row of ``results`` is one of three: a measurement of a candidate at a case in a dtype
-(:meth:`neuroada_kernels.benchmarks.measurement.Measurement.as_dict`), one that was ``skipped`` and
-why (``failed``, where it should have run), and ``host_cost``, the overhead of one forward call at
-T = 1.
+(:meth:`neuroada_kernels.benchmarks.measurement.Measurement.as_dict`), a ``skipped`` candidate with
+the reason (``failed``, if it should have run), or ``host_cost``, the overhead of one forward call
+at T = 1.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ HOST_COST = "host-cost"
 
 @dataclass(frozen=True)
 class Skipped:
-    """A candidate that was not timed; ``failed``: it is wrong, or broke, and should be repaired."""
+    """A candidate that was not timed; ``failed``: it is wrong or raised, and needs a fix."""
 
     case: Case
     dtype: str
@@ -44,14 +44,14 @@ class Skipped:
 
     @classmethod
     def from_dict(cls, row: Mapping[str, Any]) -> Skipped:
-        """What :meth:`as_dict` made plain."""
+        """The inverse of :meth:`as_dict`."""
         case = {name: value for name, value in row["case"].items() if name != "name"}
         return cls(Case(**case), row["dtype"], row["candidate"], row["skipped"], "failed" in row)
 
 
 @dataclass
 class Results:
-    """The rows of a file as objects, and what follows from them."""
+    """The rows of a file as objects, and what is computed from them."""
 
     measurements: list[Measurement] = field(default_factory=list)
     skipped: list[Skipped] = field(default_factory=list)
@@ -60,7 +60,7 @@ class Results:
 
     @classmethod
     def of(cls, rows: Sequence[Mapping[str, Any]]) -> Results:
-        """Of a file's ``results``."""
+        """From a file's ``results``."""
         found = cls()
         for row in rows:
             if row["key"] == HOST_COST:
@@ -74,7 +74,7 @@ class Results:
 
     @property
     def fits(self) -> list[Fit]:
-        """Wherever enough of the measurements differ in one thing alone."""
+        """Fits to measurements that differ in one size only, where these are enough."""
         found: list[Fit] = fits(self.measurements)
         return found
 
@@ -83,7 +83,7 @@ class Results:
         self.verdicts = judge(self.measurements, self.host)
 
     def summary(self) -> dict[str, Any]:
-        """Of a file: what was computed of its rows."""
+        """The ``summary`` of a file: what was computed from its rows."""
         return {
             "fits": [fit.as_dict() for fit in self.fits],
             "bars": [
@@ -99,11 +99,11 @@ def row_key(case: Case, dtype: str, candidate: str) -> str:
 
 
 def framed(document: Mapping[str, Any]) -> dict[str, Any]:
-    """The document in the common frame, as it is where it has that already.
+    """The document in the common frame, unchanged if it already has that.
 
-    Before, the facts of the only session stood beside ``results``, ``rounds``, ``skipped`` and
-    ``host_cost``. Nothing is made up: what such a file does not say, as the host's time, is None,
-    and operations and bytes are the rates that it has, times the time.
+    In older files the facts of the only session were beside ``results``, ``rounds``, ``skipped``
+    and ``host_cost``. What such a file lacks, such as the host's time, is None; operations and
+    bytes are computed as its rates times the time.
     """
     if document.get("kind") == KIND:
         return dict(document)
@@ -111,7 +111,7 @@ def framed(document: Mapping[str, Any]) -> dict[str, Any]:
     session = {name: value for name, value in document.items() if name not in own}
     rows = [_framed_row(row) for row in document["results"]]
     rows += [
-        # The case was a name alone.
+        # Here the case was only a name.
         {"key": f"{s['case']} {s['dtype']} {s['candidate']}", **s, "skipped": s["reason"]}
         for s in document["skipped"]
     ]

@@ -52,7 +52,7 @@ def build(sizes: Sizes, sequence: int, dtype: torch.dtype, device: str) -> nn.Mo
 
 
 def adapted_linears(model: nn.Module) -> dict[str, nn.Linear]:
-    """What of a plain Llama is adapted, by name."""
+    """The linears of a plain Llama that are adapted, by name."""
     return {
         name: module
         for name, module in model.named_modules()

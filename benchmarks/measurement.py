@@ -14,7 +14,7 @@ from neuroada_kernels.testing import Case
 
 @dataclass(frozen=True)
 class Measurement:
-    """``automatic``: this is the NeuroAda candidate that serves where no backend is named."""
+    """``automatic``: this is the NeuroAda candidate that serves by default."""
 
     case: Case
     dtype: str
@@ -82,7 +82,7 @@ class Measurement:
 
     @classmethod
     def from_dict(cls, row: Mapping[str, Any]) -> Measurement:
-        """What :meth:`as_dict` made plain."""
+        """The inverse of :meth:`as_dict`."""
         case = {name: value for name, value in row["case"].items() if name != "name"}
         peak, beyond = row["peak_bytes"], row["peak_bytes_beyond_y_and_dx"]
         return cls(

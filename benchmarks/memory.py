@@ -34,7 +34,7 @@ def _peak(run: Run) -> int:
         return y, run.backward(y)
 
     with run.serving():
-        step()  # threads started and libraries' caches filled, none of which is this step's
+        step()  # starts threads and fills libraries' caches, which do not count
         peak: int = allocated_peak(step) if run.x.is_cpu else _peak_on_gpu(step)
     return peak
 
@@ -69,6 +69,6 @@ def kept_bytes(forward: Callable[[], Tensor], given: Iterable[Tensor]) -> int:
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
         y = forward()
-    # y is of use to the caller anyway, so keeping it costs nothing.
+    # The caller keeps y anyway, so saving it costs nothing.
     kept.pop(y.untyped_storage().data_ptr(), None)
     return sum(kept.values())

@@ -27,7 +27,7 @@ class Facts:
     """Of one forward and backward."""
 
     loss: float
-    grad: Tensor  # of the embeddings, which come in
+    grad: Tensor  # of the embeddings, which are the input
     chosen: dict[str, Tensor]  # linear to the gradient of its selected entries, by column
     norms: dict[str, float]  # of the gradient of everything that trains
 
@@ -45,14 +45,14 @@ class Reference(Protocol):
 def allowed(dtype: torch.dtype, layers: int) -> float:
     """The largest relative RMS error of a gradient through so many layers.
 
-    Each layer adds that of about a dozen products in a row, forward and backward; independent
-    roundings add up as their squares do.
+    Each layer adds the error of about a dozen successive GEMMs, forward and backward; the squares
+    of independent rounding errors add up.
     """
     return 4 * float(tolerance(dtype, 1024)) * math.sqrt(12 * layers)
 
 
 def take_facts(model: nn.Module, loss: Tensor, inputs: Tensor) -> Facts:
-    """Run the backward; gradients are left where it puts them."""
+    """Run the backward; gradients stay in ``.grad``."""
     loss.backward()
     assert inputs.grad is not None
     trained = training(model)
@@ -66,7 +66,7 @@ def take_facts(model: nn.Module, loss: Tensor, inputs: Tensor) -> Facts:
 def check_adapted(
     method: str, model: nn.Module, facts: Facts, known: Reference, dtype: torch.dtype, expected: int
 ) -> dict[str, float | None]:
-    """Before the first step: it computes what the frozen model does, and what should train does.
+    """Before the first step: the model computes what the frozen one does and trains as it should.
 
     Returns
     -------
@@ -92,13 +92,13 @@ def check_adapted(
 
 
 def check_drop(method: str, found: float, expected: float, limit: float) -> None:
-    """The loss falls as the materialised scheme's does: bypasses that are not zero count too."""
+    """Check that the loss falls as in the materialised scheme, with nonzero bypasses."""
     error = abs(found - expected) / abs(expected)
     refuse_beyond(method, {"the loss's drop": error}, limit)
 
 
 def check_what_trains(method: str, model: nn.Module, expected: int) -> int:
-    """As many numbers as ``expected``, in parameters of the method's names; returns how many."""
+    """Check the number of trained values and the names of their parameters; returns the number."""
     trained = training(model)
     pattern = METHODS[method].trains
     strange = [name for name in trained if not re.search(pattern, name)]
@@ -111,7 +111,7 @@ def check_what_trains(method: str, model: nn.Module, expected: int) -> int:
 
 
 def check_step(method: str, model: nn.Module, before: dict[str, int]) -> None:
-    """After a step nothing has changed but what trains.
+    """Check that a step has changed nothing but what trains.
 
     Parameters
     ----------
@@ -119,7 +119,7 @@ def check_step(method: str, model: nn.Module, before: dict[str, int]) -> None:
         The plain model's :func:`fingerprints`.
     """
     resident = method == "neuroada-resident"
-    if resident:  # its weights hold the bypass; leaving gives their bits back
+    if resident:  # its weights hold the bypass; leaving restores their bits
         nk.set_strategy(model, "bypass")
     trained = {plain_name(name) for name in training(model)}
     after = fingerprints(model)
@@ -151,7 +151,7 @@ def fingerprints(model: nn.Module) -> dict[str, int]:
 
 
 def _norm(gradient: Tensor | None) -> Tensor:
-    """In float32, of which nothing is copied."""
+    """The norm in float32, without a copy of the gradient."""
     assert gradient is not None
     norm: Tensor = torch.linalg.vector_norm(gradient, dtype=torch.float32)
     return norm
@@ -168,7 +168,7 @@ def layers_of(model: nn.Module) -> int:
 
 
 def _chosen(model: nn.Module) -> dict[str, Tensor]:
-    """Linear to ``[d_out, k]`` on the CPU, columns in order: how they are kept differs."""
+    """Linear to ``[d_out, k]`` on the CPU, sorted by column, as methods store them differently."""
     found = {}
     for name, module in model.named_modules():
         gradient = _of_layer(module)
@@ -193,13 +193,13 @@ def _of_layer(module: nn.Module) -> Tensor | None:
     else:
         return None
     if delta.grad is None:
-        return None  # whether what should train does is another check
+        return None  # another check covers whether it trains
     by_column: Tensor = delta.grad.gather(1, index.argsort(1))
     return by_column
 
 
 def refuse_beyond(method: str, errors: dict[str, float | None], limit: float) -> None:
-    """Raise WrongMethodError for an error beyond the limit, and for one that is no number."""
+    """Raise WrongMethodError for an error beyond the limit or NaN."""
     for name, error in errors.items():
         if error is not None and not error <= limit:
             raise WrongMethodError(

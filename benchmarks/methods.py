@@ -1,7 +1,8 @@
 """The methods that train a whole model, each adapting the same linears, and what each should train.
 
-Those of PEFT come from PEFT itself. What has no package is our own stand-in and says so: the frozen
-model, full fine-tuning, the materialised scheme of the method's authors, and mask-based tuning.
+Those of PEFT come from PEFT itself. Those without a package are our own, marked as stand-ins: the
+frozen model, full fine-tuning, the materialised scheme of the method's authors, and mask-based
+tuning.
 """
 
 from __future__ import annotations
@@ -46,10 +47,10 @@ class Method:
     adapt : callable
         From a frozen model and k to the model to train; it may be the same one, changed.
     numbers : callable
-        Of a linear's name, shape and k: how many numbers train there; None where the whole
-        model does.
+        From a linear's name, shape and k to its number of trained values; None if the whole
+        model trains.
     trains : str
-        A regular expression that the names of what trains match, and no others.
+        A regular expression that only the names of trained parameters match.
     chosen : bool
         Whether it trains NeuroAda's selection, so that gradients can be compared.
     """
@@ -61,14 +62,14 @@ class Method:
     chosen: bool = False
 
     def expected(self, shapes: Shapes, k: int, total: int) -> int:
-        """How many numbers should train, of a model with ``total`` parameters."""
+        """The number of values that should train, of a model with ``total`` parameters."""
         if self.numbers is None:
             return total
         return sum(self.numbers(name, shape, k) for name, shape in shapes.items())
 
 
 def shapes_of(model: nn.Module) -> dict[str, tuple[int, int]]:
-    """Of the linears of a plain Llama."""
+    """Shapes of the linears of a plain Llama, by name."""
     return {n: (m.out_features, m.in_features) for n, m in adapted_linears(model).items()}
 
 
@@ -85,7 +86,7 @@ def why_not(name: str) -> str | None:
 
 
 def package_version(name: str) -> str | None:
-    """Of an installed package, or None."""
+    """The version of an installed package, or None."""
     try:
         return metadata.version(name)
     except metadata.PackageNotFoundError:
@@ -93,7 +94,7 @@ def package_version(name: str) -> str | None:
 
 
 def plain_name(name: str) -> str:
-    """The name that a parameter or module has in the model that was not adapted yet."""
+    """The name of a parameter or module in the model before it is adapted."""
     return name.removeprefix("base_model.model.").replace(".base_layer", "")
 
 
@@ -122,7 +123,7 @@ def _neuroada_peft(model: nn.Module, k: int) -> nn.Module:
 
 def _stand_in(make: Callable[[Inputs], nn.Module]) -> Callable[[nn.Module, int], nn.Module]:
     def adapt(model: nn.Module, k: int) -> nn.Module:
-        for name in adapted_linears(model):  # in turn, so that a weight that was copied is freed
+        for name in adapted_linears(model):  # one by one, so that a copied weight is freed
             linear = model.get_submodule(name)
             assert isinstance(linear, nn.Linear)
             replace(model, {linear: make(_inputs(linear, k))})
@@ -132,7 +133,7 @@ def _stand_in(make: Callable[[Inputs], nn.Module]) -> Callable[[nn.Module, int],
 
 
 def _inputs(linear: nn.Linear, k: int) -> Inputs:
-    """What a stand-in takes of a layer: no x, no gradient, and a bypass of zeros."""
+    """The inputs of a stand-in for a layer: no x, no gradient, and a bypass of zeros."""
     weight = linear.weight.detach()
     index = nk.select(weight, k)
     delta = torch.zeros(index.shape, device=weight.device)
@@ -234,5 +235,5 @@ METHODS: dict[str, Method] = {
 
 
 def training(model: nn.Module) -> dict[str, Tensor]:
-    """What trains, by name."""
+    """The trained parameters, by name."""
     return {name: p for name, p in model.named_parameters() if p.requires_grad}

@@ -4,17 +4,17 @@ A Llama with random weights, Llama-3-8B's sizes on a GPU and a scaled one on the
 downloaded. Each method is checked before it is timed (:mod:`method_checks`), in each mode: plain,
 with gradient checkpointing, by torch.compile, with both. On the CPU a few methods at a time run
 interleaved with the frozen model, and a ratio is taken round by round; on a GPU, whose memory holds
-one model, they run in turn.
+one model, they run one after another.
 
 A row of the results has ``mode``, ``method``, its ``source`` (a package, or ``"stand-in"``) and
 either ``skipped``, the reason, or:
 
-- ``trainable``: how many numbers train; ``checks``: relative errors, see ``check_adapted``;
+- ``trainable``: number of trained values; ``checks``: relative errors, see ``check_adapted``;
 - ``step_ms``: quartiles, ``samples_ms``: each round; ``tokens_per_second``: by the median;
-- ``ratio_to_frozen``: quartiles, or None without frozen; ``paired``: whether by rounds, those of
-  the frozen model then being ``frozen_samples_ms``;
+- ``ratio_to_frozen``: quartiles, or None without frozen; ``paired``: whether taken round by round,
+  over ``frozen_samples_ms`` of the frozen model;
 - ``held_bytes``: what stays between steps (weights, adapter, state of AdamW); ``step_bytes``: the
-  most beside it within a step; ``peak_bytes``: their sum;
+  peak that a step adds to it; ``peak_bytes``: their sum;
 - ``graph_breaks``: of torch.compile, None in other modes; ``losses``: of each step.
 """
 
@@ -55,7 +55,7 @@ YARDSTICK = "frozen"
 FULL = World(Sizes(1024, 3584, 4, 8, 2, 4096), 512, 1, 8, torch.float32)
 QUICK = World(Sizes(256, 896, 2, 4, 1, 1024), 256, 1, 8, torch.float32)
 ON_GPU = World(Sizes(), 4096, 1, 20, torch.bfloat16, "cuda")
-#: Compiling takes most of a small run's time, so a quick one does so for the kinds that differ.
+#: Compiling dominates the time of a quick run, so it compiles one method of each kind.
 QUICK_COMPILED = (
     "frozen",
     "neuroada",
@@ -69,9 +69,9 @@ TOGETHER = 3
 
 
 class Suite:
-    """The rows that are asked for, measured where they are not there yet.
+    """The requested rows; those that the records lack are measured.
 
-    ``tick`` is told how many rows are there, and what is being done.
+    ``tick`` is called with the number of rows that are done, and what is being done.
     """
 
     def __init__(
@@ -92,7 +92,7 @@ class Suite:
 
     @property
     def rows(self) -> list[Row]:
-        """Those that are there, in the order in which they were asked for."""
+        """The requested rows that are done, in the requested order."""
         return [self.records.rows[key] for key in self.keys if key in self.records.rows]
 
     def run(self) -> None:
@@ -119,7 +119,7 @@ class Suite:
                 self._measure(mode, prepared)
 
     def _groups(self, missing: list[str]) -> list[list[str]]:
-        """Each with the yardstick where they run side by side, one alone on a GPU."""
+        """Methods that run interleaved, each group with the yardstick; single ones on a GPU."""
         if self.world.device != "cpu":
             return [[method] for method in missing]
         others = [method for method in missing if method != YARDSTICK]
@@ -135,7 +135,7 @@ class Suite:
             except WrongMethodError:
                 raise
             except Exception as error:
-                # Memory, and what cannot be compiled, are limits to report; the rest are defects.
+                # Out of memory and failed compilation are reported as limits; the rest are defects.
                 if not (MODES[mode].compiled or isinstance(error, torch.OutOfMemoryError)):
                     raise
                 self._skip(mode, method, _first_line(error))
@@ -171,7 +171,7 @@ class Suite:
             self._add(row)
 
     def _times(self, mode: str, samples: list[float], beside: list[float] | None) -> Row:
-        """``beside``: the yardstick's of the same rounds, where it ran in them."""
+        """``beside``: the yardstick's samples of the same rounds, if it ran in them."""
         frozen = beside or self._before(mode, len(samples))
         step = Quartiles.of(samples)
         return {
@@ -184,7 +184,7 @@ class Suite:
         }
 
     def _before(self, mode: str, rounds: int) -> list[float] | None:
-        """The yardstick's median, which it took before, as often as asked for."""
+        """The yardstick's stored median, ``rounds`` times; None if it was not measured."""
         row = self.records.rows.get(f"{mode}/{YARDSTICK}", {})
         return [row["step_ms"]["median"]] * rounds if "step_ms" in row else None
 
@@ -193,7 +193,7 @@ class Suite:
 
     def _add(self, row: Row) -> None:
         key = f"{row['mode']}/{row['method']}"
-        if key in self.keys:  # the yardstick also runs where it is not asked for
+        if key in self.keys:  # the yardstick also runs when not requested
             self.records.once(key, lambda: row)
 
     def _say(self, mode: str, doing: str) -> None:
@@ -209,7 +209,7 @@ def _first_line(error: Exception) -> str:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Measure what is asked for and not there yet; 1 where a method is wrong or none could run."""
+    """Measure what is requested and missing; returns 1 if a method is wrong or none could run."""
     parser = _parser()
     options = parser.parse_args(argv)
     world = _world(options, parser)
@@ -281,7 +281,7 @@ def _setting(world: World, name: str) -> Any:
 
 
 def _world(options: argparse.Namespace, parser: argparse.ArgumentParser) -> World:
-    """What the options ask for; refuses what would fail after minutes."""
+    """The world that the options describe; rejects early what would fail after minutes."""
     on_gpu = options.device == "cuda"
     if on_gpu and not torch.cuda.is_available():
         parser.error("--device cuda: no GPU is visible")
@@ -298,7 +298,7 @@ def _world(options: argparse.Namespace, parser: argparse.ArgumentParser) -> Worl
 
 
 def _asked(options: argparse.Namespace) -> dict[str, list[str]]:
-    """Methods by mode."""
+    """The requested methods by mode."""
     default = ["plain"] if options.device == "cuda" else list(MODES)[: 3 if options.quick else None]
     modes = options.modes or default
     methods = options.methods or list(METHODS)
@@ -322,7 +322,7 @@ def _settings(options: argparse.Namespace, world: World) -> dict[str, Any]:
 
 
 def _command(options: argparse.Namespace) -> str:
-    """What makes all of the rows, without the file's name."""
+    """The command that makes all of the rows, without the file's name."""
     words = ["neuroada bench model", *(["--quick"] if options.quick else [])]
     defaults = vars(_parser().parse_args([]))
     for name, value in vars(options).items():

@@ -33,7 +33,7 @@ def table(mode: str, rows: Sequence[Row]) -> Table:
 
 
 def plain_table(title: str, first: str, headings: Sequence[str]) -> Table:
-    """Without rows: names on the left, figures on the right."""
+    """A table without rows: names on the left, figures on the right."""
     found = Table(title=title, title_justify="left", box=SIMPLE_HEAD, padding=(0, 1, 0, 0))
     found.add_column(first, no_wrap=True)
     for heading in headings:
@@ -70,7 +70,7 @@ def described(records: Records, rows: Sequence[Row]) -> Iterator[str]:
 
 
 def where(session: dict[str, Any]) -> str:
-    """A session in a line."""
+    """One line that describes a session."""
     return (
         f"{session['date']}, commit {session['commit']}, torch {session['torch']}, "
         f"{machine_of(session)}"

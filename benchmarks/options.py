@@ -38,7 +38,7 @@ def add_outputs(parser: argparse.ArgumentParser) -> None:
 
 
 def command_line(suite: str, argv: Sequence[str] | None) -> str:
-    """What repeats a call of the suite, but for the files that it writes."""
+    """The command that repeats a call of the suite, without the files that it writes."""
     words = iter(sys.argv[1:] if argv is None else argv)
     kept = []
     for word in words:
@@ -51,7 +51,7 @@ def command_line(suite: str, argv: Sequence[str] | None) -> str:
 
 @contextmanager
 def threads(number: int | None) -> Iterator[None]:
-    """Torch's number of threads, for a while; None leaves it."""
+    """Set torch's number of threads within the block; None leaves it."""
     before = torch.get_num_threads()
     torch.set_num_threads(number or before)
     try:
@@ -61,7 +61,7 @@ def threads(number: int | None) -> Iterator[None]:
 
 
 def progress_bar(console: Console) -> Progress:
-    """Draws when it is told to: a thread that refreshes it would take time from what is timed."""
+    """A bar without a refresh thread, which would take time from what is timed."""
     columns = (
         TextColumn("{task.description}"),
         BarColumn(),

@@ -1,8 +1,8 @@
-"""Other methods' linears by their own package, PEFT, each with what it must compute.
+"""Other methods' linears from PEFT, each with what it must compute.
 
 All have the weight of :class:`neuroada_kernels.testing.Inputs`, adapters in its dtype (PEFT's
 default for a 16-bit model, float32 adapters, costs more), and adapters as large as the dense
-product, so that an error in them is seen. PEFT is imported where a layer is built.
+product, so that an error in them is seen. PEFT is imported when a layer is built.
 """
 
 from __future__ import annotations
@@ -63,7 +63,7 @@ class PeftLoRALinear(PeftLinear):
 
 
 class PeftDoRALinear(PeftLoRALinear):
-    """A magnitude of each row beside A and B."""
+    """DoRA: LoRA with a magnitude for each row."""
 
     def __init__(self, inputs: Inputs, r: int) -> None:
         super().__init__(inputs, r, dora=True)
@@ -78,7 +78,7 @@ class PeftDoRALinear(PeftLoRALinear):
 
 
 class PeftIA3Linear(PeftLinear):
-    """A factor of each output."""
+    """IA3: a factor for each output."""
 
     def __init__(self, inputs: Inputs) -> None:
         from peft import IA3Config
@@ -103,7 +103,7 @@ class PeftSHiRALinear(PeftLinear):
         self.values: nn.Parameter = self.layer.shira_weight["default"]
         _draw(self.values, inputs)
         with warnings.catch_warnings():
-            # torch says once that nobody checks PEFT's sparse tensor.
+            # torch warns once that PEFT's sparse tensor is not checked.
             warnings.filterwarnings("ignore", "Sparse invariant checks", UserWarning)
             self.layer.get_delta_weight("default")
 
@@ -118,7 +118,7 @@ class PeftSupertuningLinear(PeftLinear):
     def __init__(self, inputs: Inputs) -> None:
         from peft import SupertuningConfig
 
-        # PEFT rounds down what of the weight is left, which half an entry more makes exact.
+        # PEFT rounds the number of entries down; half an entry more makes it exact.
         share = (inputs.index.numel() + 0.5) / inputs.weight.numel()
         super().__init__(inputs, SupertuningConfig(sparsity=max(0.0, 1 - share)))
         self.values: nn.Parameter = self.layer.supertuning_values["default"]
@@ -129,7 +129,7 @@ class PeftSupertuningLinear(PeftLinear):
 
 
 def shira_rank(inputs: Inputs) -> int:
-    """The rank whose ``r (d_in + d_out)`` entries, which PEFT asks for, come closest to ours."""
+    """The rank whose ``r (d_in + d_out)`` entries in PEFT come closest to ours."""
     return max(1, round(inputs.index.numel() / sum(inputs.weight.shape)))
 
 

@@ -1,8 +1,8 @@
-"""Training over a 4-bit base: loss and memory, beside QLoRA of rank 8 as PEFT has it.
+"""Training over a 4-bit base: loss and memory, beside PEFT's QLoRA of rank 8.
 
 ``python -m neuroada_kernels.benchmarks.quantized``, with bitsandbytes, and PEFT for its rows.
-Blocks of a transformer (attention and gated MLP) with their linears in nf4; values are drawn at
-random, which no figure of memory depends on. ``qlora`` has its adapters in float32, which is
+Blocks of a transformer (attention and gated MLP) with their linears in nf4; values are random, and
+do not affect the memory. ``qlora`` has its adapters in float32, which is
 PEFT's default; ``qlora16`` in the dtype of the rest.
 """
 
@@ -32,10 +32,10 @@ LINEARS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down
 
 @dataclass(frozen=True)
 class Row:
-    """What was measured of one method; bytes beside the model's own."""
+    """The measurements of one method; bytes beside the model's own."""
 
     method: str
-    trained: int  # numbers
+    trained: int  # values
     optimizer_bytes: int  # of AdamW
     kept_bytes: int  # from forward to backward
     peak_bytes: int  # of a forward and backward, gradients included
@@ -168,7 +168,7 @@ def _digest(model: nn.Module) -> str:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Measure and print a table; 1 where nothing could be measured, or a base has changed."""
+    """Measure and print a table; returns 1 if nothing was measured, or a base has changed."""
     options = _parser().parse_args(argv)
     missing = missing_library("bitsandbytes")
     if missing is not None:

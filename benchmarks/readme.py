@@ -42,15 +42,15 @@ NONE_YET = "No results are committed yet."
 
 
 class DocumentError(ValueError):
-    """A page cannot take what is to be written."""
+    """A page lacks the markers of a part."""
 
 
 @dataclass(frozen=True)
 class Part:
     """What stands between ``<!-- marker -->`` and ``<!-- end of marker -->`` of a page.
 
-    Of ``files`` those count that are committed and of that kind (None: of any); where there is
-    none, the page says ``without``.
+    ``files`` count if they are committed and of that kind (None: of any); if there are none, the
+    page says ``without``.
     """
 
     page: str
@@ -69,7 +69,7 @@ def linear_table(source: Source) -> str:
 
 
 def linear_ranges(*sources: Source) -> str:
-    """The least and largest ratios, a table a machine."""
+    """The least and largest ratios, a table for each machine."""
     parts = []
     for source in sources:
         content = linear_tables.ranges(source)
@@ -79,7 +79,7 @@ def linear_ranges(*sources: Source) -> str:
 
 
 def growth_tables(source: Source) -> str:
-    """PEFT's methods beside ours in short, and lines that were fitted over k and T."""
+    """PEFT's methods beside ours in short, and lines fitted over k and T."""
     content = linear_tables.ranges(source)
     fitted = linear_tables.growth_in_short(source.document, GROWTH_METHODS)
     note = f"{content.note} {linear_tables.measured(source)}"
@@ -88,7 +88,7 @@ def growth_tables(source: Source) -> str:
 
 
 def block_table(source: Source) -> str:
-    """What a block keeps."""
+    """Activations that a block saves."""
     text = f"{block_memory.described(source.document)} Commit {source.commit}."
     return (
         f"{block_memory.kept(source.document).markdown()}\n\n{text} `{source.command}` repeats it."
@@ -111,19 +111,19 @@ def quality_tables(source: Source) -> str:
 
 
 def memory_tables(source: Source) -> str:
-    """NeuroAda beside mask-based tuning, and how far the computation is to be trusted."""
+    """NeuroAda beside mask-based tuning, and the accuracy of the computation."""
     content = memory.against_masked(source.document)
     parts = (memory.described(source.document), content.markdown(), _noted(source, content.note))
     return "\n\n".join(parts)
 
 
 def memory_part(name: str) -> Content:
-    """Of ``docs/memory.md``: a table of the memory suite's own."""
+    """A table of ``docs/memory.md``, as the memory suite makes it."""
     return lambda source: tables(source.document)[name]
 
 
 def model_tables(source: Source) -> str:
-    """A table a mode."""
+    """A table for each mode."""
     parts = [model.described(source)]
     for mode, rows in model.by_mode(source.document).items():
         content = model.steps(mode, rows)
@@ -133,7 +133,7 @@ def model_tables(source: Source) -> str:
 
 
 def peers_table(source: Source) -> str:
-    """A row a method."""
+    """A row for each method."""
     content = peers_training.compared(source.document)
     note = _noted(source, content.note)
     return "\n\n".join((peers_training.described(source), content.markdown(), note))
@@ -145,7 +145,7 @@ def _noted(source: Source, note: str) -> str:
 
 
 def _on_gpu(page: str, marker: str, kind: str | None, content: Content) -> Part:
-    """Where a GPU's results are not committed, the page says nothing of them."""
+    """A part on a GPU's results, which is empty if none are committed."""
     return Part(page, marker, kind, readme_gpu.FILES, content, readme_gpu.RESULTS, without="")
 
 
@@ -192,7 +192,7 @@ PARTS = (
 
 
 def write(root: Path) -> list[str]:
-    """Write all of them in a checkout; the names of the files that changed.
+    """Write all parts and figures in a checkout; returns the names of the files that changed.
 
     Raises
     ------
@@ -211,7 +211,7 @@ def write(root: Path) -> list[str]:
 
 
 def written_pages(root: Path) -> dict[str, str]:
-    """Every page as it should be."""
+    """Every page with its present content."""
     pages: dict[str, str] = {}
     for part in PARTS:
         text = pages.get(part.page) or (root / part.page).read_text()
@@ -238,12 +238,12 @@ def replaced(text: str, page: str, marker: str, content: str) -> str:
 
 
 def figures(root: Path) -> list[Figure]:
-    """Those whose results are committed."""
+    """The figures whose results are committed."""
     return [figure for figure in FIGURES if _sources(root, figure)]
 
 
 def svg(root: Path, figure: Figure) -> str:
-    """The figure's file."""
+    """The content of the figure's file."""
     panels = figure.panels(*_sources(root, figure))
     titles, painters, _ = zip(*panels, strict=True)
     width = 230 * len(panels) if len(panels) > 2 else 330 * len(panels)
@@ -279,7 +279,7 @@ def _sources(root: Path, of: Part | Figure) -> list[Source]:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Write everything; the exit status."""
+    """Write everything; returns the exit status."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("checkout", type=Path, nargs="?", default=Path())
     options = parser.parse_args(argv)

@@ -18,7 +18,7 @@ LINEAR_FILES = ("linear.json", "linear-xeon-amx.json")
 
 @dataclass(frozen=True)
 class Figure:
-    """A panel is a title, a painter, and its numbers in words."""
+    """A panel is a title, a painter, and its numbers as text."""
 
     path: str
     title: str
@@ -30,7 +30,7 @@ class Figure:
     folder: str = RESULTS
 
 
-#: The case that the README's figure shows, and what of it: what a user would choose between.
+#: The case that the README's figure shows, and candidates that no user would choose.
 CASE = "T512-2048to2048-k8"
 _NOT_SHOWN = ("frozen", "reference", "neuroada-eager")
 
@@ -69,7 +69,7 @@ def _in_words(rows: list[Mapping[str, Any]]) -> str:
 
 
 def block_panels(source: Source) -> list[tuple[str, Painter, str]]:
-    """A panel for each dtype: what the block keeps, and of it the linears."""
+    """A panel for each dtype: what the block saves, and the part of its linears."""
     panels = []
     for dtype in dict.fromkeys(row["dtype"] for row in source.document["results"]):
         bars = block_memory.bars_of(source.document, dtype)

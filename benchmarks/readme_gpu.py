@@ -1,4 +1,4 @@
-"""What the documentation says of a GPU, from the files that ``benchmarks/gpu_run.sh`` writes."""
+"""GPU results in the documentation, from the files that ``benchmarks/gpu_run.sh`` writes."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ REPEAT = "`benchmarks/gpu_run.sh OUTDIR` repeats it."
 
 
 def block_table(source: Source) -> str:
-    """The linears of a Llama-3-8B block summed; nothing where none was measured as a whole."""
+    """The linears of a Llama-3-8B block summed; empty if no complete block was measured."""
     content = llama_block.summed(source.document)
     if not content.rows:
         return ""

@@ -11,7 +11,7 @@ from neuroada_kernels.benchmarks.html.source import Source
 from neuroada_kernels.benchmarks.html.tables import Table
 
 RESULTS = "benchmarks/results"
-#: File to what its machine is called here.
+#: File to the name of its machine in the table.
 MACHINES = {
     "cpu/linear.json": "AMD EPYC with AVX-512",
     "cpu/linear-xeon-amx.json": "Intel Xeon with AMX, where torch's GEMM is faster",
@@ -23,7 +23,7 @@ RESIDENT = "resident"
 
 
 def table(*sources: Source) -> str:
-    """A row for each file; of a GPU the linears of a Llama-3-8B block, summed."""
+    """A row for each file; for a GPU the linears of a Llama-3-8B block, summed."""
     rows = [_of_gpu(s) if s.sessions[-1].get("gpu") else _of_cpu(s) for s in sources]
     content: str = Table("What is left to pay", ("", *DTYPES), rows, words=3).markdown()
     return content
@@ -47,7 +47,7 @@ def _of_cpu(source: Source) -> list[str]:
 
 
 def added(least: float, most: float) -> str:
-    """Ratios to frozen as percents of its time."""
+    """Ratios to frozen as percentages of its time."""
     low, high = (round(100 * (ratio - 1)) for ratio in (least, most))
     if high < 0:
         return f"{-high} to {-low} % *less* time"
@@ -85,6 +85,6 @@ def _block(document: Mapping[str, Any], dtype: str) -> dict[int, dict[str, float
 
 
 def _automatic(rows: Iterable[Mapping[str, Any]]) -> str:
-    """The candidate that serves where none is named."""
+    """The candidate of the backend chosen by default."""
     (name,) = {str(row["candidate"]) for row in rows if row["automatic"]}
     return name

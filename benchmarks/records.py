@@ -1,9 +1,9 @@
-"""What a suite found out so far: a JSON file, whole after each row; a later run goes on.
+"""Results of a suite: a JSON file, complete after each row, which a later run resumes.
 
 Every suite's file has the same frame, which ``neuroada report`` reads: ``kind`` (the suite),
 ``command`` (what repeats it), ``settings``, ``sessions`` (where and with what it ran, see
-:mod:`neuroada_kernels.benchmarks.environment`) and ``results``, rows of plain data; and where a
-suite computes something of the rows, ``summary``.
+:mod:`neuroada_kernels.benchmarks.environment`) and ``results``, rows of plain data; and
+``summary``, if the suite computes one from the rows.
 """
 
 from __future__ import annotations
@@ -18,17 +18,17 @@ from neuroada_kernels._files import replacing
 from neuroada_kernels.benchmarks.environment import environment
 
 Row = dict[str, Any]
-#: Facts that rows of one file share unless a suite says otherwise: others are not comparable.
+#: Facts that rows of one file share by default: rows with other facts are not comparable.
 SAME = ("package", "commit", "torch", "cpu", "gpu", "threads", "environment")
 
 
 class RecordsError(ValueError):
-    """A results file cannot be gone on with."""
+    """A results file cannot be resumed."""
 
 
 @dataclass
 class Records:
-    """Rows by their key; with a ``path``, written there after each as a whole."""
+    """Rows by their key; with a ``path``, the whole file is rewritten after each row."""
 
     kind: str
     command: str
@@ -39,7 +39,7 @@ class Records:
     sessions: list[dict[str, Any]] = field(default_factory=list)
     summary: dict[str, Any] = field(default_factory=dict)
     same: Sequence[str] = SAME
-    _here: bool = False  # whether this process has a session of its own
+    _here: bool = False  # whether this process has opened its session
 
     @classmethod
     def open(
@@ -53,25 +53,25 @@ class Records:
         same: Sequence[str] = SAME,
         framed: Callable[[Any], Mapping[str, Any]] = dict,
     ) -> Records:
-        """What ``path`` holds already, or nothing where there is no such file.
+        """The records in ``path``, or empty ones if there is no such file.
 
         Parameters
         ----------
         kind, command, settings, device
-            Of the rows to come; those that ``path`` holds must have the kind and the settings.
+            Of the new rows; those in ``path`` must have the same kind and settings.
         path : Path, optional
             The file, which need not be there yet.
         same
             The facts of :mod:`~neuroada_kernels.benchmarks.environment` that all rows share.
         framed
-            Gives a file from before the frame as it would be today.
+            Converts a file that predates the common frame.
 
         Raises
         ------
         RecordsError
-            If it holds something else, or rows of other settings.
+            If the file holds something else, or rows of other settings.
         """
-        settings = json.loads(json.dumps(settings))  # as a file gives them back
+        settings = json.loads(json.dumps(settings))  # as read back from a file
         records = cls(kind, command, settings, device, path, same=same)
         if path is None or not path.exists():
             return records
@@ -84,12 +84,12 @@ class Records:
         except (AttributeError, KeyError, TypeError, ValueError) as error:
             raise RecordsError(f"{path}: holds no results of {kind} ({error!r})") from error
         records._expect({"kind": kind, **settings}, before)
-        # Rows of an earlier call stay, and so does what repeats it.
+        # Rows of an earlier call stay, so its command does too.
         records.command = " && ".join(dict.fromkeys([*commands, command]))
         return records
 
     def once(self, key: str, measure: Callable[[], Row]) -> Row:
-        """The row of that key: the one at hand, or what ``measure`` returns, added."""
+        """The row of that key: the stored one, or the result of ``measure``, which is added."""
         if key not in self.rows:
             self._open_session()
             self.rows[key] = {"key": key, **measure()}
@@ -97,7 +97,7 @@ class Records:
         return self.rows[key]
 
     def group(self, keys: Sequence[str], measure: Callable[[], Iterable[Row]]) -> list[Row]:
-        """The rows of those keys, which are measured together: once more where one is missing."""
+        """The rows of those keys; if one is missing, all are measured together."""
         if not all(key in self.rows for key in keys):
             self._open_session()
             rows = zip(keys, measure(), strict=True)

@@ -1,4 +1,4 @@
-"""Results of the linear suite on the screen and as a chart, and what they are of."""
+"""Results of the linear suite on the screen and as a chart, with their environment."""
 
 from __future__ import annotations
 

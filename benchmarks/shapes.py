@@ -10,7 +10,7 @@ from dataclasses import replace
 from neuroada_kernels.benchmarks.options import positive
 from neuroada_kernels.testing import MODEL_SHAPES, Case, Shape
 
-#: What ``--sweep`` measures where its own option does not say.
+#: What ``--sweep`` measures without ``--k`` or ``--tokens``.
 SWEEP_K = (1, 2, 4, 8, 16, 32, 64, 128)
 SWEEP_TOKENS = (1, 4, 16, 64, 256, 1024, 4096, 16384)
 
@@ -27,7 +27,7 @@ def shape_names(text: str) -> tuple[Shape, ...]:
 
 
 def add_cases(parser: argparse.ArgumentParser, tokens: str) -> None:
-    """The options of :func:`bench_cases`; what tokens there are without them is said in words."""
+    """Add the options of :func:`bench_cases`; ``tokens`` describes the default of ``--tokens``."""
     add = parser.add_argument
     add("--cases", nargs="+", metavar="TEXT", help="only cases with one of these in their name")
     add(
@@ -52,12 +52,12 @@ def bench_cases(
     sweep: str | None = None,
     filters: Sequence[str] | None = None,
 ) -> list[Case]:
-    """The cases of the shared table, at other shapes, tokens or k where asked for.
+    """The cases of the shared table, at other shapes, tokens or k if given.
 
     Parameters
     ----------
     known : sequence of Case
-        The table: what is measured where nothing else is said.
+        The table of default cases.
     quick : bool
         Square shapes alone, at k = 8.
     shapes, tokens, k : sequence, optional

@@ -6,7 +6,7 @@ import importlib
 import sys
 
 DEFAULT = "linear"
-#: Suite to the module whose ``main`` runs it, and what the help says.
+#: Suite to the module whose ``main`` runs it, and its help text.
 SUITES = {
     DEFAULT: ("neuroada_kernels.benchmarks.linear", "time linear layers, methods side by side"),
     "memory": (
@@ -41,7 +41,7 @@ SUITES = {
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Run the suite that the first argument names, or the linear one; its exit status."""
+    """Run the suite that the first argument names, or the linear one; returns its exit status."""
     arguments = sys.argv[1:] if argv is None else argv
     if arguments[:1] in (["-h"], ["--help"]):
         print(_help())

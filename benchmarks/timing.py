@@ -1,7 +1,7 @@
 """Interleaved timing on a CPU: all candidates in every round, ratios taken within a round.
 
-A machine's speed drifts by more than the differences that are to be seen. What runs in the same
-round shares the drift, so a ratio of neighbours cancels it.
+A machine's speed drifts by more than the differences to be measured. Steps in the same round share
+the drift, so their ratio cancels it.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ MIN_ROUNDS = 9
 
 
 class Step(Protocol):
-    """What can be timed; :class:`neuroada_kernels.benchmarks.candidates.Run` is one."""
+    """What can be timed, such as :class:`neuroada_kernels.benchmarks.candidates.Run`."""
 
     def serving(self) -> AbstractContextManager[None]: ...
 
@@ -41,7 +41,7 @@ class Quartiles:
 
     @classmethod
     def of(cls, values: Sequence[float]) -> Quartiles:
-        """Of one value, that value three times."""
+        """The quartiles; of one value, that value three times."""
         if len(values) == 1:
             return cls(values[0], values[0], values[0])
         return cls(*statistics.quantiles(values, n=4, method="inclusive"))
@@ -73,11 +73,11 @@ def measure(
     steps : mapping of str to Step
         In the order in which they run.
     rounds : int
-        At least :data:`MIN_ROUNDS` for a median that is worth something.
+        At least :data:`MIN_ROUNDS` for a meaningful median.
     warmup : int
         Rounds before the first that counts.
     between : callable
-        Called after each round, warm-up included; its time counts nowhere.
+        Called after each round, warm-up included; its time is not counted.
     """
     samples: dict[str, list[tuple[int, int]]] = {name: [] for name in steps}
     with _without_gc():
@@ -111,7 +111,7 @@ def host_cost(rounds: int = 15, calls: int = 1000, device: str = "cpu") -> HostC
     """Time a forward at T = 1 through a 64 x 64 layer with k = 1, grad mode on, x requiring grad.
 
     ``nn.Linear`` frozen against ``NeuroAdaLinear`` with the backend chosen automatically. A call
-    includes dropping the graph that the one before it built.
+    includes freeing the graph of the previous call.
     """
     x = torch.randn(1, 64, device=device, requires_grad=True)
     linear = nn.Linear(64, 64, bias=False, device=device)
@@ -138,8 +138,8 @@ def host_times(
 ) -> dict[str, Quartiles]:
     """Microseconds of the host for the calls of a step, forward and backward, interleaved.
 
-    What a step computes on the CPU is in it, what it launches on a GPU is not: ``settle`` waits for
-    that, before and after the clock runs.
+    Work of a step on the CPU is included, work on a GPU is not: ``settle`` waits for the GPU before
+    and after the timed calls.
     """
     samples: dict[str, list[float]] = {name: [] for name in steps}
     with _without_gc():
@@ -158,7 +158,7 @@ def host_times(
 
 
 def _time(step: Step) -> tuple[int, int]:
-    """Nanoseconds of forward and backward; what they returned is freed after the clock stopped."""
+    """Nanoseconds of forward and backward; their results are freed after the timed part."""
     with step.serving():
         start = perf_counter_ns()
         y = step.forward()

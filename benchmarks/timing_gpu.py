@@ -1,8 +1,7 @@
 """Interleaved timing on a GPU: each step captured as a CUDA graph and replayed in every round.
 
-A graph leaves out the host's time to launch, which is the same question for every candidate and
-is measured apart. Before each replay L2 is overwritten, as a model's other layers
-would.
+A graph excludes the host's launch overhead, which is measured separately for every candidate.
+Before each replay L2 is overwritten, as a model's other layers would do.
 """
 
 from __future__ import annotations
@@ -27,7 +26,7 @@ def measure_on_gpu(
 ) -> dict[str, Timings]:
     """As :func:`neuroada_kernels.benchmarks.timing.measure`, in nanoseconds of the GPU's clock.
 
-    The backward's time is that of forward and backward, less the forward's.
+    The backward's time is that of forward and backward minus that of the forward.
     """
     replays = {name: (_capture(step, False), _capture(step, True)) for name, step in steps.items()}
     flush = torch.empty(_FLUSH_BYTES, dtype=torch.uint8, device="cuda")
@@ -45,7 +44,7 @@ def measure_on_gpu(
 
 
 def reason_not_captured(step: Step) -> str | None:
-    """Why the step cannot be timed here, where it does what a CUDA graph does not hold."""
+    """Why the step cannot be captured in a CUDA graph and timed here; None if it can."""
     try:
         _capture(step, True)
     except RuntimeError as error:

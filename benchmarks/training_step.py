@@ -29,7 +29,7 @@ from neuroada_kernels.benchmarks.methods import METHODS, shapes_of, training
 
 @dataclass(frozen=True)
 class Mode:
-    """How a model runs, whatever trains it."""
+    """How a model runs, for every method."""
 
     checkpointing: bool = False
     compiled: bool = False
@@ -64,7 +64,7 @@ class World:
 class TrainingStep:
     """Forward, backward and AdamW, as :class:`neuroada_kernels.benchmarks.timing.Step`.
 
-    Every method pays for the gradient of what the embeddings give, so that frozen has a backward.
+    The embeddings' output requires grad in every method, so that frozen has a backward.
     """
 
     model: nn.Module
@@ -84,7 +84,7 @@ class TrainingStep:
         return loss
 
     def _embedded(self) -> Tensor:
-        """The embeddings at hand, computed anew where their weight trains."""
+        """The stored embeddings, or computed anew if their weight trains."""
         module = self.model.get_input_embeddings()  # type: ignore[operator]
         if not module.weight.requires_grad:
             return self.embeddings
@@ -93,14 +93,14 @@ class TrainingStep:
         return inputs
 
     def backward(self, y: Tensor) -> tuple[Tensor, ...]:
-        """Of the loss; reading it at the end, as a training loop does, waits for a GPU."""
+        """Backward and update; reading the loss last, as a training loop does, waits for a GPU."""
         y.backward()
         self.update()
         self.losses.append(y.item())
         return ()
 
     def update(self) -> None:
-        """A step of the optimizer, where anything trains; no gradient stays."""
+        """A step of the optimizer, if anything trains; then all gradients are freed."""
         if self.optimizer is not None:
             self.optimizer.step()
             self.optimizer.zero_grad()
@@ -111,7 +111,7 @@ class TrainingStep:
             self.backward(self.forward())
 
     def facts(self) -> Facts:
-        """Loss and gradients as things stand; nothing changes."""
+        """Loss and gradients in the present state, which does not change."""
         with self.serving():
             loss = self.forward()
             assert self._inputs is not None
@@ -121,9 +121,9 @@ class TrainingStep:
         return found
 
     def drop(self) -> float:
-        """By how much the loss falls where what trains goes down its gradient; it comes back.
+        """The drop of the loss after a step along the negative gradient, which is then undone.
 
-        It goes so far that the gradient promises a tenth of the loss.
+        The step is so long that, to first order, the loss would fall by a tenth.
         """
         trained = list(training(self.model).values())
         before = [parameter.detach().clone() for parameter in trained]
@@ -147,7 +147,7 @@ class TrainingStep:
 class References:
     """What the frozen model computes; of the materialised scheme, the gradients and the drop.
 
-    The latter two are None where the memory does not hold that scheme.
+    The latter two are None if that scheme does not fit in memory.
     """
 
     frozen: Facts
@@ -163,11 +163,11 @@ class Prepared:
     trainable: int
     held_bytes: int
     checks: dict[str, float | None]
-    graph_breaks: int | None  # of torch.compile, where it was asked for
+    graph_breaks: int | None  # of torch.compile; None in other modes
 
 
 def references(world: World, mode: Mode) -> References:
-    """For a mode: the materialised scheme may fit with checkpointing alone."""
+    """The references for a mode: the materialised scheme may fit only with checkpointing."""
     frozen = _build(world, mode, "frozen")[0].facts()
     free(world.device)
     try:
@@ -178,7 +178,7 @@ def references(world: World, mode: Mode) -> References:
 
 
 def prepare(method: str, world: World, mode: Mode, known: References) -> Prepared:
-    """Adapt a model and check it before, in and after its first step; compile it where asked for.
+    """Adapt a model and check it before, in and after its first step; compile it if the mode does.
 
     Raises
     ------
@@ -211,7 +211,7 @@ def prepare(method: str, world: World, mode: Mode, known: References) -> Prepare
 
 
 def free(device: str) -> None:
-    """Let go of models that are gone: they are rings, and compiled code refers to them."""
+    """Free unused models, which are reference cycles and are referred to by compiled code."""
     torch._dynamo.reset()
     gc.collect()
     if device == "cuda":
@@ -219,7 +219,7 @@ def free(device: str) -> None:
 
 
 def step_bytes(step: TrainingStep, device: str) -> int:
-    """The most bytes that a step holds beside what stays between steps."""
+    """The peak bytes that a step adds to what stays between steps."""
     if device == "cpu":
         peak: int = allocated_peak(step.run)
         return peak
@@ -232,7 +232,7 @@ def step_bytes(step: TrainingStep, device: str) -> int:
 
 
 def _build(world: World, mode: Mode, method: str) -> tuple[TrainingStep, dict[str, int], int]:
-    """A step of the adapted model, the fingerprints of the plain one, how much should train."""
+    """A step of the adapted model, the plain one's fingerprints, the number of trained values."""
     model = build(world.sizes, world.sequence, world.dtype, world.device)
     if mode.checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})

@@ -1,4 +1,4 @@
-"""Operations and bytes that a step of a method needs at least, whatever an implementation does."""
+"""Minimum FLOPs and bytes of a step of a method, whatever the implementation."""
 
 from __future__ import annotations
 
@@ -17,20 +17,20 @@ class Work:
 
 
 def frozen(inputs: Inputs) -> Work:
-    """Two products; W read for each, and x, y, dy and dx passed once."""
+    """Two GEMMs; W read for each, and x, y, dy and dx read or written once."""
     tokens, (d_out, d_in) = inputs.x.shape[0], inputs.weight.shape
     values = 2 * d_out * d_in + 2 * tokens * (d_in + d_out)
     return Work(4 * tokens * d_out * d_in, values * inputs.x.element_size())
 
 
 def full(inputs: Inputs) -> Work:
-    """A third product; x once more, dW written."""
+    """A third GEMM; x read once more, dW written."""
     least = frozen(inputs)
     return Work(least.flops * 3 // 2, least.bytes + inputs.x.nbytes + inputs.weight.nbytes)
 
 
 def bypass(inputs: Inputs) -> Work:
-    """Three products of k columns; x once more, index and delta for each direction, ddelta."""
+    """Three sparse products of k columns; x once more, index and delta per direction, ddelta."""
     return _sparse(inputs, inputs.index.numel())
 
 
@@ -47,7 +47,7 @@ def _sparse(inputs: Inputs, entries: int) -> Work:
 
 
 def lora(inputs: Inputs, rank: int) -> Work:
-    """Three products with A and with B; x once more, A and B for each direction, dA and dB."""
+    """Three GEMMs with A and three with B; x once more, A and B per direction, dA and dB."""
     least = frozen(inputs)
     values = rank * sum(inputs.weight.shape)
     flops = least.flops + 6 * inputs.x.shape[0] * values
@@ -55,13 +55,13 @@ def lora(inputs: Inputs, rank: int) -> Work:
 
 
 def dora(inputs: Inputs, rank: int) -> Work:
-    """As :func:`lora`, and the norms of ``W + B A``: that product, and W once more."""
+    """As :func:`lora`, and the norms of ``W + B A``: the GEMM B A, and W once more."""
     least = lora(inputs, rank)
     return Work(least.flops + 2 * rank * inputs.weight.numel(), least.bytes + inputs.weight.nbytes)
 
 
 def ia3(inputs: Inputs) -> Work:
-    """y and dy scaled, a sum of their products; the factors for each direction, their gradient."""
+    """y and dy scaled, a sum of their products; the factors per direction, their gradient."""
     least = frozen(inputs)
     factors = 3 * inputs.weight.shape[0] * inputs.x.element_size()
     return Work(least.flops + 4 * inputs.grad_output.numel(), least.bytes + factors)

@@ -1,7 +1,7 @@
 """What the examples train: a small Llama with random weights, on text that ships with Python.
 
-In earnest both come from elsewhere, ``AutoModelForCausalLM.from_pretrained`` and a data set. These
-need no download, and a CPU trains them in seconds.
+In applications use ``AutoModelForCausalLM.from_pretrained`` and a data set instead. These need no
+download, and train in seconds on a CPU.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ class ByteTokenizer:
 
 
 class Topics(torch.utils.data.Dataset):
-    """The help on Python's keywords, cut into rows of ``LENGTH`` tokens, in an order of its own."""
+    """The help on Python's keywords, cut into rows of ``LENGTH`` tokens, in a random order."""
 
     def __init__(self, tokenizer: ByteTokenizer) -> None:
         text = "\n".join(pydoc_data.topics.topics.values())
@@ -44,7 +44,7 @@ class Topics(torch.utils.data.Dataset):
 
 
 def base_model() -> LlamaForCausalLM:
-    """The same model each time, as loading it would give it."""
+    """The same model each time, as if it were loaded."""
     torch.manual_seed(0)
     config = LlamaConfig(
         vocab_size=ByteTokenizer.vocab_size,
@@ -57,6 +57,6 @@ def base_model() -> LlamaForCausalLM:
         bos_token_id=None,
         eos_token_id=None,
         pad_token_id=0,
-        initializer_range=0.1,  # so that the features of frozen random layers are of some use
+        initializer_range=0.1,  # so that frozen random layers have useful features
     )
     return LlamaForCausalLM(config)

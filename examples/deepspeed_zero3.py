@@ -49,7 +49,7 @@ def main() -> None:
         if rank == 0:
             print(f"step {step} loss {loss.item() / ranks:.6f}")
 
-    # Within the block the parameters are whole, for the first process to save.
+    # Within the block the parameters are all-gathered, so that rank 0 can save them.
     with deepspeed.zero.GatheredParameters(list(model.parameters())):
         if rank == 0:
             nk.save_adapter(model, args.out)

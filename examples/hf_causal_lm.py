@@ -2,7 +2,7 @@
 
     python examples/hf_causal_lm.py
 
-Adapts, trains in a loop of its own, saves the adapter, loads it into another copy of the base,
+Adapts, trains in a plain loop, saves the adapter, loads it into another copy of the base,
 merges it there, and generates. Some seconds on a CPU.
 """
 
@@ -49,7 +49,7 @@ def main(argv: list[str] | None = None) -> dict[str, object]:
     nk.load_adapter(served, arguments.out)
     prompt = torch.tensor([tokenizer.encode("The statement ")])
     logits = served(prompt).logits
-    nk.merge(served)  # plain linears: nothing is left to pay
+    nk.merge(served)  # plain linears, without overhead
     difference = (served(prompt).logits - logits).abs().max().item()
     tokens = served.generate(prompt, max_new_tokens=40, do_sample=False)
     text = tokenizer.decode(tokens[0].tolist())

@@ -2,8 +2,8 @@
 
     python examples/peft_trainer.py
 
-Trains, saves, loads the adapter beside a second one, serves a batch whose rows have adapters of
-their own, and merges. Some seconds on a CPU.
+Trains, saves, loads the adapter beside a second one, serves a batch whose rows use different
+adapters, and merges. Some seconds on a CPU.
 """
 
 from __future__ import annotations
@@ -57,7 +57,7 @@ def main(argv: list[str] | None = None) -> dict[str, object]:
     for name, row in zip(names, mixed.tolist(), strict=True):
         print(f"{name}: {tokenizer.decode(row)!r}")
 
-    merged = served.merge_and_unload(safe_merge=True)  # the plain Llama again, one adapter in it
+    merged = served.merge_and_unload(safe_merge=True)  # the plain Llama with one adapter merged
     tokens = merged.generate(input_ids=prompts[:1], max_new_tokens=40, do_sample=False)
     losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
     print(f"loss {losses[0]:.3f} to {losses[-1]:.3f}")

@@ -1,4 +1,4 @@
-"""A transformer of 100,000 parameters, and what the torchrun examples teach it."""
+"""A transformer of 100,000 parameters, and the task of the torchrun examples."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ class Block(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         normed = self.norm_attention(x)
-        # As many heads as there are columns for: under tensor parallelism only some of them.
+        # -1 heads: under tensor parallelism a process has only some of them.
         q, k, v = (
             project(normed).unflatten(-1, (-1, WIDTH // HEADS)).transpose(1, 2)
             for project in (self.q_proj, self.k_proj, self.v_proj)

@@ -2,7 +2,7 @@
 
     torchrun --nproc-per-node 2 examples/torchrun_ddp.py
 
-Only gradients of deltas travel, a few thousandths of the model.
+Only gradients of deltas are communicated, a few thousandths of the model.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ def main() -> None:
     model = pretrained().to(device)
     summary = nk.adapt(model, k=4)
     broadcast_adapter(model)  # the same connections everywhere, once
-    # ... so that buffers need not be sent in each forward. Newer torch: forward_sync_buffers=False.
+    # So buffers need not be broadcast in each forward. Newer torch: forward_sync_buffers=False.
     wrapped = DistributedDataParallel(model, broadcast_buffers=False)
     trained = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(trained, lr=3e-2)
@@ -50,7 +50,7 @@ def main() -> None:
         if rank == 0:
             print(f"step {step} loss {loss.item() / ranks:.6f}")
 
-    if rank == 0:  # the others have the same
+    if rank == 0:  # all ranks have the same adapter
         nk.save_adapter(wrapped, args.out)
     dist.destroy_process_group()
 

@@ -1,10 +1,11 @@
 """Frozen weights split over the processes (FSDP2), each of which has its own rows.
 
-    torchrun --nproc-per-node 2 examples/torchrun_fsdp.py                    # deltas whole
+    torchrun --nproc-per-node 2 examples/torchrun_fsdp.py                    # deltas replicated
     torchrun --nproc-per-node 2 examples/torchrun_fsdp.py --deltas sharded
 
-Whole deltas stay float32 under mixed precision, and their gradients travel in one message. Sharded
-ones take no memory twice; with FSDP casting what it gathers, they join the product in bfloat16.
+Replicated deltas stay float32 under mixed precision, and one message reduces their gradients.
+Sharded deltas are stored only once; FSDP casts them as it gathers them, so that the forward reads
+them in bfloat16.
 """
 
 from __future__ import annotations
@@ -46,7 +47,7 @@ def main() -> None:
     for block in model.blocks:
         fully_shard(block, mp_policy=policy, ignored_params=whole)
     fully_shard(model, mp_policy=policy, ignored_params=whole)
-    # After sharding: the parameters are others now.
+    # After sharding, which replaces the parameters.
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=3e-2)
     if rank == 0:
         print(summary)
@@ -61,7 +62,7 @@ def main() -> None:
         if rank == 0:
             print(f"step {step} loss {loss.item() / ranks:.6f}")
 
-    nk.save_adapter(model, args.out)  # by all together: the first one writes
+    nk.save_adapter(model, args.out)  # collective: rank 0 writes
     if args.checkpoint:
         adapter = get_model_state_dict(model, options=StateDictOptions(ignore_frozen_params=True))
         checkpoint.save(adapter, checkpoint_id=args.checkpoint)

@@ -61,9 +61,7 @@ def main() -> None:
         if rank == 0:
             print(f"step {step} loss {loss.item():.6f}")
 
-    nk.save_adapter(
-        model, args.out
-    )  # by all together: the parts are gathered, the first one writes
+    nk.save_adapter(model, args.out)  # collective: the shards are all-gathered, rank 0 writes
     dist.destroy_process_group()
 
 

@@ -19,10 +19,10 @@ _PACKAGE = Path(__file__).parent
 _PURE = "not beside the package: a pure-Python install (NEUROADA_BUILD=none), or never built"
 
 
-def _in_words(error: BaseException) -> str:
+def _describe(error: BaseException) -> str:
     """The error followed by its ``__cause__``, in which torch puts the actual reason."""
     words = f"{type(error).__name__}: {error}"
-    return words if error.__cause__ is None else f"{words} ({_in_words(error.__cause__)})"
+    return words if error.__cause__ is None else f"{words} ({_describe(error.__cause__)})"
 
 
 def _is_disabled() -> bool:
@@ -38,7 +38,7 @@ def _load_module() -> tuple[ModuleType | None, str | None]:
     try:
         return importlib.import_module("neuroada_kernels._C"), None
     except Exception as error:
-        return None, _in_words(error)
+        return None, _describe(error)
 
 
 def _load_library() -> str | None:
@@ -51,7 +51,7 @@ def _load_library() -> str | None:
         torch.ops.load_library(str(path))
         return None
     except Exception as error:
-        return _in_words(error)
+        return _describe(error)
 
 
 @functools.cache
@@ -80,7 +80,7 @@ def runs_on(arch: str, capability: tuple[int, int]) -> bool:
 
 
 #: The compute capability on which the tests of the CUDA kernels have run.
-TRIED = (9, 0)
+TESTED_CAPABILITY = (9, 0)
 
 
 @functools.cache
@@ -95,10 +95,10 @@ def serves_gpu(gpu: int) -> bool:
 @functools.cache
 def serves_by_default(gpu: int) -> bool:
     """Whether :func:`serves_gpu`, and the tests have run on this compute capability."""
-    return torch.cuda.get_device_capability(gpu) == TRIED and serves_gpu(gpu)
+    return torch.cuda.get_device_capability(gpu) == TESTED_CAPABILITY and serves_gpu(gpu)
 
 
-def asked(name: str) -> bool | None:
+def env_flag(name: str) -> bool | None:
     """The environment variable ``name``, 0 or 1, as a bool; None where it is not set.
 
     Raises

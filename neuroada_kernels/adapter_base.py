@@ -1,4 +1,4 @@
-"""The weight under a module as an adapter's file knows it, with its fingerprint."""
+"""The base weight of a module as an adapter file describes it, with its fingerprint."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from neuroada_kernels.targets import is_foreign
 
 @dataclass(frozen=True)
 class Base:
-    """What an adapter's file says of the weight under a module, and how its entries are read."""
+    """What an adapter file says of a module's base weight, and how its entries are read."""
 
     kind: str | None
     shape: tuple[int, int]
@@ -27,7 +27,7 @@ class Base:
 
     @classmethod
     def of(cls, module: nn.Module) -> Base:
-        """Of an adapted module, or one that can be; without any bypass."""
+        """The base of a module that is adapted or can be, without any bypass."""
         if isinstance(module, BypassLayer):
             form = module.base_form()
             return cls(form.kind, module.whole_shape, name_of(form.dtype), module.base_entries)
@@ -40,7 +40,7 @@ class Base:
         return cls(None, (d_out, d_in), name_of(weight.dtype), entries)
 
     def fingerprint(self, index: Tensor, values: Tensor | None = None) -> Fingerprint:
-        """At ``index``; ``values`` are the entries, where the weight has others just now."""
+        """The fingerprint at ``index``; ``values``, if given, replace the weight's own entries."""
         values = self.entries(index) if values is None else values
         if values.is_meta:
             raise ValueError("model: has weights on the meta device, expected values")

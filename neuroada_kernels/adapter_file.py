@@ -1,8 +1,8 @@
-"""The file of an adapter: safetensors, with a JSON header among its metadata.
+"""The adapter file: safetensors, with a JSON header in its metadata.
 
-For each adapted module ``NAME`` it holds ``NAME.index`` and ``NAME.delta``, ``[d_out, k]``, and
-for each other parameter that trained its values under its own name. An index takes 16 bits where
-all columns fit, with 65535 for a slot without a connection. The header, under the metadata's key
+For each adapted module ``NAME`` it holds ``NAME.index`` and ``NAME.delta``, ``[d_out, k]``. Every
+other trained parameter is stored under its own name. An index is uint16 if all columns fit, with
+65535 for a slot without a connection, and else int32. The header is stored under the metadata key
 ``neuroada``::
 
     {"version": 1, "created_by": "...", "config": {...} or null,
@@ -10,9 +10,9 @@ all columns fit, with 65535 for a slot without a connection. The header, under t
                         "kind": "bitsandbytes nf4"}},
      "parameters": [NAME, ...], "sha256": "..."}
 
-A module's ``shape``, ``dtype`` and ``sha256`` are those of the weight under it, the last over the
-chosen entries, dequantised where it is quantised; ``kind`` is there for a base that is no
-``nn.Linear`` with plain numbers. ``sha256`` of the whole is over the header and all tensors.
+A module's ``shape``, ``dtype`` and ``sha256`` are those of its base weight; the hash is over the
+chosen entries, dequantised if the weight is quantised. ``kind`` is present only for a base that is
+no ``nn.Linear`` with a plain weight. The outer ``sha256`` is over the header and all tensors.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ from neuroada_kernels.plan import check_index
 
 VERSION = 1
 KEY = "neuroada"
-#: Longest header that is read, in bytes; one of 70,000 modules fits.
+#: Maximum length of a header in bytes; one of 70,000 modules fits.
 HEADER_LIMIT = 32 << 20
 _NO_CONNECTION = 0xFFFF
 _FLOATING = {"F64": "float64", "F32": "float32", "BF16": "bfloat16", "F16": "float16"}
@@ -48,9 +48,9 @@ _SHA256 = re.compile("[0-9a-f]{64}")
 
 @dataclass(frozen=True)
 class Fingerprint:
-    """What is known of a weight: ``shape`` ``[d_out, d_in]``, dtype, hash of the chosen entries.
+    """Identifies a weight: ``shape`` ``[d_out, d_in]``, dtype, hash of the chosen entries.
 
-    ``kind`` says what holds it, where that is no ``nn.Linear`` with plain numbers.
+    ``kind`` is the kind of base, if that is no ``nn.Linear`` with a plain weight.
     """
 
     shape: tuple[int, int]
@@ -59,7 +59,7 @@ class Fingerprint:
     kind: str | None = None
 
     def differences(self, found: Fingerprint) -> list[str]:
-        """In words, what of ``found`` is not as it is here."""
+        """Descriptions of what in ``found`` differs from this."""
         words = [
             f"{name} {show(actual)}, expected {show(expected)}"
             for name, actual, expected, show in (
@@ -69,7 +69,7 @@ class Fingerprint:
             )
             if actual != expected
         ]
-        # Values of another dtype have other bits anyway.
+        # Reported alone: in another dtype the hash differs anyway.
         if not words and found.sha256 != self.sha256:
             words = ["other values at the chosen connections"]
         return words
@@ -82,7 +82,7 @@ class EntryHash:
         self._sha256 = hashlib.sha256()
 
     def update(self, values: Tensor, index: Tensor) -> None:
-        """Go on with ``values [rows, k]``, the weight's entries at ``index [rows, k]``."""
+        """Add ``values [rows, k]``, the weight's entries at ``index [rows, k]``."""
         self._sha256.update(_raw(values.detach().masked_fill(index < 0, 0)))
 
     def hexdigest(self) -> str:
@@ -101,7 +101,7 @@ class AdaptedModule:
 
 @dataclass(frozen=True)
 class Adapter:
-    """What a file holds: adapted modules and other trained parameters by name, and the config."""
+    """The contents of a file: adapted modules and other trained parameters by name, the config."""
 
     modules: Mapping[str, AdaptedModule]
     parameters: Mapping[str, Tensor]
@@ -110,13 +110,13 @@ class Adapter:
 
 
 def write_adapter(adapter: Adapter, path: str | os.PathLike[str]) -> None:
-    """Write ``adapter`` to ``path``, which is its old self or whole at any moment.
+    """Write ``adapter`` to ``path`` atomically.
 
     Raises
     ------
     ValueError
-        If ``path`` is a folder, or the adapter has no modules, or a delta of a dtype that no file
-        may have.
+        If ``path`` is a folder, or the adapter has no modules, or a delta of an unsupported
+        dtype.
     """
     if not adapter.modules:
         raise ValueError("adapter: has no modules, expected at least one")
@@ -138,21 +138,21 @@ def write_adapter(adapter: Adapter, path: str | os.PathLike[str]) -> None:
     }
     header["sha256"] = _digest(header, tensors)
     with replacing(path) as temporary:
-        # Its save_file would rename a file of its own making to this one, readable for us alone.
+        # safetensors' save_file would replace it by a file that only its owner can read.
         temporary.write_bytes(save(tensors, metadata={KEY: _canonical(header)}))
 
 
 def read_adapter(path: str | os.PathLike[str]) -> Adapter:
-    """The adapter in ``path``, once all of the file is found to be what it should be.
+    """The adapter in ``path``, after validating the whole file.
 
-    Nothing in the file is executed, and no more memory is taken than the file's size explains.
+    Nothing in the file is executed, and memory use is bounded by the file's size.
 
     Raises
     ------
     FileNotFoundError
         If there is no such file.
     ValueError
-        If it is damaged, is no adapter, or was written in a version that is not known.
+        If it is damaged, is no adapter, or has an unknown version.
     """
     path = Path(path)
     try:
@@ -193,7 +193,7 @@ def _adapter(header: dict[str, Any], tensors: dict[str, Tensor]) -> Adapter:
 
 
 def _check_length(path: Path) -> None:
-    """Refuse a header whose parsing would take much more memory than an adapter's."""
+    """Reject a header whose parsing would take much more memory than an adapter's."""
     with path.open("rb") as file:
         length = int.from_bytes(file.read(8), "little")
     if length > min(HEADER_LIMIT, path.stat().st_size):
@@ -248,7 +248,7 @@ def _form(file: Any, name: str) -> tuple[str, list[int]]:
 
 
 def _check_tensors(header: dict[str, Any], forms: dict[str, tuple[str, list[int]]]) -> None:
-    """Refuse tensors of which one is missing, too many, or not of its shape and dtype."""
+    """Reject missing or extra tensors, and tensors of a wrong shape or dtype."""
     names = [within(m, part) for m in header["modules"] for part in ("index", "delta")]
     names += header["parameters"]
     if len(set(names)) != len(names) or set(names) != forms.keys():
@@ -289,7 +289,7 @@ def _fingerprint_json(base: Fingerprint) -> dict[str, Any]:
 
 
 def _fits_16_bits(d_in: int) -> bool:
-    """Whether every column, and the mark of an empty slot, has a number of 16 bits."""
+    """Whether every column and the mark of an empty slot fit in 16 bits."""
     return d_in <= _NO_CONNECTION
 
 

@@ -1,4 +1,4 @@
-"""The modules and parameters of a model that an adapter's file is for, found to fit it."""
+"""Finds the modules and parameters that an adapter file is for, and checks that they fit."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from neuroada_kernels.targets import check_target, errors_name
 
 
 def new_experts(model: nn.Module, adapter: Adapter) -> dict[nn.Module, NeuroAdaExperts]:
-    """What takes the place of experts whose stacks the file has; it chooses nothing itself."""
+    """The layers to replace experts whose stacks the file has, with placeholder indices."""
     found = {}
     for name, module in model.named_modules():
         known = [f"{plain_name(name)}.{stack}" in adapter.modules for stack in STACKS]
@@ -34,7 +34,7 @@ def new_experts(model: nn.Module, adapter: Adapter) -> dict[nn.Module, NeuroAdaE
                 }
                 flags = [(p, p.requires_grad) for p in module.parameters()]
                 found[module] = NeuroAdaExperts(module, index=index)
-                for parameter, flag in flags:  # nothing is certain yet
+                for parameter, flag in flags:  # loading may still fail
                     parameter.requires_grad_(flag)
     return found
 
@@ -45,9 +45,9 @@ def find_modules(
     experts: Mapping[nn.Module, NeuroAdaExperts],
     adapter_name: str,
 ) -> dict[str, nn.Module]:
-    """The module of every name in the file, found to be one that can take its part.
+    """The module of every name in the file, checked to be adapted or adaptable.
 
-    No layer that is left out may have an adapter of that name.
+    Layers that the file does not have must not have an adapter ``adapter_name``.
     """
     named = dict(model.named_modules(remove_duplicate=False))
     for name, module in list(named.items()):
@@ -97,7 +97,7 @@ def check_bases(
     *,
     allow_mismatch: bool,
 ) -> None:
-    """Raise unless these are what the adapter was trained on, or have its shapes at least."""
+    """Raise unless the weights are those of the adapter; ``allow_mismatch`` checks shapes only."""
     differing = {n: _differences(n, targets[n], entry) for n, entry in adapter.modules.items()}
     differing |= {
         name: _parameter_differences(parameters[name], tensor)
@@ -135,9 +135,9 @@ def _parameter_differences(parameter: Tensor, saved: Tensor) -> list[str]:
 
 
 def parameters_of(model: nn.Module, *, once: bool) -> dict[str, nn.Parameter]:
-    """By the names that they have in the model that was adapted, where no layer is wrapped.
+    """The parameters, by their names in the base model, where no layer is wrapped.
 
-    One that has several names comes under each, or ``once``.
+    A parameter with several names is under each, or with ``once`` under the first.
     """
     wrappers = (NeuroAdaBypass, NeuroAdaExperts)
     named = model.named_modules(remove_duplicate=False)
@@ -152,11 +152,11 @@ def parameters_of(model: nn.Module, *, once: bool) -> dict[str, nn.Parameter]:
 
 
 def plain_name(name: str) -> str:
-    """A module's name without the parts that compiling single modules puts into it."""
+    """A module's name without the parts that compiling a submodule adds to it."""
     return ".".join(part for part in name.split(".") if part != "_orig_mod")
 
 
 def some(words: list[str], separator: str = ", ") -> str:
-    """The first few of them, and how many there are besides."""
+    """The first three words, and the number of the others."""
     more = len(words) - 3
     return separator.join(words[:3]) + (f" and {more} more" if more > 0 else "")

@@ -1,4 +1,4 @@
-"""Adapters on disk: what was trained, saved beside a fingerprint of what it was trained on."""
+"""Adapters on disk: trained parameters, with a fingerprint of the weights they were trained on."""
 
 from __future__ import annotations
 
@@ -67,38 +67,38 @@ def save_adapter(
     adapter_name: str | None = None,
     config: NeuroAdaConfig | None = None,
 ) -> None:
-    """Save what was trained of ``model``: every delta, and every other parameter that trains.
+    """Save an adapter of ``model``: its deltas, and every other parameter that trains.
 
-    The file is safetensors, a few bytes a connection, and holds nothing of the base model but
+    The file is safetensors, a few bytes per connection, and holds nothing of the base model but
     a fingerprint of each adapted weight. It is written beside ``path`` and renamed, so that an
-    interrupted save leaves the old file whole.
+    interrupted save leaves the old file intact.
 
-    Where the model is sharded, by ``fully_shard`` or the styles of
-    :mod:`neuroada_kernels.distributed`, every process has to call this: the parts are gathered, and
-    the first process writes the one file.
+    If the model is sharded, by ``fully_shard`` or the styles of
+    :mod:`neuroada_kernels.distributed`, every process has to call this: the shards are
+    all-gathered, and rank 0 writes the file.
 
     Parameters
     ----------
     model : nn.Module
         An adapted model, merged or not; one inside ``torch.compile`` or
-        ``DistributedDataParallel`` is saved as itself.
+        ``DistributedDataParallel`` is unwrapped first.
     path : str or path
-        The file, by custom ``*.safetensors``.
+        The file, by convention ``*.safetensors``.
     adapter_name : str, optional
         Which adapter, by default the active one.
     config : NeuroAdaConfig, optional
-        How the model was adapted, to go into the file; by default what :func:`adapt` was given, or
-        :func:`add_adapter`.
+        How the model was adapted, to be stored in the file; by default the config given to
+        :func:`adapt` or :func:`add_adapter`.
 
     Raises
     ------
     ValueError
-        If the model has no NeuroAda layer, or no such adapter, or another one merged; if none is
-        named and none active; if ``path`` is a folder; if connections are not chosen yet, or an
-        index was written in place and is not valid; or if merged layers share a weight, so that the
-        base is not known.
+        If the model has no NeuroAda layer, no such adapter, or another adapter merged; if no
+        adapter is named and none is active; if ``path`` is a folder; if connections are not chosen
+        yet, or an index was written in place and is not valid; or if merged layers share a weight,
+        so that the base's values are unknown.
     RuntimeError
-        In the other processes, where the first one could not write.
+        In the other processes, if rank 0 could not write.
     """
     model = unwrapped(model)
     reshard(model)
@@ -131,18 +131,18 @@ def load_adapter(
     adapter_name: str | None = None,
     allow_mismatch: bool = False,
 ) -> AdaptSummary:
-    """Load what :func:`save_adapter` saved, into an adapted model or one that is adapted by it.
+    """Load a file of :func:`save_adapter` into an adapted model, or into a base, which it adapts.
 
-    Everything is checked first, and where an error is raised ``model`` is as it was. A layer
-    keeps its ``delta``, so that an optimizer goes on with it, unless ``k`` or ``delta_dtype``
-    differ. A model without layers is adapted, frozen, and trains what was trained.
+    Everything is checked first; if an error is raised, ``model`` is unchanged. A layer keeps its
+    ``delta`` parameter, so that an optimizer stays valid, unless ``k`` or ``delta_dtype`` differ. A
+    model without NeuroAda layers is adapted and frozen, except for what the adapter trained.
 
-    Under a new ``adapter_name`` it becomes another adapter of an adapted model, as by
-    :func:`add_adapter`: not active, frozen, and beside what is there.
+    Under a new ``adapter_name`` the file is added to an adapted model as by :func:`add_adapter`:
+    inactive, frozen, and beside the existing adapters.
 
-    Into a sharded model that is adapted already, every process loads its part of the file; each
-    has to be able to read it. FSDP keeps the parameters that it has, so there ``k`` and
-    ``delta_dtype`` have to be the file's.
+    In a sharded model that is already adapted, every process reads the file and loads its shard.
+    FSDP does not let its parameters be replaced, so there ``k`` and ``delta_dtype`` have to be the
+    file's.
 
     Parameters
     ----------
@@ -151,9 +151,9 @@ def load_adapter(
     path : str or path
         The file.
     adapter_name : str, optional
-        What to call it, or the active adapter, whose place it takes; by default that one.
+        A new name, or that of the active adapter, which is replaced; by default the latter.
     allow_mismatch : bool
-        Load also where weights have other values or another dtype. Shapes must fit.
+        Load also if weights have other values or another dtype. Shapes must match.
 
     Returns
     -------
@@ -164,13 +164,13 @@ def load_adapter(
     FileNotFoundError
         If there is no such file.
     TypeError
-        If a module of the file is no linear in the model.
+        If a module of the file is not a linear in the model.
     ValueError
         If the file is damaged or no adapter; if a weight is not the one that the adapter was
         trained on; if the model lacks a module or a parameter, has adapted layers that the file
-        does not know, is merged, or cannot be adapted; if an adapter of that name is there and not
-        active; if the file has biases or other parameters, or biases of the base train, which
-        adapters share.
+        lacks, is merged, or cannot be adapted; if an inactive adapter has that name; or if
+        the model has other adapters, and the file has parameters that all adapters share or biases
+        of the base train.
     """
     model = unwrapped(model)
     reshard(model)
@@ -224,7 +224,7 @@ def _name_to_save(layers: Mapping[str, NamedLayer], adapter_name: str | None) ->
 
 
 def _name_to_load(model: nn.Module, adapter: Adapter, adapter_name: str | None) -> tuple[str, bool]:
-    """What the adapter is to be called, and whether it is active afterwards."""
+    """The name of the adapter in the model, and whether it is active afterwards."""
     if not any(isinstance(module, NamedLayer) for module in model.modules()):
         name = DEFAULT if adapter_name is None else adapter_name
         check_new_name((), name)
@@ -248,7 +248,7 @@ def _name_to_load(model: nn.Module, adapter: Adapter, adapter_name: str | None) 
 def _trained(
     model: nn.Module, adapter_name: str
 ) -> tuple[dict[str, NamedLayer], dict[str, Tensor]]:
-    """Layers of an adapter, and what trains and is no delta, by the names that they go by."""
+    """Layers of an adapter, and trained parameters other than deltas, by their plain names."""
     layers = {
         plain_name(name): module
         for name, module in model.named_modules()
@@ -278,10 +278,10 @@ def _adapted(module: nn.Module, entry: AdaptedModule, config: NeuroAdaConfig | N
 
 
 def _exchange(layer: BypassLayer, entry: AdaptedModule, undo: ExitStack) -> None:
-    """Give ``layer`` another index and delta; ``undo`` gives the old ones back."""
+    """Replace the index and delta of ``layer``; ``undo`` restores the old ones."""
     index, delta = layer.index, layer.delta
     new_index, new_delta = layer.part_of_connections(entry.index, entry.delta)
-    # The last callback is the first to run: the index is checked against delta.
+    # Callbacks run in reverse: delta is restored before the index, which is checked against it.
     undo.callback(setattr, layer, "_deferred", layer._deferred)
     undo.callback(setattr, layer, "strategy_reason", layer.strategy_reason)
     undo.callback(_put_index, layer, index)
@@ -305,14 +305,14 @@ def _exchange(layer: BypassLayer, entry: AdaptedModule, undo: ExitStack) -> None
 
 
 def _put_index(layer: BypassLayer, index: Tensor) -> None:
-    if index.is_meta:  # one that is still to be chosen, which has nothing to check
+    if index.is_meta:  # not chosen yet, so nothing to check
         layer._buffers["index"] = index
     else:
         layer.index = index
 
 
 def _check_bases_known(layers: Mapping[str, BypassLayer]) -> None:
-    """Refuse where one layer is merged into a weight that another one reads."""
+    """Raise if a layer is merged into a weight that another layer reads."""
     first: dict[int, str] = {}
     for name, layer in layers.items():
         other = first.setdefault(id(getattr(layer, "weight", layer)), name)
@@ -321,7 +321,7 @@ def _check_bases_known(layers: Mapping[str, BypassLayer]) -> None:
 
 
 def _adapted_module(layer: NamedLayer, adapter_name: str) -> AdaptedModule:
-    """What the file has of a layer, of its weight as it is, or while merged as it was."""
+    """The file's entry of a layer; the fingerprint is of its weight before merging."""
     held = layer.holder_of(adapter_name)
     if held is layer:
         index, delta = layer.whole_connections()

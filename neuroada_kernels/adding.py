@@ -93,20 +93,20 @@ def add_adapter(
 ) -> AdaptSummary:
     """Add an adapter to an adapted model; :func:`neuroada_kernels.set_adapter` activates it.
 
-    Its connections are chosen by the weights of the base, in any modules, those that are adapted
-    already and others, as :func:`neuroada_kernels.adapt` chooses them. Until it is active the model
-    computes what it did, and it does not train.
+    Its connections are chosen by the weights of the base, as in :func:`neuroada_kernels.adapt`, in
+    modules that are adapted already and in others. Until it is activated, the model's output does
+    not change and the adapter does not train.
 
     Parameters
     ----------
     model : nn.Module
-        An adapted model; layers that are there get another adapter, and other modules a layer.
+        An adapted model; existing layers get another adapter, other target modules a layer.
     adapter_name : str
         A new name, without dots.
     config, k, target_modules, **options
-        As :func:`neuroada_kernels.adapt` takes them, but for what is the layers' and not an
-        adapter's: ``strategy``, see :func:`neuroada_kernels.set_strategy`, and ``siblings``.
-        ``save_activations`` is for layers that are new.
+        As in :func:`neuroada_kernels.adapt`, except what belongs to a layer and not to an adapter:
+        ``strategy``, see :func:`neuroada_kernels.set_strategy`, and ``siblings``.
+        ``save_activations`` applies to new layers.
     scores, generator, data, loss, score_bytes, layer_type, progress
         As in :func:`neuroada_kernels.adapt`. Gradients are those of the base.
 
@@ -168,20 +168,20 @@ def add_adapter(
 def add_weighted_adapter(
     model: nn.Module, adapters: Sequence[str], weights: Sequence[float], adapter_name: str
 ) -> None:
-    """Add the adapter whose update of the weights is the weighted sum of those of others.
+    """Add an adapter whose update of the weights is the weighted sum of other adapters' updates.
 
-    A neuron has every connection that it has in any of them: the new k is the most that any neuron
-    of a layer has, and slots that a neuron does not need are empty. Sums are rounded once. It is
-    not active and does not train until :func:`neuroada_kernels.set_adapter`.
+    Each neuron gets the union of its connections in these adapters: the new k of a layer is the
+    largest union of any of its neurons, and unused slots are empty. Sums are rounded once. The new
+    adapter is inactive and does not train until :func:`neuroada_kernels.set_adapter`.
 
     Parameters
     ----------
     model : nn.Module
         An adapted model.
     adapters : sequence of str
-        Names of its adapters; what none of them has, the new one has not either.
+        Names of its adapters; a layer that has none of them does not get the new one.
     weights : sequence of float
-        One for each, of any sign.
+        One weight per adapter, of any sign.
     adapter_name : str
         A new name, without dots.
 
@@ -220,10 +220,10 @@ def put_in(
     active: bool,
     siblings: Sequence[Sequence[str]] | None,
 ) -> None:
-    """Put ``new`` layers, with this adapter alone, where modules are, and add it to others.
+    """Replace modules by ``new`` layers, with this adapter alone, and add it to other layers.
 
-    By module the layer that takes its place, and by layer index and delta. The adapter trains if it
-    is ``active``.
+    ``new`` maps a module to its replacement, ``added`` a layer to index and delta. The adapter
+    trains if it is ``active``.
     """
     fresh = [part for layer in new.values() for part in parts_of(layer)]
     for part in fresh:
@@ -233,7 +233,7 @@ def put_in(
     for part in (*fresh, *added):
         part.holder_of(adapter).delta.requires_grad_(active)
     for part in added if active else fresh:
-        part.seat(adapter if active else None)
+        part.activate(adapter if active else None)
     replace(model, new)
     if new:
         link_siblings(model, siblings)

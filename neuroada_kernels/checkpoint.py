@@ -1,4 +1,4 @@
-"""Checkpoints of safetensors, a file or a folder of shards, read and changed in blocks of rows."""
+"""Safetensors checkpoints, a file or a folder of shards, read and changed in blocks of rows."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ FLOATING = {
 
 @dataclass(frozen=True)
 class Stored:
-    """Where a tensor lies: its file, its dtype as safetensors has it, and its first byte."""
+    """Where a tensor is stored: file, dtype as safetensors names it, shape, and first byte."""
 
     file: Path
     dtype: str
@@ -80,7 +80,7 @@ class Checkpoint:
 
 
 def blocks(stored: Stored, file: BinaryIO) -> Iterator[tuple[slice, Tensor, Callable[[], None]]]:
-    """The rows of a floating tensor block by block, and what writes a changed block back."""
+    """The rows of a floating tensor in blocks, each with a function that writes it back."""
     if 0 in stored.shape:
         return
     d_out = stored.shape[0] if stored.shape else 1
@@ -100,7 +100,7 @@ def blocks(stored: Stored, file: BinaryIO) -> Iterator[tuple[slice, Tensor, Call
 
 
 def _files_of(folder: Path) -> tuple[tuple[Path, ...], dict[str, str] | None]:
-    """The files of a folder that hold the model, and which tensor the index has in which."""
+    """The files of a folder that hold the model, and the index's map of tensor to file."""
     indices = sorted(folder.glob("*.safetensors.index.json"))
     if folder / INDEX in indices:
         indices = [folder / INDEX]
@@ -125,14 +125,14 @@ def _read_index(path: Path) -> tuple[tuple[Path, ...], dict[str, str]]:
     except (ValueError, RecursionError, TypeError, KeyError, AttributeError) as error:
         raise ValueError(f"{path}: no index of shards: {error!r:.200}") from error
     for name in names:
-        # Nothing outside the folder is read, or written where its copy goes.
+        # Another path could be read outside the folder, or written outside its copy.
         if not isinstance(name, str) or name != os.path.basename(name) or name in ("", ".", ".."):
             raise ValueError(f"{path}: {name!r:.200}, expected names of files in its folder")
     return tuple(path.with_name(name) for name in names), where
 
 
 def _stored(file: Path) -> Iterator[tuple[str, Stored]]:
-    """The tensors of one file, whose header safetensors has found to be consistent."""
+    """The tensors of one file, after safetensors has validated its header."""
     try:
         with safe_open(file, framework="pt"):
             pass

@@ -8,7 +8,7 @@ import sys
 
 from neuroada_kernels._version import __version__
 
-#: Subcommand to the module whose ``main`` runs it, and what the help says.
+#: Subcommand to the module whose ``main`` runs it, and its help text.
 COMMANDS = {
     "info": ("neuroada_kernels.info", "what is installed, and which backends can run here"),
     "demo": ("neuroada_kernels.demo", "train, adapt, compare and merge a small language model"),
@@ -27,7 +27,7 @@ COMMANDS = {
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Run a subcommand; its exit status."""
+    """Run a subcommand; returns its exit status."""
     parser = argparse.ArgumentParser(
         prog="neuroada",
         description="Kernels and layers for NeuroAda fine-tuning.",

@@ -1,4 +1,4 @@
-"""Sums of adapters: of each neuron the connections that any of them has, and weighted deltas."""
+"""Weighted sums of adapters: per neuron the union of their connections, and summed deltas."""
 
 from __future__ import annotations
 
@@ -24,8 +24,8 @@ class Weighted(NamedTuple):
 def weighted_sum(adapters: Sequence[Weighted]) -> tuple[Tensor, Tensor]:
     """The index and delta ``[d_out, K]`` of ``sum_i weight_i * delta_i``, connection by connection.
 
-    K is the most connections that a neuron has in the union, at least 1; rows with fewer have
-    slots of -1. Products and sums are float64, rounded once to the widest dtype of the deltas.
+    K is the largest number of connections in the union of any neuron, at least 1; rows with fewer
+    have slots of -1. Products and sums are float64, rounded once to the widest dtype of the deltas.
     """
     dtype = adapters[0].delta.dtype
     for adapter in adapters:
@@ -34,11 +34,11 @@ def weighted_sum(adapters: Sequence[Weighted]) -> tuple[Tensor, Tensor]:
     values = torch.cat([a.delta.detach().double() * a.weight for a in adapters], 1)
     columns, order = columns.sort(dim=1, stable=True)
     values = values.gather(1, order).masked_fill(columns < 0, 0)
-    first = columns >= 0  # of those of one connection, which stand side by side now
+    first = columns >= 0  # of equal columns, which are adjacent after the sort
     first[:, 1:] &= columns[:, 1:] != columns[:, :-1]
     counts = first.sum(1)
     k = max(1, int(counts.max()))
-    # Rows fill from their end, as -1 sorts before every column; what is empty goes to place 0.
+    # Rows fill from their end, as -1 sorts first; empty slots go to place 0, which is dropped.
     place = (first.cumsum(1) + (k - counts)[:, None]).masked_fill(columns < 0, 0)
     index = columns.new_full((len(columns), k + 1), -1).scatter_(1, place, columns)[:, 1:]
     delta = values.new_zeros(len(values), k + 1).scatter_add_(1, place, values)[:, 1:]
@@ -48,7 +48,7 @@ def weighted_sum(adapters: Sequence[Weighted]) -> tuple[Tensor, Tensor]:
 
 
 def check_weights(adapters: Sequence[str], weights: Sequence[float]) -> None:
-    """Raise unless there is a finite number for each of the names."""
+    """Raise unless there is one finite weight for each adapter."""
     if isinstance(adapters, str) or not isinstance(adapters, Sequence) or not adapters:
         raise TypeError(f"adapters: {adapters!r}, expected names of adapters")
     if not isinstance(weights, Sequence):

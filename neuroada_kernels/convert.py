@@ -1,11 +1,11 @@
-"""``neuroada convert``: adapters of the authors' code, and of sparse tuners in PEFT, as ours.
+"""``neuroada convert``: adapters of the authors' code or PEFT's sparse tuners to our format.
 
 The authors' code (github.com/FightingFighting/NeuroAda) saves ``state_dict_tunable.pt``, with
-1-D values ``NAME.weight_new``, and ``positions.npy``, by weight the places of these values. PEFT
+1-D values ``NAME.weight_new``, and ``positions.npy``, the positions of these values by weight. PEFT
 saves ``adapter_model.safetensors``: SHiRA ``NAME.shira_weight`` and ``NAME.shira_indices``
 ``[2, n]``, Super-Tuning ``NAME.supertuning_values`` and flat ``NAME.supertuning_indices``, and our
-own method there ``NAME.neuroada_delta`` and ``NAME.neuroada_index``, both ``[d_out, k]``. All of
-them add the values into the weight. Whatever places they chose, ours has k of them in a row.
+own method in PEFT ``NAME.neuroada_delta`` and ``NAME.neuroada_index``, both ``[d_out, k]``. All add
+the values to the weight. Our format needs the same number k of positions in every nonempty row.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ _PEFT_PREFIX = "base_model.model."
 
 @dataclass(frozen=True)
 class _Entries:
-    """Values of one weight and their places, flat ``[n]`` or row and column ``[n, 2]``."""
+    """Values of one weight and their positions, flat ``[n]`` or row and column ``[n, 2]``."""
 
     values: Tensor
     places: Tensor
@@ -56,30 +56,30 @@ def convert_adapter(
     positions: str | os.PathLike[str] | None = None,
     allow_pickle: bool = False,
 ) -> Adapter:
-    """Write the adapter in ``source`` as a file of ours; what was written.
+    """Convert the adapter in ``source`` to our format; returns what was written.
 
     Parameters
     ----------
     source : str or path
         The authors' ``state_dict_tunable.pt``, or the folder of a PEFT adapter.
     base : str or path
-        The checkpoint it was trained on, a safetensors file or a folder of shards: for the shapes
-        and the fingerprints.
+        The checkpoint it was trained on, a safetensors file or a folder of shards, from which
+        shapes and fingerprints are taken.
     out : str or path
         The file to write.
     positions : str or path, optional
         The authors' ``positions.npy``; by default beside ``source`` or one folder up. An ``.npz``
-        with an array a weight needs no pickle.
+        with one array per weight needs no pickle.
     allow_pickle : bool
         Load files that are pickles of more than tensors, as the authors' positions are. **They can
-        run any code**; a warning says so.
+        run arbitrary code**; a warning is issued.
 
     Raises
     ------
     FileNotFoundError
         If there is no such file.
     ValueError
-        If files are damaged, or would need a pickle; if the base lacks a weight; if places are
+        If files are damaged, or would need a pickle; if the base lacks a weight; if positions are
         out of range or repeated; or if rows of a weight have different numbers of them.
     """
     source = Path(source)
@@ -121,7 +121,7 @@ def _module(name: str, entries: _Entries, checkpoint: Checkpoint) -> AdaptedModu
 
 
 def _in_rows(entries: _Entries, d_out: int, d_in: int) -> tuple[Tensor, Tensor]:
-    """``index`` and ``delta`` ``[d_out, k]``, columns rising; rows without entries are empty."""
+    """``index`` and ``delta`` ``[d_out, k]``, columns ascending; rows without entries are empty."""
     values, places = entries.values.detach(), entries.places
     if values.dim() != 1 or not values.is_floating_point():
         raise ValueError(f"values: {values.dtype} {list(values.shape)}, expected floating [n]")
@@ -206,7 +206,7 @@ def _load_state(path: Path, allow_pickle: bool) -> dict[str, Tensor]:
 
 
 def _load_positions(path: Path, names: list[str], allow_pickle: bool) -> dict[str, Tensor]:
-    """Places by weight: of a pickled dict, of an ``.npz``, or of a single array."""
+    """Positions by weight, from a pickled dict, an ``.npz``, or a single array."""
     try:
         import numpy as np
     except ModuleNotFoundError as error:
@@ -271,7 +271,7 @@ def _from_peft(folder: Path) -> tuple[dict[str, _Entries], dict[str, Tensor]]:
                 "save_precomputed_indices=True"
             )
         values = state.pop(name)
-        if kind == "SHIRA":  # rows and columns one above the other
+        if kind == "SHIRA":  # [2, n]: rows, then columns
             places = places.t()
         elif kind == "NEUROADA":
             values, places = _live_slots(module, values, places)
@@ -293,7 +293,7 @@ def _live_slots(module: str, delta: Tensor, index: Tensor) -> tuple[Tensor, Tens
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Run ``neuroada convert``; its exit status."""
+    """Run ``neuroada convert``; returns its exit status."""
     parser = argparse.ArgumentParser(
         prog="neuroada convert",
         description="Make an adapter of state_dict_tunable.pt and positions.npy, as the authors' "

@@ -47,7 +47,7 @@ def facts() -> dict[str, Any]:
 
 
 def _backend_state(name: str, why_not: str | None) -> str:
-    """Whether a backend can run here, and where it serves only when named."""
+    """Whether a backend can run here, and for what it serves only when named."""
     if name in experimental_backends():
         return (why_not or "available") + _EXPERIMENTAL
     if why_not is not None or not torch.cuda.is_available():
@@ -65,7 +65,7 @@ def _cuda_build(build: dict[str, str]) -> str:
 
 
 def _library_state(name: str) -> str:
-    """The version of a library with layers of its own, or how it is installed."""
+    """The version of a library with layers of its own, or how to install it."""
     missing = missing_library(name)
     if missing is not None:
         return missing.removeprefix(f"{name} is ")
@@ -86,7 +86,7 @@ def _cpu_isa() -> str | None:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Print the facts; the exit status is 0 also where only plain PyTorch is left."""
+    """Print the facts; returns 0 also if only plain PyTorch can serve."""
     parser = argparse.ArgumentParser(prog="neuroada info", description=__doc__.splitlines()[0])
     parser.add_argument("--json", action="store_true", help="print the facts as JSON")
     known = facts()

@@ -39,7 +39,7 @@ def describe(path: str | os.PathLike[str]) -> dict[str, Any]:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Run ``neuroada inspect``; its exit status."""
+    """Run ``neuroada inspect``; returns its exit status."""
     parser = argparse.ArgumentParser(
         prog="neuroada inspect", description="Check an adapter's file and show what it holds."
     )

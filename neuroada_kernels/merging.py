@@ -24,7 +24,7 @@ from neuroada_kernels.adapter_file import (
 from neuroada_kernels.checkpoint import BLOCK_BYTES, FLOATING, Checkpoint, Stored, blocks
 from neuroada_kernels.nn.foreign import CONV1D
 
-#: Told the bytes that were written since it was last told, and those there will be in all.
+#: Called with the bytes written since the last call, and the bytes in all.
 Progress = Callable[[int, int], None]
 
 #: Weights in other formats, which would stay unmerged beside the merged ones.
@@ -39,24 +39,23 @@ def merge_checkpoint(
     allow_mismatch: bool = False,
     progress: Progress | None = None,
 ) -> None:
-    """Write a copy of a checkpoint into which an adapter is merged.
+    """Write a copy of a checkpoint with an adapter merged into it.
 
     Each chosen entry is the sum in float32 (float64 for float64), rounded once to the weight's
-    dtype, as ``NeuroAdaLinear.merge`` does; every other byte is the base's. No more than a block
-    of a weight is in memory. ``out`` appears when all of it is on the disk.
+    dtype, as ``NeuroAdaLinear.merge`` does; every other byte is the base's. At most one block
+    of a weight is in memory. ``out`` appears once it is complete on disk.
 
     Parameters
     ----------
     base : str or path
-        A safetensors file, or a folder of shards with an index as Hugging Face writes it, whose
-        other files are copied; weights in other formats are not, for they would be unmerged.
+        A safetensors file, or a folder of shards with an index as Hugging Face writes it. The
+        folder's other files are copied, except weights in other formats, which would be unmerged.
     adapter : str or path
         A file of :func:`neuroada_kernels.save_adapter`.
     out : str or path
-        A file or a folder, as ``base`` is one; must not exist.
+        A file or a folder, like ``base``; must not exist.
     allow_mismatch : bool
-        Merge also where weights have other values or another dtype than the adapter was trained
-        on.
+        Merge also if weights have other values or another dtype than the adapter was trained on.
     progress : callable, optional
         Called with the bytes written since the last call, and the bytes there are in all.
 
@@ -65,9 +64,9 @@ def merge_checkpoint(
     FileNotFoundError
         If there is no such file.
     FileExistsError
-        If there is something at ``out``.
+        If ``out`` exists.
     ValueError
-        If a file is damaged or not of its kind, if the base lacks a tensor or has one of another
+        If a file is damaged or of the wrong kind, if the base lacks a tensor or has one of another
         shape, dtype or other values, or if ``out`` lies inside ``base``.
     """
     loaded = read_adapter(adapter)
@@ -101,7 +100,7 @@ Change = AdaptedModule | Tensor
 def _changes(
     checkpoint: Checkpoint, adapter: Adapter, allow_mismatch: bool
 ) -> list[tuple[str, Stored, Change]]:
-    """What is to change, once every tensor is found to be there, in its shape and dtype."""
+    """The tensors to change, each checked to exist in the right shape and dtype."""
     wanted: Mapping[str, Change] = {
         **{within(name, "weight"): module for name, module in adapter.modules.items()},
         **adapter.parameters,
@@ -182,7 +181,7 @@ def _new_folder(out: Path) -> Iterator[Path]:
 
 
 def _copy_others(source: Path, target: Path, shards: set[str]) -> None:
-    """Copy what is no weight: the config, the tokenizer, code, but nothing that is hidden."""
+    """Copy what is no weight, such as config, tokenizer and code, but no hidden files."""
     for path in sorted(source.iterdir()):
         if path.name in shards or path.name.startswith(".") or path.suffix in _OTHER_WEIGHTS:
             continue
@@ -195,7 +194,7 @@ def _copy_others(source: Path, target: Path, shards: set[str]) -> None:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Run ``neuroada merge``; its exit status."""
+    """Run ``neuroada merge``; returns its exit status."""
     parser = argparse.ArgumentParser(
         prog="neuroada merge",
         description="Merge an adapter into a checkpoint; BASE is left as it is.",

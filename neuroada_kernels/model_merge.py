@@ -118,7 +118,7 @@ def _warn_of_readers(model: nn.Module, layers: Sequence[tuple[str, BypassLayer]]
 
 def _active(model: nn.Module) -> list[tuple[str, BypassLayer]]:
     """The layers in which the active adapter has connections."""
-    active = [(name, layer) for name, layer in layers_in(model).items() if not layer._idle]
+    active = [(name, layer) for name, layer in layers_in(model).items() if not layer._disabled]
     if not active:
         raise RuntimeError("model: its adapter is disabled, expected an active one to merge")
     return active

@@ -1,7 +1,7 @@
-"""Which of several adapters a model goes through: one, none, or one for each row of a batch.
+"""Activates the adapters of a model: one, none, or one for each row of a batch.
 
-Every layer knows its own adapters; a model keeps nothing of them but their configs. Functions and
-arguments have the names that PEFT gives them, where it has any.
+The layers hold the adapters; the model itself only holds their configs. Functions and arguments
+have PEFT's names, where PEFT has them.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from neuroada_kernels.targets import errors_name
 
 
 def adapter_names(model: nn.Module) -> tuple[str, ...]:
-    """The names of the adapters of ``model``, ``"default"`` being what :func:`adapt` made.
+    """The names of the adapters of ``model``, ``"default"`` being the one that :func:`adapt` made.
 
     Raises
     ------
@@ -34,7 +34,7 @@ def adapter_names(model: nn.Module) -> tuple[str, ...]:
 
 
 def active_adapter(model: nn.Module) -> str | None:
-    """The adapter that ``model`` goes through; None while it is disabled.
+    """The active adapter of ``model``; None while it is disabled.
 
     Raises
     ------
@@ -45,25 +45,25 @@ def active_adapter(model: nn.Module) -> str | None:
 
 
 def set_adapter(model: nn.Module, adapter_name: str, *, inference_mode: bool = False) -> None:
-    """Let ``model`` go through an adapter, which trains from now on, and no other one.
+    """Activate an adapter of ``model``, which trains from now on, and deactivate all others.
 
-    Layers that lack it are as the base has them. Parameters stay the very same, so that an
-    optimizer goes on with those it holds. A resident layer restores W, bit for bit, and patches it
-    anew with the other adapter.
+    Layers without it compute what the base does. Parameter objects stay the same, so that an
+    optimizer stays valid. A resident layer restores W, bit for bit, and patches it with the new
+    adapter.
 
     Parameters
     ----------
     model : nn.Module
         An adapted model.
     adapter_name : str
-        Which of :func:`adapter_names`.
+        One of :func:`adapter_names`.
     inference_mode : bool
         Leave its deltas frozen.
 
     Raises
     ------
     TypeError
-        If ``adapter_name`` is no name; :func:`add_weighted_adapter` makes one adapter of several.
+        If ``adapter_name`` is no name. :func:`add_weighted_adapter` combines several adapters.
     ValueError
         If there is no such adapter, or no NeuroAda layer; if the model is sharded over processes;
         or if an index was written in place and is not valid.
@@ -77,9 +77,9 @@ def set_adapter(model: nn.Module, adapter_name: str, *, inference_mode: bool = F
     check_whole(model)
     with contextlib.ExitStack() as undo:
         for name, layer in layers.items():
-            undo.callback(layer.seat, layer.active_adapter)
+            undo.callback(layer.activate, layer.active_adapter)
             with errors_name(name):
-                layer.seat(adapter_name)
+                layer.activate(adapter_name)
         undo.pop_all()
     for layer in layers.values():
         for delta in layer.deltas:
@@ -93,11 +93,12 @@ def set_adapter(model: nn.Module, adapter_name: str, *, inference_mode: bool = F
 
 @contextlib.contextmanager
 def disable_adapter(model: nn.Module) -> Iterator[None]:
-    """Within the block ``model`` is its base; leaving it, by an error too, it is as before.
+    """Within the block ``model`` computes what its base does; then its state is restored.
 
     Nothing is merged or copied, and no parameter changes; weights of resident layers are restored,
-    bit for bit, and patched again afterwards. An adapter that is activated within the block is
-    active, or merged, until its end. Within :func:`rows_of` all rows are the base's.
+    bit for bit, and patched again afterwards. An adapter that is activated or merged within the
+    block is so only until its end. Within :func:`rows_of` all rows go through the base alone. The
+    state is restored after an error too.
 
     Raises
     ------
@@ -114,16 +115,16 @@ def disable_adapter(model: nn.Module) -> Iterator[None]:
     active, config = active_in(layers), getattr(model, "neuroada_config", None)
     try:
         for layer in layers.values():
-            layer.seat(None)
+            layer.activate(None)
             layer.join_rows()
         yield
     finally:
-        after = _layers_in(model)  # which may be others, or none
+        after = _layers_in(model)  # layers may have been added or removed
         if after:
             unmerge(model)
         for layer in after.values():
             adapter, layer._rows = before.get(layer, (active, None))
-            layer.seat(adapter)
+            layer.activate(adapter)
             for name in layer.adapter_names:
                 delta = layer.holder_of(name).delta
                 new = delta.requires_grad and name == active
@@ -137,9 +138,9 @@ def disable_adapter(model: nn.Module) -> Iterator[None]:
 def rows_of(model: nn.Module, adapter_names: Sequence[str]) -> Iterator[None]:
     """Within the block each row of a batch goes through an adapter of its own.
 
-    Row i of dimension 0 of what a layer is given takes ``adapter_names[i]``, whichever adapter is
-    active, and computes what it would in a batch of its adapter's rows alone, but for rounding
-    where the base's forward is not ours. Gradients reach the deltas that require them, see
+    Row i of a layer's input, in dimension 0, goes through ``adapter_names[i]``, whichever adapter
+    is active. The result is that of a batch of this adapter's rows alone, except for rounding if
+    the base's forward is not ``nn.Linear``'s. Gradients reach the deltas that require them, see
     :func:`set_requires_grad`. Where activations are recomputed, as by ``torch.utils.checkpoint``,
     the backward has to be within the block too.
 
@@ -148,7 +149,7 @@ def rows_of(model: nn.Module, adapter_names: Sequence[str]) -> Iterator[None]:
     model : nn.Module
         An adapted model, all of whose layers see the rows of a batch in dimension 0.
     adapter_names : sequence of str
-        Of :func:`adapter_names`, or ``"__base__"`` for none; one for each row.
+        One name for each row, of :func:`adapter_names`, or ``"__base__"`` for none.
 
     Raises
     ------
@@ -156,9 +157,9 @@ def rows_of(model: nn.Module, adapter_names: Sequence[str]) -> Iterator[None]:
         If ``adapter_names`` is no sequence of names.
     ValueError
         If there is no such adapter; if a layer is resident, since a weight can hold one adapter
-        only; if the model has stacked experts, which see tokens and not rows, or is sharded over
-        processes; if an index was written in place and is not valid. From a layer's forward,
-        before it computes anything: if its input has another number of rows.
+        only; if the model has stacked experts, whose inputs are tokens and not rows, or is sharded
+        over processes; if an index was written in place and is not valid. A layer's forward raises
+        this, before computing anything, if its input has another number of rows.
     RuntimeError
         If a layer is merged, or within another such block.
     """
@@ -192,9 +193,9 @@ def rows_of(model: nn.Module, adapter_names: Sequence[str]) -> Iterator[None]:
 def set_requires_grad(
     model: nn.Module, adapter_names: str | Sequence[str], requires_grad: bool = True
 ) -> None:
-    """Let the deltas of adapters train, or not, whichever is active.
+    """Make the deltas of adapters trainable or frozen, whichever adapter is active.
 
-    :func:`set_adapter` decides anew. To train several in one batch, see :func:`rows_of`.
+    A later :func:`set_adapter` overrides this. To train several in one batch, see :func:`rows_of`.
 
     Raises
     ------
@@ -223,34 +224,34 @@ def _layers_in(model: nn.Module) -> dict[str, NamedLayer]:
 
 
 def active_in(layers: Mapping[str, NamedLayer]) -> str | None:
-    """The adapter that these layers go through, those of them that have it."""
+    """The active adapter of these layers; None if they have none."""
     active = (layer.active_adapter for layer in layers.values())
     return next((name for name in active if name is not None), None)
 
 
 def configs_of(model: nn.Module) -> dict[str, NeuroAdaConfig | None]:
-    """By adapter how it was chosen; empty where there has never been more than one."""
+    """Adapter to its config; empty if the model never had more than one adapter."""
     configs: dict[str, NeuroAdaConfig | None] = vars(model).get("neuroada_configs", {})
     return configs
 
 
 def siblings_of(model: nn.Module) -> Sequence[Sequence[str]] | None:
-    """The groups of siblings that the model was adapted with, None for those that are known."""
+    """The groups of siblings that the model was adapted with; None for the default ones."""
     configs = (getattr(model, "neuroada_config", None), *configs_of(model).values())
     found = (config.siblings for config in configs if config is not None)
     return next((siblings for siblings in found if siblings is not None), None)
 
 
 def keep_config_of(model: nn.Module, adapter: str, config: NeuroAdaConfig | None) -> None:
-    """Keep the config of another adapter than the active one, and so with the model's copies."""
-    if "neuroada_configs" not in vars(model):  # then there has been one other, at most
+    """Store the config of an adapter on the model, so that copies of the model have it."""
+    if "neuroada_configs" not in vars(model):  # then there was one other adapter at most
         own = getattr(model, "neuroada_config", None)
         vars(model)["neuroada_configs"] = dict.fromkeys(adapter_names(model), own)
     configs_of(model)[adapter] = config
 
 
 def check_new_name(names: Collection[str], adapter_name: object) -> None:
-    """Raise unless another adapter may be called so."""
+    """Raise unless ``adapter_name`` is a valid name for another adapter."""
     if not isinstance(adapter_name, str):
         raise TypeError(f"adapter_name: {type(adapter_name).__name__}, expected a name")
     if adapter_name in names:
@@ -276,14 +277,14 @@ def check_outside_rows(layers: Mapping[str, NamedLayer]) -> None:
 
 
 def check_bias(model: nn.Module, *more: NeuroAdaConfig) -> None:
-    """Raise where biases of the base, which adapters share, train with one of the model's."""
+    """Raise if a config trains biases of the base, which all adapters share."""
     known = (getattr(model, "neuroada_config", None), *configs_of(model).values(), *more)
     if any(config is not None and config.bias == "all" for config in known):
         raise ValueError("bias: 'all' in a config, expected 'none': adapters share the base's")
 
 
 def check_whole(model: nn.Module) -> None:
-    """Raise where processes or accelerate have the model's parts: its adapters stay as they are."""
+    """Raise if the model is sharded over processes, or offloaded by accelerate."""
     for name, layer in model.named_modules():
         if isinstance(layer, NamedLayer):
             with errors_name(name):
@@ -311,7 +312,7 @@ def _names(adapter_names: object) -> tuple[str, ...]:
 def check_name(
     layers: Mapping[str, NamedLayer], name: object, argument: str = "adapter_name"
 ) -> None:
-    """Raise unless there is an adapter of the name that was given as ``argument``."""
+    """Raise unless ``name``, which was given as ``argument``, is the name of an adapter."""
     if not isinstance(name, str):
         raise TypeError(f"{argument}: {name!r}, expected one name")
     known = names_in(layers)
@@ -320,6 +321,6 @@ def check_name(
 
 
 def settle(layers: Iterable[NamedLayer]) -> None:
-    """Let layers that read the same x decide anew what they keep of it."""
+    """Decide anew what layers that read the same x keep of it."""
     for siblings in {id(layer._siblings): layer._siblings for layer in layers}.values():
         siblings.settle()

@@ -160,7 +160,7 @@ def _in_order(plan: Tensor, index: Tensor, d_in: int) -> Tensor:
     ``NEUROADA_CUDA_ORDER=0`` returns it unchanged.
     """
     serves = _extension.serves_by_default(plan.device.index)
-    if not serves or _extension.asked("NEUROADA_CUDA_ORDER") is False:
+    if not serves or _extension.env_flag("NEUROADA_CUDA_ORDER") is False:
         return plan
     ordered = plan.clone()
     torch.ops.neuroada_C.order_plan.default(plan, d_in, *index.shape, ordered)

@@ -1,4 +1,4 @@
-"""Adapters that go: one of several, or all of them and the layers too."""
+"""Removes adapters: one of several, or all of them with their layers."""
 
 from __future__ import annotations
 
@@ -26,15 +26,15 @@ from neuroada_kernels.targets import errors_name
 
 
 def delete_adapter(model: nn.Module, adapter_name: str) -> None:
-    """Delete an adapter that is not active; a layer that had no other one is a plain module again.
+    """Delete an inactive adapter; a layer without another one becomes a plain module again.
 
     Raises
     ------
     TypeError, ValueError
-        If there is no such adapter, if it is active, if a layer that would go has hooks, or if the
+        If there is no such adapter, if it is active, if a layer to be removed has hooks, or if the
         model is sharded over processes.
     RuntimeError
-        If a layer is merged; within :func:`neuroada_kernels.disable_adapter` or
+        If a layer is merged, or within :func:`neuroada_kernels.disable_adapter` or
         :func:`neuroada_kernels.rows_of`. The model is unchanged then.
     """
     model = unwrapped(model)
@@ -53,7 +53,7 @@ def delete_adapter(model: nn.Module, adapter_name: str) -> None:
     _check_hooks(alone)
     for name, layer in layers.items():
         with errors_name(name):
-            layer.step_aside(adapter_name)
+            layer.swap_out(adapter_name)
     for layer in layers.values():
         if adapter_name in layer.adapter_names and layer.adapter_names != (adapter_name,):
             layer.remove(adapter_name)
@@ -62,32 +62,32 @@ def delete_adapter(model: nn.Module, adapter_name: str) -> None:
 
 
 def unload(model: nn.Module, *, merge: bool = False) -> nn.Module:
-    """Put every module back that :func:`neuroada_kernels.adapt` replaced; all adapters are gone.
+    """Restore every module that :func:`neuroada_kernels.adapt` replaced; drops all adapters.
 
-    What was an ``nn.Linear`` is one again, with the very tensors that the layer had, and with
-    attributes that somebody has given it; what a layer was put round, a quantised base or
-    ``Conv1D``, stands in its own place. So ``save_pretrained`` writes an ordinary checkpoint.
-    Parameters of the base require grad as they do now.
+    A former ``nn.Linear`` is one again, with the same tensors that the layer had and with its
+    custom attributes. A wrapped base, quantised or ``Conv1D``, takes its former place. Then
+    ``save_pretrained`` writes an ordinary checkpoint. Whether parameters of the base require grad
+    does not change.
 
     Parameters
     ----------
     model : nn.Module
         An adapted model; changed in place.
     merge : bool
-        Merge the active adapter first, as by :func:`neuroada_kernels.merge`; without, the weights
-        are those of the base, bit for bit.
+        Merge the active adapter first, as by :func:`neuroada_kernels.merge`; otherwise the
+        weights are those of the base, bit for bit.
 
     Returns
     -------
     nn.Module
-        The model; where it is a single layer, the module that takes its place. One inside
-        ``torch.compile`` or ``DistributedDataParallel`` comes without these.
+        The model, without ``torch.compile`` or ``DistributedDataParallel`` around it; for a single
+        layer, the module that replaces it.
 
     Raises
     ------
     RuntimeError
-        If the model is merged already, without ``merge=True``; if with it no adapter is active; or
-        within :func:`neuroada_kernels.rows_of`.
+        If the model is merged and ``merge`` is False; if ``merge`` is True and no adapter is
+        active; or within :func:`neuroada_kernels.rows_of`.
     ValueError
         If the model has no NeuroAda layer, is sharded over processes, was offloaded by accelerate
         after it was adapted, or has a base that nothing can be merged into; if a layer has hooks.
@@ -111,7 +111,7 @@ def unload(model: nn.Module, *, merge: bool = False) -> nn.Module:
 
 
 def _outer_layers(model: nn.Module) -> dict[str, NamedLayer | NeuroAdaExperts]:
-    """What stands where a module was, by the first of its names."""
+    """The layers that replaced a module, by their first names."""
     return {
         name: module
         for name, module in model.named_modules()
@@ -121,11 +121,12 @@ def _outer_layers(model: nn.Module) -> dict[str, NamedLayer | NeuroAdaExperts]:
 
 
 def _has_only(layer: NamedLayer | NeuroAdaExperts, adapter: str) -> bool:
-    return any(part.adapter_names == (adapter,) for part in parts_of(layer))  # then all of experts
+    # All parts of experts have the same adapters.
+    return any(part.adapter_names == (adapter,) for part in parts_of(layer))
 
 
 def _check_hooks(layers: Mapping[str, NamedLayer | NeuroAdaExperts]) -> None:
-    """Raise where somebody has put hooks on a layer, or its forward into others."""
+    """Raise if a layer has hooks, or a ``forward`` set on the instance."""
     for name, layer in layers.items():
         for module in {layer, *parts_of(layer)}:
             check_hooks(name, module)
@@ -137,9 +138,9 @@ def _check_hooks(layers: Mapping[str, NamedLayer | NeuroAdaExperts]) -> None:
 
 
 def _bare(layer: NamedLayer | NeuroAdaExperts) -> nn.Module:
-    """The module that ``layer`` stands for, which has the weight to itself from now on."""
+    """The module that ``layer`` replaced; the layer gives the weight up to it."""
     for part in parts_of(layer):
-        part.let_go()
+        part.release_weight()
     if isinstance(layer, NeuroAdaExperts):
         module = layer.base
         weights = {name: stack.weight for name, stack in layer.stacks.items()}

@@ -1,4 +1,4 @@
-"""A small adapted model, and everything of a model that a failed load must leave alone."""
+"""A small adapted model, and a check that a failed load leaves a model unchanged."""
 
 from __future__ import annotations
 
@@ -75,7 +75,7 @@ def inputs(dtype: torch.dtype = torch.float32) -> Tensor:
 
 
 class Unchanged:
-    """Within the block, modules, tensors, values and flags of the model stay the very same."""
+    """Asserts that modules, tensors, values and flags of the model are the same after the block."""
 
     def __init__(self, model: nn.Module) -> None:
         self.model = model

@@ -13,29 +13,29 @@ import neuroada_kernels as nk
 from neuroada_kernels import _registry
 from neuroada_kernels.testing import CASES, make_inputs
 
-#: One backend that tests must run on, whatever else there is; what it cannot do then fails.
+#: If set, the one backend that tests run on; what it does not support then fails.
 REQUIRED = os.environ.get("NEUROADA_REQUIRE")
 AVAILABLE = (
     [REQUIRED]
     if REQUIRED
     else [name for name, reason in nk.available_backends().items() if reason is None]
 )
-#: What a backend leaves to others on purpose, also where it is required.
+#: Dtypes that a backend leaves to others on purpose, also if it is required.
 LEFT_OUT = {"cuda": {torch.float64}}
 DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.float16]
 
 
 def pytest_configure(config: pytest.Config) -> None:
     if os.environ.get("TRITON_INTERPRET") == "1":
-        # NumPy computes there, and says so where a result is not finite; a GPU does not.
+        # NumPy computes there, and warns of results that are not finite; a GPU does not.
         for words in ("invalid value", "overflow", "divide by zero"):
             config.addinivalue_line("filterwarnings", f"ignore:{words} encountered:RuntimeWarning")
 
 
 @pytest.hookimpl(wrapper=True)
 def pytest_runtest_call(item: pytest.Item) -> Generator[None, object, object]:
-    """Under Triton's interpreter, which runs one kernel at a time, no layer is collected in the
-    middle of a kernel: a resident one gives its weight back then, by a kernel of its own."""
+    """Disable garbage collection under Triton's interpreter, which runs one kernel at a time: a
+    resident layer that is collected within a kernel restores its weight by another kernel."""
     if os.environ.get("TRITON_INTERPRET") != "1":
         return (yield)
     gc.disable()
@@ -67,7 +67,7 @@ def backend(request: pytest.FixtureRequest) -> Iterator[str]:
 
 @pytest.fixture
 def float64(backend: str) -> None:
-    """For what computes in float64 whatever the axis: skipped where the backend does not."""
+    """For tests that compute in float64 for every dtype: skipped if the backend does not."""
     _skip_unless_served(backend, torch.float64)
 
 
@@ -83,7 +83,7 @@ def _skip_unless_served(backend: str, dtype: torch.dtype) -> None:
 
 @pytest.fixture
 def device(backend: str) -> str:
-    """Where the tensors of a test lie that runs on ``backend``."""
+    """The device of the tensors of a test on ``backend``."""
     return _device(backend)
 
 

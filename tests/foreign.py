@@ -1,4 +1,4 @@
-"""Bases of every kind whose forward is not ours, and their weights by the library's own word."""
+"""Bases of every kind with a foreign forward, and their weights as their library reads them."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ D_IN, D_OUT = 64, 48
 
 
 def library(name: str) -> ModuleType:
-    """A library, or a skipped test; what it warns of when it is loaded is not ours.
+    """Import a library without its warnings, or skip the test.
 
     bitsandbytes compiles functions of its CPU backend, which takes a C++ compiler half a minute;
-    they are the same uncompiled.
+    here they stay uncompiled, which gives the same results.
     """
     compile_nothing = mock.patch("torch.compile", lambda function=None, **_: function)
     with warnings.catch_warnings(), compile_nothing:
@@ -28,7 +28,7 @@ def library(name: str) -> ModuleType:
 
 
 class Conv1D(nn.Module):
-    """As transformers has it, and by its name, for where that is not installed."""
+    """A copy of transformers', under the same name, for when that is not installed."""
 
     def __init__(self, nf: int, nx: int) -> None:
         super().__init__()
@@ -45,7 +45,7 @@ Conv1D.__module__ = "transformers.pytorch_utils"
 
 
 class Scaled(nn.Module):
-    """Somebody's layer: a weight like that of nn.Linear, and a forward of its own."""
+    """A third-party layer: a weight like that of nn.Linear, and a forward of its own."""
 
     def __init__(self, d_in: int, d_out: int) -> None:
         super().__init__()
@@ -57,7 +57,7 @@ class Scaled(nn.Module):
 
 
 class Hidden(nn.Module):
-    """One whose weight is out of sight."""
+    """A third-party layer that has no ``weight``."""
 
     def __init__(self, d_in: int, d_out: int) -> None:
         super().__init__()
@@ -107,7 +107,7 @@ KINDS = [*PLAIN, *QUANTISED]
 
 
 def make(kind: str, d_in: int = D_IN, d_out: int = D_OUT, dtype=torch.float32) -> nn.Module:
-    """A base of that kind with values of its own."""
+    """A base of that kind with random values."""
     if kind == "conv1d":
         return Conv1D(d_out, d_in).to(dtype)
     if kind in ("scaled", "hidden"):
@@ -116,7 +116,7 @@ def make(kind: str, d_in: int = D_IN, d_out: int = D_OUT, dtype=torch.float32) -
 
 
 def dense(base: nn.Module) -> Tensor:
-    """``W [d_out, d_in]`` of a base, whole, by the library's own function."""
+    """The dense ``W [d_out, d_in]`` of a base, by the library's own function."""
     weight = base.weight
     if isinstance(base, Conv1D):
         return weight.detach().t().clone()
@@ -132,7 +132,7 @@ def dense(base: nn.Module) -> Tensor:
 
 
 def raw(base: nn.Module) -> list[Tensor]:
-    """Copies of all bytes that a base holds, those of tensors that consist of others too."""
+    """Copies of all bytes that a base holds, including the parts of tensor subclasses."""
     found: list[Tensor] = []
     for tensor in (*base.parameters(), *base.buffers()):
         if hasattr(tensor, "quant_state"):

@@ -1,4 +1,4 @@
-"""A transformer's block as Llama has it, adapted, and what a forward of it keeps."""
+"""A transformer's block as in Llama, adapted, and what its forward saves."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ class Block(nn.Module):
 
 
 def unadapted_block(dtype: torch.dtype = torch.float32) -> Block:
-    """The same block each time; of each input the first quarter has the largest weights."""
+    """The same block each time; the first quarter of the inputs has the largest weights."""
     torch.manual_seed(0)
     block = Block()
     with torch.no_grad():
@@ -77,13 +77,13 @@ def layers_of(model: nn.Module) -> list[nk.NeuroAdaLinear]:
 
 
 def qkv_of(model: Block) -> list[nk.NeuroAdaLinear]:
-    """Three siblings."""
+    """q, k and v, which are siblings."""
     attention = model.self_attn
     return [attention.q_proj, attention.k_proj, attention.v_proj]
 
 
 def choose(layer: nk.NeuroAdaLinear, first: int, count: int) -> None:
-    """Have the layer choose ``count`` columns from ``first`` on, one a neuron."""
+    """Have the layer choose ``count`` columns from ``first`` on, one per neuron."""
     layer.index = (first + torch.arange(layer.out_features)[:, None] % count).int()
 
 
@@ -109,13 +109,13 @@ def assert_same_bits(results: Iterable[Tensor], expected: Iterable[Tensor]) -> N
 
 
 def kept_bytes(model: nn.Module, forward: Callable[[], object]) -> int:
-    """Of the storages that a forward keeps for its backward; neither the model's nor indices."""
+    """Bytes of the storages that a forward saves, except the model's own and indices."""
     own = {t.untyped_storage().data_ptr() for t in (*model.parameters(), *model.buffers())}
     kept: dict[int, Tensor] = {}
 
     def pack(tensor: Tensor) -> Tensor:
         if tensor.is_floating_point():
-            # Alive, so that no address comes twice.
+            # Kept alive, so that no address is reused.
             kept[tensor.untyped_storage().data_ptr()] = tensor
         return tensor
 

@@ -1,4 +1,4 @@
-"""What several tests share: the two functions of an ``Inputs``, and their gradients."""
+"""The linear and the bypass of an ``Inputs`` for several tests, and their gradients."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def differentiate_in_float64(
 
 
 def linear_tensors(inputs: Inputs) -> list[Tensor]:
-    """What the linear is differentiated in: x, delta, and the bias where there is one."""
+    """The tensors that the linear is differentiated by: x, delta, and the bias if any."""
     return [inputs.x, inputs.delta] + ([] if inputs.bias is None else [inputs.bias])
 
 

@@ -34,7 +34,7 @@ def llama(dtype: torch.dtype = torch.float32, **options: object) -> LlamaForCaus
 
 
 def batch(step: int, rows: int = BATCH) -> Tensor:
-    """Rows of the text, other ones at each step."""
+    """Rows of the text, different at each step."""
     places = torch.randint(
         len(TEXT) - LENGTH, (rows,), generator=torch.Generator().manual_seed(step)
     )
@@ -42,7 +42,7 @@ def batch(step: int, rows: int = BATCH) -> Tensor:
 
 
 def loss_of(model: nn.Module, step: int) -> Tensor:
-    """In the dtype of the model, where that of transformers is float32 always."""
+    """The loss in the dtype of the model; transformers' own is always float32."""
     tokens = batch(step)
     scores = model(input_ids=tokens).logits[:, :-1]
     return F.cross_entropy(scores.flatten(0, 1), tokens[:, 1:].flatten())
@@ -58,7 +58,7 @@ def trainable(model: nn.Module) -> dict[str, nn.Parameter]:
 
 
 def give_values(model: nn.Module, seed: int = 0) -> nn.Module:
-    """Values for every delta, and whatever else trains, as after training."""
+    """Give values to every delta and whatever else trains, as after training."""
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for parameter in trainable(model).values():
@@ -88,7 +88,7 @@ def values(model: nn.Module) -> dict[str, Tensor]:
 
 
 def changed(model: nn.Module, before: dict[str, Tensor]) -> set[str]:
-    """Names of what has other bits than before."""
+    """Names of tensors whose bits differ from ``before``."""
     return {
         name
         for name, tensor in model.state_dict().items()

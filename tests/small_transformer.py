@@ -1,7 +1,7 @@
 """A small transformer and its training, for tests of whole runs.
 
-As a script, ``python small_transformer.py BASE FOLDER``, it trains for ever, its weights resident,
-on the base of a file, and saves adapter and optimiser to the folder after every step.
+As a script, ``python small_transformer.py BASE FOLDER``, it trains a resident model on the base in
+a file until it is killed, and saves adapter and optimiser to the folder after every step.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ class Transformer(nn.Module):
         self.checkpointing = checkpointing
 
     def forward(self, tokens: Tensor) -> Tensor:
-        x = self.embed(tokens).detach().requires_grad_()  # as reentrant checkpointing wants it
+        x = self.embed(tokens).detach().requires_grad_()  # as reentrant checkpointing requires
         for block in self.blocks:
             if self.checkpointing is None:
                 x = block(x)
@@ -70,7 +70,7 @@ def trained(model: nn.Module) -> dict[str, nn.Parameter]:
 
 
 def training(model: nn.Module, optimizer: torch.optim.Optimizer, first: int = 0) -> Iterator[float]:
-    """The loss of each step, whose update is done by when it is asked for the next one."""
+    """The loss of each step, yielded after its update."""
     step = first
     while True:
         optimizer.zero_grad()
@@ -90,7 +90,7 @@ def adapted(checkpointing: bool | None = None, dtype=torch.float32, **options) -
 
 
 def from_file(base: str, **options) -> nn.Module:
-    """The model over the file itself: its weights are the mapped pages, not a copy."""
+    """The model with weights memory-mapped from the file, not copied."""
     model = Transformer()
     model.load_state_dict(torch.load(base, mmap=True), assign=True)
     nk.adapt(model, k=4, **options)

@@ -1,7 +1,7 @@
-"""What an installed package must do, without pytest: python tests/smoke.py cpu|eager [cuda].
+"""Smoke test of an installed package, without pytest: python tests/smoke.py cpu|eager [cuda].
 
 The first argument names the backend that should serve calls on the CPU; a second one says that the
-package was built with CUDA inside, which needs nothing of CUDA's to be imported.
+package was built with CUDA, which must not make its import need CUDA's libraries.
 """
 
 from __future__ import annotations

@@ -35,9 +35,9 @@ LOWEST, HIGHEST = -(2**31), 2**31 - 1
 
 @pytest.fixture(autouse=True)
 def choice_is_made_anew():
-    cpu._tokens_of_one_kernel.cache_clear()
+    cpu._fused_tokens.cache_clear()
     yield
-    cpu._tokens_of_one_kernel.cache_clear()
+    cpu._fused_tokens.cache_clear()
 
 
 def outputs(inputs: Inputs) -> tuple[Tensor, ...]:
@@ -81,7 +81,7 @@ def test_a_weight_that_lies_by_columns_takes_torchs_product(monkeypatch):
     inputs = make_inputs(CASE, torch.float32)
     plain = outputs(inputs)
     inputs = replace(inputs, weight=inputs.weight.t().contiguous().t())
-    for name in ("linear_in_one", "linear_backward_in_one"):
+    for name in ("linear_fused", "linear_backward_fused"):
         monkeypatch.setattr(cpu._compiled, name, lambda *args: pytest.fail("reads W by rows"))
     for ours, theirs in zip(outputs(inputs), plain, strict=True):
         torch.testing.assert_close(ours, theirs)
@@ -94,7 +94,7 @@ ALWAYS, NEVER = (0, math.inf), (math.inf, math.inf)
 
 
 @pytest.mark.parametrize(
-    ("isa", "has_product", "amx", "vendor", "tokens"),
+    ("isa", "has_onednn_gemm", "amx", "vendor", "tokens"),
     [
         ("generic", True, False, "intel", {F32: NEVER, F64: NEVER, BF16: NEVER, F16: NEVER}),
         ("avx2", False, False, "amd", {F32: (2, math.inf), F64: NEVER, BF16: ALWAYS, F16: ALWAYS}),
@@ -105,10 +105,10 @@ ALWAYS, NEVER = (0, math.inf), (math.inf, math.inf)
     ],
 )
 def test_one_kernel_is_chosen_where_it_was_measured_faster(
-    isa, has_product, amx, vendor, tokens, monkeypatch
+    isa, has_onednn_gemm, amx, vendor, tokens, monkeypatch
 ):
     monkeypatch.delenv("NEUROADA_CPU_FUSED", raising=False)
-    monkeypatch.setattr(cpu, "has_product", lambda dtype: has_product)
+    monkeypatch.setattr(cpu, "has_onednn_gemm", lambda dtype: has_onednn_gemm)
     monkeypatch.setattr(cpu, "_has_amx", lambda: amx)
     monkeypatch.setattr(torch.backends.mkl, "is_available", lambda: True)
 
@@ -117,7 +117,7 @@ def test_one_kernel_is_chosen_where_it_was_measured_faster(
         cpu_vendor = staticmethod(lambda: vendor)
 
     monkeypatch.setattr(_extension, "module", Module)
-    assert {dtype: cpu._tokens_of_one_kernel(dtype) for dtype in tokens} == tokens
+    assert {dtype: cpu._fused_tokens(dtype) for dtype in tokens} == tokens
 
 
 @pytest.mark.parametrize(

@@ -206,11 +206,11 @@ def named_kernels(monkeypatch):
         monkeypatch.delenv(variable, raising=False)
     for where, name, kernels in (
         (cuda._compiled, "linear_backward", "bypass alone"),
-        (cuda, "_linear_onto_product", "onto product"),
+        (cuda, "_linear_gemm_first", "onto product"),
         (cuda, "_linear_backward_onto_product", "onto product"),
         (cuda._compiled, "linear_patched", "patched"),
         (cuda._compiled, "linear_backward_patched", "patched"),
-        (cuda._compiled, "linear_onto_bypass", "onto bypass"),
+        (cuda._compiled, "linear_bypass_first", "onto bypass"),
         (cuda._compiled, "linear_backward_onto_bypass", "onto bypass"),
     ):
         monkeypatch.setattr(where, name, lambda *args, kernels=kernels: kernels)

@@ -16,9 +16,9 @@ SIXTEEN = {"bfloat16": torch.bfloat16, "float16": torch.float16}
 @pytest.mark.parametrize("dtype", SIXTEEN)
 def test_product_and_bias_join_before_the_rounding(dtype, known, bias, tokens, monkeypatch):
     dtype = SIXTEEN[dtype]
-    if known and not _dense.has_product(dtype):
+    if known and not _dense.has_onednn_gemm(dtype):
         pytest.skip("oneDNN does not multiply this dtype here")
-    monkeypatch.setattr(_dense, "has_product", lambda dtype: known)
+    monkeypatch.setattr(_dense, "has_onednn_gemm", lambda dtype: known)
     monkeypatch.setattr(_dense, "_BLOCK_BYTES", 8 * 2 * 49)
     monkeypatch.setattr(_dense, "_WIDENED_BYTES", (1 << 12, 1 << 12))  # some columns at a time
     torch.manual_seed(0)

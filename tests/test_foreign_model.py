@@ -211,7 +211,9 @@ def test_a_failure_midway_is_undone(failing, monkeypatch):
     def fail(*args):
         raise RuntimeError("interrupted")
 
-    monkeypatch.setattr(last, "_fold" if failing == "merge" else "_unfold", fail)
+    monkeypatch.setattr(
+        last, "_merge_into_weight" if failing == "merge" else "_restore_weight", fail
+    )
     with pytest.raises(RuntimeError, match="interrupted"):
         getattr(nk, failing)(model)
     monkeypatch.undo()

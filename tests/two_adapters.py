@@ -16,7 +16,7 @@ ROWS = ["second", "default", "__base__", "second", "default"]
 
 
 class Transposed(nn.Module):
-    """A layer of ours beside one that is round somebody else's."""
+    """Linears, and a ``Conv1D`` that a layer wraps."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -39,7 +39,7 @@ def both(strategy: str = "bypass", dtype: torch.dtype = torch.float32) -> Model:
 
 
 def alone(name: str, strategy: str = "bypass", dtype: torch.dtype = torch.float32) -> Model:
-    """The same with one of the two."""
+    """The same model with one of the two adapters."""
     model = Model(dtype=dtype)
     nk.adapt(model, **(FIRST if name == "default" else SECOND))
     trained(model, 0 if name == "default" else 1)

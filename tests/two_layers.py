@@ -1,4 +1,4 @@
-"""Two adapted layers whose deltas are not zero, for what compiles and exports them."""
+"""Two adapted layers with nonzero deltas, for tests of compilation and export."""
 
 from __future__ import annotations
 

@@ -30,7 +30,7 @@ def bypass_bwd_input_kernel(
     live_entries,
     entries,
     most_light,
-    splits_a_program,
+    splits_per_program,
     stride_grad_t,
     stride_onto,
     stride_grad_x,
@@ -50,8 +50,8 @@ def bypass_bwd_input_kernel(
     adjacent parts.
     """
     t = tl.program_id(0) * BLOCK_T + tl.arange(0, BLOCK_T)
-    first_split = split + tl.program_id(1) * splits_a_program
-    c_end = min(tl.load(first_split + splits_a_program), d_in)
+    first_split = split + tl.program_id(1) * splits_per_program
+    c_end = min(tl.load(first_split + splits_per_program), d_in)
     row = t.to(tl.int64)[:, None]
     for start in range(max(tl.load(first_split), 0), c_end, BLOCK_C):
         c = start + tl.arange(0, BLOCK_C)
@@ -107,8 +107,8 @@ def bypass_bwd_input(
             grad_x.device,
         )
     splits = split.shape[0] - 1
-    splits_a_program = config.splits_a_program(splits, d_in)
-    grid = (triton.cdiv(tokens, config.block_t), splits // splits_a_program)
+    splits_per_program = config.splits_per_program(splits, d_in)
+    grid = (triton.cdiv(tokens, config.block_t), splits // splits_per_program)
     bypass_bwd_input_kernel[grid](
         grad_t,
         column_start,
@@ -122,7 +122,7 @@ def bypass_bwd_input(
         entry.numel(),
         delta.numel(),
         config.most_light(entry.numel(), d_in),
-        splits_a_program,
+        splits_per_program,
         grad_t.stride(0),
         0 if onto is None else onto.stride(0),
         grad_x.stride(0),

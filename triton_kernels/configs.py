@@ -104,7 +104,7 @@ class TransposedConfig(_LightColumns):
     rounds: int
     num_warps: int
 
-    def splits_a_program(self, splits: int, d_in: int) -> int:
+    def splits_per_program(self, splits: int, d_in: int) -> int:
         """How many of the plan's splits, a power of two, fill a block of columns."""
         columns_a_split = max(1, d_in // splits)
         return min(splits, triton.next_power_of_2(triton.cdiv(self.block_c, columns_a_split)))
@@ -142,9 +142,9 @@ def padding(tokens: int) -> int:
     return min(max(triton.next_power_of_2(tokens), _MIN_BLOCK_T), _MAX_BLOCK_T)
 
 
-def tokens_a_chunk(bytes_a_token: int) -> int:
+def tokens_a_chunk(bytes_per_token: int) -> int:
     """How many tokens of transposed inputs fit into the workspace, a multiple of every block."""
-    return _whole_blocks(WORKSPACE_BYTES, bytes_a_token)
+    return _whole_blocks(WORKSPACE_BYTES, bytes_per_token)
 
 
 def tokens_a_wide_product(width: int) -> int:
@@ -152,8 +152,8 @@ def tokens_a_wide_product(width: int) -> int:
     return _whole_blocks(WIDE_BYTES, 4 * width)
 
 
-def _whole_blocks(available: int, bytes_a_token: int) -> int:
-    blocks = available // max(1, bytes_a_token) // _MAX_BLOCK_T
+def _whole_blocks(available: int, bytes_per_token: int) -> int:
+    blocks = available // max(1, bytes_per_token) // _MAX_BLOCK_T
     return max(1, blocks) * _MAX_BLOCK_T
 
 

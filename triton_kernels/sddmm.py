@@ -24,7 +24,7 @@ def sddmm_kernel(
     padded,
     d_in,
     entries,
-    tokens_a_part,
+    tokens_per_part,
     stride_x_t,
     stride_grad_t,
     k: tl.constexpr,
@@ -45,8 +45,8 @@ def sddmm_kernel(
     x_row = x_t + column.to(tl.int64) * stride_x_t
     grad_row = grad_t + (e // k).to(tl.int64) * stride_grad_t
     total = tl.zeros([BLOCK_E, BLOCK_T], dtype=ACC)
-    first = part * tokens_a_part
-    for start in range(first, min(first + tokens_a_part, padded), BLOCK_T):
+    first = part * tokens_per_part
+    for start in range(first, min(first + tokens_per_part, padded), BLOCK_T):
         t = start + tl.arange(0, BLOCK_T)
         x_values = tl.load(x_row[:, None] + t[None, :], mask=live[:, None], other=0)
         grad_values = tl.load(grad_row[:, None] + t[None, :], mask=live[:, None], other=0)
@@ -85,7 +85,7 @@ def sddmm(
             lambda c: sddmm(x_t, grad_t, index, torch.zeros_like(partial), c),
             x_t.device,
         )
-    tokens_a_part = triton.cdiv(triton.cdiv(padded, parts), config.block_t) * config.block_t
+    tokens_per_part = triton.cdiv(triton.cdiv(padded, parts), config.block_t) * config.block_t
     sddmm_kernel[(triton.cdiv(entries, config.block_e), parts)](
         x_t,
         grad_t,
@@ -94,7 +94,7 @@ def sddmm(
         padded,
         x_t.shape[0],
         entries,
-        tokens_a_part,
+        tokens_per_part,
         x_t.stride(0),
         grad_t.stride(0),
         k=index.shape[1],

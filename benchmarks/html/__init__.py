@@ -1,6 +1,6 @@
 """``neuroada report``: results files as one self-contained page.
 
-JSON goes in and HTML comes out: nothing here measures, or knows more than the files say.
+Nothing here measures: the page shows only what the JSON files contain.
 """
 
 from neuroada_kernels.benchmarks.html.page import write_html

@@ -1,4 +1,4 @@
-"""How long adapting a model takes, and in how much memory beside it."""
+"""Time and memory of adapting a model."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from neuroada_kernels.benchmarks.html.tables import Table
 
 
 def section(source: Source) -> Section:
-    """A table alone: there are as many rows as k."""
+    """A table only, with a row for each k."""
     sizes = source.document["sizes"]
     lead = (
         f"Selecting the connections of a randomly initialised Llama of width {sizes['hidden']} and "

@@ -70,6 +70,6 @@ def _dtypes(document: Mapping[str, Any]) -> list[str]:
 
 
 def _less(kept: dict[tuple[str, str], Mapping[str, Any]], dtype: str, method: str, key: str) -> str:
-    """By how much it is less than ``full``, where it is and something is kept."""
+    """How much less than with ``full``; empty for ``frozen``, and below 1 %."""
     share = kept[dtype, method][key] / kept[dtype, "full"][key]
     return f" (−{1 - share:.0%})" if method != "frozen" and share < 0.99 else ""

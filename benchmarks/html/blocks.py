@@ -1,4 +1,4 @@
-"""What sections of the page are made of; each block says which file its figures come from."""
+"""Blocks of the page's sections; each block names the file that its figures come from."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from neuroada_kernels.benchmarks.html.tables import Table
 
 @dataclass
 class Section:
-    """Of one file: a title, a sentence or two, and blocks of HTML."""
+    """The section of one file: a title, a sentence or two, and blocks of HTML."""
 
     title: str
     lead: str
@@ -46,13 +46,13 @@ def table(source: Source, content: Table) -> str:
 
 
 def folded(source: Source, title: str, tables: Sequence[Table]) -> str:
-    """Tables behind their common title, until they are asked for; on paper they are all there."""
+    """Tables, collapsed under their common title on the screen and expanded on paper."""
     inner = "\n".join(table(source, content) for content in tables)
     return f"<details><summary>{escape(title)}</summary>{inner}</details>"
 
 
 def prose(text: str) -> str:
-    """HTML of a sentence, what stands between backticks as code."""
+    """HTML of a sentence, with text between backticks as code."""
     return re.sub("`([^`]*)`", r"<code>\1</code>", escape(text))
 
 

@@ -14,7 +14,7 @@ from neuroada_kernels.benchmarks.html.source import ReportError
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Read every file, then write the page; the exit status."""
+    """Read every file, then write the page; returns the exit status."""
     parser = argparse.ArgumentParser(prog="neuroada report", description=__doc__)
     add = parser.add_argument
     add("results", nargs="+", type=Path, metavar="JSON", help="files of neuroada bench --json")
@@ -37,7 +37,7 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def _read(paths: list[Path]) -> dict[str, Any]:
-    """Contents by name, with as many folders in front as tell files of one name apart."""
+    """Contents by file name, prefixed by as many folders as make the names unique."""
     paths = list(dict.fromkeys(paths))
     documents = {}
     for path in paths:

@@ -2,8 +2,7 @@
 
 A panel is as wide as a phone, and a figure has as many of them side by side as there is room for.
 One unit of a panel is a CSS pixel. Colours are names of :data:`~.style.COLORS`, which become
-variables of the page (and so follow its colour scheme), or in a file of its own those of light
-paper.
+variables of the page (and so follow its colour scheme), or the light colours in a standalone file.
 """
 
 from __future__ import annotations
@@ -18,12 +17,12 @@ from neuroada_kernels.benchmarks.html.style import COLORS
 
 WIDTH, HEIGHT = 320, 240
 Painter = Callable[[Any], None]
-#: A colour that nothing else has stands for each name until the SVG is text.
+#: A unique placeholder colour for each name, replaced in the text of the SVG.
 _STAND_INS = {name: f"#fa00{place:02x}" for place, name in enumerate(COLORS)}
 
 
 def color(name: str) -> str:
-    """What to tell matplotlib for a colour of the page."""
+    """The placeholder to give matplotlib for a colour of the page."""
     return _STAND_INS[name]
 
 
@@ -41,11 +40,11 @@ def draw(
     Parameters
     ----------
     name
-        Of this plot alone on the page: its ids derive from it.
+        Unique on the page: the ids of the plot derive from it.
     label
-        What is read out instead of the plot.
+        The text that screen readers read.
     key
-        Label, colour and opacity of the patches of a legend below: where there is no page with one.
+        Label, colour and opacity of the patches of a legend below, if the page has none.
 
     Raises
     ------
@@ -101,7 +100,7 @@ def draw(
 
 
 def _for_the_page(text: str, label: str) -> str:
-    # Names that all figures share would be ids twice in one page; nothing refers to a group.
+    # Group ids are the same in all figures, but must be unique in a page; nothing refers to them.
     text = re.sub(r'<g id="[^"]*"', "<g", text)
     text = re.sub(r"<metadata>.*?</metadata>\s*", "", text, flags=re.DOTALL)
     text = re.sub(r'(?<= )(?:d|x|y|transform|points)="[^"]*"', _rounded, text)
@@ -119,7 +118,7 @@ def _rounded(attribute: re.Match[str]) -> str:
 
 
 def standalone(svg: str, title: str, description: str) -> str:
-    """The same as a file: on light paper, with its title and where its figures come from."""
+    """The SVG as a standalone file, in light colours, with its title and description."""
     for name, (light, _) in COLORS.items():
         svg = svg.replace(f"var(--{name})", light)
     head = f"<title>{escape(title)}</title>\n<desc>{escape(description)}</desc>\n"

@@ -30,7 +30,7 @@ _SWEEPS = (("k", "k", "connections per neuron, k"), ("tokens", "T", "tokens, T")
 def section(source: Source) -> Section:
     """Ratios first, since they hold beyond this machine; then times, rates and all rows."""
     rows = measurements(source.document)
-    # What serves only where nothing else does would take the room of all others.
+    # Fallbacks are so slow that they would take the room of all others.
     plotted = [row for row in rows if row["automatic"] or row["candidate"] not in FALLBACKS]
     looks = styles(row["candidate"] for row in rows)
     found = Section(
@@ -123,7 +123,7 @@ def _ratios_against(
 
 
 def _panel(source: Source, title: str, name: str, paint: Painter, series: int) -> tuple[str, str]:
-    """Higher where there are many lines to tell apart."""
+    """A panel, higher for many series."""
     height = HEIGHT + 14 * max(0, series - 6)
     svg = draw(f"{source.name} {title} {name}", f"{title}: {name}", paint, height=height)
     return name, svg
@@ -174,10 +174,10 @@ def _fitted(
 
 
 def _time_of(group: list[Row], axis: str) -> tuple[str, float]:
-    """What a time in ms is read from, and divided by.
+    """The key that times are read from, and the divisor that gives ms.
 
-    Frozen does the same at every k, so there the ratio to it is taken, as the fits do: a drift of
-    the machine from point to point cancels.
+    The frozen linear does the same work at every k, so over k the ratio to it is taken, as in the
+    fits: drift of the machine from point to point cancels.
     """
     if axis != "k":
         return "total_us", 1e3

@@ -1,4 +1,4 @@
-"""What a file of the linear suite says of the layers, as tables and in sentences."""
+"""Tables and sentences of a file of the linear suite."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ Row = Mapping[str, Any]
 
 
 def measurements(document: Mapping[str, Any]) -> list[Row]:
-    """Rows of what was timed, with the rate in GFLOP/s whatever the file's age."""
+    """Timed rows, with the rate in GFLOP/s for files of any age."""
     return [
         {"gflop_per_s": 1e3 * row["tflop_per_s"], **row} if "tflop_per_s" in row else row
         for row in document["results"]
@@ -22,7 +22,7 @@ def measurements(document: Mapping[str, Any]) -> list[Row]:
 
 
 def fits_of(document: Mapping[str, Any]) -> list[Row]:
-    """The lines that were fitted."""
+    """The fitted lines of a file."""
     return list(document.get("summary", {}).get("fits", ()))
 
 
@@ -32,7 +32,7 @@ def _host_cost(document: Mapping[str, Any]) -> Mapping[str, Any] | None:
 
 
 def host_sentence(document: Mapping[str, Any]) -> str:
-    """What a call costs the host, where it was measured."""
+    """The Python and dispatch overhead of a call, if it was measured."""
     host = _host_cost(document)
     if host is None:
         return ""
@@ -43,7 +43,7 @@ def host_sentence(document: Mapping[str, Any]) -> str:
 
 
 def ratios(source: Source) -> Table:
-    """A row a case and dtype, a column a method; what serves where none is named in bold."""
+    """A row for each case and dtype, a column for each method; default backends in bold."""
     rows = measurements(source.document)
     names = [n for n in dict.fromkeys(row["candidate"] for row in rows) if n != "frozen"]
     ours = {row["candidate"] for row in rows if row["automatic"]}
@@ -73,7 +73,7 @@ def ranges(source: Source) -> Table:
     cases: dict[int, set[str]] = {}
     for row in rows:
         cases.setdefault(row["case"]["tokens"], set()).add(row["case"]["name"])
-    # A T of few cases is a point of a sweep, which has its own figure.
+    # A T with few cases is a point of a sweep, which has its own figure.
     columns = [
         (tokens, dtype)
         for tokens in sorted(tokens for tokens, names in cases.items() if len(names) >= 3)
@@ -97,7 +97,7 @@ def ranges(source: Source) -> Table:
 
 
 def measured(source: Source) -> str:
-    """How the ratios were taken, and what a call costs the host, in sentences."""
+    """Sentences on how the ratios were taken, and on the overhead of a call."""
     document, here = source.document, source.sessions[-1]
     rounds = document.get("settings", document)["rounds"]
     text = (
@@ -133,7 +133,7 @@ def growth(document: Mapping[str, Any]) -> Table:
 
 
 def growth_in_short(document: Mapping[str, Any], methods: Collection[str]) -> Table:
-    """The fitted lines of some methods: a row a method, a column a sweep of a layer and dtype."""
+    """Fitted lines: a row for each of ``methods``, a column for each sweep of a layer and dtype."""
     fits = [fit for fit in fits_of(document) if fit["candidate"] in methods]
     found = {(fit["candidate"], _sweep(fit)): _line_in_words(fit) for fit in fits}
     sweeps = list(dict.fromkeys(map(_sweep, fits)))
@@ -159,7 +159,7 @@ def _line_in_words(fit: Row) -> str:
 
 
 def judged(document: Mapping[str, Any]) -> Table:
-    """The bars that a run was held against, the missed ones first."""
+    """The bars that were measured, the missed ones first."""
     bars = document.get("summary", document).get("bars", ())
     found = [bar for bar in bars if bar["value"] is not None]
     found.sort(key=lambda bar: bar["outcome"] == "met")

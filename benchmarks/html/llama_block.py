@@ -27,12 +27,12 @@ Block = tuple[int, str, int]
 
 
 def rows_of(document: Mapping[str, Any]) -> dict[Block, dict[tuple[int, int], dict[str, Row]]]:
-    """Of each block its linears' measurements, by d_in and d_out, then by candidate."""
+    """For each block the measurements of its linears, by d_in and d_out, then by candidate."""
     found: dict[Block, dict[tuple[int, int], dict[str, Row]]] = {}
     for row in measurements(document):
         case = row["case"]
         shape = (case["d_in"], case["d_out"])
-        # Every name of a case says what is unlike a Llama's linear: a bias, another index.
+        # The name of a case shows what differs from a Llama's linear: a bias, another index.
         plain = f"T{case['tokens']}-{case['d_in']}to{case['d_out']}-k{case['k']}"
         if shape in LINEARS and case["name"] == plain and row.get("samples_ns"):
             block = (case["tokens"], row["dtype"], case["k"])
@@ -60,7 +60,7 @@ def paired(ours: Sequence[float], others: Sequence[float]) -> float:
 
 
 def summed(document: Mapping[str, Any]) -> Table:
-    """A row a T, k and, where there are several, dtype of a whole block; a column a candidate."""
+    """A row for each complete block, by T, k and dtype; a column for each candidate."""
     totals: dict[Block, dict[str, list[int]]] = {}
     for block, shapes in rows_of(document).items():
         for name in dict.fromkeys(name for of in shapes.values() for name in of):

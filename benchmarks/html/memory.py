@@ -1,4 +1,4 @@
-"""What training holds, by method: stated for real models, and the statement beside measurements."""
+"""Memory of training, by method: computed for real models, and compared with measurements."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ BYTES = {
 
 
 def section(source: Source) -> Section:
-    """Real models first, then how far the statement is to be trusted."""
+    """Real models first, then the validation of the analytical model."""
     found = Section("Memory of training, by method", described(source.document))
     found.blocks.append(blocks.table(source, against_masked(source.document)))
     groups = by_setting(source.document)
@@ -121,7 +121,7 @@ def _bars(source: Source, groups: Mapping[str, list[Row]], k: int, checkpointing
 
 
 def against_masked(document: Mapping[str, Any]) -> Table:
-    """NeuroAda beside mask-based tuning, a row a model."""
+    """NeuroAda beside mask-based tuning, a row for each model."""
     groups = by_setting(document)
     columns = list(dict.fromkeys((k, checkpointing) for _, k, checkpointing in groups))
     rows = []
@@ -149,7 +149,7 @@ def _percent(less: float) -> str:
 
 
 def models(rows: list[Row]) -> Table:
-    """Every part of the peak, a row a method."""
+    """Every part of the peak, a row for each method."""
     setting = rows[0]["setting"]
     peaks = {row["method"]: row["predicted"]["peak"] for row in rows}
     content = []
@@ -182,7 +182,7 @@ def models(rows: list[Row]) -> Table:
 
 
 def _of_a_layer(row: Row) -> tuple[int, int]:
-    """Bytes that it holds, gradients included, and that it keeps for the backward."""
+    """Bytes that a layer holds, gradients included, and that it saves for the backward."""
     layer = row["layer"]
     return sum(layer.values()) - layer["kept"], layer["kept"]
 

@@ -1,4 +1,4 @@
-"""A training step of a whole transformer: how long it takes, and where its memory is."""
+"""A training step of a whole transformer: its time and the parts of its memory."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ PARTS = (
 
 
 def section(source: Source) -> Section:
-    """Time and memory, a panel a mode; then the tables and what did not run."""
+    """Time and memory, a panel for each mode; then the tables and what did not run."""
     found = Section(f"Training steps of a whole model on {source.chip}", described(source))
     modes = by_mode(source.document)
     found.blocks.append(_times(source, modes))
@@ -52,7 +52,7 @@ def described(source: Source) -> str:
 
 
 def by_mode(document: Mapping[str, Any]) -> dict[str, list[Row]]:
-    """Rows of what was measured."""
+    """Measured rows by mode."""
     found: dict[str, list[Row]] = {}
     for row in document["results"]:
         if "skipped" not in row:
@@ -112,7 +112,7 @@ def _memory(source: Source, modes: Mapping[str, list[Row]]) -> str:
 
 
 def steps(mode: str, rows: list[Row]) -> Table:
-    """A row a method."""
+    """A row for each method."""
     content = []
     unit, size = _unit(rows)
     for row in rows:
@@ -138,13 +138,13 @@ def steps(mode: str, rows: list[Row]) -> Table:
 
 
 def _unit(rows: list[Row]) -> tuple[str, int]:
-    """Of bytes: GiB for models of so many."""
+    """The unit for bytes, and its size: GiB for large models, else MiB."""
     largest = max(row["peak_bytes"] for row in rows)
     return ("GiB", GIB) if largest >= 8 * GIB else ("MiB", MIB)
 
 
 def in_short(document: Mapping[str, Any]) -> Table:
-    """One row per method: of every mode tokens per second and the peak, or that memory ran out."""
+    """One row per method: tokens per second and peak in every mode, or ``out of memory``."""
     modes = list(dict.fromkeys(row["mode"] for row in document["results"]))
     found = {(row["mode"], row["method"]): row for row in document["results"]}
     rows = []

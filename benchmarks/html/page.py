@@ -1,4 +1,4 @@
-"""The page's skeleton: what is there, a section for each file, and what was left out."""
+"""The page's skeleton: contents, a section for each file, and what was left out."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from neuroada_kernels.benchmarks.html.blocks import Section, prose
 from neuroada_kernels.benchmarks.html.source import ReportError, Source, kind_of
 from neuroada_kernels.benchmarks.html.style import CSS
 
-#: Kind to what makes its section, in the order of the page.
+#: Kind to the function that makes its section, in the order of the page.
 KINDS: dict[str, Callable[[Source], Section]] = {
     "linear": linear.section,
     "memory": memory.section,
@@ -34,14 +34,14 @@ KINDS: dict[str, Callable[[Source], Section]] = {
 
 
 def write_html(documents: Mapping[str, Any], path: Path) -> dict[str, str]:
-    """Write one self-contained page from results files: no script, nothing to be loaded.
+    """Write one self-contained page from results files: no script, no external resource.
 
     Parameters
     ----------
     documents
         Name of each file to its content, as ``json`` reads it.
     path
-        Of the page; an old one is replaced, once the new one is whole.
+        Of the page; an old page is replaced atomically.
 
     Returns
     -------

@@ -44,7 +44,7 @@ def section(source: Source) -> Section:
 
 
 def measured(document: Mapping[str, Any]) -> list[Row]:
-    """Rows of what ran."""
+    """Rows of the methods that ran."""
     return [row for row in document["results"] if "skipped" not in row]
 
 
@@ -142,7 +142,7 @@ def _costs(source: Source, rows: list[Row]) -> str:
 
 
 def compared(document: Mapping[str, Any]) -> Table:
-    """A row a method."""
+    """A row for each method."""
     rows = []
     for row in measured(document):
         name, ratio = row["method"], row["ratio_to_full"]

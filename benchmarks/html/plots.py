@@ -1,4 +1,4 @@
-"""Painters: what fills the axes of a panel, and the legend that its panels share."""
+"""Painters, which fill the axes of a panel, and the legend that panels share."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import Any
 
 from neuroada_kernels.benchmarks.html.figures import Painter, color
 
-#: Part of a method's name to its colour; the first that fits. Others are grey.
+#: Part of a method's name to its colour; the first match. Others are grey.
 _FAMILIES = {
     "neuroada": "blue",
     "resident": "teal",
@@ -23,7 +23,7 @@ _FAMILIES = {
     "materialised": "red",
     "full": "ink",
 }
-#: Members of a family differ by these, and families do not depend on colour alone.
+#: Tell members of a family apart, and families without relying on colour.
 _MARKERS = ("o", "s", "^", "D", "v", "P", "X")
 _DASHES = ("-", "--", ":", "-.")
 _SWATCHES = {"-": "", "--": "5 3", ":": "1.5 2.5", "-.": "6 2 1.5 2"}
@@ -79,7 +79,7 @@ class Dot:
 
 
 def styles(names: Iterable[str]) -> dict[str, Style]:
-    """A style for every method; the same names in the same order get the same ones."""
+    """A style for every method; the same names in the same order get the same styles."""
     found: dict[str, Style] = {}
     members: dict[str, int] = {}
     for name in dict.fromkeys(names):
@@ -101,9 +101,9 @@ def lines(
     curves: Sequence[tuple[float, float, Style]] = (),
     log: str = "xy",
 ) -> Painter:
-    """A line for each series, quartiles as whiskers; ``log`` names the axes that are.
+    """A line for each series, quartiles as whiskers; ``log`` names the logarithmic axes.
 
-    With ``curves`` (a, b and whose they are) the points are not joined: ``a + b x`` is drawn.
+    With ``curves`` (a, b and style) the points are not joined; ``a + b x`` is drawn instead.
     """
 
     def paint(axes: Any) -> None:
@@ -134,9 +134,9 @@ def _draw_curves(
 
 
 def roofline(series: Sequence[Series], rates: tuple[float, float]) -> Painter:
-    """Work per second over work per byte, below the roofs of ``rates``, GB/s and GFLOP/s.
+    """FLOP/s over FLOP per byte, below the roofs of ``rates``, GB/s and GFLOP/s.
 
-    Series are in GFLOP/s too; the axis is in TFLOP/s where the roof is of so many.
+    Series are in GFLOP/s; the axis is in TFLOP/s if the roof is high.
     """
     unit, scale = rate_unit(rates[1])
 
@@ -157,7 +157,7 @@ def roofline(series: Sequence[Series], rates: tuple[float, float]) -> Painter:
 
 
 def rate_unit(most: float) -> tuple[str, float]:
-    """What to show rates in whose largest is so many GFLOP/s, and what to multiply them by."""
+    """The unit for rates of up to ``most`` GFLOP/s, and the factor that converts to it."""
     return ("TFLOP/s", 1e-3) if most >= 1e4 else ("GFLOP/s", 1.0)
 
 
@@ -180,7 +180,7 @@ def _roof(axes: Any, bandwidth: float, compute: float) -> None:
 
 
 def parity(series: Sequence[Series], tolerance: float, xlabel: str, ylabel: str) -> Painter:
-    """Computed over measured: on the diagonal they agree, in the band within the tolerance."""
+    """Computed over measured values; the band around the diagonal is the tolerance."""
 
     def paint(axes: Any) -> None:
         values = [value for one in series for value in (*one.x, *one.y)]
@@ -203,7 +203,7 @@ def parity(series: Sequence[Series], tolerance: float, xlabel: str, ylabel: str)
 def stacked(
     rows: Sequence[tuple[str, Sequence[float]]], parts: Sequence[Part], xlabel: str, digits: int = 1
 ) -> Painter:
-    """A bar a row, its name above and its sum behind it."""
+    """A bar for each row, with its name above and its sum at its end."""
 
     def paint(axes: Any) -> None:
         left = [0.0] * len(rows)
@@ -251,12 +251,12 @@ def dots(
 
 
 def rows_height(rows: int) -> int:
-    """Of a panel of so many bars or dots."""
+    """The height of a panel with ``rows`` bars or dots."""
     return 54 + 38 * rows
 
 
 def legend(entries: Mapping[str, Style] | Sequence[Part], *, joined: bool = True) -> str:
-    """What the panels of a figure share; ``joined``: markers are on lines."""
+    """The legend of a figure; ``joined``: markers are on lines."""
     if isinstance(entries, Mapping):
         items = [(name, _swatch(style, joined)) for name, style in entries.items()]
     else:
@@ -322,7 +322,7 @@ def _scale(axes: Any, series: Sequence[Series], log: str) -> None:
 
 
 def _ticks_at(axis: Any, values: Sequence[float]) -> None:
-    """At measured values, of many at every other or so; elsewhere where these are too close."""
+    """Ticks at measured values, or every n-th of many; logarithmic ones if these are too close."""
     from matplotlib.ticker import NullLocator
 
     shown = values[:: -(-len(values) // 7)]
@@ -334,7 +334,7 @@ def _ticks_at(axis: Any, values: Sequence[float]) -> None:
 
 
 def _log_ticks(axis: Any, low: float, high: float) -> None:
-    """1, 2, 5, 10; over more than two decades powers of ten alone, within a small range any."""
+    """Ticks at 1, 2, 5, 10; powers of ten over more than two decades; linear in a small range."""
     from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullLocator
 
     if high < 4 * low:

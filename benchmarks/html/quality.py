@@ -24,7 +24,7 @@ from neuroada_kernels.benchmarks.html.tables import Table
 Group = Mapping[str, Any]
 #: The suite's name of the method that the others are compared with.
 OURS = "NeuroAda"
-#: Wording of older files to today's.
+#: Wording of older files to the present one.
 _REWORDED = {"bits a byte": "bits per byte", "Connections a neuron": "Connections per neuron"}
 HEADINGS = ("", "trainable", "rate", "held-out loss", "minus NeuroAda's", "")
 
@@ -47,9 +47,9 @@ def section(source: Source) -> Section:
 
 
 def framed(document: Mapping[str, Any]) -> dict[str, Any]:
-    """The document in the frame of all suites, as it is where it has that already.
+    """The document in the common frame, unchanged if it already has that.
 
-    Before, ``results`` were ``runs`` without keys, and what is left out stood beside ``summary``.
+    In older files ``runs`` without keys were ``results``, and ``skipped`` was beside ``summary``.
     """
     if document.get("kind") == "quality":
         return dict(document)
@@ -70,7 +70,7 @@ def run_key(run: Mapping[str, Any]) -> str:
 
 
 def groups_of(document: Mapping[str, Any]) -> list[Group]:
-    """The answers to the questions, in the order of tasks; none before the suite's end."""
+    """The groups of the summary, in the order of tasks; none before the suite's end."""
     groups = framed(document).get("summary", {}).get("groups", ())
     return [
         {**g, **{n: _REWORDED.get(g[n], g[n]) for n in ("unit", "question") if n in g}}
@@ -108,7 +108,7 @@ def _differences(source: Source, question: str, groups: list[Group]) -> str:
 def differences(group: Group) -> list[Dot]:
     """Held-out loss minus NeuroAda's, of each variant that has one.
 
-    Frozen and what diverged are in the tables alone: frozen would hide the differences.
+    Frozen and diverged runs are only in the tables: frozen would hide the differences.
     """
     rows = [r for r in group["rows"] if r["difference"] is not None and r["method"] != "frozen"]
     looks = styles(_family(row) for row in group["rows"])
@@ -125,12 +125,12 @@ def difference_dots(group: Group, shown: list[Dot]) -> Painter:
 
 
 def _family(row: Mapping[str, Any]) -> str:
-    """All of one method look alike."""
+    """The method of a variant, which sets its style."""
     return str(row["method"])
 
 
 def _budgets(source: Source, group: Group) -> str:
-    """Loss against what trains, a line for each method that has several budgets."""
+    """Loss against trained parameters, a line for each method that has several budgets."""
     series = budgets(group)
     title = f"Quality against budget, {group['task']}"
     panel = draw(f"{source.name} budgets {group['task']}", title, budget_lines(group, series))
@@ -144,7 +144,7 @@ def _budgets(source: Source, group: Group) -> str:
 
 
 def budgets(group: Group) -> list[Series]:
-    """Of each method with several budgets its losses over what trains."""
+    """Losses over trained parameters, for each method with several budgets."""
     by_method: dict[str, list[Mapping[str, Any]]] = {}
     for row in group["rows"]:
         if row["loss"] is not None:
@@ -224,7 +224,7 @@ def baseline(group: Group) -> Mapping[str, Any]:
 
 
 def described(document: Mapping[str, Any]) -> str:
-    """Of what size the runs were and where they ran, in a sentence."""
+    """Sentences on the sizes of the runs and on where they ran."""
     document = framed(document)
     settings, session = document["settings"], document["sessions"][-1]
     text, digits = settings["text"], settings["digits"]
@@ -248,7 +248,7 @@ def _sides(interval: Mapping[str, float]) -> tuple[float, float]:
 
 
 def _half(interval: Mapping[str, float]) -> float:
-    """Half the width; 0 where one seed has none."""
+    """Half the width; 0 for one seed, which has no interval."""
     if interval["lower"] is None or interval["upper"] is None:
         return 0.0
     return (interval["upper"] - interval["lower"]) / 2

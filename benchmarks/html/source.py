@@ -1,4 +1,4 @@
-"""One results file: of which suite it is, what repeats it, and where it ran."""
+"""One results file: its suite, the command that repeats it, and where it ran."""
 
 from __future__ import annotations
 
@@ -8,12 +8,12 @@ from typing import Any
 
 
 class ReportError(ValueError):
-    """A file is named as a suite's results and does not hold them."""
+    """A file claims to be a suite's results and does not hold them."""
 
 
 @dataclass(frozen=True)
 class Source:
-    """A results file by its name; every suite's frame, and the older files without one."""
+    """A results file by its name, with the common frame or an older one without it."""
 
     name: str
     kind: str
@@ -21,7 +21,7 @@ class Source:
 
     @property
     def sessions(self) -> list[Mapping[str, Any]]:
-        """Where the suite ran, each time that it was gone on with."""
+        """Where the suite ran, one session for each run that added rows."""
         found = self.document.get("sessions") or [self.document.get("environment", self.document)]
         return list(found)
 
@@ -33,7 +33,7 @@ class Source:
 
     @property
     def commit(self) -> str:
-        """Seven digits, ``unknown`` outside of a checkout; marked where files were changed."""
+        """Seven digits, or ``unknown`` outside a checkout; marked if files were changed."""
         names = [
             (session.get("commit") or "unknown")[:7]
             + " with changes" * bool(session.get("uncommitted_changes"))
@@ -43,19 +43,19 @@ class Source:
 
     @property
     def machine(self) -> str:
-        """What computed: the GPU, or threads of a processor, and what was set of its kernels."""
+        """The GPU, or the threads of a processor, and the variables that select kernels."""
         return machine_of(self.sessions[-1])
 
     @property
     def chip(self) -> str:
-        """The name of what computed, without marks: for titles."""
+        """The name of the GPU or processor without trademark signs, for titles."""
         here = self.sessions[-1]
         name = str(here.get("gpu") or here["cpu"]).replace("(R)", "").replace("(TM)", "")
         return name + with_variables(here)
 
     @property
     def origin(self) -> str:
-        """What a caption says so that its figures can be traced."""
+        """File, kind and commit, for captions."""
         return f"{self.name}, kind {self.kind}, commit {self.commit}"
 
     def facts(self) -> dict[str, str]:
@@ -83,7 +83,7 @@ def machine_of(session: Mapping[str, Any]) -> str:
 
 
 def with_variables(session: Mapping[str, Any]) -> str:
-    """`` with NAME=value`` of what was set and changes which kernels run, to follow the machine."""
+    """`` with NAME=value`` for variables that change which kernels run, to follow the machine."""
     variables = session.get("environment") or {}
     return " with " * bool(variables) + " ".join(f"{n}={v}" for n, v in variables.items())
 
@@ -92,7 +92,7 @@ def _selected(kind: str, document: Mapping[str, Any]) -> str:
     """Modes and methods of the rows of the suite ``model``, as options, where it ran on a GPU.
 
     Its stored command leaves them out, since several calls may fill one file. On a CPU the default
-    is all of them; on a GPU it is one mode, and seldom does memory hold every method.
+    is all of them; on a GPU it is one mode, and memory seldom holds every method.
     """
     if kind != "model" or document["settings"].get("device") != "cuda":
         return ""
@@ -113,7 +113,7 @@ _VERSIONS = {
     "peft": "PEFT",
     "python": "Python",
 }
-#: Of the files that do not name their command.
+#: Kind to the command of files that do not name theirs.
 _COMMANDS = {
     "linear": "neuroada bench linear --host-cost",
     "quality": "neuroada bench quality",
@@ -125,8 +125,8 @@ _COMMANDS = {
 def kind_of(document: Any) -> str | None:
     """The suite that wrote a results file; None where it does not look like one.
 
-    Older files have no ``kind``, or one that means something else today; they are told by what
-    their rows have.
+    Older files have no ``kind``, or one that means something else today; they are recognised by
+    the fields of their rows.
     """
     if not isinstance(document, Mapping):
         return None

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-#: Variable to its value on light and on dark paper; every series' is at least 4.5:1 against both.
+#: Variable to its light and dark value; every series has a contrast of at least 4.5:1 on both.
 COLORS = {
     "ink": ("#1d2733", "#e3e8ee"),
     "quiet": ("#57636f", "#a3afbb"),

@@ -8,14 +8,14 @@ from html import escape
 
 
 class Strong(str):
-    """A cell that stands out."""
+    """A bold cell."""
 
     __slots__ = ()
 
 
 @dataclass(frozen=True)
 class Table:
-    """``words``: so many columns from the left are text, the others numbers."""
+    """The first ``words`` columns are text, the others numbers."""
 
     title: str
     headings: Sequence[str]
@@ -24,13 +24,13 @@ class Table:
     note: str = ""
 
     def markdown(self) -> str:
-        """As GitHub reads it, without the title."""
+        """As GitHub Markdown, without the title."""
         rule = "|" + "---|" * self.words + "---:|" * (len(self.headings) - self.words)
         lines = [_line(self.headings), rule, *map(_line, self.rows)]
         return "\n".join(lines)
 
     def html(self) -> str:
-        """In a box of its own that scrolls where the table is wider than the page."""
+        """As HTML, in a box that scrolls if the table is wider than the page."""
         head = "".join(self._cell("th scope='col'", i, c) for i, c in enumerate(self.headings))
         body = "\n".join(
             "<tr>" + "".join(self._cell("td", i, c) for i, c in enumerate(row)) + "</tr>"

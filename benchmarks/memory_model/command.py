@@ -1,14 +1,14 @@
 """The command ``neuroada bench memory``: what training holds, by method.
 
-Two parts. ``validation``: training steps of scaled models on this CPU, measured, beside what the
-stated model says of them. ``models``: what it says of real ones, which need not fit.
+Two parts. ``validation``: training steps of scaled models, measured on this CPU, beside the
+predictions of the analytical model. ``models``: predictions for real models, which need not fit.
 
 Rows of the results file have a ``part``, ``model`` (its name), ``setting`` (sizes, batch, sequence,
 dtype, k, checkpointing), ``method`` and ``predicted``, bytes by what they are for, with
 ``at_rest``, ``peak``, ``at`` (the instant of the peak) and what the step adds at that instant:
 ``peak_kept``, ``peak_gradients``, ``peak_scratch``. Those of ``validation`` also have ``measured``
 and ``error`` (of ``peak``, ``step_peak`` and ``kept``, relative); those of ``models`` ``layer``,
-the bytes of one. A validation that has no package has ``skipped``, the reason.
+the bytes of one. A validation whose package is missing has ``skipped``, the reason.
 """
 
 from __future__ import annotations
@@ -33,14 +33,14 @@ from neuroada_kernels.benchmarks.records import Records, RecordsError, Row
 
 GIB = 1 << 30
 MIB = 1 << 20
-#: By which the prediction of a peak may differ from the measurement.
+#: Allowed relative error of a predicted peak.
 TOLERANCE = 0.03
-#: What NeuroAda's peak is set beside.
+#: Methods that NeuroAda's peak is compared with.
 PEERS = ("masked-dense", "materialised", "lora-r16", "full")
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Measure and compute what FILE does not have; 1 where the model is off by more than 3 %."""
+    """Measure and compute what FILE lacks; returns 1 if the model is off by more than 3 %."""
     parser = _parser()
     options = parser.parse_args(argv)
     if options.block:
@@ -87,7 +87,7 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _require(options: argparse.Namespace, parser: argparse.ArgumentParser) -> None:
-    """Refuse what would fail after minutes."""
+    """Reject early what would fail after minutes."""
     if find_spec("transformers") is None:
         parser.error("transformers is missing, pip install 'neuroada-kernels[peft]'")
     if options.html is not None and find_spec("matplotlib") is None:
@@ -105,13 +105,13 @@ def _run(records: Records, work: list[Work], console: Console) -> None:
 
 
 def off(row: Row) -> float:
-    """By how much the stated model misses a measured peak, of all and of what the step adds."""
+    """The larger relative error of the predicted peaks, in total and of what the step adds."""
     error = row.get("error")
     return max(abs(error["peak"]), abs(error["step_peak"])) if error else 0.0
 
 
 def print_results(rows: list[Row], console: Console) -> None:
-    """The validation, then a table for each real model and way to train it."""
+    """Print the validation, then a table for each real model and setting."""
     console.print(_validation_table([row for row in rows if row["part"] == "validation"]))
     for row in rows:
         if "skipped" in row:
@@ -128,14 +128,14 @@ def print_results(rows: list[Row], console: Console) -> None:
 
 
 def of_a_layer(row: Row) -> tuple[int, int]:
-    """Bytes that it holds at rest and for gradients, and that it keeps for the backward."""
+    """Bytes that a layer holds at rest and for gradients, and that it saves for the backward."""
     layer = row["layer"]
     held = sum(nbytes for name, nbytes in layer.items() if name != "kept")
     return held, layer["kept"]
 
 
 def described(row: Row) -> str:
-    """A model and its training step, in words."""
+    """A description of a model and its training step."""
     setting = row["setting"]
     checkpointing = "with" if setting["checkpointing"] else "without"
     return (

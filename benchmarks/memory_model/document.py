@@ -10,7 +10,7 @@ from neuroada_kernels.benchmarks.records import Row
 
 
 def validation_table(results: dict[str, Any]) -> str:
-    """Measured and predicted, a row a measurement."""
+    """Measured and predicted, a row for each measurement."""
     rows = [row for row in results["results"] if "measured" in row]
     lines = _table(
         ("model", "tokens", "dtype", "k", "checkpointing", "method"),
@@ -42,7 +42,7 @@ def validation_table(results: dict[str, Any]) -> str:
 
 
 def headline_table(results: dict[str, Any]) -> str:
-    """NeuroAda's peak, and by how much it is less than those of the others."""
+    """NeuroAda's peak, and its relative difference from those of the others."""
     groups: dict[str, dict[str, Row]] = {}
     for row in results["results"]:
         if row["part"] == "models":
@@ -58,7 +58,7 @@ def headline_table(results: dict[str, Any]) -> str:
 
 
 def parts_table(results: dict[str, Any], model: str, k: int, checkpointing: bool) -> str:
-    """What a real model's peak is made of, a row a method."""
+    """The parts of a real model's peak, a row for each method."""
     names = ("weights", "trained", "selection", "optimizer")
     names_at_peak = ("peak_gradients", "peak_kept", "peak_scratch", "peak")
     rows = [
@@ -107,7 +107,7 @@ def _table(left: Iterable[str], right: Iterable[str], rows: Iterable[list[str]])
 
 
 def tables(results: dict[str, Any]) -> dict[str, str]:
-    """By the name that the document's markers have."""
+    """The tables by the names of the document's markers."""
     return {
         "validation": validation_table(results),
         "headline": headline_table(results),

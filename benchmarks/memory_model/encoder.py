@@ -1,6 +1,6 @@
-"""An encoder of the stated model, as RoBERTa, that classifies texts; without dropout.
+"""An encoder of the analytical model, as RoBERTa, that classifies texts; without dropout.
 
-T tokens, d the width, m the MLP's, e bytes an element.
+T tokens, d the width, m the MLP's, e bytes per element.
 """
 
 from __future__ import annotations
@@ -30,10 +30,10 @@ LABELS = 2
 
 
 class EncoderLayer:
-    """Attention and MLP, each added to what it read and normed afterwards.
+    """Attention and MLP, each followed by its residual sum and a norm.
 
     Saves q, k, v and attention's result, ``4 T d e``, what both norms read, ``2 T d e``, and what
-    GELU reads, ``T m e``; and 4 bytes a token and head, two elements a token and norm.
+    GELU reads, ``T m e``; and 4 bytes per token and head, two elements per token and norm.
     """
 
     def __init__(self, tape: Tape, setting: Setting, build: Build, trains: bool) -> None:
@@ -90,7 +90,7 @@ class Encoder:
         self.after = [*(p for norm in norms for p in norm.parameters), *self.head]
 
     def embed(self, words: Value | None) -> Value:
-        """Three rows a token; ``words`` where they are given."""
+        """The sum of three rows per token; ``words``, if given, are the first of them."""
         tape, setting = self.tape, self.setting
         of_words, of_positions, of_types = self.embeddings
         if words is None:
@@ -98,7 +98,7 @@ class Encoder:
         return plus(tape, plus(tape, words, self._rows(of_types)), self._rows(of_positions))
 
     def _rows(self, table: Value, given: bool = False) -> Value:
-        """A row a token, whose gradient is dense. Saves the rows' numbers, 8 T, unless given."""
+        """A row per token; the gradient is dense. Saves the rows' numbers, 8 T, unless given."""
         tape, setting = self.tape, self.setting
         numbers = tape.constant(0 if given else setting.tokens, INT64)
         nbytes = setting.tokens * setting.sizes.hidden * setting.itemsize
@@ -114,12 +114,12 @@ class Encoder:
             tape.layer = f"layer {number}, "
             x = layer_of(tape, setting, layer, x)
         tape.layer = ""
-        del embedded  # until here a variable of transformers' forward, whether saved or not
+        del embedded  # held until here by a variable of transformers' forward
         first = tape.op("first token", [x], x.storage, x.itemsize, gradients=[x.nbytes])
         del x
         dense, dense_bias, out, out_bias = self.head
         rows = setting.batch * d * setting.itemsize
-        # A product whose input is a view of all tokens: where it saves that, it saves all.
+        # A GEMM whose input is a view of all tokens: saving the view keeps all of them.
         hidden = tape.op(
             "classifier",
             (first, dense, dense_bias),

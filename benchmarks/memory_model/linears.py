@@ -1,8 +1,8 @@
 """What each method's linear holds, allocates and saves.
 
-T tokens, N = ``d_out``, K = ``d_in``, e bytes an element of the model's dtype; W is ``N K e``.
-Every class states its terms beside W and beside what all have in common: y, ``T N e``, and in the
-backward dx, ``T K e``.
+T tokens, N = ``d_out``, K = ``d_in``, e bytes per element of the model's dtype; W is ``N K e``.
+Every class lists its terms in addition to W and to what all have in common: y, ``T N e``, and in
+the backward dx, ``T K e``.
 """
 
 from __future__ import annotations
@@ -18,27 +18,27 @@ BOOL, INT32, INT64, FLOAT32 = 1, 4, 8, 4
 
 @dataclass(frozen=True)
 class Place:
-    """A linear in its model: its shape, and what is known of the x that it reads."""
+    """A linear in its model: its shape, and facts about the x that it reads."""
 
     name: str
     d_out: int
     d_in: int
     siblings: Siblings
-    made_by_attention: bool = False  # which keeps its result anyway
+    made_by_attention: bool = False  # which saves its result anyway
     bias: bool = False
 
 
 class Siblings:
-    """Linears that read one x, and what they keep of it between them."""
+    """Linears that read one x, and the copy of its columns that they share."""
 
     def __init__(self, *neurons: int) -> None:
         self.neurons = neurons
-        self.columns: Value | None = None  # which ones, where they share a copy
+        self.columns: Value | None = None  # their numbers, if a copy is shared
         self._copy: Value | None = None
-        self._readers = 0  # still to come
+        self._readers = 0  # that have not read the copy yet
 
     def copy_of(self, tape: Tape, x: Value, d_in: int) -> Value:
-        """The columns of x: made for the first reader, held until the last one has come."""
+        """The columns of x: copied for the first reader, dropped after the last one."""
         assert self.columns is not None
         if self._copy is None:
             numel = x.numel // d_in * self.columns.numel
@@ -53,7 +53,7 @@ class Linear:
     """Frozen. Its backward reads W alone, for dx."""
 
     trains = bias_trains = False  # whether W and b do
-    hook = False  # whether one makes another tensor of W's gradient
+    hook = False  # whether a hook makes a new tensor of W's gradient
 
     def __init__(self, tape: Tape, place: Place, itemsize: int) -> None:
         self.tape, self.place, self.itemsize = tape, place, itemsize
@@ -103,11 +103,11 @@ class MaskedDense(Full):
 
 
 class Materialised(Linear):
-    """``F.linear(x, W.scatter_add(1, index, delta))``, k a neuron.
+    """``F.linear(x, W.scatter_add(1, index, delta))``, k per neuron.
 
-    delta ``N k e``, index ``8 N k``. Saves x and ``W + delta``, ``N K e``, of which the backward
-    makes a dense gradient, ``N K e``, to take ``N k e`` out of it. In 16 bits torch's
-    ``scatter_add`` for a CPU sums in float32, in a copy of W for that moment: ``4 N K``.
+    delta ``N k e``, index ``8 N k``. Saves x and ``W + delta``, ``N K e``. The backward makes a
+    dense gradient of ``W + delta``, ``N K e``, and gathers ``N k e`` from it. In 16 bits torch's
+    ``scatter_add`` on a CPU sums in a temporary float32 copy of W: ``4 N K``.
     """
 
     def __init__(self, tape: Tape, place: Place, itemsize: int, k: int) -> None:
@@ -131,7 +131,7 @@ class Materialised(Linear):
 class Shira(Linear):
     """PEFT's: ``F.linear(x, W.clone() + sparse(indices, values))``, ``n = r (N + K)`` values.
 
-    values ``n e``, indices ``8 n``, of which each forward makes ``16 n`` for the sparse matrix.
+    values ``n e``, indices ``8 n``, which each forward converts to ``16 n`` for the sparse matrix.
     Saves x, these, and ``W + sparse``, ``N K e``; a dense gradient as in :class:`Materialised`.
     """
 
@@ -164,7 +164,7 @@ class Lora(Linear):
     """PEFT's, of rank r, in the model's dtype: ``W x + scaling B(A(x))``.
 
     A and B: ``r (K + N) e``. Saves x, and ``A(x)``, ``T r e``. Beside y the forward holds two more
-    of its size, and the backward one.
+    tensors of its size, and the backward one.
     """
 
     def __init__(self, tape: Tape, place: Place, itemsize: int, rank: int) -> None:
@@ -186,7 +186,7 @@ class Lora(Linear):
 
 
 class Dora(Lora):
-    """PEFT's: LoRA and a magnitude m a neuron, ``s = m / ||W + scaling B A||``.
+    """PEFT's: LoRA and a magnitude m per neuron, ``s = m / ||W + scaling B A||``.
 
     Beside LoRA's: m, ``N e``; saves ``W x`` and ``B(A(x))``, ``2 T N e``. Each forward computes
     ``B A`` from an identity, ``K K e``, and the norm of ``W + scaling B A``: ``3 N K e``. Where
@@ -235,7 +235,7 @@ class Dora(Lora):
 class IA3(Linear):
     """PEFT's: ``l * (W x)`` for keys and values, ``W (l * x)`` at the end of an MLP, else frozen.
 
-    l: ``N e`` or ``K e``. Saves what it is multiplied with.
+    l: ``N e`` or ``K e``. Saves the factor that l is multiplied with.
     """
 
     before = ("down_proj", "output.dense", "attention.output.dense")
@@ -260,13 +260,13 @@ class IA3(Linear):
 
 
 class NeuroAda(Linear):
-    """Ours, k bypasses a neuron.
+    """Ours, k bypasses per neuron.
 
     delta ``4 N k``, index ``4 N k``, and for the backward the plan, ``4 (K + 1 + 65 + N k)``.
-    Saves x itself (``save_activations="full"``), or of x the c columns that were chosen,
-    ``T c e`` once for all siblings, and an index into these, ``4 c`` and ``4 N k``: ``"compact"``
-    where c is less than K, ``"auto"`` where it is at most half of that. The strategy
-    ``resident`` keeps the weights that it has written over: ``N k e`` and their index, ``4 N k``.
+    Saves x itself (``save_activations="full"``), or a copy of its c chosen columns, ``T c e``
+    once for all siblings, with their numbers, ``4 c``, and an index into them, ``4 N k``: in
+    ``"compact"`` if c is less than K, in ``"auto"`` if it is at most half of that. The strategy
+    ``resident`` keeps the weights that it has overwritten: ``N k e`` and their index, ``4 N k``.
     """
 
     def __init__(
@@ -314,9 +314,9 @@ class NeuroAda(Linear):
 
 
 def chosen_columns(neurons: int, k: int, d_in: int) -> int:
-    """Expected number of columns that some neuron chose, where all are as likely.
+    """Expected number of columns that any neuron chose, if all are equally likely.
 
-    So it is with random weights; pretrained ones repeat themselves more, and keep less.
+    Random weights are so; pretrained ones repeat columns more, so that fewer are saved.
     """
     return filled_up(round(d_in * (1 - (1 - k / d_in) ** neurons)), d_in)
 
@@ -339,9 +339,9 @@ def plus(tape: Tape, left: Value, right: Value) -> Value:
 
 
 def times(tape: Tape, small: Value, large: Value) -> Value:
-    """A product of elements, ``small`` of a row's size or as large: each saves the other.
+    """An elementwise product, ``small`` of a row's size or as large: each saves the other.
 
-    The gradient of a row is summed up from one of all elements.
+    The gradient of a row is reduced from a temporary of all elements.
     """
     saves = ([large] if small.node else []) + ([small] if large.node else [])
     row = small.nbytes < large.nbytes and small.node is not None

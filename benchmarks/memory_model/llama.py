@@ -1,4 +1,4 @@
-"""A Llama of the stated model. T tokens, d the width, m the MLP's, e bytes an element."""
+"""A Llama of the analytical model. T tokens, d the width, m the MLP's, e bytes per element."""
 
 from __future__ import annotations
 
@@ -29,9 +29,9 @@ from neuroada_kernels.benchmarks.memory_model.tape import Tape, Value
 class Attention:
     """q, k, v, their rotation, ``scaled_dot_product_attention`` by torch's flash kernel, o.
 
-    Saves q and k as rotated, v and the result, ``(2 d + 2 d_kv) T e``, and 4 bytes a token and
-    head. (On a GPU the flash kernel saves the same; where none serves, the math path also saves
-    the probabilities, ``heads T^2 e``.)
+    Saves q and k as rotated, v and the result, ``(2 d + 2 d_kv) T e``, and 4 bytes per token
+    and head. (On a GPU the flash kernel saves the same; without one, the math path also saves the
+    probabilities, ``heads T^2 e``.)
     """
 
     def __init__(self, tape: Tape, setting: Setting, build: Build) -> None:
@@ -81,7 +81,7 @@ class MLP:
 
 
 class DecoderLayer:
-    """Llama's: x is added to what attention makes of its norm, and that to what the MLP does."""
+    """``h = x + attention(norm(x))``, then ``h + mlp(norm(h))``."""
 
     def __init__(self, tape: Tape, setting: Setting, build: Build, trains: bool) -> None:
         d, e = setting.sizes.hidden, setting.itemsize
@@ -108,13 +108,13 @@ class Llama:
         self.head = tape.parameter(rows, e, trains=trains)
         norms = [self.norm, *(norm for layer in self.layers for norm in layer.norms)]
         self.linears = [linear for layer in self.layers for linear in layer.linears]
-        # As they are updated: but for norms, which are small, before the linears and after them.
+        # In update order, before and after the linears, except for norms, which are small.
         self.before = [self.embeddings]
         self.after = [*(norm.weight for norm in norms), self.head]
         self.logits = sizes.vocabulary
 
     def embed(self) -> Value:
-        """Rows of the embeddings, whose gradient is a dense one of all rows."""
+        """Rows of the embeddings; the gradient is dense, of all rows."""
         tape, setting, rows = self.tape, self.setting, self.embeddings
         nbytes = setting.tokens * setting.sizes.hidden * setting.itemsize
         x = tape.op("embedding", [rows], nbytes, rows.itemsize, gradients=[rows.nbytes])
@@ -130,6 +130,6 @@ class Llama:
             x = layer_of(tape, setting, partial(layer, angles=angles), x)
         tape.layer = ""
         x = self.norm(x)
-        del embedded  # until here a variable of transformers' forward, whether saved or not
+        del embedded  # held until here by a variable of transformers' forward
         logits = product(tape, x, self.head, sizes.hidden, "head")
         return cross_entropy(tape, logits, sizes.vocabulary)

@@ -1,8 +1,8 @@
-"""A training step of a real model on the CPU, and where its bytes are.
+"""Measures a training step of a real model on the CPU, by what its bytes are for.
 
 Weights are drawn at random and nothing is downloaded. The step is a second one, so that the
-optimiser has its state; it begins without gradients. Counted is what torch's allocator hands out;
-:mod:`neuroada_kernels.benchmarks.allocations` says what that does not see.
+optimiser has its state; it begins without gradients. What torch's allocator hands out is counted;
+:mod:`neuroada_kernels.benchmarks.allocations` says what this misses.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ def measure(setting: Setting, method: Method) -> Bytes:
 
 @contextmanager
 def _without_onednn() -> Iterator[None]:
-    """Its products in 16 bits pack their operands into scratch that depends on the processor."""
+    """Without oneDNN, whose 16-bit GEMMs pack operands into scratch that depends on the CPU."""
     before = torch.backends.mkldnn.set_flags(_enabled=False)
     try:
         yield
@@ -96,7 +96,7 @@ class Step:
         return [value for state in states for value in state.values() if isinstance(value, Tensor)]
 
     def kept_bytes(self) -> int:
-        """Of the storages that a forward saves, beside what the model holds anyway."""
+        """Bytes of the storages that a forward saves, beside what the model holds anyway."""
         held = {storage.data_ptr() for storage in _storages(_held(self.model))}
         held |= {
             t.untyped_storage().data_ptr() for t in (self.tokens, self.embedded) if t is not None
@@ -110,12 +110,12 @@ class Step:
         with torch.autograd.graph.saved_tensors_hooks(pack, lambda packed: packed.tensor):
             loss = self.forward()
         storages = {s.data_ptr(): s.nbytes() for s in _storages(p.tensor for p in saved)}
-        del loss  # until here, for its graph is what keeps them
+        del loss  # held until here: its graph keeps the storages
         return sum(nbytes for address, nbytes in storages.items() if address not in held)
 
 
 class _Saved:
-    """A tensor in a graph: gone with it, so that one of a branch that ended does not count."""
+    """A saved tensor, freed with its node, so that those of branches that ended do not count."""
 
     def __init__(self, tensor: Tensor) -> None:
         self.tensor = tensor
@@ -196,5 +196,5 @@ def _storages(tensors: Iterable[Tensor]) -> Iterator[torch.UntypedStorage]:
 
 
 def _bytes(tensors: Iterable[Tensor]) -> int:
-    """Each storage once."""
+    """Bytes of the storages, each counted once."""
     return sum({s.data_ptr(): s.nbytes() for s in _storages(tensors)}.values())

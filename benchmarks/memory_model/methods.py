@@ -1,7 +1,7 @@
-"""The methods: how each adapts a real model, and which linear of the stated model it is.
+"""The methods: how each adapts a real model, and its linear in the analytical model.
 
 PEFT's come from PEFT, in the model's dtype (``autocast_adapter_dtype=False``, the smaller choice).
-Own stand-ins for what has no package: materialised, masked-dense, full, frozen.
+Methods without a package are our own stand-ins: materialised, masked-dense, full, frozen.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from neuroada_kernels.testing import Inputs
 
 @dataclass(frozen=True)
 class Method:
-    """``adapt(model, names)`` makes of a frozen model one whose linears of these names train."""
+    """``adapt(model, names)`` adapts the linears of these names in a frozen model."""
 
     build: linears.Build
     adapt: Callable[[nn.Module, list[str]], nn.Module]
@@ -36,7 +36,7 @@ def method(name: str, k: int) -> Method:
 
 
 def table(k: int) -> dict[str, Method]:
-    """The methods by name, selections with k entries a neuron."""
+    """The methods by name, selections with k entries per neuron."""
     return {
         "frozen": Method(linears.Linear, lambda model, names: model),
         **{
@@ -120,7 +120,7 @@ def _materialise(model: nn.Module, names: list[str], k: int) -> nn.Module:
 
 
 def _mask(model: nn.Module, names: list[str], k: int) -> nn.Module:
-    """Weights train, and a hook clears what is masked of their gradients: a byte an entry."""
+    """Weights train, and a hook zeroes their masked gradients; the mask has a byte per entry."""
     for _, _, linear in _named(model, names):
         weight = linear.weight.requires_grad_()
         mask = torch.ones(weight.shape, dtype=torch.bool)
@@ -131,5 +131,5 @@ def _mask(model: nn.Module, names: list[str], k: int) -> nn.Module:
 
 
 def _masked(mask: Tensor, gradient: Tensor) -> Tensor:
-    # Not a product, for which the CPU would make a copy of the mask in the gradient's dtype.
+    # Not a multiplication, for which the CPU would copy the mask in the gradient's dtype.
     return gradient.masked_fill(mask, 0)

@@ -1,6 +1,6 @@
 """What the parts of a transformer allocate and save, as transformers computes them on a CPU.
 
-T tokens, d the width, V the vocabulary, e bytes an element of the model's dtype.
+T tokens, d the width, V the vocabulary, e bytes per element of the model's dtype.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from neuroada_kernels.benchmarks.memory_model.tape import Tape, Value
 
 
 def cast(tape: Tape, x: Value, itemsize: int) -> Value:
-    """To another dtype, and its gradient back; nothing where it is that already."""
+    """A cast, and of its gradient back; nothing if x has that dtype already."""
     if x.itemsize == itemsize:
         return x
     return tape.op("cast", [x], x.numel * itemsize, itemsize, gradients=[x.nbytes])
@@ -22,8 +22,8 @@ def cast(tape: Tape, x: Value, itemsize: int) -> Value:
 class RMSNorm:
     """``w * (x rsqrt(mean(x^2) + eps))``, in float32.
 
-    Saves x in float32, ``4 T d``: a copy in 16 bits, in float32 the residual stream itself; and a
-    float a token. Where w trains, what it is multiplied with too, ``T d e``.
+    Saves x in float32, ``4 T d`` (a copy of a 16-bit x, or the float32 residual stream itself), and
+    a float per token. If w trains, also the factor that w is multiplied with, ``T d e``.
     """
 
     def __init__(self, tape: Tape, width: int, itemsize: int, trains: bool) -> None:
@@ -33,7 +33,7 @@ class RMSNorm:
     def __call__(self, x: Value) -> Value:
         tape, dtype = self.tape, x.itemsize
         wide = cast(tape, x, FLOAT32)
-        # The backward of a power of 2 makes x^1 and 2 x^1 on the way.
+        # The backward of a power of 2 allocates x^1 and 2 x^1 as temporaries.
         square = tape.op(
             "pow",
             [wide],
@@ -53,7 +53,7 @@ class RMSNorm:
 
 
 class LayerNorm:
-    """In one op: saves x, ``T d e``, and a mean and a deviation a token, ``2 T e``."""
+    """In one op: saves x, ``T d e``, and a mean and a deviation per token, ``2 T e``."""
 
     def __init__(self, tape: Tape, width: int, itemsize: int, trains: bool) -> None:
         self.tape, self.width = tape, width
@@ -74,12 +74,12 @@ class LayerNorm:
 
 
 def with_gradient(tape: Tape, setting: Setting, x: Value) -> Value:
-    """The embeddings' result, for which transformers asks a gradient when it checkpoints."""
+    """The embeddings' result, which transformers makes require grad when it checkpoints."""
     return tape.leaf(x) if setting.checkpointing and x.node is None else x
 
 
 def layer_of(tape: Tape, setting: Setting, layer: Callable[[Value], Value], x: Value) -> Value:
-    """A layer's result, of which the backward runs the forward again where that is asked for."""
+    """A layer's result; with checkpointing, the backward runs its forward again."""
     return tape.checkpoint(layer, x) if setting.checkpointing else layer(x)
 
 
@@ -91,7 +91,7 @@ def activation(tape: Tape, name: str, x: Value) -> Value:
 def rotated(tape: Tape, x: Value, angles: Value) -> Value:
     """``x cos + turned(x) sin``: cos and sin are shared by all layers, nothing else is saved."""
     with_cos = times(tape, angles, x)
-    # The second half's negative, then both halves put together; a slice's gradient is a whole one.
+    # Negate the second half, then concatenate; the gradient of a slice has the size of the whole.
     negative = tape.op("neg", [x], x.nbytes // 2, x.itemsize, gradients=[x.nbytes])
     turned = tape.op("cat", [negative], x.nbytes, x.itemsize, gradients=[x.nbytes // 2])
     del negative
@@ -117,8 +117,8 @@ def attention(tape: Tape, q: Value, k: Value, v: Value, rows: int) -> Value:
 def cross_entropy(tape: Tape, logits: Value, vocabulary: int) -> Value:
     """In float32, of labels shifted by one: saves the log-probabilities, ``4 T V``.
 
-    Beside these the forward holds the logits, ``T V e``, and in 16 bits a float32 copy of them;
-    the backward the gradients of log-probabilities and of logits, ``8 T V``.
+    Beside these the forward holds the logits, ``T V e``, and if these have 16 bits a float32
+    copy; the backward the gradients of log-probabilities and of logits, ``8 T V``.
     """
     wide = cast(tape, logits, FLOAT32)
     targets = tape.constant(wide.numel // vocabulary, INT64)

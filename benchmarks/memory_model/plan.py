@@ -1,4 +1,4 @@
-"""What the suite measures and computes."""
+"""The cases that the suite measures and computes."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from neuroada_kernels.benchmarks.memory_model.predict import predict, predict_la
 from neuroada_kernels.benchmarks.memory_model.shapes import MODELS, Setting, Sizes
 from neuroada_kernels.benchmarks.records import Row
 
-#: Scaled models: in turn layers, the head and a single large linear are what counts.
+#: Scaled models: Llamas dominated by layers, by the head and by large linears; an encoder.
 SCALED = {
     "Llama, 3 layers": Sizes(256, 704, 3, 8, 192, 4),
     "Llama, large vocabulary": Sizes(128, 320, 2, 4, 8000, 4),
@@ -22,7 +22,7 @@ SCALED = {
 }
 LAYERS, HEAD, WIDE, ENCODER = SCALED
 
-#: Of ``SCALED`` or ``MODELS``: batch, sequence, dtype, k, checkpointing, method.
+#: Model of ``SCALED`` or ``MODELS``, batch, sequence, dtype, k, checkpointing, method.
 QUICK = [
     (LAYERS, 3, 100, "float32", 1, False, "neuroada"),
     (LAYERS, 3, 100, "float32", 1, False, "neuroada-full"),
@@ -68,7 +68,7 @@ FULL = [
     ("RoBERTa-large", 1, 128, "float32", 20, False, "lora-r16"),
 ]
 
-#: For which real models are computed.
+#: Methods for which real models are computed.
 MODEL_METHODS = tuple(table(1))
 MODEL_TOKENS = {"RoBERTa-large": (32, 128)}
 TOKENS = (1, 2048)  # batch and sequence of the others
@@ -76,14 +76,14 @@ TOKENS = (1, 2048)  # batch and sequence of the others
 
 @dataclass(frozen=True)
 class Work:
-    """A row that is still to be found out."""
+    """A row's key, and the function that computes the row."""
 
     key: str
     row: Callable[[], Row]
 
 
 def validations(quick: bool) -> Iterator[Work]:
-    """Measurements, each beside what the model says of it."""
+    """Measurements, each with the prediction of the analytical model."""
     for name, batch, sequence, dtype, k, checkpointing, of in QUICK if quick else FULL:
         sizes = (SCALED | MODELS)[name]
         setting = Setting(sizes, batch, sequence, dtype, k, checkpointing)

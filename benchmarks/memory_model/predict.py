@@ -1,7 +1,7 @@
-"""A training step of the stated model: what it holds at rest, what it adds, and when that is most.
+"""A training step of the analytical model: bytes at rest, bytes that it adds, and its peak.
 
-At rest: parameters, what says which of them train, and AdamW's state. The step begins without
-gradients. Its peak is the most over every op of the forward, every node of the backward, and the
+At rest: parameters, the selection of those that train, and AdamW's state. The step begins without
+gradients. Its peak is the maximum over every op of the forward, every node of the backward, and the
 update of every parameter; :attr:`Bytes.at` names that instant.
 """
 
@@ -19,16 +19,16 @@ from neuroada_kernels.benchmarks.memory_model.tape import GRADIENT, KEPT, SCRATC
 
 @dataclass(frozen=True)
 class Bytes:
-    """Of a model in training."""
+    """Bytes of a model in training."""
 
     weights: int  # parameters that do not train
     trained: int  # parameters that do
     selection: int  # which connections train: indices, plans, masks
     optimizer: int
-    gradients: int  # when all are there
+    gradients: int  # after the backward
     kept: int  # from the forward for the backward
-    step_peak: int  # most that a step adds at once, gradients included
-    at: str = ""  # when that is, and below what these bytes are then
+    step_peak: int  # most that a step adds, gradients included
+    at: str = ""  # the instant of that; the fields below are its parts
     peak_kept: int = 0
     peak_gradients: int = 0
     peak_scratch: int = 0
@@ -46,12 +46,12 @@ class Bytes:
         return {**asdict(self), "at_rest": self.at_rest, "peak": self.peak}
 
 
-#: What of a model's bytes belongs to its layers.
+#: Parts of a model's bytes that its layers contribute to.
 PER_LAYER = ("weights", "trained", "selection", "optimizer", "gradients", "kept")
 
 
 def predict(setting: Setting, method: Method) -> Bytes:
-    """What the stated model says of a step."""
+    """The bytes of a step by the analytical model."""
     tape = Tape()
     architecture = Encoder if setting.sizes.is_encoder else Llama
     model = architecture(tape, setting, method.build, method.everything_trains)
@@ -63,7 +63,7 @@ def predict(setting: Setting, method: Method) -> Bytes:
     weights = tape.ledger.now - selection - trained_bytes
     # Two moments of a parameter's dtype, and its number of steps, a float32.
     optimizer = 2 * trained_bytes + 4 * len(trained)
-    # Where nothing trains, a given x needs a gradient, so that there is a backward.
+    # If nothing trains, x itself requires a gradient, so that there is a backward.
     x = (
         None
         if trained
@@ -95,16 +95,16 @@ def predict(setting: Setting, method: Method) -> Bytes:
 
 
 def predict_layer(setting: Setting, method: Method) -> dict[str, int]:
-    """What one layer more adds to what is held at rest, to the gradients and to what is kept."""
+    """What one more layer adds to the bytes at rest, to the gradients and to what is kept."""
     fewer = replace(setting, sizes=replace(setting.sizes, layers=setting.sizes.layers - 1))
     whole, less = asdict(predict(setting, method)), asdict(predict(fewer, method))
     return {name: whole[name] - less[name] for name in PER_LAYER}
 
 
 def _update(tape: Tape, trained: list[Value]) -> None:
-    """AdamW's, one parameter after the other: a root of its size, and a quotient of that.
+    """AdamW's update, one parameter after the other: temporaries for a root and a quotient.
 
-    The quotient is a variable of torch's loop, which has it until the next one is made.
+    The quotient is a variable of torch's loop, which holds it until the next one is made.
     """
     tape.ledger.instant = "update"
     quotient = None

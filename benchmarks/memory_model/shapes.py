@@ -1,4 +1,4 @@
-"""Sizes of real models and of scaled ones, and what a training step of one is like."""
+"""Sizes of real models and of scaled ones, and the setting of a training step."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ MODELS = {
 
 @dataclass(frozen=True)
 class Setting:
-    """A training step: of what model, in which dtype, on how many tokens."""
+    """A training step: its model, dtype, tokens and k."""
 
     sizes: Sizes
     batch: int

@@ -1,16 +1,16 @@
-"""Autograd over sizes: what a step holds at each instant, without a single value.
+"""Autograd over sizes: what a step holds at each instant, without computing values.
 
 A :class:`Storage` costs its bytes for as long as anything refers to it: a variable of a forward, a
-node of the graph that saved it, a gradient on its way. These are the rules of torch:
+node of the graph that saved it, a gradient in flight. The rules are those of torch:
 
 - a node exists where one of its inputs needs a gradient, and keeps what its backward reads;
-- the backward takes the node with the highest number of those whose gradient has come; the gradient
-  it was given and what it saved go once it has returned;
-- a second gradient for the same node is added into the first, in place, unless that is a view, as a
-  product's is: then into a new one;
-- a parameter takes the gradient that reaches it for its ``.grad``, without a copy.
+- the backward runs the node with the highest number of those that have received a gradient; this
+  gradient and what the node saved are freed when it returns;
+- a second gradient for the same node is added to the first in place, unless the first is a view, as
+  a GEMM's is: then into a new tensor;
+- a parameter's ``.grad`` is the gradient that reaches it, without a copy.
 
-The peak is the most over all instants, and :attr:`Ledger.at` says which one that is.
+The peak is the maximum over all instants, and :attr:`Ledger.at` names its instant.
 """
 
 from __future__ import annotations
@@ -21,17 +21,17 @@ import weakref
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 
-#: What bytes are held for: parameters and the like, a node of the graph, a ``.grad``, or none.
+#: What bytes are held for: parameters and the like, a graph node, a ``.grad``, or temporaries.
 AT_REST, KEPT, GRADIENT, SCRATCH = KINDS = ("at rest", "kept", "gradient", "scratch")
-#: Of an input's gradient: it is the very gradient that came, as for a sum or a view.
+#: The gradient of an input is the incoming gradient itself, as for a sum or a view.
 PASSED = -1
-#: Bytes of the random generator's state, on the CPU: each checkpoint keeps that of its forward, and
-#: the present one is put aside while it is run again.
+#: Bytes of the random generator's state, on the CPU: each checkpoint saves that of its forward, and
+#: the present state is set aside during recomputation.
 RANDOM_STATE = 5056
 
 
 class Ledger:
-    """Bytes that are held now, and the most that ever were, by what they are held for."""
+    """Bytes that are held now and at the peak, by what they are held for."""
 
     def __init__(self) -> None:
         self.by_kind = dict.fromkeys(KINDS, 0)
@@ -43,11 +43,11 @@ class Ledger:
         return sum(self.by_kind.values())
 
     def restart(self) -> None:
-        """Forget the peak that was."""
+        """Reset the peak."""
         self.peak, self.at, self.at_peak = self.now, "before the step", dict(self.by_kind)
 
     def look(self) -> None:
-        """Take note of an instant."""
+        """Update the peak."""
         now = self.now
         if now > self.peak:
             self.peak, self.at, self.at_peak = now, self.instant, dict(self.by_kind)
@@ -65,7 +65,7 @@ class Storage:
         ledger.look()
 
     def become(self, kind: str) -> None:
-        """Be held for something else from now on; what is at rest stays it."""
+        """Change what the bytes are held for; storage at rest does not change."""
         if self.kind != AT_REST:
             self.ledger.by_kind[self.kind] -= self.nbytes
             self.ledger.by_kind[kind] += self.nbytes
@@ -77,7 +77,7 @@ class Storage:
 
 @dataclass
 class Value:
-    """A tensor: its bytes, its element's, and the node that made it; None needs no gradient."""
+    """A tensor: storage, bytes per element, and the node that made it, if it needs a gradient."""
 
     storage: Storage
     itemsize: int
@@ -100,23 +100,23 @@ class Node:
     number: float
     inputs: Sequence[Node | None] = ()
     gradients: Sequence[int] = ()  # bytes of the gradient of each input, or PASSED
-    scratch: int = 0  # bytes beside these, gone when the backward returns
-    views: bool = False  # whether its gradients are
+    scratch: int = 0  # more bytes, freed when the backward returns
+    views: bool = False  # whether its gradients are views
     saved: list[Storage] = field(default_factory=list)
-    frame: Frame | None = None  # the checkpoint inside of which it was made
+    frame: Frame | None = None  # the checkpoint in which it was made
     grad: Storage | None = None  # of a parameter
     is_leaf: bool = False
 
 
 @dataclass(eq=False)
 class Frame:
-    """A checkpointed piece of forward: its nodes save nothing until it is run again."""
+    """A checkpointed part of the forward: its nodes save nothing until it is run again."""
 
     again: Callable[[], object]
     random_state: Storage
     nodes: list[weakref.ref[Node]] = field(default_factory=list)  # that have something to save
     runs_again: bool = False
-    saved: int = 0  # of these nodes, in the second run
+    saved: int = 0  # number of these nodes that have saved, in the second run
 
 
 class _StopRecomputing(Exception):  # noqa: N818 - no error: everything needed is there
@@ -140,7 +140,7 @@ class Tape:
         return Value(self.hold(numel * itemsize, kind), itemsize)
 
     def leaf(self, x: Value) -> Value:
-        """x as one that needs a gradient for itself: its node has it."""
+        """x as a leaf, whose own node takes the gradient."""
         node = Node("grad", float("inf"), saved=[x.storage], is_leaf=True)
         return Value(x.storage, x.itemsize, node)
 
@@ -166,8 +166,8 @@ class Tape:
     ) -> Value:
         """One op: ``output`` new bytes, or the storage of which it is a view.
 
-        ``saves`` is kept, beside the output where ``saves_output``; ``saves_after``: when the
-        forward has returned, as a Python function's, and where it makes what it saves.
+        ``saves`` is saved, with ``saves_output`` the output too. ``saves_after``: not before the
+        forward has returned, as for a Python function, or an op that saves its own results.
         """
         again = self._frame is not None and self._frame.runs_again
         self.ledger.instant = f"{'forward again' if again else 'forward'}, {self.layer}{name}"
@@ -210,13 +210,13 @@ class Tape:
             _keep(node, saved)
             first = frame.nodes[frame.saved]()
             frame.saved += 1
-            if first is not None:  # as one of a branch that ended in the forward would be
+            if first is not None:  # None if freed, as in a branch that ended in the forward
                 first.saved = saved
             if frame.saved == len(frame.nodes):
                 raise _StopRecomputing
 
     def checkpoint(self, forward: Callable[[Value], Value], x: Value) -> Value:
-        """``forward(x)``, of which x is kept, and the random state; the backward runs it again."""
+        """``forward(x)``, which saves x and the random state; the backward runs it again."""
         frame = Frame(lambda: forward(x), self.hold(RANDOM_STATE))
         x.storage.become(KEPT)
         self._frame = frame
@@ -230,12 +230,12 @@ class Tape:
         try:
             frame.again()
         except _StopRecomputing as stop:
-            stop.__traceback__ = None  # whose frames hold the forward's variables
+            stop.__traceback__ = None  # its frames hold the forward's variables
         del aside
         self._frame = None  # the checkpoint's input stays until the last of its nodes has run
 
     def backward(self, loss: Value) -> None:
-        """From a loss of one element to the ``.grad`` of all that needs one."""
+        """From a loss of one element to the ``.grad`` of all leaves."""
         assert loss.node is not None
         arrived: dict[Node, Storage] = {loss.node: self.hold(loss.itemsize)}
         waiting = [(-loss.node.number, loss.node)]

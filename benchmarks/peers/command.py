@@ -2,19 +2,19 @@
 
 A small Llama that reads bytes is pretrained here on CPython's documentation, then trained by each
 method for the same number of steps on the source of its library, in the same order; both ship with
-CPython. The learning rate of each is the best of a few on half of the held-out windows, what is
-reported is of the other half: one run, not several seeds as in ``neuroada bench quality``.
+CPython. The learning rate of each is the best of a few on half of the held-out windows; results
+are on the other half, of one run, not of several seeds as in ``neuroada bench quality``.
 
 A row of the results has ``method``, its ``source`` (a package, or ``"stand-in"``) and either
 ``skipped``, the reason, or:
 
-- ``trainable``: how many numbers train; ``learning_rate``, of ``rates``, those tried, each with its
+- ``trainable``: number of trained values; ``learning_rate``: the best of ``rates``, each with its
   ``validation`` loss; ``curve``: the loss of each step, in bits per byte; ``held_out``: that of
   held-out windows, ``before`` and ``after``;
 - ``step_ms``: quartiles over short runs of the Trainer, ``samples_ms`` their medians;
   ``tokens_per_second`` by the median; ``ratio_to_full``: quartiles of the ratio to full
-  fine-tuning, whose runs took turns with these (``full_samples_ms``);
-- ``peak_bytes``: the most held at once, model, adapter, gradients and AdamW's state included;
+  fine-tuning, whose runs were interleaved with these (``full_samples_ms``);
+- ``peak_bytes``: the peak memory, model, adapter, gradients and AdamW's state included;
 - ``saved_bytes``: of all files of the saved adapter, ``saved_files`` each; ``round_trip``: the
   relative error of the logits after loading it into a fresh base.
 """
@@ -59,7 +59,7 @@ _HEADINGS = (
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Run what is asked for and not there yet; 1 where a method is wrong or none could run."""
+    """Run what is requested and missing; returns 1 if a method is wrong or none could run."""
     parser = _parser()
     options = parser.parse_args(argv)
     for package in ("transformers", "accelerate"):

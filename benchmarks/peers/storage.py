@@ -1,4 +1,4 @@
-"""How the adapter of each method goes to disk, and comes back into a fresh base."""
+"""Saves the adapter of each method, and loads it into a fresh base."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ Load = Callable[[nn.Module, Path], nn.Module]
 
 
 def storage(method: str, k: int) -> tuple[Save, Load]:
-    """How an adapter of a method is saved, and loaded into a fresh base."""
+    """The functions that save an adapter of a method, and load it into a fresh base."""
     if METHODS[method].source == PEFT or method == "neuroada-peft":
         return _save_pretrained, _load_peft
     if METHODS[method].source == OURS:
@@ -54,7 +54,7 @@ def _load_neuroada(base: nn.Module, folder: Path) -> nn.Module:
 
 
 def _save_stand_in(model: nn.Module, folder: Path) -> None:
-    """What trains, and its index: a stand-in has no format of its own."""
+    """Save what trains, and its index: a stand-in has no format of its own."""
     from safetensors.torch import save_file
 
     index = {name: b for name, b in model.named_buffers() if name.endswith(".index")}

@@ -25,7 +25,7 @@ from neuroada_kernels.demo import data
 from neuroada_kernels.demo.training import Schedule, train
 from neuroada_kernels.testing.tolerances import rms_error
 
-#: What all times are a ratio to: the frozen model, the yardstick elsewhere, has nothing to train.
+#: All times are ratios to it: the frozen model, the yardstick elsewhere, has nothing to train.
 YARDSTICK = "full"
 
 
@@ -40,16 +40,16 @@ class Budget:
     context: int = 128
     batch: int = 8
     k: int = 8
-    # Each method takes its best, which no method should find at an end.
+    # Each method takes its best rate, which should not be the smallest or the largest.
     rates: tuple[float, ...] = (1e-3, 3e-3, 1e-2, 3e-2, 1e-1, 3e-1)
-    windows: int = 64  # held out, every other one to choose the rate by
+    windows: int = 64  # held out, every other one for choosing the rate
     source_bytes: int = 1 << 21
-    rounds: int = 9  # short runs to take times of
+    rounds: int = 9  # short runs that are timed
     round_steps: int = 8
 
 
 class Peers:
-    """The pretrained model, the text that it is adapted to, and what each method makes of them."""
+    """The pretrained model and the text that it is adapted to; measures each method on them."""
 
     def __init__(self, budget: Budget, folder: Path) -> None:
         self.budget, self._folder = budget, folder
@@ -68,7 +68,7 @@ class Peers:
         ------
         WrongMethodError
             If the method starts from another model, trains something else than it should, or if
-            its adapter comes back from the disk as another.
+            its adapter differs after saving and loading.
         """
         tried = {rate: self._search(method, rate) for rate in self.budget.rates}
         rate = min(tried, key=lambda rate: tried[rate] or math.inf)
@@ -100,11 +100,11 @@ class Peers:
         return copy.deepcopy(self._base)
 
     def _adapted(self, method: str) -> tuple[nn.Module, int]:
-        """A model to train, checked, and how many numbers do."""
+        """An adapted, checked model, and its number of trained values."""
         base = self._fresh()
         total = sum(parameter.numel() for parameter in base.parameters())
         expected = METHODS[method].expected(shapes_of(base), self.budget.k, total)
-        torch.manual_seed(0)  # for what a method draws
+        torch.manual_seed(0)  # for what a method initialises at random
         model = METHODS[method].adapt(base, self.budget.k)
         error = abs(self._bits_of(model, self._test) - self._bits) / self._bits
         refuse_beyond(method, {"loss before training": error}, self._allowed)
@@ -127,7 +127,7 @@ class Peers:
         return bits
 
     def _train(self, model: nn.Module, rate: float, steps: int) -> _Run:
-        """Train so many steps, from the first batch on."""
+        """Train for ``steps`` steps, from the first batch on."""
         from transformers import PrinterCallback, Trainer, TrainingArguments
 
         run = _Run(steps)
@@ -159,8 +159,9 @@ class Peers:
     def _times(self, method: str) -> Row:
         """Short runs interleaved with full fine-tuning, so that both see the same drift.
 
-        At the smallest rate: a step's work is the same at any, but what the best one of a few
-        small parameters makes of all of them diverges, and such numbers took half as long again.
+        At the smallest rate: a step does the same work at any rate, but full fine-tuning diverges
+        at the best rate of a method with few parameters, and diverged values took half as long
+        again.
         """
         rate = min(self.budget.rates)
         models = {name: self._adapted(name)[0] for name in dict.fromkeys((YARDSTICK, method))}
@@ -180,7 +181,7 @@ class Peers:
         }
 
     def _round_trip(self, method: str, model: nn.Module) -> tuple[dict[str, int], float]:
-        """Sizes of the saved files, and the error of the logits of what they load into."""
+        """Sizes of the saved files, and the relative error of the logits after loading."""
         folder = self._folder / method
         folder.mkdir()
         save, load = storage(method, self.budget.k)
@@ -210,7 +211,7 @@ class _Rows(torch.utils.data.Dataset[dict[str, Tensor]]):
 
 
 class _Run:
-    """What a run of the Trainer leaves: its losses, and when each step ended."""
+    """Records of a run of the Trainer: its losses and the end of each step."""
 
     def __init__(self, steps: int) -> None:
         self.losses: list[float] = []
@@ -218,7 +219,7 @@ class _Run:
 
     @property
     def step_ms(self) -> list[float]:
-        """From the end of a step to the next one's, loading of data included; not the first two."""
+        """Time between the ends of steps, data loading included; not of the first two."""
         pairs = itertools.pairwise(self._ends)
         return [(end - start) / 1e6 for start, end in pairs][1:]
 

@@ -28,7 +28,7 @@ from neuroada_kernels.benchmarks.records import RecordsError
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Run what is asked for and not done yet; write and show the results."""
+    """Run what is requested and not done yet; write and show the results."""
     parser = _parser()
     options = parser.parse_args(argv)
     _require(options, parser)
@@ -72,7 +72,7 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _require(options: argparse.Namespace, parser: argparse.ArgumentParser) -> None:
-    """Refuse what would fail after minutes."""
+    """Reject early what would fail after minutes."""
     needed = ["scipy", "sklearn", *(["matplotlib"] if options.html is not None else [])]
     for package in needed:
         if find_spec(package) is None:

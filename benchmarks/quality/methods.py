@@ -1,4 +1,4 @@
-"""Adapting a model by each method: what trains afterwards, and how much of it there is."""
+"""Adapts a model by each method, and counts what trains."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from neuroada_kernels.gradient import Loss, each_gradient
 from neuroada_kernels.model import replace
 from neuroada_kernels.testing import Inputs
 
-#: How far from NeuroAda's a budget may be in the comparison of methods: LoRA's rank is an integer.
+#: Allowed relative difference from NeuroAda's budget: LoRA's rank is an integer.
 BUDGET_TOLERANCE = 0.02
 #: Methods that are PEFT's own.
 OF_PEFT = ("lora", "shira")
@@ -42,7 +42,7 @@ class Given:
 
 
 def adapt(model: nn.Module, variant: Variant, given: Given) -> int:
-    """Adapt every linear of ``model`` in place; the number of parameters that train.
+    """Adapt every linear of ``model`` in place; returns the number of trained parameters.
 
     PEFT draws from torch's global generator.
     """
@@ -51,12 +51,12 @@ def adapt(model: nn.Module, variant: Variant, given: Given) -> int:
 
 
 def linears(model: nn.Module) -> dict[str, nn.Linear]:
-    """What is adapted, by name."""
+    """The linears that are adapted, by name."""
     return {name: m for name, m in model.named_modules() if isinstance(m, nn.Linear)}
 
 
 def rank(d_out: int, d_in: int, k: int) -> int:
-    """The rank whose parameters come nearest to ``k`` a neuron, at least 1."""
+    """The rank whose number of parameters is closest to ``k`` per neuron, at least 1."""
     return max(1, round(k * d_out / (d_in + d_out)))
 
 
@@ -85,7 +85,7 @@ def _masked(model: nn.Module, variant: Variant, given: Given) -> int:
 
 
 def _masked_layer(model: nn.Module, variant: Variant, given: Given) -> int:
-    """The same, with as many entries a layer, but wherever in it the gradient is largest."""
+    """The same with as many entries per layer, but those with the layer's largest gradients."""
     every = linears(model)
     masks = {}
     for name, gradient in each_gradient(model, every, given.data, given.loss):
@@ -116,7 +116,7 @@ def _lora(model: nn.Module, variant: Variant, given: Given) -> int:
 
 
 def _shira(model: nn.Module, variant: Variant, given: Given) -> int:
-    """Its config knows one rank for all modules, so those of each rank come in turn."""
+    """ShiraConfig has one rank for all modules, so modules are adapted rank by rank."""
     from peft import ShiraConfig, inject_adapter_in_model
 
     of_rank: dict[int, list[str]] = defaultdict(list)

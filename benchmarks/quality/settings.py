@@ -1,4 +1,4 @@
-"""Sizes of the suite: the whole of it, and a quick one that is as honest but smaller."""
+"""Sizes of the suite: full, and a smaller quick one with the same procedure."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ class DigitsSettings:
     width: int
     shifts: tuple[str, ...]
     images: int  # to adapt on
-    held_out: int  # to choose the learning rate on; what is left is tested on
+    held_out: int  # to choose the learning rate on; the rest is tested on
     batch: int
     pretrain_images: int
     pretrain_steps: int
@@ -51,7 +51,7 @@ class Settings:
 
     @classmethod
     def full(cls) -> Settings:
-        """Some half an hour on two cores."""
+        """About half an hour on two cores."""
         return cls(
             text=TextSettings(
                 model=Config(d_model=128, layers=3, heads=4, d_hidden=256, context=96),
@@ -102,7 +102,7 @@ class Settings:
         )
 
     def as_dict(self) -> dict[str, Any]:
-        """As JSON has it: lists instead of tuples."""
+        """The settings for JSON: lists instead of tuples."""
         found: dict[str, Any] = _plain(asdict(self))
         return found
 
@@ -113,7 +113,7 @@ class Settings:
         Raises
         ------
         TypeError
-            If a setting is missing, or one is not known.
+            If a setting is missing or unknown.
         """
         text, digits = dict(values["text"]), _tuples(values["digits"])
         text["model"] = Config(**text["model"])

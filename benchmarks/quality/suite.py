@@ -1,4 +1,4 @@
-"""The order of things: for each variant a search of the learning rate, then a run for each seed."""
+"""The order of runs: for each variant a search of the learning rate, then a run for each seed."""
 
 from __future__ import annotations
 
@@ -19,11 +19,11 @@ from neuroada_kernels.benchmarks.quality.variants import Variant, groups, unique
 from neuroada_kernels.benchmarks.records import Records, Row
 from neuroada_kernels.demo.training import train
 
-#: Learning rates are searched with a seed that no result is of.
+#: Seed of the learning-rate searches; no result is of this seed.
 SEARCH_SEED = 1000
-#: Batches over which gradients are gathered, where a variant selects by them.
+#: Batches over which gradients are accumulated, if a variant selects by them.
 GRADIENT_BATCHES = 4
-#: Facts that the runs of a file share: elsewhere the same pretraining may end elsewhere.
+#: Facts that the runs of a file share: with others, pretraining may end differently.
 SAME = ("package", "torch", "cpu", "environment")
 
 Part = Literal["search", "test"]
@@ -31,7 +31,7 @@ Part = Literal["search", "test"]
 
 @dataclass(frozen=True)
 class Key:
-    """What tells a training from all others; as text, the key of its row."""
+    """Identifies a training; as text, the key of its row."""
 
     task: str
     variant: str
@@ -61,12 +61,12 @@ class Run(Key):
 def open_records(
     settings: Settings, path: Path | None = None, command: str = "neuroada bench quality"
 ) -> Records:
-    """The runs that ``path`` holds already, or none.
+    """The records of the runs in ``path``, or empty ones.
 
     Raises
     ------
     RecordsError
-        If it holds something else, or runs of other settings.
+        If the file holds something else, or runs of other settings.
     """
     given = settings.as_dict()
     return Records.open("quality", command, given, path, same=SAME, framed=framed)
@@ -82,7 +82,7 @@ def pick(searched: Iterable[Run]) -> float | None:
     return min(candidates)[1] if candidates else None
 
 
-#: Called after each run with the runs done, how many there are in all, and what was done.
+#: Called after each run with the runs done, the runs in all, and the name of this one.
 Watch = Callable[[int, int, str], None]
 
 
@@ -102,11 +102,11 @@ class Suite:
 
     @property
     def runs(self) -> list[Run]:
-        """What is done."""
+        """The finished runs."""
         return [Run.of(row) for row in self.records.rows.values()]
 
     def variants(self, task: Task) -> list[Variant]:
-        """What is run of a task: without what this installation cannot run."""
+        """The variants of a task that this installation can run."""
         return [v for v in unique(groups(task.name, self.settings)) if why_not(v) is None]
 
     @property
@@ -134,7 +134,7 @@ class Suite:
             self._once(task, variant, Key(task.name, variant.name, "test", rate, seed), watch)
 
     def _search(self, task: Task, variant: Variant, watch: Watch) -> float:
-        """Where every rate diverges, the smallest: its result is that it diverges."""
+        """The best rate; if all diverge, the smallest, so that its runs show the divergence."""
         rates = self.settings.rates
         keys = [Key(task.name, variant.name, "search", rate, SEARCH_SEED) for rate in rates]
         rate = pick([self._once(task, variant, key, watch) for key in keys])
@@ -150,7 +150,7 @@ class Suite:
     def _train(self, task: Task, variant: Variant, key: Key) -> Run:
         world = self._world(task, key.seed)
         start = time.perf_counter()
-        # SHiRA's sparse tensors warn unless somebody decides about checks of them.
+        # Sparse tensors, as SHiRA makes, warn unless their checks are explicitly set.
         unchecked = torch.sparse.check_sparse_tensor_invariants(enable=False)
         with torch.random.fork_rng(devices=[]), unchecked:
             torch.manual_seed(key.seed)

@@ -14,13 +14,13 @@ from neuroada_kernels.benchmarks.quality.suite import SEARCH_SEED, Run, Suite
 from neuroada_kernels.benchmarks.quality.variants import OURS, QUESTIONS, groups
 
 CONFIDENCE = 0.95
-#: A difference of the mean that counts for nothing, whatever its interval: rounding.
+#: Differences of means below this are rounding, whatever their interval.
 NEGLIGIBLE = 1e-4
 
 
 @dataclass(frozen=True)
 class Interval:
-    """``lower`` and ``upper`` are those of the mean; NaN where there is one value alone."""
+    """``lower`` and ``upper`` bound the mean; NaN for a single value."""
 
     mean: float
     lower: float
@@ -59,7 +59,7 @@ class Row:
 
     @property
     def verdict(self) -> str:
-        """Whether the interval of the difference leaves out 0, if there is one to speak of."""
+        """Whether the interval of the difference excludes 0; empty without an interval."""
         if self.difference is None or not math.isfinite(self.difference.half):
             return ""
         if abs(self.difference.mean) < NEGLIGIBLE:
@@ -85,7 +85,7 @@ class Group:
 
 
 def summarise(suite: Suite) -> list[Group]:
-    """What the stored runs say; variants without results are left out."""
+    """The groups of the stored runs; variants without results are left out."""
     found = []
     for task in suite.tasks:
         results = _results(suite, task.name)
@@ -138,7 +138,7 @@ def _all(values: Iterable[float | None]) -> list[float] | None:
 
 
 def as_json(groups: Sequence[Group]) -> list[dict[str, Any]]:
-    """The summary as JSON has it."""
+    """The summary for JSON."""
     return [
         {**asdict(group), "question": group.question, "rows": [_plain(row) for row in group.rows]}
         for group in groups

@@ -1,6 +1,6 @@
-"""The tasks: what is pretrained, what it is adapted to, and what is held out twice.
+"""The tasks: the pretrained model, the data to adapt to, and held-out data.
 
-Held-out data has two parts: learning rates are chosen on ``validation``, results are of ``test``.
+Held-out data has two parts: learning rates are chosen on ``validation``, results are on ``test``.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from neuroada_kernels.demo.transformer import Transformer, loss_of
 
 @dataclass(frozen=True)
 class Score:
-    """``loss`` is None where it is no number, because training diverged."""
+    """``loss`` is None if it is not finite, because training diverged."""
 
     loss: float | None
     accuracy: float | None = None
@@ -44,7 +44,7 @@ class World:
 
 
 class Task(Protocol):
-    """``world`` gives each seed its own, or all of them one; ``schedule`` is that of adapting."""
+    """``world`` may be the same for all seeds; ``schedule`` is that of adapting."""
 
     name: str
     unit: str
@@ -104,7 +104,7 @@ class TextTask:
 class DigitsTask:
     """Upright digits to shifted ones, each seed with its own split and its own pretrained MLP.
 
-    The images that are tested on are the same for all seeds, so that no search sees one.
+    The test images are the same for all seeds, so that no search sees one.
     """
 
     unit = "nats"
@@ -163,7 +163,7 @@ class _Images:
         return images[chosen], labels[chosen]
 
 
-#: From images ``[n, 64]`` with values from 0 to 1.
+#: Shifts of images ``[n, 64]`` with values from 0 to 1.
 SHIFTS: dict[str, Callable[[Tensor, torch.Generator], Tensor]] = {
     "rotated": lambda images, generator: images.view(-1, 8, 8).rot90(1, (1, 2)).flatten(1),
     "inverted": lambda images, generator: 1 - images,
@@ -174,7 +174,7 @@ SHIFTS: dict[str, Callable[[Tensor, torch.Generator], Tensor]] = {
 
 
 def _digits(generator: torch.Generator, parts: list[int]) -> list[tuple[Tensor, Tensor]]:
-    """Disjoint parts of the digits, drawn anew by each generator, and a fixed one: the rest."""
+    """Disjoint parts of the digits, drawn by ``generator``, and the rest, which is fixed."""
     from sklearn.datasets import load_digits
 
     pixels, labels = load_digits(return_X_y=True)
@@ -199,7 +199,7 @@ def _mlp(width: int, generator: torch.Generator) -> nn.Module:
 
 
 def make_tasks(settings: Settings) -> dict[str, Task]:
-    """By name, text first."""
+    """The tasks by name, text first."""
     every: list[Task] = [TextTask(settings.text)]
     every += [DigitsTask(settings.digits, shift) for shift in settings.digits.shifts]
     return {task.name: task for task in every}

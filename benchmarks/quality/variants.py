@@ -1,4 +1,4 @@
-"""What is compared with what: variants of adapting, in groups that share one question."""
+"""The compared variants of adapting, in groups that answer one question each."""
 
 from __future__ import annotations
 
@@ -85,7 +85,7 @@ def _lora_at(settings: Settings) -> list[Variant]:
 
 
 def _fractions(ours: Variant, settings: Settings) -> list[Variant]:
-    """Of the neurons at the same k, and at k so much larger that as many connections train."""
+    """Fractions of the neurons, at the same k, and at the k with as many connections."""
     found = []
     for fraction in settings.fractions:
         for k in (ours.k, round(ours.k / fraction)):

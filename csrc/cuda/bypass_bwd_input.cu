@@ -38,7 +38,7 @@ uint32_t mask_of(int32_t most) {
 // connections per column that fit are far fewer than the 2048 turns that spread_over_banks can count.
 int64_t most_order_bytes(const ColumnEntries& entries) {
   constexpr int64_t kHalf = 112 << 10;
-  return Kinds::by_tile(entries) ? 2 * kHalf : kHalf;
+  return SortKeys::by_tile(entries) ? 2 * kHalf : kHalf;
 }
 
 // The kernel, its tiles, and its threads per CTA.
@@ -69,7 +69,8 @@ Form with_groups(Form form, const BypassBwdInput& p, const Device& device) {
   form.out.vectors = writes_vectors(p);
   form.tiles.stages = static_cast<int32_t>(std::clamp<int64_t>((quads - width) / columns, 1, kMostStages));
   // After a round without connections, no round has any, if each number of connections is a kind of its own.
-  const bool apart = light_of(p.d_in, p.live) < Kinds::kOfOne - 2, sparse = apart && p.live < kFewConnections * p.d_in;
+  const bool apart = light_of(p.d_in, p.live) < SortKeys::kOfOne - 2,
+             sparse = apart && p.live < kFewConnections * p.d_in;
   form.kernel = bypass_bwd_input_bulk_kernel(p, sparse ? BulkForm::sparse_groups : BulkForm::groups);
   return form;
 }

@@ -89,7 +89,7 @@ __device__ __forceinline__ void add_entry(float (&sum)[kTokens<T>], const Tiles&
 // The first connections of a light column, 16 bytes per load, loaded before their number is known.
 template <bool kPacked>
 struct FirstLoads {
-  static constexpr int kLoads = 2, kEach = kPacked ? 4 : 2;  // connections_a_quad
+  static constexpr int kLoads = 2, kEach = kPacked ? 4 : 2;  // connections_per_quad
   Quad quad[kLoads];
 
   // Loads up to `most` connections, an estimate that limits the L2 traffic: each block loads them again.

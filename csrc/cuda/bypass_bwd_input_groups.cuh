@@ -69,7 +69,7 @@ __device__ __forceinline__ void sum_group(const BypassBwdInputLaunch& a, const Q
   const int32_t first_of_next = next.first() < next.end ? next.first() : next.begin;
   do {
     // Only these values are needed once the next load overwrites the round: no register copy waits for its loads.
-    const int32_t to = made_anew(round.own.column < d_in ? place(round.own.column - first_column) : -1);
+    const int32_t to = opaque(round.own.column < d_in ? place(round.own.column - first_column) : -1);
     const uint32_t position = round.position();
     const bool heavy = round.own.count > a.entries.light;
     float sum[kTokens<T>] = {};

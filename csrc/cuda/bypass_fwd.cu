@@ -23,7 +23,7 @@ void run(const BypassFwd& p, const Device& device, void* stream) {
       tiles = with_two_tiles(with_bulk_copies(tiles, x, p.x_stride, p.tokens, device), device);
       if (tiles.stages > 0) kernel = bypass_fwd_bulk_kernel(p, device, tiles);
     }
-    const BypassFwdLaunch args{p, tiles, blocks, shares.rows_a_part, slots_aligned(p.k, p.index, p.delta), vectors};
+    const BypassFwdLaunch args{p, tiles, blocks, shares.rows_per_part, slots_aligned(p.k, p.index, p.delta), vectors};
     launch("bypass_fwd", kernel, shares.row_parts, shares.token_parts, device.threads, tiles.bytes(), stream, args);
   });
 }

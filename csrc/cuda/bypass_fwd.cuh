@@ -14,8 +14,8 @@ namespace neuroada::cuda {
 struct BypassFwdLaunch {
   BypassFwd problem;
   Tiles tiles;
-  int64_t blocks;          // of tokens
-  int64_t neurons_a_part;  // even
+  int64_t blocks;            // of tokens
+  int64_t neurons_per_part;  // even
   bool slot_vectors;
   bool vectors;  // a pair of out is one store, and a pair of base one load
 };
@@ -109,7 +109,7 @@ __device__ __forceinline__ void fetch_base(const BypassFwdLaunch& a, const Pairs
   const int rows = rows_of_block<T>(p.tokens, t);
   if (rows != kTokens<T> || !pairs.has(pair, 0)) return;
   NEUROADA_UNROLL
-  for (int v = 0; v < kTokens<T>; ++v) fetch_to_l2(in_row(base + v * p.base_stride, pairs.first(pair)));
+  for (int v = 0; v < kTokens<T>; ++v) prefetch_l2(in_row(base + v * p.base_stride, pairs.first(pair)));
 }
 
 // onto = base[t .. t + V, j .. j + 2]
@@ -184,7 +184,7 @@ __global__ void __launch_bounds__(kMaxThreads, 1) bypass_fwd_kernel(BypassFwdLau
   constexpr int V = kTokens<T>;
   using H = Held<kPairs, kHeld>;
   const BypassFwd& p = a.problem;
-  const Pairs pairs = Pairs::of(blockIdx.x, a.neurons_a_part, p.d_out);
+  const Pairs pairs = Pairs::of(blockIdx.x, a.neurons_per_part, p.d_out);
   const int32_t begin = static_cast<int32_t>(a.blocks * blockIdx.y / gridDim.y);
   const int32_t end = static_cast<int32_t>(a.blocks * (blockIdx.y + 1) / gridDim.y);
   const typename BlocksOf<T, kStaging>::type blocks{a.tiles, static_cast<const T*>(p.x), p.x_stride, p.tokens, begin,

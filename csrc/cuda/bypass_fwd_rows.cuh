@@ -11,8 +11,8 @@ namespace neuroada::cuda {
 
 struct BypassFwdRowsLaunch {
   BypassFwd problem;
-  Ring ring;               // of x
-  int32_t neurons_a_part;  // a multiple of kGroup
+  Ring ring;                 // of x
+  int32_t neurons_per_part;  // a multiple of kGroup
 };
 
 // A lane has kGroups groups of neurons. In a slot without a connection, delta is not read and x may be non-finite, so
@@ -21,7 +21,7 @@ template <class T, int kGroups>
 __global__ void __launch_bounds__(2 * kMaxThreads, 1) bypass_fwd_rows_kernel(BypassFwdRowsLaunch a) {
   using Columns = GroupColumns<kGroups>;
   const BypassFwd& p = a.problem;
-  const NeuronPart part = NeuronPart::of_cta(a.neurons_a_part, p.d_out);
+  const NeuronPart part = NeuronPart::of_cta(a.neurons_per_part, p.d_out);
   const int64_t first_neuron = part.first;
   const int32_t neurons = part.count;
   const TokenRows<T, true> tokens{a.ring,

@@ -24,7 +24,7 @@ bool bypass_fwd_rows(const BypassFwd& p, const Device& device, void* stream) {
     const RowsForm form = form_of(p, device);
     const Shares shares = form.share_out(p.d_out, p.tokens, device);
     const BypassFwdRowsLaunch args{p, choose_ring<T>(p.d_in, 0, kFewStages, device),
-                                   static_cast<int32_t>(shares.rows_a_part)};
+                                   static_cast<int32_t>(shares.rows_per_part)};
     const T* out = static_cast<const T*>(p.out);
     const bool vectors = aligned16(out) && p.d_out % kGroup == 0 && (p.tokens <= 1 || p.out_stride % kGroup == 0);
     if (args.ring.stages < 2 || !vectors ||

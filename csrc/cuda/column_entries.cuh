@@ -26,7 +26,7 @@ struct alignas(8) OrderedColumn {
 static_assert(sizeof(OrderedColumn) == sizeof(WeightedNeuron));
 
 // A connection is 8 bytes, or 4 if packed.
-__host__ __device__ inline int32_t connections_a_quad(uint32_t place_mask) { return place_mask == 0 ? 2 : 4; }
+__host__ __device__ inline int32_t connections_per_quad(uint32_t place_mask) { return place_mask == 0 ? 2 : 4; }
 
 // Layout of the scratch: per tile, the columns in order and the connections of the light ones; after all tiles, the
 // connections of the heavy ones, indexed as in the plan.
@@ -60,7 +60,7 @@ struct ColumnEntries {
   }
   template <bool kPacked>
   __device__ __forceinline__ uint32_t first_quad(uint32_t round, uint32_t lane) const {
-    constexpr uint32_t kEach = kPacked ? 4 : 2;  // connections_a_quad
+    constexpr uint32_t kEach = kPacked ? 4 : 2;  // connections_per_quad
     return static_cast<uint32_t>(positions) / 2 + lane + round * (kWarp * (static_cast<uint32_t>(light) / kEach));
   }
   __device__ __forceinline__ WeightedNeuron* heavy(uint32_t i) const { return of_tile(tiles) + i; }

@@ -5,14 +5,14 @@
 namespace neuroada::cuda {
 namespace {
 
-constexpr int64_t kMostRows = 64;              // per warp; beyond, column indices are a small part of its reads
-constexpr int64_t kWarpsAMultiprocessor = 64;  // per SM, if each has kRowsAhead rows
+constexpr int64_t kMostRows = 64;    // per warp; beyond, column indices are a small part of its reads
+constexpr int64_t kWarpsPerSm = 64;  // per SM, if each has kRowsAhead rows
 
 template <class T>
 void run(const ChosenColumns& p, const Device& device, void* stream) {
   const bool odd_out = reinterpret_cast<uintptr_t>(p.out) / sizeof(T) % 2 != 0, odd_rows = p.count % 2 != 0;
   const int64_t strips = ceil_div(p.count + (odd_out || odd_rows), kStripColumns);
-  const int64_t parts = ceil_div(kWarpsAMultiprocessor * device.multiprocessors, strips);
+  const int64_t parts = ceil_div(kWarpsPerSm * device.multiprocessors, strips);
   const int64_t steps = ceil_div(ceil_div(p.tokens, parts), kRowsAhead);
   const int64_t rows = std::min(steps * kRowsAhead, kMostRows);
   const int64_t threads = std::min<int64_t>(device.threads, kColumnsThreads);

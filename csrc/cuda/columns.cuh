@@ -18,8 +18,8 @@ constexpr int kRowsAhead = 8;  // even, so that a row's parity is known where th
 
 struct ColumnsLaunch {
   ChosenColumns problem;
-  int64_t strips, rows_a_part;  // rows a multiple of kRowsAhead
-  int32_t early[2];             // for even and odd rows: by how many columns pairs are earlier, 0 or 1
+  int64_t strips, rows_per_part;  // rows a multiple of kRowsAhead
+  int32_t early[2];               // for even and odd rows: by how many columns pairs are earlier, 0 or 1
 };
 
 // The positions of a lane's pair in a row of out, and of their values in a row of x.
@@ -48,7 +48,7 @@ __device__ __forceinline__ void copy_rows(const ChosenColumns& p, const PairOfCo
   T values[kRowsAhead][2];
   int64_t row = 0;
   NEUROADA_UNROLL
-  for (int r = 0; r < kRowsAhead; ++r, row = made_anew(row + p.x_stride)) {
+  for (int r = 0; r < kRowsAhead; ++r, row = opaque(row + p.x_stride)) {
     NEUROADA_UNROLL
     for (int n = 0; n < 2; ++n) {
       const int32_t column = own[r % 2].column[n];
@@ -66,7 +66,7 @@ __device__ __forceinline__ void copy_rows(const ChosenColumns& p, const PairOfCo
   row = 0;
   if (own[0].whole() && own[1].whole()) {
     NEUROADA_UNROLL
-    for (int r = 0; r < kRowsAhead; ++r, row = made_anew(row + p.count)) {
+    for (int r = 0; r < kRowsAhead; ++r, row = opaque(row + p.count)) {
       uint32_t words[sizeof(T) / 2];
       std::memcpy(words, values[r], sizeof(words));
       if (kAll || r < rows) store_words(to + row + own[r % 2].first, words);
@@ -74,7 +74,7 @@ __device__ __forceinline__ void copy_rows(const ChosenColumns& p, const PairOfCo
     return;
   }
   NEUROADA_UNROLL
-  for (int r = 0; r < kRowsAhead; ++r, row = made_anew(row + p.count)) {
+  for (int r = 0; r < kRowsAhead; ++r, row = opaque(row + p.count)) {
     NEUROADA_UNROLL
     for (int n = 0; n < 2; ++n) {
       if ((kAll || r < rows) && own[r % 2].there[n]) to[row + own[r % 2].first + n] = values[r][n];
@@ -87,8 +87,8 @@ template <class T>
 __global__ void __launch_bounds__(kColumnsThreads) columns_kernel(ColumnsLaunch a) {
   const ChosenColumns& p = a.problem;
   const int64_t warp = (int64_t{blockIdx.x} * blockDim.x + threadIdx.x) / kWarp;
-  const int64_t begin = warp / a.strips * a.rows_a_part;
-  const int64_t end = begin + a.rows_a_part < p.tokens ? begin + a.rows_a_part : p.tokens;
+  const int64_t begin = warp / a.strips * a.rows_per_part;
+  const int64_t end = begin + a.rows_per_part < p.tokens ? begin + a.rows_per_part : p.tokens;
   if (begin >= end) return;
   PairOfColumns own[2];  // in even and odd rows
   const int64_t pair = warp % a.strips * kWarp + threadIdx.x % kWarp;

@@ -65,7 +65,7 @@ inline uint32_t least_of_halves(uint32_t a, uint32_t b) {
   return (a >> 16 < b >> 16 ? a >> 16 : b >> 16) << 16 | low;
 }
 
-inline void fetch_to_l2(const void*) {}
+inline void prefetch_l2(const void*) {}
 
 inline Quad load16(const void* from) {
   host_cuda::check_aligned(from, sizeof(Quad));
@@ -149,7 +149,7 @@ __device__ __forceinline__ uint32_t rounded_words(float first, float second, Hal
 }
 
 // Prefetches a cache line to L2.
-__device__ __forceinline__ void fetch_to_l2(const void* from) { asm volatile("prefetch.global.L2 [%0];" ::"l"(from)); }
+__device__ __forceinline__ void prefetch_l2(const void* from) { asm volatile("prefetch.global.L2 [%0];" ::"l"(from)); }
 
 __device__ __forceinline__ Quad load16(const void* from) {
   const uint4 value = *static_cast<const uint4*>(from);
@@ -211,7 +211,7 @@ __device__ __forceinline__ void round_pair(float first, float second, uint32_t (
 // Returns `value`, but hides from the compiler that it is the same: expressions of it in a loop are computed there, and
 // take no register for the whole loop.
 template <class T>
-__device__ __forceinline__ T made_anew(T value) {
+__device__ __forceinline__ T opaque(T value) {
 #ifndef NEUROADA_HOST_CUDA
   if constexpr (sizeof(T) == 4) {
     asm volatile("" : "+r"(value));

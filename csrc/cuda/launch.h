@@ -100,7 +100,7 @@ constexpr std::integral_constant<int, N> kNumber{};
 // Partition of rows and blocks of tokens over CTAs that all run at once: one per SM, whose registers it fills. As few
 // parts of the rows as possible, since each stages all blocks of its tokens.
 struct Shares {
-  int64_t rows_a_part, row_parts, token_parts;
+  int64_t rows_per_part, row_parts, token_parts;
 };
 
 // `most` is the maximum number of rows per CTA, `times` how many CTAs share the same rows and tokens.
@@ -109,8 +109,8 @@ inline Shares share_out(int64_t rows, int64_t most, int64_t blocks, int64_t time
   const int64_t idle = device.multiprocessors / std::max<int64_t>(blocks * times, 1);
   const int64_t parts = std::max(ceil_div(rows, most), std::min(idle, ceil_div(rows, kLeast)));
   Shares shares{};
-  shares.rows_a_part = std::min(ceil_div(ceil_div(rows, parts), kMultiple) * kMultiple, most);
-  shares.row_parts = ceil_div(rows, shares.rows_a_part);
+  shares.rows_per_part = std::min(ceil_div(ceil_div(rows, parts), kMultiple) * kMultiple, most);
+  shares.row_parts = ceil_div(rows, shares.rows_per_part);
   shares.token_parts = std::clamp<int64_t>(device.multiprocessors / (shares.row_parts * times), 1, blocks);
   return shares;
 }

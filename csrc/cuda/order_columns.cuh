@@ -232,7 +232,7 @@ __global__ static void __launch_bounds__(kMaxThreads, 2) column_entries_kernel(C
     const bool heavy = count > a.to.light;
     if (warp == 0) *a.to.column(tile, position) = {own.column, count};
     if (warp == 0 && heavy) a.to.quads(tile, position)->word[0] = static_cast<uint32_t>(own.begin);
-    const int32_t each = connections_a_quad(a.to.place_mask);
+    const int32_t each = connections_per_quad(a.to.place_mask);
     const int32_t padded = heavy || count < 0 ? count : (count + each - 1) / each * each;
     for (int32_t i = warp; i < padded; i += warps) {
       const WeightedNeuron one = i == warp ? held[n] : connection(own, i);

@@ -25,12 +25,12 @@ struct Pairs {
   int32_t begin, end;  // of the CTA
 
   // The neurons of part `part`, of `all`.
-  __device__ __forceinline__ static Pairs of(int64_t part, int64_t neurons_a_part, int64_t all) {
-    const int64_t begin = part * neurons_a_part, end = begin + neurons_a_part;
+  __device__ __forceinline__ static Pairs of(int64_t part, int64_t neurons_per_part, int64_t all) {
+    const int64_t begin = part * neurons_per_part, end = begin + neurons_per_part;
     return {static_cast<int32_t>(begin), static_cast<int32_t>(end < all ? end : all)};
   }
   __device__ __forceinline__ int32_t first(int p) const {
-    return begin + 2 * static_cast<int32_t>(p * blockDim.x + made_anew(threadIdx.x));
+    return begin + 2 * static_cast<int32_t>(p * blockDim.x + opaque(threadIdx.x));
   }
   __device__ __forceinline__ bool has(int p, int neuron) const { return first(p) + neuron < end; }
 };
@@ -67,7 +67,7 @@ template <class T>
 __device__ __forceinline__ void fetch_pairs(const T* from, int64_t stride, int rows, const Pairs& pairs, int pair) {
   if (rows != kTokens<T> || !pairs.has(pair, 0)) return;  // a partial last block is not prefetched
   NEUROADA_UNROLL
-  for (int v = 0; v < kTokens<T>; ++v) fetch_to_l2(in_row(from + v * stride, pairs.first(pair)));
+  for (int v = 0; v < kTokens<T>; ++v) prefetch_l2(in_row(from + v * stride, pairs.first(pair)));
 }
 
 // Whether both neurons of every pair can be read by one access, in rows of a matrix.

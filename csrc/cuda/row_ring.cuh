@@ -121,9 +121,9 @@ struct NeuronPart {
   int64_t first;
   int32_t count;
 
-  __device__ __forceinline__ static NeuronPart of_cta(int32_t neurons_a_part, int64_t all) {
-    const int64_t first = int64_t{blockIdx.x} * neurons_a_part, left = all - first;
-    return {first, left < neurons_a_part ? static_cast<int32_t>(left) : neurons_a_part};
+  __device__ __forceinline__ static NeuronPart of_cta(int32_t neurons_per_part, int64_t all) {
+    const int64_t first = int64_t{blockIdx.x} * neurons_per_part, left = all - first;
+    return {first, left < neurons_per_part ? static_cast<int32_t>(left) : neurons_per_part};
   }
 };
 

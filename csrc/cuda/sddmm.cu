@@ -66,7 +66,7 @@ void run(const Sddmm& p, float* partial, const Device& device, void* stream) {
     const SddmmLaunch args{p,
                            tiles,
                            all.blocks,
-                           all.shares.rows_a_part,
+                           all.shares.rows_per_part,
                            all.slot_parts,
                            slots,
                            partial,

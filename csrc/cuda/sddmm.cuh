@@ -15,11 +15,11 @@ namespace neuroada::cuda {
 struct SddmmLaunch {
   Sddmm problem;
   Tiles tiles;
-  int64_t blocks;          // of tokens
-  int64_t neurons_a_part;  // even
-  int64_t slot_parts;      // blockIdx.x counts them within a part of the neurons
-  int64_t slots;           // per such part, at most as many as a lane holds
-  float* partial;          // [gridDim.y, d_out, k]
+  int64_t blocks;            // of tokens
+  int64_t neurons_per_part;  // even
+  int64_t slot_parts;        // blockIdx.x counts them within a part of the neurons
+  int64_t slots;             // per such part, at most as many as a lane holds
+  float* partial;            // [gridDim.y, d_out, k]
   bool pair_vectors, slot_vectors;
 };
 
@@ -157,7 +157,7 @@ __global__ void __launch_bounds__(kMaxThreads, 1) sddmm_kernel(SddmmLaunch a) {
   // Slots whose columns are read together: with bulk copies there are registers for two.
   constexpr int kTogether = kBulk ? 2 : 1;
   const Sddmm& p = a.problem;
-  const Pairs pairs = Pairs::of(blockIdx.x / a.slot_parts, a.neurons_a_part, p.d_out);
+  const Pairs pairs = Pairs::of(blockIdx.x / a.slot_parts, a.neurons_per_part, p.d_out);
   const int64_t slot = blockIdx.x % a.slot_parts * a.slots;
   const int slots = static_cast<int>(p.k - slot < a.slots ? p.k - slot : a.slots);
   const int32_t begin = static_cast<int32_t>(a.blocks * blockIdx.y / gridDim.y);

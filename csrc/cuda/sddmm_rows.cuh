@@ -12,10 +12,10 @@ namespace neuroada::cuda {
 
 struct SddmmRowsLaunch {
   Sddmm problem;
-  Ring ring;               // of x and grad
-  int32_t neurons_a_part;  // a multiple of kGroup
-  bool vectors;            // groups of 8 values of grad are aligned
-  float* partial;          // [gridDim.y, d_out]
+  Ring ring;                 // of x and grad
+  int32_t neurons_per_part;  // a multiple of kGroup
+  bool vectors;              // groups of 8 values of grad are aligned
+  float* partial;            // [gridDim.y, d_out]
 };
 
 // 8 adjacent values of a row, zeros past the last.
@@ -37,7 +37,7 @@ template <class T, int kGroups, bool kBulk>
 __global__ void __launch_bounds__(kMaxThreads, 1) sddmm_rows_kernel(SddmmRowsLaunch a) {
   using Columns = GroupColumns<kGroups>;
   const Sddmm& p = a.problem;
-  const NeuronPart part = NeuronPart::of_cta(a.neurons_a_part, p.d_out);
+  const NeuronPart part = NeuronPart::of_cta(a.neurons_per_part, p.d_out);
   const int64_t first_neuron = part.first;
   const int32_t neurons = part.count;
   const TokenRows<T, kBulk> tokens{a.ring,

@@ -38,7 +38,7 @@ int64_t sddmm_rows_parts(const Sddmm& p, const Device& device) {
   if (p.dtype == DType::f32 || p.k != 1 || p.tokens == 0 || p.d_in == 0) return 0;
   if (!suits_rows(d_in, p.d_out, device)) return 0;
   const Shares shares = share_out(p, device);
-  return choose_ring<BFloat16>(d_in, shares.rows_a_part, kFewStages, device).stages >= 2 ? shares.token_parts : 0;
+  return choose_ring<BFloat16>(d_in, shares.rows_per_part, kFewStages, device).stages >= 2 ? shares.token_parts : 0;
 }
 
 void sddmm_rows(const Sddmm& p, float* partial, const Device& device, void* stream) {
@@ -50,8 +50,8 @@ void sddmm_rows(const Sddmm& p, float* partial, const Device& device, void* stre
     const T *x = static_cast<const T*>(p.x), *grad = static_cast<const T*>(p.grad);
     const bool copied = copies_in_bulk(x, p.x_stride, p.tokens, p.d_in, device) &&
                         copies_in_bulk(grad, p.grad_stride, p.tokens, p.d_out, device);
-    const SddmmRowsLaunch args{p, choose_ring<T>(p.d_in, shares.rows_a_part, kFewStages, device),
-                               static_cast<int32_t>(shares.rows_a_part),
+    const SddmmRowsLaunch args{p, choose_ring<T>(p.d_in, shares.rows_per_part, kFewStages, device),
+                               static_cast<int32_t>(shares.rows_per_part),
                                copied || (aligned16(grad) && (p.tokens <= 1 || p.grad_stride % kGroup == 0)), partial};
     launch("sddmm", kernel_of<T>(form.groups, copied), shares.row_parts, shares.token_parts, form.threads,
            copied ? args.ring.bytes<T>() : 0, stream, args);

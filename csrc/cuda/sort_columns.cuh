@@ -15,9 +15,9 @@ struct SortedColumn {
   __device__ __forceinline__ int32_t count() const { return end - begin; }
 };
 
-// Kinds are the sort keys of columns: more connections come first, then positions without a column, then heavy columns.
-// If the neurons come in several tiles, a kind combines two counts, and there are more kinds.
-struct Kinds {
+// SortKeys are the sort keys of columns: more connections come first, then positions without a column, then heavy
+// columns. If the neurons come in several tiles, a kind combines two counts, and there are more kinds.
+struct SortKeys {
   static constexpr int kOfOne = 128, kOfTwo = 1024;
   static constexpr int kLevels = 31;  // per count, if there are two
   static_assert(kLevels * kLevels <= kOfTwo - 2);
@@ -34,8 +34,8 @@ struct Kinds {
   __host__ __device__ static int number_of(const ColumnEntries& to) { return by_tile(to) ? kOfTwo : kOfOne; }
 
   // `width` is that of a tile times k.
-  __device__ __forceinline__ static Kinds of(int64_t d_in, const ColumnEntries& to, int64_t width) {
-    Kinds kinds{number_of(to), 0, d_in, {to.light * to.tiles, 0}, {0, 0}};
+  __device__ __forceinline__ static SortKeys of(int64_t d_in, const ColumnEntries& to, int64_t width) {
+    SortKeys kinds{number_of(to), 0, d_in, {to.light * to.tiles, 0}, {0, 0}};
     if (by_tile(to)) {
       kinds.first = width < INT32_MAX ? static_cast<int32_t>(width) : INT32_MAX;
       kinds.most[0] = to.light;
@@ -79,12 +79,12 @@ struct SortedColumns {
 
   // A multiple of 16.
   __host__ __device__ static int64_t bytes(int64_t threads, const ColumnEntries& to) {
-    const int64_t kinds = Kinds::number_of(to);
+    const int64_t kinds = SortKeys::number_of(to);
     return kWindow * int64_t{sizeof(SortedColumn)} +
            (kWarp + (1 + threads / kWarp) * kinds) * int64_t{sizeof(int32_t)} + to.window * int64_t{sizeof(uint16_t)};
   }
   __device__ __forceinline__ static SortedColumns in_shared(const ColumnEntries& to) {
-    const int kinds = Kinds::number_of(to);
+    const int kinds = SortKeys::number_of(to);
     SortedColumn* const of = reinterpret_cast<SortedColumn*>(shared_quads());
     int32_t* const chunks = reinterpret_cast<int32_t*>(of + kWindow);
     int32_t* const before = chunks + kWarp;
@@ -140,8 +140,8 @@ __device__ __forceinline__ void find_middles(const int32_t* entry, const SortedC
 
 // Writes the kinds of a warp's columns [begin, end), 32 at a time, to `kind`, and counts each kind in `seen`. Loads of
 // several columns are in flight at once.
-__device__ __forceinline__ void count_kinds(const ColumnStarts& starts, const Kinds& kinds, int32_t begin, int32_t end,
-                                            uint16_t* kind, int32_t* seen) {
+__device__ __forceinline__ void count_kinds(const ColumnStarts& starts, const SortKeys& kinds, int32_t begin,
+                                            int32_t end, uint16_t* kind, int32_t* seen) {
   constexpr int kAtOnce = 8;
   const int32_t lane = threadIdx.x % kWarp;
   for (int32_t c = begin; c < end; c += kAtOnce * kWarp) {
@@ -223,7 +223,7 @@ __device__ __forceinline__ void sort_columns(const ColumnStarts& starts, const C
   const int32_t window = from / to.window * to.window, positions = static_cast<int32_t>(to.positions);
   const int32_t columns = positions - window < to.window ? positions - window : to.window;
   const int32_t begin = columns / kWarp * warp / warps * kWarp, end = columns / kWarp * (warp + 1) / warps * kWarp;
-  const Kinds kinds = Kinds::of(starts.d_in, to, width);
+  const SortKeys kinds = SortKeys::of(starts.d_in, to, width);
   int32_t* const seen = sorted.seen + warp * kinds.number;
 
   for (int kind = lane; kind < kinds.number; kind += kWarp) seen[kind] = 0;

@@ -103,7 +103,7 @@ struct Rows {
     }
   }
   __device__ __forceinline__ void store(Quad* tile, int32_t column) const {
-    const int32_t first = place(made_anew(column));  // column + q is at first ^ q, for q < kColumns
+    const int32_t first = place(opaque(column));  // column + q is at first ^ q, for q < kColumns
     NEUROADA_UNROLL
     for (int q = 0; q < kColumns; ++q) tile[first ^ q] = transposed<T>(row, q);
   }
@@ -142,7 +142,7 @@ __device__ __forceinline__ void fetch_block(const T* x, int64_t row_stride, int6
   const int32_t lines = (columns + kLine - 1) / kLine;
   for (int32_t i = threadIdx.x; i < lines * kTokens<T>; i += blockDim.x) {
     const int32_t row = i / lines;
-    if (row < rows) fetch_to_l2(x + row * row_stride + i % lines * kLine);
+    if (row < rows) prefetch_l2(x + row * row_stride + i % lines * kLine);
   }
 }
 

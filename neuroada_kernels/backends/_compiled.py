@@ -48,7 +48,7 @@ def linear_backward(
     return grad_x, grad_delta
 
 
-def linear_in_one(
+def linear_fused(
     x: Tensor, weight: Tensor, index: Tensor, delta: Tensor, bias: Tensor | None
 ) -> Tensor:
     """The op ``linear``, GEMM and bypass fused in one kernel; ``bias`` has the dtype of ``x``."""
@@ -62,7 +62,7 @@ def linear_in_one(
     return y
 
 
-def linear_backward_in_one(
+def linear_backward_fused(
     grad: Tensor,
     x: Tensor,
     weight: Tensor,
@@ -109,7 +109,7 @@ def linear_backward_patched(
     return C.linear_patched_bwd_input.default(*args), grad_delta
 
 
-def linear_onto_bypass(
+def linear_bypass_first(
     x: Tensor, weight: Tensor, index: Tensor, delta: Tensor, bias: Tensor | None
 ) -> Tensor:
     """The op ``linear``: the bypass alone, rounded, then a GEMM that adds to it in float32.
@@ -131,7 +131,7 @@ def linear_backward_onto_bypass(
     plan: Tensor | None,
     output_mask: list[bool],
 ) -> tuple[Tensor | None, Tensor | None]:
-    """The op ``linear_backward`` with dx, for :func:`linear_onto_bypass`."""
+    """The op ``linear_backward`` with dx, for :func:`linear_bypass_first`."""
     grad_x, grad_delta = bypass_backward(grad, x, index, delta, plan, output_mask)
     C.product_onto_bwd_input.default(grad, weight, grad_x)
     return grad_x, grad_delta

@@ -58,7 +58,7 @@ def add_dense(y: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None = None) 
     if y.dtype in (torch.float32, torch.float64) or not y.is_cpu:
         torch.addmm(y, x, weight, out=y)
         return y if bias is None else y.add_(bias)
-    if not has_product(y.dtype):
+    if not has_onednn_gemm(y.dtype):
         return _add_dense_widened(y, x, weight, bias)
     if bias is None:
         return torch.addmm(y, x, weight, out=y)
@@ -103,7 +103,7 @@ def wide_parts(tokens: int, width: int) -> Iterator[slice]:
 
 
 @functools.cache
-def has_product(dtype: torch.dtype) -> bool:
+def has_onednn_gemm(dtype: torch.dtype) -> bool:
     """Whether oneDNN has a GEMM of this 16-bit dtype on this processor."""
     if not torch.backends.mkldnn.is_available():
         return False

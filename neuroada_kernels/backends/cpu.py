@@ -14,16 +14,16 @@ from neuroada_kernels import _extension
 from neuroada_kernels._dtypes import FLOATING
 from neuroada_kernels._registry import Backend, register
 from neuroada_kernels.backends import _compiled
-from neuroada_kernels.backends._dense import has_product
+from neuroada_kernels.backends._dense import has_onednn_gemm
 
 
 def _linear(x: Tensor, weight: Tensor, index: Tensor, delta: Tensor, bias: Tensor | None) -> Tensor:
-    fewest, most = _tokens_of_one_kernel(x.dtype)
+    fewest, most = _fused_tokens(x.dtype)
     # The fused kernel needs unit stride along the rows of W.
     in_one = fewest <= x.shape[0] <= most and weight.stride(1) == 1
     if not in_one or (bias is not None and bias.dtype != x.dtype):
         return _compiled.linear(x, weight, index, delta, bias)
-    return _compiled.linear_in_one(x, weight, index, delta, bias)
+    return _compiled.linear_fused(x, weight, index, delta, bias)
 
 
 def _linear_backward(
@@ -35,10 +35,10 @@ def _linear_backward(
     plan: Tensor | None,
     output_mask: list[bool],
 ) -> tuple[Tensor | None, Tensor | None]:
-    fewest, most = _tokens_of_one_kernel(grad.dtype)
+    fewest, most = _fused_tokens(grad.dtype)
     run = _compiled.linear_backward
     if output_mask[0] and fewest <= grad.shape[0] <= most and weight.stride(1) == 1:
-        run = _compiled.linear_backward_in_one
+        run = _compiled.linear_backward_fused
     return run(grad, x, weight, index, delta, plan, output_mask)
 
 
@@ -46,12 +46,12 @@ _ALWAYS, _NEVER = (0.0, math.inf), (math.inf, math.inf)
 
 
 @functools.cache
-def _tokens_of_one_kernel(dtype: torch.dtype) -> tuple[float, float]:
+def _fused_tokens(dtype: torch.dtype) -> tuple[float, float]:
     """The first and last number of tokens for which fused is faster than unfused.
 
     From measurements, see ``docs/kernels.md``. ``NEUROADA_CPU_FUSED=0|1`` overrides them.
     """
-    forced = _extension.asked("NEUROADA_CPU_FUSED")
+    forced = _extension.env_flag("NEUROADA_CPU_FUSED")
     if forced is not None:
         return _ALWAYS if forced else _NEVER
     isa = "generic" if _extension.module is None else _extension.module.cpu_isa()
@@ -59,7 +59,7 @@ def _tokens_of_one_kernel(dtype: torch.dtype) -> tuple[float, float]:
         return _NEVER
     if dtype == torch.float32:
         return 2, 32 if _has_fast_mkl() else math.inf
-    if not has_product(dtype):
+    if not has_onednn_gemm(dtype):
         return _ALWAYS
     if dtype == torch.bfloat16 and isa == "amx_bf16":
         return _ALWAYS

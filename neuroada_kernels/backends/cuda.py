@@ -56,7 +56,7 @@ def _untried(first: Tensor) -> str | None:
 @functools.cache
 def _untried_on(gpu: int, dtype: torch.dtype) -> str | None:
     major, minor = torch.cuda.get_device_capability(gpu)
-    if (major, minor) != _extension.TRIED:
+    if (major, minor) != _extension.TESTED_CAPABILITY:
         where = f"on compute capability {major}.{minor}"
     elif dtype == torch.float32:
         where = "in float32 since what failed there was changed"
@@ -68,11 +68,11 @@ def _untried_on(gpu: int, dtype: torch.dtype) -> str | None:
 
 
 def _linear(x: Tensor, weight: Tensor, index: Tensor, delta: Tensor, bias: Tensor | None) -> Tensor:
-    run = _linear_onto_product
+    run = _linear_gemm_first
     if _wants_patched() and not _not_patched(x, weight, bias):
         run = _compiled.linear_patched
     elif _wants_onto() and not _not_onto(x, weight, bias):
-        run = _compiled.linear_onto_bypass
+        run = _compiled.linear_bypass_first
     return run(x, weight, index, delta, bias)
 
 
@@ -96,7 +96,7 @@ def _linear_backward(
     return run(grad, x, weight, index, delta, plan, output_mask)
 
 
-def _linear_onto_product(
+def _linear_gemm_first(
     x: Tensor, weight: Tensor, index: Tensor, delta: Tensor, bias: Tensor | None
 ) -> Tensor:
     """The op ``linear``: a GEMM with float32 output, then a kernel adds the bypass and rounds once.
@@ -122,7 +122,7 @@ def _linear_backward_onto_product(
     plan: Tensor | None,
     output_mask: list[bool],
 ) -> tuple[Tensor, Tensor | None]:
-    """The op ``linear_backward`` with dx, rounded as in :func:`_linear_onto_product`."""
+    """The op ``linear_backward`` with dx, rounded as in :func:`_linear_gemm_first`."""
     only_delta = [False, output_mask[1]]
     _, grad_delta = _compiled.bypass_backward(grad, x, index, delta, plan, only_delta)
     d_in = weight.shape[1]
@@ -142,18 +142,18 @@ def _wants_patched() -> bool:
     ``resident``. A call with unsupported dtypes, shapes or strides takes the default path.
     ``docs/kernels/cuda-product.md`` has the figures.
     """
-    return _extension.asked("NEUROADA_CUDA_PATCHED") is True
+    return _extension.env_flag("NEUROADA_CUDA_PATCHED") is True
 
 
 def _wants_onto() -> bool:
     """Whether the CUTLASS GEMM may accumulate onto the bypass: unless ``NEUROADA_CUDA_ONTO=0``.
 
     The bypass is computed first, and the CUTLASS GEMM for sm_90a adds to it in float32 and rounds
-    the sum once, as :func:`_linear_onto_product` does, but without a float32 product in memory.
+    the sum once, as :func:`_linear_gemm_first` does, but without a float32 product in memory.
     Calls that it does not support take that path. The patched GEMM takes precedence if it is
     selected and supports the call.
     """
-    return _extension.asked("NEUROADA_CUDA_ONTO") is not False
+    return _extension.env_flag("NEUROADA_CUDA_ONTO") is not False
 
 
 def _not_patched(inputs: Tensor, weight: Tensor, bias: Tensor | None = None) -> list[str]:

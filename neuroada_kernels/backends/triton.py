@@ -147,8 +147,8 @@ def _backward(
     def add_bypass(grad_t: Tensor, grad_x: Tensor, onto: Tensor | None = None) -> None:
         kernels.bypass_bwd_input(grad_t, *columns, delta, grad_x, onto=onto)
 
-    bytes_a_token = (d_out + d_in * need_delta) * grad.element_size()
-    for part in _chunks(tokens, bytes_a_token):
+    bytes_per_token = (d_out + d_in * need_delta) * grad.element_size()
+    for part in _chunks(tokens, bytes_per_token):
         grad_t = kernels.transpose(grad[part])
         if grad_x is not None and fused:
             kernels.linear_bwd_input(
@@ -204,9 +204,9 @@ def _prefer_fused(inputs: Tensor, width: int) -> bool:
     return bool(configs.prefer_fused(*inputs.shape, width, inputs.dtype, gpu))
 
 
-def _chunks(tokens: int, bytes_a_token: int) -> Iterator[slice]:
+def _chunks(tokens: int, bytes_per_token: int) -> Iterator[slice]:
     """Slices of tokens whose transposed inputs fit into the workspace."""
-    step = _kernels().configs.tokens_a_chunk(bytes_a_token)
+    step = _kernels().configs.tokens_a_chunk(bytes_per_token)
     for first in range(0, tokens, step):
         yield slice(first, min(first + step, tokens))
 

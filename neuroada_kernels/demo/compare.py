@@ -1,4 +1,4 @@
-"""The same training step in four implementations: checked to agree, then timed and weighed."""
+"""The same training step in four implementations: checked to agree, then timed, with memory."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from neuroada_kernels.demo.training import make_optimizer
 from neuroada_kernels.demo.transformer import Transformer, loss_of
 from neuroada_kernels.testing import Inputs, rms_error
 
-#: The steps start from trained deltas: small, so that all rounds compute about the same.
+#: Small, as steps start from trained deltas: all rounds compute about the same.
 LEARNING_RATE = 1e-4
 
 
@@ -45,14 +45,14 @@ class Variant:
         return loss.detach()
 
     def step(self, window: Tensor) -> None:
-        """A training step; gradients are left for whoever asks, and freed by the next."""
+        """A training step; its gradients stay until the next step."""
         self.optimizer.zero_grad()
         self.loss_and_gradients(window)
         self.optimizer.step()
 
 
 def make_variants(adapted: Transformer) -> dict[str, Variant]:
-    """Each starts as ``adapted`` is, trained deltas included, on tensors of its own."""
+    """Variants that start from copies of ``adapted``, trained deltas included."""
     return {
         "kernels": Variant("NeuroAda kernels", copy.deepcopy(adapted)),
         "eager": Variant("pure-PyTorch backend", copy.deepcopy(adapted), backend="eager"),
@@ -91,7 +91,7 @@ def _as_masked(layer: NeuroAdaLinear) -> nn.Module:
 
 @dataclass(frozen=True)
 class Agreement:
-    """A variant's first step, beside that of the reference layer."""
+    """A variant's first step, compared with that of the reference layer."""
 
     loss: float  # nats
     loss_difference: float  # relative
@@ -131,7 +131,7 @@ def _chosen_gradients(model: nn.Module, index: dict[str, Tensor]) -> Tensor:
 
 @dataclass(frozen=True)
 class Measured:
-    """Speed and memory of a variant; ``relative_speed`` is of the kernels' in the same round."""
+    """Speed and memory of a variant; ``relative_speed`` is over the kernels' in the same round."""
 
     label: str
     tokens_per_second: Quartiles
@@ -142,10 +142,10 @@ class Measured:
 def measure(
     variants: dict[str, Variant], window: Tensor, rounds: int, after_step: Callable[[str], None]
 ) -> dict[str, Measured]:
-    """Weigh a step of each, then time them in turn: A B C D A B C D."""
+    """Measure the memory of a step of each, then time them interleaved: A B C D A B C D."""
     memory = {}
     for name, variant in variants.items():
-        variant.step(window)  # so that the optimiser has its state, and every cache is filled
+        variant.step(window)  # makes the optimiser's state, and fills every cache
         memory[name] = measure_memory(variant.model, variant.optimizer, variant.step, window)
         after_step(variant.label)
     seconds: dict[str, list[float]] = {name: [] for name in variants}

@@ -1,6 +1,6 @@
 """The two domains, both shipped with CPython: its documentation, and its library's source.
 
-Bytes are tokens. Whole topics and whole files are held out, never a part of one that trains.
+Bytes are tokens. Only complete topics and files are held out.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-#: Of so many documents, one is held out.
+#: One of this many documents is held out.
 HELD_OUT_EVERY = 8
 
 #: ``pydoc_data`` holds the documentation, the other domain.
@@ -61,7 +61,7 @@ def python_source(limit: int) -> Corpus:
 
 
 def _source_files(root: Path) -> Iterator[Path]:
-    """Breadth first: the modules at the top are more alike than, say, tables of encodings."""
+    """Files breadth first: top-level modules are more alike than, say, tables of encodings."""
     paths = (p.relative_to(root) for p in root.rglob("*.py"))
     kept = [path for path in paths if not SKIPPED.intersection(path.parts)]
     yield from (root / p for p in sorted(kept, key=lambda p: (len(p.parts), p.as_posix())))

@@ -17,12 +17,12 @@ from neuroada_kernels.demo import compare, data, merging
 from neuroada_kernels.demo.training import Schedule, bits_per_byte, train
 from neuroada_kernels.demo.transformer import Config, Transformer, generate
 
-#: float32 sums in another order differ in the last digits: in a loss, and in a gradient of 1e4
-#: products that came through all layers.
+#: Relative differences of float32 sums in another order: of a loss, and of a gradient of 1e4
+#: products after all layers.
 LOSS_BOUND = 1e-5
 GRADIENT_BOUND = 1e-4
 
-#: Merging rounds each changed weight once, to 6e-8 of itself: share of the largest logit.
+#: As a share of the largest logit: merging rounds each changed weight once, by 6e-8 of itself.
 LOGIT_BOUND = 1e-4
 
 PROMPT = b"    def __init__(self, "
@@ -30,10 +30,10 @@ PROMPT = b"    def __init__(self, "
 
 @dataclass(frozen=True)
 class Settings:
-    """Sizes of everything.
+    """Sizes of the models, the data and the runs.
 
-    The learning rates of the deltas are the best of short pilots: large, because a few connections
-    have to move as far as weights do.
+    The learning rates of the deltas are the best of short pilot runs. They are large, because a few
+    connections have to move as far as weights do.
     """
 
     config: Config
@@ -97,7 +97,7 @@ class Check:
 
 @dataclass(frozen=True)
 class Adapted:
-    """How an adaptation went; losses are on held-out files, in bits a byte."""
+    """How an adaptation went; losses are on held-out files, in bits per byte."""
 
     k: int
     trainable: int
@@ -109,7 +109,7 @@ class Adapted:
 
 @dataclass
 class Results:
-    """All that is shown, plain data throughout."""
+    """Everything that is shown, as plain data."""
 
     settings: Settings
     corpus: dict[str, int] = field(default_factory=dict)
@@ -128,12 +128,12 @@ class Results:
         return [check for check in self.checks if not check.passed]
 
 
-#: Called with a stage's name, how many steps of how many are done, and a word on how it goes.
+#: Called with a stage's name, the steps done, the steps in all, and a short status.
 Watch = Callable[[str, int, int, str], None]
 
 
 class Experiment:
-    """Runs the stages, each building on the one before, and fills in ``results``."""
+    """Runs the stages, each of which uses the previous ones, and fills in ``results``."""
 
     def __init__(
         self, settings: Settings, documents: data.Corpus, source: data.Corpus, watch: Watch
@@ -160,7 +160,7 @@ class Experiment:
         return self.results
 
     def pretrain(self) -> None:
-        """On the documentation, all parameters."""
+        """Train all parameters on the documentation."""
         schedule = self.settings.pretrain
         title = "Pretrain on the documentation"
         train(
@@ -172,7 +172,7 @@ class Experiment:
         self.results.documentation_loss = bits_per_byte(self.pretrained, self.held_out_documents)
 
     def adapt(self) -> None:
-        """To Python source, from the same pretrained model at every k."""
+        """Adapt to Python source, from the same pretrained model at every k."""
         before = bits_per_byte(self.pretrained, self.held_out_source)
         for k, schedule in self.settings.adapt.items():
             model = copy.deepcopy(self.pretrained)
@@ -219,7 +219,7 @@ class Experiment:
             self._watch("Write a sample", number + 1, len(models), name)
 
     def compare(self) -> None:
-        """The same step at the largest k, four times over; timed only if all compute the same."""
+        """Compare the same step at the largest k in four variants; time them only if all agree."""
         window = self._batches(self.source, self.settings.compared_batch).draw()
         variants = compare.make_variants(self.adapted[max(self.adapted)])
         self.results.agreement = compare.compare_first_step(variants, window)

@@ -104,7 +104,7 @@ def _draw_memory(
 
 
 def _bars(axes: Any, labels: list[str]) -> range:
-    """Positions from the top down, named."""
+    """Positions of labelled bars, from the top down."""
     positions = range(len(labels))
     axes.set_yticks(positions, labels)
     axes.invert_yaxis()

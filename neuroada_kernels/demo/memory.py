@@ -20,7 +20,7 @@ class StepMemory:
     trained: int  # parameters that do
     gradients: int
     optimizer: int
-    selection: int  # what says which connections train: index and plan, or a mask
+    selection: int  # of connections: index and plan, or a mask
     step_peak: int  # allocated during a step, gradients included
 
     @property

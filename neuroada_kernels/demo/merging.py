@@ -16,11 +16,11 @@ from neuroada_kernels.demo.transformer import Transformer
 
 @dataclass(frozen=True)
 class Merged:
-    """``cost`` is the forward's time in units of the plain model's, in the same round."""
+    """``cost_*`` is the time of a forward over the plain model's in the same round."""
 
     largest_logit: float
-    largest_difference: float  # of a logit, merged from unmerged
-    loss_unmerged: float  # bits a byte, held out
+    largest_difference: float  # of a logit, between merged and unmerged
+    loss_unmerged: float  # bits per byte, held out
     loss_merged: float
     changed_weights: int
     unrestored_weights: int  # after unmerging
@@ -55,7 +55,7 @@ def merge_and_undo(
 
 
 def _differing(model: Transformer, before: dict[str, Tensor]) -> int:
-    """Number of parameters' elements of which some bit is not what it was."""
+    """Number of elements of parameters that differ from ``before`` in any bit."""
     return sum(
         int((p.view(torch.int32) != before[name].view(torch.int32)).sum())
         for name, p in model.named_parameters()

@@ -15,7 +15,7 @@ from neuroada_kernels.demo.transformer import loss_of
 
 @dataclass(frozen=True)
 class Schedule:
-    """AdamW with a linear warm-up and a cosine down to a tenth of the rate."""
+    """AdamW with a linear warm-up and a cosine decay to a tenth of the rate."""
 
     steps: int
     learning_rate: float
@@ -32,7 +32,7 @@ class Schedule:
 
 
 class Drawn(Protocol):
-    """Where batches come from; :class:`neuroada_kernels.demo.data.Batches` is one."""
+    """A source of batches, such as :class:`neuroada_kernels.demo.data.Batches`."""
 
     def draw(self) -> Any: ...
 

@@ -71,7 +71,7 @@ class Block(nn.Module):
 
 
 class Transformer(nn.Module):
-    """Logits ``[batch, t, 256]`` of bytes ``[batch, t]``; the output layer is the embedding's."""
+    """Logits ``[batch, t, 256]`` of bytes ``[batch, t]``; embedding and output share a weight."""
 
     cos: Tensor
     sin: Tensor
@@ -88,7 +88,7 @@ class Transformer(nn.Module):
         self._initialise(torch.Generator().manual_seed(seed))
 
     def _initialise(self, generator: torch.Generator) -> None:
-        """As GPT-2: what writes into the residual stream starts smaller the deeper the model."""
+        """As GPT-2: weights that write to the residual stream are smaller in deeper models."""
         for name, parameter in self.named_parameters():
             if parameter.dim() == 2:
                 writes = name.endswith(("o_proj.weight", "down_proj.weight"))

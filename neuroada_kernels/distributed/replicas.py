@@ -1,4 +1,4 @@
-"""What every process holds whole: connections, and trained parameters that nobody shards."""
+"""Replicated state: connections, and trained parameters that are not sharded."""
 
 from __future__ import annotations
 
@@ -11,21 +11,21 @@ from neuroada_kernels.nn._named import NamedLayer
 
 
 def broadcast_adapter(model: nn.Module, group: dist.ProcessGroup | None = None) -> None:
-    """Give every process the connections and the trained parameters of the first.
+    """Broadcast the connections and the trained parameters of rank 0 to every process.
 
-    Those of adapters that are not active are among them.
+    Inactive adapters are included.
 
-    To be called once in each, on a model that was adapted alike, before DDP, ``fully_shard`` or
-    ``parallelize_module``. Selecting by magnitude or at random comes to the same everywhere anyway,
-    for the same weights and seed; selecting by gradient does not where each process has its own
-    data.
+    Call this once in each process, on identically adapted models, before DDP, ``fully_shard`` or
+    ``parallelize_module``. Selection by magnitude or at random gives every process the same
+    connections anyway, for the same weights and seed. Selection by gradient does not if each
+    process has its own data.
 
     Parameters
     ----------
     model : nn.Module
         The adapted model.
     group : ProcessGroup, optional
-        Those that are to agree; by default all.
+        The processes to synchronise; by default all.
 
     Raises
     ------
@@ -51,26 +51,26 @@ def broadcast_adapter(model: nn.Module, group: dist.ProcessGroup | None = None) 
     deltas = [delta for layer in layers for delta in layer.deltas]
     for parameter in dict.fromkeys([*trained, *deltas]):
         dist.broadcast(parameter.detach(), group=group, group_src=0)
-        # Which the broadcast does not do: a resident layer would not see another delta.
+        # The broadcast does not do this; a resident layer detects a new delta by its version.
         torch.autograd.graph.increment_version(parameter)
 
 
 def replicate_trained(
     model: nn.Module, group: dist.ProcessGroup | None = None
 ) -> set[nn.Parameter]:
-    """Keep what trains whole in every process, beside frozen weights that ``fully_shard`` splits.
+    """Keep trained parameters replicated, beside frozen weights that ``fully_shard`` shards.
 
-    Returns the parameters to be given to every ``fully_shard`` as ``ignored_params``, which then
-    neither splits nor casts them: deltas stay float32 under any ``MixedPrecisionPolicy``. FSDP
-    leaves the gradients of what it ignores alone, so at the end of every backward they are averaged
-    here, all in one message.
+    Returns the parameters to pass to every ``fully_shard`` as ``ignored_params``, which then
+    neither shards nor casts them: deltas stay float32 under any ``MixedPrecisionPolicy``. FSDP does
+    not reduce the gradients of ignored parameters, so hooks registered here average them at the end
+    of every backward, in one all-reduce.
 
     Parameters
     ----------
     model : nn.Module
         The adapted model, on its device, not yet sharded.
     group : ProcessGroup, optional
-        The processes that share out a batch; by default all.
+        The data-parallel processes; by default all.
 
     Returns
     -------
@@ -79,7 +79,7 @@ def replicate_trained(
     Raises
     ------
     ValueError
-        If nothing trains, or a parameter that does is sharded already.
+        If nothing trains, or a trained parameter is sharded already.
     """
     trained = _trained(model)
     averaging = _Averaging(trained, group)
@@ -99,16 +99,17 @@ def _trained(model: nn.Module) -> list[nn.Parameter]:
 
 
 class _Averaging:
-    """Averages gradients over processes at the end of every backward that reaches one of them.
+    """Averages gradients over processes at the end of every backward that reaches a parameter.
 
-    All are sent each time, so that the processes agree on the message's length whatever each of
-    them has reached. Where gradients accumulate over several backwards, what was averaged before is
-    the same everywhere, and averaging the sum again leaves it so.
+    All gradients are sent each time, so that the message has the same length in every process,
+    whichever parameters its backward reached. Where gradients accumulate over several backwards,
+    those averaged before are equal in all processes, so averaging the sum again does not change
+    them.
     """
 
     def __init__(self, parameters: list[nn.Parameter], group: dist.ProcessGroup | None) -> None:
         self._parameters, self._group = parameters, group
-        self._backward: int | None = None  # which one will average at its end
+        self._backward: int | None = None  # id of the one that averages at its end
 
     def on_gradient(self, _: Tensor) -> None:
         backward: int = torch._C._current_graph_task_id()
@@ -118,7 +119,7 @@ class _Averaging:
 
     @torch.no_grad()
     def average(self) -> None:
-        """Give each parameter the mean gradient; one that no process has stays without."""
+        """Set each gradient to the mean; it stays None if no process has one."""
         self._backward = None
         sums = self._sums()
         missing = [p.grad is None for p in self._parameters]
@@ -131,7 +132,7 @@ class _Averaging:
                 parameter.grad = mean.view_as(parameter).to(parameter.dtype, copy=True)
 
     def _sums(self) -> Tensor:
-        """The share of processes that have each gradient, then the mean gradients, in one row."""
+        """One row: the fraction of processes that have each gradient, then the mean gradients."""
         wide = any(p.dtype == torch.float64 for p in self._parameters)
         dtype = torch.float64 if wide else torch.float32
         device = self._parameters[0].device

@@ -1,10 +1,10 @@
-"""Tensor parallelism: a layer whose neurons, or whose inputs, are shared out among processes.
+"""Tensor parallelism: a layer that is sharded by neurons or by inputs.
 
-The bypass goes where its weights go. Split by neurons ("column-wise" in torch's words, whose
-weights are transposed in thought), each process has whole rows of W, index and delta. Split by
-inputs ("row-wise"), it has some columns of W, and of every row those connections that lie in them:
-as many as happen to, so they are packed to the front of ``[d_out, K]`` and the rest is padded with
--1, K being the most that any row has in any process.
+The bypass is sharded as the weight is. Sharded by neurons (torch's "column-wise", which refers to
+the transposed weight), each process has full rows of W, index and delta. Sharded by inputs
+("row-wise"), it has some columns of W, and of every row the connections in these columns. Their
+number differs from row to row, so they are packed to the front of ``[d_out, K]`` and the rest is
+padded with -1, where K is the largest number in any row of any process.
 """
 
 from __future__ import annotations
@@ -36,10 +36,10 @@ NEURONS, INPUTS = 0, 1  # dimensions of the weight
 
 
 class NeuroAdaColwiseParallel(ColwiseParallel):
-    """Splits the neurons of a NeuroAda layer; of any other module as ``ColwiseParallel`` does.
+    """Shards a NeuroAda layer by neurons, and any other module as ``ColwiseParallel`` does.
 
     Arguments and layouts are those of ``torch.distributed.tensor.parallel.ColwiseParallel``:
-    a replicated input, and an output that is split on its last dimension.
+    a replicated input, and an output that is sharded on its last dimension.
     """
 
     def _apply(self, module: nn.Module, device_mesh: DeviceMesh) -> nn.Module:
@@ -49,10 +49,10 @@ class NeuroAdaColwiseParallel(ColwiseParallel):
 
 
 class NeuroAdaRowwiseParallel(RowwiseParallel):
-    """Splits the inputs of a NeuroAda layer; of any other module as ``RowwiseParallel`` does.
+    """Shards a NeuroAda layer by inputs, and any other module as ``RowwiseParallel`` does.
 
     Arguments and layouts are those of ``torch.distributed.tensor.parallel.RowwiseParallel``:
-    an input that is split on its last dimension, and a replicated output, summed over processes.
+    an input that is sharded on its last dimension, and a replicated output, summed over processes.
     """
 
     def _apply(self, module: nn.Module, device_mesh: DeviceMesh) -> nn.Module:
@@ -63,12 +63,12 @@ class NeuroAdaRowwiseParallel(RowwiseParallel):
 
 @dataclass(frozen=True)
 class _Split:
-    """Which part of a layer this process has, and how tensors come to it and leave it."""
+    """This process's shard of a layer, and the layouts of its input and output."""
 
     mesh: DeviceMesh
     dim: int
-    shape: tuple[int, int]  # [d_out, d_in] of the whole weight
-    source: int | None  # whose tensors count, as in distribute_tensor
+    shape: tuple[int, int]  # [d_out, d_in] of the unsharded weight
+    source: int | None  # src_data_rank of distribute_tensor
     input_layouts: tuple[Placement, ...]
     output_layouts: tuple[Placement, ...]
     use_local_output: bool
@@ -88,14 +88,14 @@ class _Split:
         return self.mine.start if self.dim == INPUTS else 0
 
     def width(self, index: Tensor) -> int:
-        """Slots a neuron in each process, for the whole ``index``."""
+        """Slots per neuron in each process, for the unsharded ``index``."""
         if self.dim == NEURONS:
             return index.shape[1]
         counts = (_lying_in(index, self.range_of(rank)) for rank in range(self.mesh.size()))
         return max(1, *(int(count.sum(1).max()) for count in counts))
 
     def part(self, index: Tensor, delta: Tensor) -> tuple[Tensor, Tensor]:
-        """This process's own of all connections, with its own column numbers."""
+        """This process's shard of all connections; columns are relative to its first."""
         mine = self.mine
         if self.dim == NEURONS:
             return index[mine.start : mine.stop].clone(), delta[mine.start : mine.stop].clone()
@@ -105,7 +105,7 @@ class _Split:
         return columns, delta.masked_fill(~here, 0).gather(1, slots)
 
     def tensor(self, part: Tensor) -> DTensor:
-        """All processes' parts ``[rows, slots]`` as one tensor."""
+        """All processes' shards ``[rows, slots]`` as one DTensor."""
         rows, slots = self.shape[0], part.shape[1] * (self.mesh.size() if self.dim == INPUTS else 1)
         return DTensor.from_local(
             part.contiguous(),
@@ -122,16 +122,16 @@ def _lying_in(index: Tensor, columns: range) -> Tensor:
 
 
 class TensorParallelLinear(NeuroAdaLinear):
-    """A layer that one of the styles has split; made by ``parallelize_module`` alone.
+    """A layer that one of the styles has sharded; only ``parallelize_module`` makes one.
 
     ``weight``, ``bias`` and ``delta`` are DTensors. ``index``, ``in_features`` and
-    ``out_features`` are those of this process's part, columns counted from its first.
+    ``out_features`` are those of this process's shard; columns are relative to its first.
     """
 
     _split: _Split
 
     def forward(self, x: Tensor) -> Tensor:
-        """``y`` of ``x``, each laid out as the style says."""
+        """``y`` of ``x``, each in the layout of the style."""
         split = self._split
         y = super().forward(self._local_input(x))
         shape = torch.Size([*y.shape[:-1], split.shape[0]])
@@ -145,7 +145,7 @@ class TensorParallelLinear(NeuroAdaLinear):
             stride=torch.empty(shape, device="meta").stride(),
         ).redistribute(placements=split.output_layouts)
         if split.dim == INPUTS and self.bias is not None:
-            out = out + self.bias.to(out.dtype)  # once, not in every process
+            out = out + self.bias.to(out.dtype)  # after the reduction, so that it is added once
         return local(out) if split.use_local_output else out
 
     def _local_input(self, x: Tensor) -> Tensor:
@@ -155,7 +155,7 @@ class TensorParallelLinear(NeuroAdaLinear):
             whole = DTensor.from_local(x, split.mesh, split.input_layouts, run_check=False)
         if split.dim == INPUTS:
             return whole.redistribute(placements=[Shard(last)]).to_local()
-        # What comes back is the gradient through the neurons of this process alone.
+        # The gradient that comes back is a partial sum, over the neurons of this process.
         return whole.redistribute(placements=[Replicate()]).to_local(grad_placements=[Partial()])
 
     def _bypass_forward(self, x: Tensor) -> Tensor:
@@ -172,13 +172,13 @@ class TensorParallelLinear(NeuroAdaLinear):
         )
 
     def _is_planned(self) -> bool:
-        # For what is kept of x: what comes out of an exchange is a tensor of each layer's own, by
-        # which siblings could share no copy, nor tell who else keeps it. It is kept by reference.
+        # So x is kept by reference. Each layer's redistribution makes a new tensor of x, so that
+        # siblings could neither share a copy nor detect what else keeps x.
         return False
 
     @property
     def connections(self) -> int:
-        """Of all processes together; each of them has to ask."""
+        """Connections in all processes; a collective call."""
         return int((self.whole_connections()[0] >= 0).sum())
 
     @property
@@ -198,7 +198,7 @@ class TensorParallelLinear(NeuroAdaLinear):
         return columns, self._split.tensor(values)
 
     def _columns(self) -> DTensor:
-        """The index of all processes, columns counted from the whole weight's first."""
+        """The index of all processes, with columns of the unsharded weight."""
         first = self._split.first_column
         return self._split.tensor(torch.where(self.index >= 0, self.index + first, -1))
 
@@ -225,7 +225,7 @@ class TensorParallelLinear(NeuroAdaLinear):
 def _split_layer(
     layer: BypassLinear, mesh: DeviceMesh, dim: int, style: ColwiseParallel | RowwiseParallel
 ) -> nn.Module:
-    """Make ``layer`` this process's part of it, in place."""
+    """Reduce ``layer`` to this process's shard, in place."""
     _check_layer(layer, mesh)
     source = style.src_data_rank
     d_out, d_in = layer.weight.shape
@@ -272,7 +272,7 @@ def _check_layer(layer: BypassLinear, mesh: DeviceMesh) -> None:
 
 
 def _check_parts(split: _Split, index: Tensor) -> None:
-    """Refuse where a process would have too little for a layer."""
+    """Raise if a process's shard would be too small for a layer."""
     name = ("out_features", "in_features")[split.dim]
     least = len(split.range_of(split.mesh.size() - 1))
     needed = split.width(index) if split.dim == INPUTS else 1

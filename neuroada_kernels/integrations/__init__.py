@@ -1,1 +1,1 @@
-"""NeuroAda inside other libraries. Each is imported on its own, by who has that library."""
+"""Integrations with other libraries. Each is imported explicitly and requires its library."""

@@ -217,7 +217,7 @@ class BypassLinear(BypassLayer):
             self._rows.check(x)
             return self._rows.map(self._forward_of, x)
         # Module.__getattr__ costs half a microsecond per lookup, which adds up at one token.
-        if self._buffers["original"] is not None or self._idle:
+        if self._buffers["original"] is not None or self._disabled:
             return F.linear(x, self.weight, self.bias)
         return self._bypass_forward(x)
 

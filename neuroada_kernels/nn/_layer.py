@@ -53,7 +53,7 @@ class BypassLayer(ActivationSaver, OwnTensors):
     _loading = False  # loading a state dict that was checked as a whole
     _deferred: Deferred | None = None  # while index and delta wait for the weight's values
     _weight_name = "weight"  # its key in a state dict
-    _idle = False  # no active adapter: the layer computes its base alone
+    _disabled = False  # no active adapter: the layer computes its base alone
     _rows: BatchRows | None = None  # while the rows of a batch use different adapters
     _plan_facts: tuple[str, ...] = ()  # attributes that belong to the plan of an index
 
@@ -71,7 +71,7 @@ class BypassLayer(ActivationSaver, OwnTensors):
         # The index by which W was changed, merged or resident, in case index is written meanwhile.
         self.register_buffer("merged_index", None, persistent=False)
         # Instance attributes from the start, so that setting them later causes no recompilation.
-        self._idle, self._rows = False, None
+        self._disabled, self._rows = False, None
         self._start_saving()
 
     @property
@@ -165,7 +165,7 @@ class BypassLayer(ActivationSaver, OwnTensors):
             self._leave_resident()
             with torch.no_grad():
                 index = self.index.clone()
-                original = self._fold()
+                original = self._merge_into_weight()
             # An inference tensor could not be loaded into later.
             with torch.inference_mode(False):
                 self.original, self.merged_index = (
@@ -181,8 +181,8 @@ class BypassLayer(ActivationSaver, OwnTensors):
 
     def _check_active(self) -> None:
         """Raise if the forward does not use a single active adapter."""
-        if self._idle or self._rows is not None:
-            what = "not active" if self._idle else "another one for each row"
+        if self._disabled or self._rows is not None:
+            what = "not active" if self._disabled else "another one for each row"
             raise RuntimeError(f"adapter: is {what}, expected an active one to merge")
 
     def _check_whole(self) -> None:
@@ -198,7 +198,7 @@ class BypassLayer(ActivationSaver, OwnTensors):
         """Write the kept values back: ``weight`` is as before merging, bit for bit."""
         if self.original is not None and self.merged_index is not None:
             with torch.no_grad():
-                self._unfold(self.merged_index, self.original)
+                self._restore_weight(self.merged_index, self.original)
             self.original = self.merged_index = None
 
     def merged_again(self) -> Callable[[], None]:
@@ -211,7 +211,7 @@ class BypassLayer(ActivationSaver, OwnTensors):
         def back() -> None:
             if self.original is None:
                 with torch.no_grad():
-                    self._unfold(index, merged)
+                    self._restore_weight(index, merged)
                 self.original, self.merged_index = original, index
 
         return back
@@ -284,10 +284,10 @@ class BypassLayer(ActivationSaver, OwnTensors):
     def _resume(self) -> None:
         """Write ``W + delta`` again after W was restored temporarily."""
 
-    def _fold(self) -> Tensor:
+    def _merge_into_weight(self) -> Tensor:
         raise NotImplementedError
 
-    def _unfold(self, index: Tensor, original: Tensor) -> None:
+    def _restore_weight(self, index: Tensor, original: Tensor) -> None:
         raise NotImplementedError
 
     def _check_index(self, index: Tensor) -> None:

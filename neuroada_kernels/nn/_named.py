@@ -111,7 +111,7 @@ class NamedLayer(BypassLayer):
     @property
     def active_adapter(self) -> str | None:
         """The adapter that the forward uses; None while the layer computes its base alone."""
-        return None if self._idle else self._adapter
+        return None if self._disabled else self._adapter
 
     def holder_of(self, adapter: str) -> Any:
         """The holder of an adapter's ``index``, ``delta`` and ``plan``: the layer or a child."""
@@ -155,7 +155,7 @@ class NamedLayer(BypassLayer):
         if adapter != DEFAULT:
             self._name_places()
 
-    def seat(self, adapter: str | None) -> None:
+    def activate(self, adapter: str | None) -> None:
         """Activate ``adapter``; for None, or a name that is not here, the layer is its base.
 
         The caller has to settle the siblings afterwards.
@@ -163,12 +163,12 @@ class NamedLayer(BypassLayer):
         if self.merged:
             raise RuntimeError("adapters: cannot change while merged, unmerge first")
         self._leave_resident()
-        self._idle = adapter not in self.adapter_names
-        if adapter is not None and not self._idle:
+        self._disabled = adapter not in self.adapter_names
+        if adapter is not None and not self._disabled:
             self._take(adapter)
         self._resume()
 
-    def step_aside(self, adapter: str) -> None:
+    def swap_out(self, adapter: str) -> None:
         """Swap in another adapter, if there is one, in place of ``adapter``, which is inactive."""
         others = [name for name in self.adapter_names if name != adapter]
         if adapter == self._adapter and others:
@@ -176,7 +176,7 @@ class NamedLayer(BypassLayer):
 
     def remove(self, adapter: str) -> None:
         """Delete an adapter that is neither active nor the only one."""
-        self.step_aside(adapter)
+        self.swap_out(adapter)
         del self.adapters[adapter]
         if self.adapter_names == (DEFAULT,):
             self._forget_places()
@@ -196,7 +196,7 @@ class NamedLayer(BypassLayer):
         """End the effect of :meth:`split_rows`."""
         self._rows = None
 
-    def let_go(self) -> None:
+    def release_weight(self) -> None:
         """Release the weight: leave ``"resident"``, forget a merge, and leave the siblings."""
         self._leave_resident()
         self.original = self.merged_index = None

@@ -96,7 +96,7 @@ class PlannedLayer(BypassLayer):
             self._leave_resident()
 
     def _is_planned(self) -> bool:
-        if self.index.is_meta or self._idle:
+        if self.index.is_meta or self._disabled:
             return False
         if not self._planned.is_still(self.index):
             try:

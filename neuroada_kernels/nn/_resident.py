@@ -123,7 +123,7 @@ class ResidentLinear(BypassLinear):
         return None
 
     def _enter_resident(self) -> None:
-        if self.base_values is not None or self.merged or self._idle:
+        if self.base_values is not None or self.merged or self._disabled:
             return
         self._check_index(self.index)
         self._owner = id(self)

@@ -147,7 +147,7 @@ class NeuroAdaBypass(NamedLayer, PlannedLayer):
             self._rows.check(x)
         y: Tensor = self.base(x, *args, **options)
         buffers = self._buffers
-        if self._rows is None and (buffers["original"] is not None or self._idle):
+        if self._rows is None and (buffers["original"] is not None or self._disabled):
             return y
         index = buffers["index"]
         assert index is not None
@@ -245,10 +245,10 @@ class NeuroAdaBypass(NamedLayer, PlannedLayer):
     def _why_not_resident(self) -> str | None:
         return f"the base is a {self._kind}, whose forward is its own"
 
-    def _fold(self) -> Tensor:
+    def _merge_into_weight(self) -> Tensor:
         return ops.merge_(self._matrix(), self.index, self.delta)
 
-    def _unfold(self, index: Tensor, original: Tensor) -> None:
+    def _restore_weight(self, index: Tensor, original: Tensor) -> None:
         ops.unmerge_(self._matrix(), index, original)
 
     def _matrix(self) -> Tensor:

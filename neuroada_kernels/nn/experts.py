@@ -57,7 +57,7 @@ class StackedLinear(NamedLayer, PlannedLayer):
         """``y [tokens, d_out]`` of ``x [tokens, d_in]``, sorted by expert, ``counts[e]`` each."""
         if "_hf_hook" in self.__dict__:
             check_trains(self)
-        plain = self._buffers["original"] is not None or self._idle
+        plain = self._buffers["original"] is not None or self._disabled
         if not plain and not torch.compiler.is_compiling():
             self._follow_index(self.index)
         parts = zip(
@@ -109,10 +109,10 @@ class StackedLinear(NamedLayer, PlannedLayer):
     def _why_not_resident(self) -> str | None:
         return "the weight is a stack of experts"
 
-    def _fold(self) -> Tensor:
+    def _merge_into_weight(self) -> Tensor:
         return ops.merge_(self._matrix(), self.index, self.delta)
 
-    def _unfold(self, index: Tensor, original: Tensor) -> None:
+    def _restore_weight(self, index: Tensor, original: Tensor) -> None:
         ops.unmerge_(self._matrix(), index, original)
 
     def _matrix(self) -> Tensor:

@@ -55,8 +55,8 @@ class NeuroAdaLinear(NamedLayer, PlannedLayer, ResidentLinear):
         held, plan = self.holder_of(adapter), self.plan_of(adapter)
         return functional.apply_linear(x, self.weight, held.index, held.delta, self.bias, plan)
 
-    def _fold(self) -> Tensor:
+    def _merge_into_weight(self) -> Tensor:
         return ops.merge_(self.weight, self.index, self.delta)
 
-    def _unfold(self, index: Tensor, original: Tensor) -> None:
+    def _restore_weight(self, index: Tensor, original: Tensor) -> None:
         ops.unmerge_(self.weight, index, original)

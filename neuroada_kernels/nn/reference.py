@@ -30,7 +30,7 @@ class ReferenceNeuroAdaLinear(NamedLayer, BypassLinear):
         x = x if autocast is None else x.to(autocast)
         return reference.neuroada_linear(x, self.weight, held.index, held.delta, self.bias)
 
-    def _fold(self) -> Tensor:
+    def _merge_into_weight(self) -> Tensor:
         original = torch.zeros(self.index.shape, dtype=self.weight.dtype, device=self.index.device)
         row, slot = (self.index >= 0).nonzero(as_tuple=True)
         column = self.index[row, slot].long()
@@ -39,6 +39,6 @@ class ReferenceNeuroAdaLinear(NamedLayer, BypassLinear):
         self.weight[row, column] = merged[row, column]
         return original
 
-    def _unfold(self, index: Tensor, original: Tensor) -> None:
+    def _restore_weight(self, index: Tensor, original: Tensor) -> None:
         row, slot = (index >= 0).nonzero(as_tuple=True)
         self.weight[row, index[row, slot].long()] = original[row, slot]

@@ -1,4 +1,4 @@
-"""The one table of shapes that tests and benchmarks share, and what error is allowed where."""
+"""The table of shapes that tests and benchmarks share, and the error tolerances."""
 
 from neuroada_kernels.testing.cases import (
     BENCH_CASES,

@@ -1,4 +1,4 @@
-"""The frozen table of cases, and the inputs of one."""
+"""The fixed table of cases, and the inputs of a case."""
 
 from __future__ import annotations
 
@@ -18,9 +18,9 @@ IndexKind = Literal["magnitude", "random", "one_column", "half_the_neurons", "ra
 class Case:
     """A shape and how its index is chosen.
 
-    ``index``: ``magnitude`` and ``random`` as in :func:`neuroada_kernels.select`; ``one_column``
-    has every neuron choose column 0 (and its neighbours); ``half_the_neurons`` leaves the others
-    without bypasses; ``ragged`` empties single slots.
+    ``index``: ``magnitude`` and ``random`` as in :func:`neuroada_kernels.select`; in
+    ``one_column`` every neuron has columns 0 to k - 1; in ``half_the_neurons`` the other half has
+    no bypasses; in ``ragged`` single slots are empty.
     """
 
     tokens: int
@@ -57,7 +57,7 @@ CASES: tuple[Case, ...] = (
     Case(tokens=49, d_in=90, d_out=72, k=8, index="ragged"),
 )
 
-#: The shapes that benchmarks measure; k of 1, 8 and 20 each.
+#: The shapes that benchmarks measure; each with k of 1, 8 and 20.
 BENCH_CASES: tuple[Case, ...] = tuple(
     Case(tokens=tokens, d_in=d_in, d_out=d_out, k=k)
     for tokens, d_in, d_out in (
@@ -88,14 +88,14 @@ class Shape:
 
 
 def _llama(hidden: int, intermediate: int, kv: int, bias: bool = False) -> tuple[Shape, ...]:
-    """q, then o where q has a bias; k and v; gate and up; down."""
+    """The distinct shapes of q, k and v, o, gate and up, and down."""
     q, o = Shape(hidden, hidden, bias), Shape(hidden, hidden)
     up, down = Shape(hidden, intermediate), Shape(intermediate, hidden)
     return tuple(dict.fromkeys((q, Shape(hidden, kv, bias), o, up, down)))
 
 
 def _encoder(hidden: int, intermediate: int) -> tuple[Shape, ...]:
-    """Attention; the two of the MLP."""
+    """The shape of attention's linears, and those of the MLP's two."""
     return (
         Shape(hidden, hidden, True),
         Shape(hidden, intermediate, True),
@@ -103,21 +103,21 @@ def _encoder(hidden: int, intermediate: int) -> tuple[Shape, ...]:
     )
 
 
-#: The distinct linears of a block of real models, by the configurations that they are published
-#: with (``config.json``: hidden_size, intermediate_size, num_key_value_heads times a head's size).
+#: The distinct linears of a block of real models, from their published ``config.json``
+#: (hidden_size, intermediate_size, num_key_value_heads times the size of a head).
 MODEL_SHAPES: dict[str, tuple[Shape, ...]] = {
     "llama-3-8b": _llama(4096, 14336, 8 * 128),
     "llama-3-70b": _llama(8192, 28672, 8 * 128),
     "qwen2.5-7b": _llama(3584, 18944, 4 * 128, bias=True),  # q, k and v have biases
     "bert-base": _encoder(768, 3072),
     "vit-l": _encoder(1024, 4096),
-    "gpt-2": (Shape(768, 3 * 768, True), *_encoder(768, 3072)),  # q, k and v are one
+    "gpt-2": (Shape(768, 3 * 768, True), *_encoder(768, 3072)),  # q, k and v are one linear
 }
 
 
 @dataclass(frozen=True)
 class Inputs:
-    """Tensors of a case; ``grad_output`` is the gradient that arrives from above."""
+    """Tensors of a case; ``grad_output`` is the gradient of y."""
 
     x: Tensor  # [tokens, d_in]
     weight: Tensor  # [d_out, d_in]
@@ -130,7 +130,7 @@ class Inputs:
 def make_inputs(
     case: Case, dtype: torch.dtype, *, device: torch.device | str = "cpu", seed: int = 0
 ) -> Inputs:
-    """The inputs of a case: the same for the same case, dtype, seed and kind of device."""
+    """The inputs of a case, determined by the case, dtype, seed and type of device."""
     device = torch.device(device)
     generator = torch.Generator(device).manual_seed(zlib.crc32(case.name.encode()) + seed)
 

@@ -1,8 +1,8 @@
-"""What error is allowed, by dtype and by the length of the sum.
+"""Error tolerances, by dtype and by the length of the sum.
 
 Errors are relative root mean squares against a float64 reference. A sum of n products in float32
-with independent roundings has a relative error of about sqrt(n) units in the last place at worst;
-the output's own rounding, half a unit at most, has an RMS of about unit / sqrt(12).
+with independent roundings has a relative error of about sqrt(n) ULP at worst; the rounding of the
+output, at most half a ULP, has an RMS of about ULP / sqrt(12).
 """
 
 from __future__ import annotations

@@ -15,7 +15,7 @@ RESULTS = Path(__file__).parents[2] / "benchmarks/results/cpu"
 
 @pytest.fixture
 def one_thread() -> Iterator[None]:
-    """For work so small that a second thread costs time alone."""
+    """For work so small that a second thread only costs time."""
     with threads(1):
         yield
 
@@ -28,7 +28,7 @@ def documents() -> dict:
 
 @pytest.fixture(scope="session")
 def committed_page(tmp_path_factory, documents) -> Path:
-    """With a file of unknown kind beside them."""
+    """The page of all committed results and of a file of unknown kind."""
     pytest.importorskip("matplotlib")
     from neuroada_kernels.benchmarks.html import write_html
 

@@ -60,7 +60,7 @@ def _row(case, name: str, times: Sequence[int], automatic: str) -> dict:
 
 
 def model(peaks: Mapping[str, float], skipped: Mapping[str, str], **sizes: int) -> dict:
-    """Peaks in GiB, and reasons, by method, in the mode plain; ``sizes`` unlike Llama-3-8B's."""
+    """Peaks in GiB and reasons by method, in mode plain; ``sizes`` override Llama-3-8B's."""
     return {
         "kind": "model",
         "command": "neuroada bench model --device cuda",

@@ -1,4 +1,4 @@
-"""The quality suite at sizes of seconds, and runs that were never made."""
+"""The quality suite at sizes that take seconds, and made-up runs."""
 
 from __future__ import annotations
 
@@ -32,6 +32,6 @@ DIGITS = "digits, rotated"
 
 
 def run_of(part: str, rate: float | None, loss: float | None, **more) -> Run:
-    """A finished run of NeuroAda on text."""
+    """A made-up run of NeuroAda on text."""
     fields = {"task": "text", "variant": OURS, "seed": 0, "trainable": 1, "accuracy": None}
     return Run(**(fields | {"seconds": 0.0} | more), part=part, rate=rate, loss=loss)

@@ -3,16 +3,16 @@
 python tests/cpp/count_instructions.py DRIVER            # exit status 1 where one differs
 python tests/cpp/count_instructions.py DRIVER --write    # tests/data/instructions.json anew
 
-Times on shared machines cannot be trusted, and counts can: the same code counts the same on any
-machine, whatever else runs there. They say nothing of caches or of wide instructions' cost, so a
-change that lowers them need not be faster; one that raises them is to be meant. Counted is the AVX2
-form, the widest that valgrind knows.
+Times on shared machines are unreliable, counts are not: the same code has the same count on any
+machine, whatever else runs there. Counts ignore caches and the cost of wide instructions, so a
+change that lowers them need not be faster; one that raises them has to be intended. The AVX2 form
+is counted, the widest that valgrind supports.
 
-Compilers generate different code, so the figures name theirs, and any other skips the check, as
-does a machine without valgrind. With one compiler, runs agree to the last instruction, and so they
-do in another environment; another order of linking was seen to move 0.01 %, and the C library's
-copies and allocations below a kernel may differ. One instruction more in an innermost loop was seen
-to cost 9 % to 12 %. TOLERANCE lies between.
+Compilers generate different code, so the figures name their compiler; with any other the check is
+skipped, as on a machine without valgrind. With one compiler, runs agree to the last instruction,
+also in another environment; another link order changed counts by 0.01 %, and the C library's copies
+and allocations below a kernel may differ. One instruction more in an innermost loop changed counts
+by 9 % to 12 %. TOLERANCE lies between.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ Counts = dict[str, dict[str, int]]  # dtype, kernel
 
 
 def counts_of(profile: str) -> dict[str, int]:
-    """Of a callgrind profile with uncompressed names: instructions in and below each kernel."""
+    """Instructions in and below each kernel, of a callgrind profile with uncompressed names."""
     kernel = re.compile(rf"cfn=neuroada::cpu::{ISA}::(\w+)\([\w:]+ const&, [\w:]+ const&\)\n")
     calls = re.compile(r"calls=1 .*\n\S+ (\d+)\n")
     found: dict[str, int] = {}
@@ -73,7 +73,7 @@ def differences(committed: Counts, found: Counts) -> Iterator[tuple[str, int, in
 
 
 def judge(committed: Counts, found: Counts) -> int:
-    """Print every count; 1 where one differs by more than the tolerance."""
+    """Print every count; returns 1 if one differs by more than the tolerance."""
     status = 0
     for name, old, new in differences(committed, found):
         differs = abs(new - old) > TOLERANCE * old

@@ -118,7 +118,7 @@ GROUPS = "bypass_bwd_input_groups_kernel"
 ROWS = ("bypass_fwd_rows_kernel", "sddmm_rows_kernel")
 
 
-def has_bulk_copies(name: str) -> bool:
+def is_bulk_copied(name: str) -> bool:
     """Whether it is a staged kernel with bulk-copied blocks."""
     if name.startswith(("bypass_bwd_input_tiles_kernel", GROUPS)):
         return True
@@ -129,7 +129,7 @@ def has_bulk_copies(name: str) -> bool:
 
 
 def is_for_sm90(name: str) -> bool:
-    return name.startswith((*PRODUCTS, *ROWS, "block_entries_kernel")) or has_bulk_copies(name)
+    return name.startswith((*PRODUCTS, *ROWS, "block_entries_kernel")) or is_bulk_copied(name)
 
 
 def test_every_kernel_is_compiled_for_every_arch_that_it_is_for():
@@ -163,7 +163,7 @@ def test_every_kernel_launches_with_the_threads_of_a_cta():
     for key, used in resources().items():
         name = key.partition(" ")[2]
         threads = 384 if name.startswith(PRODUCTS) else 512
-        if name.startswith(("bypass_bwd_input_kernel", GROUPS)) and has_bulk_copies(name):
+        if name.startswith(("bypass_bwd_input_kernel", GROUPS)) and is_bulk_copied(name):
             threads = 1024
         assert used["registers"] <= 65536 // threads // 8 * 8, key
 
@@ -204,7 +204,7 @@ def test_staged_columns_are_read_and_written_sixteen_bytes_at_a_time(arch):
     assert len(staged) == 36 + 46 * (arch == "90a")
     for name, used in staged.items():
         shared = {i for i in used if i.startswith(("LDS", "STS"))}
-        bulk = has_bulk_copies(name)
+        bulk = is_bulk_copied(name)
         # Lanes read rows 8 bytes at a time, bulk-copied ones from shared memory, others from
         # global memory, which leaves registers for what a lane holds.
         assert {i.partition(".")[0] + i.partition(".")[2].split(".")[0] for i in shared} == {

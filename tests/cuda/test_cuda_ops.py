@@ -91,7 +91,7 @@ def test_all_is_added_to_the_product_in_float32_and_rounded_once(case, dtype, mo
     monkeypatch.setattr(_dense, "_WIDE_BYTES", 1)  # the smallest chunks
     i = make_inputs(case, dtype)
     truth = exact(i)
-    y = cuda._linear_onto_product(i.x, i.weight, i.index, i.delta, i.bias)
+    y = cuda._linear_gemm_first(i.x, i.weight, i.index, i.delta, i.bias)
     grad_x, grad_delta = cuda._linear_backward_onto_product(
         i.grad_output, i.x, i.weight, i.index, i.delta, None, [True, True]
     )
@@ -202,7 +202,7 @@ def test_blocks_that_the_hardware_copies_give_the_same_numbers(case, dtype, monk
     i = make_inputs(case, dtype)
 
     def run() -> tuple[torch.Tensor, ...]:
-        y = cuda._linear_onto_product(i.x, i.weight, i.index, i.delta, i.bias)
+        y = cuda._linear_gemm_first(i.x, i.weight, i.index, i.delta, i.bias)
         rest = (i.grad_output, i.x, i.index, i.delta, None, [True, True])
         return y, *_compiled.bypass_backward(*rest)
 
@@ -284,7 +284,7 @@ def test_a_product_onto_the_bypass_is_the_formula(case, dtype):
     """The bypass is rounded, then the whole sum once more."""
     inputs = make_inputs(case, dtype)
     truth, rest = exact(inputs), (inputs.index, inputs.delta)
-    y = _compiled.linear_onto_bypass(inputs.x, inputs.weight, *rest, inputs.bias)
+    y = _compiled.linear_bypass_first(inputs.x, inputs.weight, *rest, inputs.bias)
     assert rms_error(y, truth.linear) <= 2 * tolerance(dtype, case.d_in + case.k)
     both = _compiled.linear_backward_onto_bypass(
         inputs.grad_output, inputs.x, inputs.weight, *rest, None, [True, True]
@@ -326,7 +326,7 @@ def test_what_a_product_goes_onto_acts_however_small_it_is(forward, dtype):
 def test_a_product_of_nothing_goes_onto_nothing():
     inputs = make_inputs(Case(tokens=0, d_in=64, d_out=48, k=8, bias=True), torch.bfloat16)
     rest = (inputs.weight, inputs.index, inputs.delta)
-    assert _compiled.linear_onto_bypass(inputs.x, *rest, inputs.bias).shape == (0, 48)
+    assert _compiled.linear_bypass_first(inputs.x, *rest, inputs.bias).shape == (0, 48)
     grad = inputs.grad_output
     both = _compiled.linear_backward_onto_bypass(grad, inputs.x, *rest, None, [True, True])
     assert both[0].shape == (0, 64)

@@ -27,7 +27,7 @@ import neuroada_kernels as nk
 from neuroada_kernels.distributed import broadcast_adapter
 from neuroada_kernels.nn.experts import StackedLinear
 
-#: Torch has two names for it, and warns of the older one.
+#: Without broadcasts of buffers. Torch has two names for it, and warns of the older one.
 BUFFERS_LEFT_ALONE = {
     "forward_sync_buffers"
     if "forward_sync_buffers" in inspect.signature(DistributedDataParallel).parameters
@@ -50,9 +50,9 @@ def ddp(folder: Path) -> None:
 
 
 def plans_are_kept(model: nn.Module) -> None:
-    """Indices that DDP sends before each forward are not planned anew, nor lost to autograd."""
+    """Indices that DDP broadcasts before each forward are not replanned, nor lost to autograd."""
     wrapped = DistributedDataParallel(model)
-    loss_of(wrapped, own_rows(0))  # the first time they were sent, when it was wrapped
+    loss_of(wrapped, own_rows(0))  # replans once, after the broadcast on wrapping
     plan = model.head.plan
     sum(loss_of(wrapped, own_rows(step)) for step in range(2)).backward()
     assert model.head.plan is plan
@@ -62,9 +62,9 @@ def plans_are_kept(model: nn.Module) -> None:
 
 
 def choices_agree() -> None:
-    """What is random follows the seed and the module; where seeds differ, it is made to agree."""
+    """Random choices depend on seed and module; other seeds are made to agree by a broadcast."""
     rank = dist.get_rank()
-    torch.manual_seed(1000 + rank)  # of torch's own generator nothing depends
+    torch.manual_seed(1000 + rank)  # torch's own generator has no effect
     for layer in layers(adapted(selection="random", seed=3)).values():
         assert_same_everywhere(layer.index)
     model = adapted(selection="random", seed=rank, bias="all")

@@ -1,4 +1,4 @@
-"""FSDP2: parameters in parts, and deltas that stay whole beside weights in parts."""
+"""FSDP2: sharded parameters, and replicated deltas beside sharded weights."""
 
 from __future__ import annotations
 
@@ -72,7 +72,7 @@ def checkpoint(model: nn.Module, optimizer: torch.optim.Optimizer, folder: Path)
 
 
 def goes_on(saved: Path, expected: list[float]) -> None:
-    """A model with another choice of connections takes it all from the checkpoint."""
+    """A model with other connections loads all from the checkpoint and resumes."""
     model = sharded(adapted(bias="all", selection="random"))
     optimizer = optimizer_of(model)
     parts = dcp_state.get_state_dict(model, optimizer)
@@ -86,7 +86,7 @@ def goes_on(saved: Path, expected: list[float]) -> None:
 
 
 def foreign_bases(folder: Path) -> None:
-    """They train, are saved and loaded as whole ones; none is merged, not even after a forward."""
+    """They train, are saved and loaded as unsharded ones; merging raises, even after a forward."""
     single, model, other = (foreign_model(seed) for seed in (0, 0, 1))
     fully_shard(model)
     fully_shard(other)
@@ -129,7 +129,7 @@ def foreign_model(seed: int) -> nn.Module:
 
 
 def fsdp_replicated(folder: Path) -> None:
-    """Deltas stay whole and float32, beside weights that are split and cast."""
+    """Deltas stay replicated and in their dtype, beside weights that are sharded and cast."""
     for dtype, cast_to, allowed in (
         (torch.float64, torch.float64, 1e-12),
         (torch.float32, torch.bfloat16, 2**-6),

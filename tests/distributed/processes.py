@@ -1,7 +1,7 @@
 """What runs in the processes of a test, and how they are started.
 
-They are forked from a server that has imported torch once, so that a start costs little. Where one
-raises, the others are ended; where one hangs, the timeout of the process group makes it raise.
+They are forked from a server that has imported torch once, so that a start costs little. If one
+raises, the others are terminated; if one hangs, the timeout of the process group makes it raise.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ import neuroada_kernels.distributed
 STEPS, ROWS, LR = 10, 8, 0.02
 TIMEOUT = datetime.timedelta(seconds=240)
 Check = Callable[[Path], None]
-#: What the server imports, found without the paths of the tests. An optimiser imports the last.
+#: Imports of the server, which lacks the paths of the tests. An optimiser imports the last one.
 PRELOADED = [
     "neuroada_kernels.distributed",
     "pytest",
@@ -41,7 +41,7 @@ PRELOADED = [
 
 
 def run_in_processes(check: Check, count: int, folder: Path) -> None:
-    """Run ``check(folder)`` in so many processes of one group."""
+    """Run ``check(folder)`` in ``count`` processes of one group."""
     context = torch.multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(PRELOADED)
     torch.multiprocessing.start_processes(
@@ -71,7 +71,7 @@ def process_group(rank: int, count: int, folder: Path) -> Iterator[None]:
 
 
 def adapted(dtype: torch.dtype = torch.float64, **options: object) -> nn.Module:
-    """The same model in every process; deltas as exact as it is, so that curves agree closely."""
+    """The same model in every process; deltas have its precision, so that curves agree closely."""
     torch.manual_seed(0)
     model = small_transformer.Transformer().to(dtype)
     options.setdefault("delta_dtype", torch.float32 if dtype == torch.bfloat16 else dtype)
@@ -140,7 +140,7 @@ def layers(model: nn.Module) -> dict[str, nk.NeuroAdaLinear]:
 
 
 def connections(layer: nk.NeuroAdaLinear) -> Tensor:
-    """The whole layer's delta, scattered to where the index says: neither has an order."""
+    """The unsharded layer's delta, scattered to ``[d_out, d_in]``, as slots have no order."""
     index, delta = layer.whole_connections()
     dense = torch.zeros(layer.weight.shape, dtype=delta.dtype)
     live = index >= 0
@@ -159,7 +159,7 @@ def assert_same_adapter(model: nn.Module, expected: nn.Module, allowed: float = 
 
 
 def assert_saved_and_loaded(model: nn.Module, folder: Path, other: nn.Module) -> None:
-    """One file of the parts of ``model``, which loads into one process and into parts alike."""
+    """Save a sharded ``model`` to one file, and load it both into one process and into shards."""
     path = folder / "adapter.safetensors"
     nk.save_adapter(model, path)
     whole = adapted(bias="all", selection="random")

@@ -1,4 +1,4 @@
-"""Tensor parallelism in every linear: layers in parts, and sizes that do not divide."""
+"""Tensor parallelism in every linear: sharded layers, and sizes that do not divide."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from neuroada_kernels.distributed import NeuroAdaColwiseParallel, NeuroAdaRowwis
 
 
 def parallel(model: nn.Module) -> nn.Module:
-    """Tensor parallelism in every linear; what shares out heads gathers them again."""
+    """Tensor parallelism in every linear; qkv and head all-gather their outputs."""
     mesh = init_device_mesh("cpu", (dist.get_world_size(),))
     plan = {
         "blocks.*.qkv": NeuroAdaColwiseParallel(output_layouts=Replicate()),
@@ -53,7 +53,7 @@ def tensor_parallel(folder: Path) -> None:
 
 
 def another_k(folder: Path) -> None:
-    """Layers take an adapter with more connections, and save it whole; or they all refuse it."""
+    """Layers load an adapter with more connections and save it unsharded, or all of them raise."""
     wide, path = adapted(k=12), folder / "wide.safetensors"
     for layer in layers(wide).values():
         nn.init.ones_(layer.delta)
@@ -72,7 +72,7 @@ def another_k(folder: Path) -> None:
 
 
 def ragged_parts() -> None:
-    """Sizes that do not divide, rows without connections, tensors that come and go in parts."""
+    """Sizes that do not divide, rows without connections, sharded inputs and outputs."""
     mesh = init_device_mesh("cpu", (dist.get_world_size(),))
     columns, rows, tokens = Shard(2), Replicate(), Shard(1)
     for style, takes, gives in (
@@ -93,7 +93,7 @@ def ragged_parts() -> None:
         out.full_tensor().square().sum().backward()
         torch.testing.assert_close(parts.grad.full_tensor(), x.grad)
         torch.testing.assert_close(layer.bias.grad.full_tensor(), single.bias.grad)
-        for one in (single, layer):  # a step of descent, to compare slots that lie elsewhere
+        for one in (single, layer):  # a step of descent, as slots have another order
             with torch.no_grad():
                 one.delta -= one.delta.grad
         torch.testing.assert_close(connections(layer), connections(single))

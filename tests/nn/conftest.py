@@ -1,4 +1,4 @@
-"""Every test here runs on both layers: what one promises, the other does too."""
+"""Tests with ``layer_type`` run on all three types of layer, which have the same interface."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def layer_type(request):
 
 @pytest.fixture
 def trained(layer_type):
-    """A factory of layers whose ``delta`` is away from zero, empty slots included."""
+    """A factory of layers whose ``delta`` is nonzero, also in empty slots."""
 
     def make(d_in=24, d_out=16, k=3, **options):
         layer = layer_type(d_in, d_out, k, **options)

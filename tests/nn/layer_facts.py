@@ -1,4 +1,4 @@
-"""What a layer must compute, written down once and without the package."""
+"""What a layer must compute, without the package's own code."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The resident layer as a type of its own; in no conftest, whose name pickle could not resolve."""
+"""The resident layer as a type of its own; not in conftest, whose name pickle cannot resolve."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from neuroada_kernels import NeuroAdaLinear
 
 
 class ResidentNeuroAdaLinear(NeuroAdaLinear):
-    """One that is resident where it may be, unless it is told otherwise."""
+    """A layer that by default is resident where that is allowed."""
 
     def __init__(self, *args, strategy="auto", **options):
         super().__init__(*args, strategy=strategy, **options)

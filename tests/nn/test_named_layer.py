@@ -33,7 +33,7 @@ def test_adapters_change_places_and_stay_the_very_tensors(layer):
     facts = {"default": (layer.index, layer.delta), "other": (other.index, other.delta)}
     x = torch.randn(5, layer.in_features)
     for name in ("other", "default", "other"):
-        layer.seat(name)
+        layer.activate(name)
         for adapter, (index, delta) in facts.items():
             assert layer.holder_of(adapter).index is index
             assert layer.holder_of(adapter).delta is delta
@@ -49,7 +49,7 @@ def test_gradients_are_of_the_connections_that_are_in_use(layer_type):
     layer.park("other", other_index(layer), torch.zeros(8, 2))
     x, grad = torch.randn(5, 64), torch.randn(5, 8)
     for name in ("other", "default", "other"):
-        layer.seat(name)
+        layer.activate(name)
         layer.delta.requires_grad_()
         layer(x).backward(grad)
         expected = torch.einsum("tj,tjs->js", grad, x[:, layer.index.long()])
@@ -60,18 +60,18 @@ def test_gradients_are_of_the_connections_that_are_in_use(layer_type):
 def test_a_plan_is_kept_while_its_adapter_is_parked(monkeypatch):
     layer = nk.NeuroAdaLinear(24, 16, 2)
     layer.park("other", other_index(layer), torch.zeros(16, 2))
-    layer.seat("other")
+    layer.activate("other")
     made = []
     plan = _planned.make_plan
     monkeypatch.setattr(_planned, "make_plan", lambda *given: made.append(given) or plan(*given))
     for name in ("default", "other", "default"):
-        layer.seat(name)
+        layer.activate(name)
         assert layer.plan.equal(plan(layer.index, 24))
     assert not made
     values = layer.state_dict()
     values["adapters.other.index"] = values["adapters.other.index"].flip(1)
     layer.load_state_dict(values)
-    layer.seat("other")
+    layer.activate("other")
     assert len(made) == 2  # of the index that was loaded, and of the other one, loaded too
     assert layer.plan.equal(plan(layer.index, 24))
 
@@ -82,7 +82,7 @@ def test_casting_leaves_every_delta_and_index(layer):
         assert holder.delta.dtype == torch.float32
         assert holder.index.dtype == torch.int32
     assert layer.weight.dtype == torch.float16
-    layer.seat("other")
+    layer.activate("other")
     assert layer(torch.randn(3, layer.in_features).half()).dtype == torch.float16
 
 
@@ -113,7 +113,7 @@ def test_what_does_not_fit_is_not_loaded(layer, key, value, words):
 
 def test_the_merged_state_is_saved_with_its_adapter(layer):
     state = {name: tensor.clone() for name, tensor in layer.state_dict().items()}
-    layer.seat("other")
+    layer.activate("other")
     layer.merge()
     saved = {name: tensor.clone() for name, tensor in layer.state_dict().items()}
     assert "adapters.other.original" in saved
@@ -121,7 +121,7 @@ def test_the_merged_state_is_saved_with_its_adapter(layer):
     layer.load_state_dict(saved)
     assert layer.merged
     with pytest.raises(RuntimeError, match="cannot change while merged"):
-        layer.seat("default")
+        layer.activate("default")
     layer.unmerge()
     assert all(tensor.equal(state[name]) for name, tensor in layer.state_dict().items())
 

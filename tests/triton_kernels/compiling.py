@@ -1,4 +1,4 @@
-"""Compiles what the launchers launch, for a GPU that is not there, and reads the result."""
+"""Compiles the kernels of launches for a GPU that is not present, and reads the result."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ class Compiled:
     name: str
     ptx: str
     registers: int
-    stack: int  # bytes a thread: spilled registers lie there
+    stack: int  # bytes per thread, for register spills
     shared: int  # bytes
 
     @property
@@ -33,7 +33,7 @@ class Compiled:
 
 
 class _AbsentGpu:
-    """What the JIT asks of a driver before it compiles, with the arch as the device's number."""
+    """The driver calls that the JIT makes before it compiles; the arch is the device's number."""
 
     def __init__(self, arch: int) -> None:
         self.arch = arch
@@ -50,7 +50,7 @@ class _AbsentGpu:
 
 @contextmanager
 def compiling_for(arch: int) -> Iterator[list[Compiled]]:
-    """Within the block, a launch compiles for ``sm_<arch>`` and runs nothing; what was compiled."""
+    """Within the block, a launch only compiles, for ``sm_<arch>``; yields what was compiled."""
     compiled: list[Compiled] = []
     run = JITFunction.run
 
@@ -70,7 +70,7 @@ def compiling_for(arch: int) -> Iterator[list[Compiled]]:
 
 
 def _read(name: str, kernel: object) -> Compiled:
-    """From the cubin: ``REG:32 STACK:0 SHARED:0 LOCAL:0 ...`` is how cuobjdump puts it."""
+    """From the cubin; cuobjdump prints ``REG:32 STACK:0 SHARED:0 LOCAL:0 ...``."""
     cubin = kernel.asm["cubin"]
     path = Path(kernel.metadata_group[f"{kernel.metadata.name}.cubin"])
     assert path.read_bytes() == cubin

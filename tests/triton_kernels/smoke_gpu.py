@@ -2,8 +2,8 @@
 
 PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer python tests/triton_kernels/smoke_gpu.py triton
 
-By itself, with ``--large``, the first look at kernels that were never on a GPU: one form after
-another, and of each at once whether it is right.
+By itself, with ``--large``, a first test of kernels that never ran on a GPU: one form after
+another, each reported as soon as it passes.
 """
 
 from __future__ import annotations
@@ -26,29 +26,29 @@ CASES = (
     Case(tokens=257, d_in=130, d_out=130, k=8, bias=True),
     Case(tokens=300, d_in=328, d_out=264, k=8),
 )
-#: More tiles than a GPU has multiprocessors, so that a program that stays for several does.
+#: More tiles than a GPU has SMs, so that persistent programs process several.
 LARGE = Case(tokens=2500, d_in=2056, d_out=2056, k=8)
 
-#: Rows of which shared memory holds two blocks, with one more on its way for the narrower ones: the
+#: Rows of which shared memory holds two blocks, with one more in flight for the narrower ones; the
 #: wider ones come in tiles. A column that every neuron chose has its connections in all tiles.
 WIDE = (
     Case(tokens=17, d_in=7264, d_out=4856, k=8, index="ragged"),
     Case(tokens=17, d_in=4856, d_out=7264, k=2, index="one_column"),
-    # One slot, its rows through a ring: neurons for half of the threads, for more, and two groups.
+    # One slot, rows in a circular buffer: neurons for half of the threads, more, and two groups.
     Case(tokens=130, d_in=328, d_out=2056, k=1),
     Case(tokens=33, d_in=328, d_out=4104, k=1, index="ragged"),
     Case(tokens=33, d_in=328, d_out=8200, k=1),
-    # Sums so long that two warpgroups share a tile of the product; tiles are cut off on both sides.
+    # Sums so long that two warpgroups share a tile of the GEMM; tiles are partial in both sizes.
     Case(tokens=300, d_in=8200, d_out=264, k=8, bias=True),
 )
 
-#: As a model has it: a multiprocessor has several tiles of each size, one after another.
+#: As in a model: an SM has several tiles of each size, one after another.
 LAYER = Case(tokens=8192, d_in=4096, d_out=4096, k=8, bias=True)
 
-#: Exit status where numbers are right but for how often they are rounded.
+#: Exit status if results are right except for a second rounding.
 ROUNDED_TWICE = 3
 
-#: What chooses other kernels than the default ones, which are form 0: form n is the n-th of these.
+#: Variables that select non-default kernels: form 0 is the default, form n sets the n-th of these.
 SETTINGS = {
     "triton": (("NEUROADA_TRITON_FUSED", "1"),),
     "cuda": (
@@ -67,7 +67,7 @@ def check(case: Case, dtype: torch.dtype, device: str) -> None:
     bias = None if i.bias is None else i.bias.double()
     exact = nk.reference.neuroada_linear(wide[0], i.weight.double(), i.index, wide[1], bias)
     truth = (exact, *torch.autograd.grad(exact, wide, i.grad_output.double()))
-    for plan in (nk.make_plan(i.index, case.d_in), None):  # in order where kernels read it so
+    for plan in (nk.make_plan(i.index, case.d_in), None):  # ordered if kernels read it so
         y = nk.functional.neuroada_linear(x, i.weight, i.index, delta, i.bias, plan=plan)
         grads = torch.autograd.grad(y, (x, delta), i.grad_output)
         for found, expected in zip((y, *grads), truth, strict=True):
@@ -91,7 +91,7 @@ def y_and_dx(i: Inputs, delta: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def rounds_once(case: Case, dtype: torch.dtype, device: str) -> bool:
-    """y and dx err by one rounding, and bypasses far below their last place act all the same."""
+    """y and dx have the error of one rounding, and bypasses far below a ULP take effect."""
     right = True
     i = make_inputs(case, dtype, device=device)
     tiny = torch.full_like(i.delta, 1e-4)
@@ -113,7 +113,7 @@ def rounds_once(case: Case, dtype: torch.dtype, device: str) -> bool:
 
 
 def why_not(backend: str, form: int, device: str) -> str | None:
-    """Why a form cannot be tried here, where another would serve in its place."""
+    """Why a form cannot be tried here: another would serve in its place. None if it can."""
     if form == 0 or backend != "cuda" or device != "cuda":
         return None
     if torch.cuda.get_device_capability() != (9, 0):
@@ -144,17 +144,17 @@ def main(argv: list[str] | None = None) -> None:
                 print(f"smoke test skipped: form {form} {reason}", flush=True)
                 continue
             choose(backend, form)
-            # What is chosen by a setting of CUDA's has 16 bits.
+            # The kernels that CUDA's variables select are for 16 bits.
             narrow_alone = backend == "cuda" and form > 0
             for dtype in (torch.bfloat16,) if narrow_alone else (torch.float32, torch.bfloat16):
                 wide = WIDE if backend == "cuda" else ()
                 for case in (*CASES, *wide, *[LARGE] * options.large):
                     check(case, dtype, device)
-            # A patched weight has a rounding of its own.
+            # A patched weight adds a rounding.
             if options.large and os.environ.get("NEUROADA_CUDA_PATCHED") != "1":
                 for dtype in (torch.bfloat16, torch.float16) if device == "cuda" else ():
                     rounded &= rounds_once(LAYER, dtype, device)
-            # Said at once: the next form may crash, or never end.
+            # Printed at once: the next form may crash or hang.
             print(f"smoke test passed: {backend} on {device}, form {form}", flush=True)
     if not rounded:
         sys.exit(ROUNDED_TWICE)

@@ -32,10 +32,10 @@ def test_blocks_divide_the_padding(tokens):
 
 
 def test_a_chunk_fits_the_workspace_and_is_never_empty():
-    for bytes_a_token in (2, 8192, 2 * 14336, 65536, 1 << 30):
-        tokens = configs.tokens_a_chunk(bytes_a_token)
+    for bytes_per_token in (2, 8192, 2 * 14336, 65536, 1 << 30):
+        tokens = configs.tokens_a_chunk(bytes_per_token)
         assert tokens % 128 == 0
-        assert tokens == 128 or tokens * bytes_a_token <= configs.WORKSPACE_BYTES
+        assert tokens == 128 or tokens * bytes_per_token <= configs.WORKSPACE_BYTES
     for width in (0, 1, 4096, 14336, 1 << 28):
         tokens = configs.tokens_a_wide_product(width)
         assert tokens % 128 == 0
@@ -56,7 +56,7 @@ def test_there_is_a_product_config_for_every_gpu(gpu, dtype, tokens):
 @pytest.mark.parametrize("d_in", [1, 63, 64, 1000, 4096, 14336])
 def test_splits_are_joined_until_they_fill_a_block_of_columns(d_in):
     (config,) = configs.transposed_configs(64, torch.float32)[:1]
-    joined = config.splits_a_program(64, d_in)
+    joined = config.splits_per_program(64, d_in)
     assert 64 % joined == 0
     assert joined == 64 or joined * max(1, d_in // 64) >= config.block_c
     assert joined == 1 or joined // 2 * max(1, d_in // 64) < config.block_c

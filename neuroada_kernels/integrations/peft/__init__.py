@@ -1,7 +1,7 @@
 """NeuroAda as a method of Hugging Face PEFT: importing this registers it as ``neuroada``.
 
-``get_peft_model(model, NeuroAdaPeftConfig(k=8))`` then does what it does for LoRA, and what it
-saves loads with ``PeftModel.from_pretrained`` wherever this was imported before.
+``get_peft_model(model, NeuroAdaPeftConfig(k=8))`` then works as it does for LoRA. Saved adapters
+load with ``PeftModel.from_pretrained`` in any process that has imported this.
 """
 
 try:

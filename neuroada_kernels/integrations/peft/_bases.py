@@ -1,4 +1,4 @@
-"""The module that a layer stands round: whether it is a plain linear, its sizes, its weight."""
+"""The base module that a layer wraps: whether it is a plain linear, its sizes, its weight."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ from neuroada_kernels.nn.foreign import has_hooks, has_own_forward
 
 
 def is_plain(module: nn.Module) -> bool:
-    """Whether calling it is ``F.linear`` with its weight and bias, and no more than that."""
+    """Whether calling ``module`` is exactly ``F.linear`` with its weight and bias."""
     return (
         isinstance(module, nn.Linear)
-        and not has_own_forward(module)  # as by accelerate's hooks, which load offloaded weights
+        and not has_own_forward(module)  # e.g. accelerate's, which loads offloaded weights
         and type(weight := module._parameters.get("weight")) is nn.Parameter
         and weight.is_floating_point()
         and not weight.requires_grad
@@ -30,12 +30,12 @@ def features_of(base: nn.Module) -> tuple[int, int]:
     Raises
     ------
     TypeError
-        If it is none.
+        If ``base`` is no such module.
     """
     found: tuple[Any, Any] = (None, None)
     if not isinstance(base, nn.Embedding | nn.MultiheadAttention | nn.modules.conv._ConvNd):
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore", UserWarning)  # "at your own risk": checked below
+            warnings.simplefilter("ignore", UserWarning)  # unsupported type: checked below
             found = _get_in_out_features(base)
     if not all(isinstance(size, int) for size in found):
         raise TypeError(
@@ -46,7 +46,7 @@ def features_of(base: nn.Module) -> tuple[int, int]:
 
 
 def float_weight(base: nn.Module) -> Tensor:
-    """W ``[d_out, d_in]`` of a base that is not quantised, as it lies in memory."""
+    """W ``[d_out, d_in]`` of a base that is not quantised, as a view of its storage."""
     weight = getattr(base, "weight", None)
     if not isinstance(weight, Tensor) or not weight.is_floating_point() or weight.dim() != 2:
         raise TypeError(f"base_layer: {type(base).__name__} has no floating weight [d_out, d_in]")

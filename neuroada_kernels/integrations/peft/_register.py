@@ -1,8 +1,8 @@
-"""The one place that reaches into PEFT: its methods are the members of a closed enum.
+"""Registers the method in PEFT, whose methods are the members of a closed enum.
 
-``register_peft_method`` takes a method of anybody's, as long as ``PeftType`` has a member of its
-name, and there are no entry points. So the enum gets one more member here, and what came of it is
-checked: a PEFT that works otherwise is refused on import, by name, instead of failing later.
+``register_peft_method`` accepts a third-party method only if ``PeftType`` has a member of its name,
+and PEFT has no entry points. So a member is added to the enum here, and every way of looking it up
+is verified: a PEFT that works differently raises on import instead of failing later.
 """
 
 from __future__ import annotations
@@ -19,12 +19,12 @@ PREFIX = "neuroada_"
 
 
 def add_member(kind: type[enum.Enum], name: str) -> None:
-    """Give ``kind``, an enum of strings, the member ``name`` of that very value.
+    """Add the member ``name``, with the value ``name``, to ``kind``, an enum of strings.
 
     Raises
     ------
     TypeError
-        If it is no such enum, or if the new member is not found by every way to look one up.
+        If ``kind`` is no such enum, or if a way of looking up members misses the new one.
     """
     if not (isinstance(kind, enum.EnumMeta) and issubclass(kind, str)):
         raise TypeError(f"{kind.__name__}: expected an enum of strings")
@@ -52,7 +52,7 @@ def register(config: type, model: type) -> None:
     Raises
     ------
     ImportError
-        If this PEFT cannot be taught it, or has a method of that name from elsewhere.
+        If this PEFT cannot be extended, or already has a method of that name.
     """
     try:
         add_member(PeftType, NAME.upper())

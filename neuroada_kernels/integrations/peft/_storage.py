@@ -1,4 +1,4 @@
-"""What an adapted layer holds of each adapter: its delta, its index, and what follows from that."""
+"""What an adapted layer stores per adapter: delta, index, and what is derived from the index."""
 
 from __future__ import annotations
 
@@ -25,10 +25,10 @@ class DeltaDict(nn.ParameterDict):
 
 
 class Connections:
-    """What follows from an adapter's index in a layer: its plan, and what is kept of x.
+    """What is derived from an adapter's index in a layer: its plan, and what is kept of x.
 
-    One of the readers of :class:`Siblings`: adapters of a layer read the same x, and so do those
-    of layers beside it.
+    It is a reader of :class:`Siblings`: adapters of a layer read the same x, and so do those of
+    sibling layers.
     """
 
     def __init__(self, in_features: int, siblings: Siblings) -> None:
@@ -38,20 +38,20 @@ class Connections:
         self.index = torch.empty(0, 1, dtype=torch.int32, device="meta")
         self.plan: Tensor | None = None
         self.held: dict[str, Tensor | None] = {"columns": None, "kept_index": None}
-        self._planned = Planned()  # the index that the plan is of
-        self.reads = False  # x, in a forward that trains
+        self._planned = Planned()  # which index the plan was made for
+        self.reads = False  # whether the adapter is active, and so reads x
 
     @property
     def columns(self) -> Tensor | None:
         return self.held["columns"]
 
     def follow(self, index: Tensor) -> None:
-        """Plan anew where ``index`` is another one, or was written since.
+        """Replan if ``index`` is another tensor, or was written in place since.
 
         Raises
         ------
         TypeError, ValueError
-            If it is not valid.
+            If ``index`` is not valid.
         """
         if self._planned.is_still(index):
             return
@@ -66,13 +66,13 @@ class Connections:
 
     def _plan(self) -> None:
         check_index(self.index, self.in_features)
-        # Made in inference mode, it would be of no use to a later backward.
+        # A plan made in inference mode could not be saved for a later backward.
         with torch.inference_mode(False), torch.no_grad():
             self.plan = make_plan(self.index, self.in_features)
         self._planned = Planned(self.index)
 
     def read(self, reads: bool) -> None:
-        """Have a say in what is kept of x, or no more."""
+        """Join or leave the readers that decide what is kept of x."""
         if reads != self.reads:
             self.reads = reads
             self.join(self.siblings)
@@ -80,7 +80,7 @@ class Connections:
             self.siblings.settle()
 
     def join(self, siblings: Siblings) -> None:
-        """Read what these read; they have to settle afterwards."""
+        """Move to ``siblings``; the caller has to call ``settle`` afterwards."""
         self.siblings.layers.discard(self)
         self.siblings = siblings
         if self.reads:
@@ -93,7 +93,7 @@ class Connections:
             try:
                 self._plan()
             except (TypeError, ValueError):
-                return False  # its own forward says why
+                return False  # its own forward raises the error
         return True
 
     def _keep_columns(self, columns: Tensor | None) -> None:
@@ -109,9 +109,9 @@ class Connections:
 class IndexDict(BufferDict):
     """``index [d_out, k]`` by adapter: persistent buffers, so that they are saved with delta.
 
-    Each has its plan (see :mod:`neuroada_kernels.plan`), made when the index is set, loaded or
-    moved, since a compiled forward cannot; an index that was written in place is noticed by the
-    next forward that is not compiled. So it is with the columns of x that are kept for it.
+    Each has a plan (see :mod:`neuroada_kernels.plan`), made when the index is set, loaded or
+    moved, since a compiled forward cannot make it. The next eager forward replans an index that
+    was written in place. The same holds for the columns of x that are kept for it.
     """
 
     def __init__(self, d_in: int) -> None:
@@ -121,7 +121,7 @@ class IndexDict(BufferDict):
         self._known: dict[str, Connections] = {}
 
     def add(self, adapter: str, index: Tensor, save_activations: str) -> None:
-        """Hold an adapter's index; it keeps of x what ``save_activations`` says."""
+        """Add an adapter's index; ``save_activations`` says what it keeps of x."""
         self[adapter] = index
         self._known[adapter].save_activations = save_activations
 
@@ -130,7 +130,7 @@ class IndexDict(BufferDict):
         return self._known[adapter].save_activations
 
     def plan(self, adapter: str) -> Tensor | None:
-        """The plan of an adapter's index; None where that has no values to be read."""
+        """The plan of an adapter's index; None if the index has no readable values."""
         if not torch.compiler.is_compiling():
             if is_wrapped(self[adapter]):
                 return None
@@ -140,17 +140,17 @@ class IndexDict(BufferDict):
     def keep(
         self, adapter: str, x: Tensor, delta: Tensor, dtype: torch.dtype | None = None
     ) -> functional.Kept | None:
-        """What an adapter keeps of x, see :func:`kept_of`; its index is planned before."""
+        """What an adapter keeps of x, see :func:`kept_of`; its index has to be planned already."""
         known = self._known[adapter]
         return kept_of(x, known.held, delta, known.siblings, dtype)
 
     def activate(self, adapters: Sequence[str]) -> None:
-        """Keep of x what these adapters need, and the others not."""
+        """Keep of x what these adapters need, and nothing for the others."""
         for adapter, known in self._known.items():
             known.read(adapter in adapters)
 
     def join(self, siblings: Siblings) -> None:
-        """Become the layer of one that reads the same x; they have to settle afterwards."""
+        """Move all adapters to ``siblings``; the caller has to call ``settle`` afterwards."""
         self._siblings = siblings
         for known in self._known.values():
             known.join(siblings)
@@ -183,14 +183,14 @@ class IndexDict(BufferDict):
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
         super()._apply(uncast(fn), recurse)
         for adapter in self:
-            with suppress(ValueError):  # after to_empty: values are still to be loaded, see plan
+            with suppress(ValueError):  # after to_empty: values are loaded later, see plan
                 self._update(adapter)
         return self
 
     def _load_from_state_dict(
         self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any
     ) -> None:
-        """Load, once every index that comes in is found to be valid."""
+        """Load, after checking every incoming index."""
         errors: list[str] = args[-1]
         incoming = [name for name in self if prefix + name in state_dict]
         for name in incoming:

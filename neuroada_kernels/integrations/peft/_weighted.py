@@ -20,7 +20,7 @@ def add_weighted(
     weights: Sequence[float],
     adapter_name: str,
 ) -> NeuroAdaPeftConfig:
-    """Put the weighted sum of ``adapters`` into ``layers`` as ``adapter_name``; its config."""
+    """Add the weighted sum of ``adapters`` to ``layers`` by its new name; returns its config."""
     if adapter_name in configs:
         raise ValueError(f"adapter_name: there is an adapter {adapter_name!r} already")
     check_weights(adapters, weights)
@@ -61,7 +61,7 @@ def add_weighted(
 
 
 def _weighted_sum(deltas: Sequence[tuple[Tensor, float]]) -> Tensor:
-    """In float32 at least, rounded once to the dtype of the first."""
+    """The sum in float32 or wider, rounded once to the dtype of the first delta."""
     dtype = deltas[0][0].dtype
     wide = torch.promote_types(dtype, torch.float32)
     total = sum(weight * delta.detach().to(wide) for delta, weight in deltas)

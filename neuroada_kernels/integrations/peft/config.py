@@ -1,4 +1,4 @@
-"""How a model is adapted, as PEFT has it: a config that lies beside the adapter."""
+"""The config of a NeuroAda adapter in PEFT, which saves it beside the adapter."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from peft import PeftConfig, PeftType
 
 from neuroada_kernels.config import ALL_LINEAR, NeuroAdaConfig
 
-#: What of the weight alone decides; scores of one's own go through ``set_connections``.
+#: Selections that need the weight alone; other choices go through ``set_connections``.
 SELECTIONS = ("magnitude", "smallest", "random")
 
 
@@ -17,38 +17,38 @@ SELECTIONS = ("magnitude", "smallest", "random")
 class NeuroAdaPeftConfig(PeftConfig):
     """The config of a ``neuroada`` adapter.
 
-    Its fields are those of :class:`neuroada_kernels.NeuroAdaConfig`, with the same meaning, but
-    for two. ``strategy`` is ``"bypass"``: the base's weights serve several adapters. There is no
-    ``siblings``: those are the layers of :data:`neuroada_kernels.siblings.KNOWN` names.
+    Its fields are those of :class:`neuroada_kernels.NeuroAdaConfig`, with the same meaning, except
+    two. ``strategy`` is always ``"bypass"``, since the base's weights serve several adapters. There
+    is no ``siblings``: layers are siblings by :data:`neuroada_kernels.siblings.KNOWN` names.
 
     Parameters
     ----------
     k : int
-        Connections a neuron.
+        Connections per neuron.
     target_modules : str or sequence of str
         Names, their last parts, a regular expression, or ``"all-linear"``.
     exclude_modules : str or sequence of str, optional
-        Names, last parts or a regular expression, of what is left out.
+        Names, last parts or a regular expression of modules to leave out.
     selection : str
         ``"magnitude"``, ``"smallest"`` or ``"random"``; others by :func:`set_connections`.
     neuron_fraction : float
         Share of the neurons of each module that get bypasses, in (0, 1].
     bias : str
-        ``"none"``, or ``"all"``: every bias of the model trains, and is saved, too.
+        ``"none"``, or ``"all"``: every bias of the model also trains and is saved.
     delta_dtype : str
         Dtype of the deltas, whatever the model's; neither ``autocast_adapter_dtype`` nor
         ``model.half()`` changes it.
     save_activations : str
         ``"auto"``, ``"full"`` or ``"compact"``: what is kept of x for the backward, decided by all
-        adapters that are active in the layers that read the same x.
+        active adapters of the layers that read the same x.
     layers : int or sequence of int, optional
-        Numbers of the layers to adapt, a module's being the first number in its name.
+        Numbers of the layers to adapt; a module's is the first number in its name.
     seed : int
-        For what is random; each module's choice depends on it and on the module's name alone.
+        Seed of random choices; each module's choice depends on it and on the module's name alone.
     k_pattern : dict of str to int
         Another ``k`` for some modules, by name, last part or regular expression.
     modules_to_save : list of str, optional
-        Modules that train as a whole, and are saved: a new head.
+        Modules that train in full and are saved, such as a new head.
 
     Raises
     ------
@@ -86,7 +86,7 @@ class NeuroAdaPeftConfig(PeftConfig):
 
     @property
     def neuroada(self) -> NeuroAdaConfig:
-        """The same as the package's own config, checked anew, since PEFT sets fields later."""
+        """These fields as the package's own config, checked anew, since PEFT sets fields later."""
         return NeuroAdaConfig(
             k=self.k,
             target_modules=self.target_modules,
@@ -102,7 +102,7 @@ class NeuroAdaPeftConfig(PeftConfig):
         )
 
     def to_dict(self) -> dict[str, Any]:
-        """As JSON has it, sets in order, so that equal configs are equal files."""
+        """The fields for JSON; sets are sorted, so that equal configs give equal files."""
         return {
             name: sorted(value) if isinstance(value, set) else value
             for name, value in super().to_dict().items()

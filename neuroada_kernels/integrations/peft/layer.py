@@ -1,4 +1,4 @@
-"""A linear of anybody's with the bypasses of any number of adapters beside it."""
+"""A linear of any library with the bypasses of any number of adapters beside it."""
 
 from __future__ import annotations
 
@@ -21,14 +21,14 @@ from neuroada_kernels.selection import select
 
 
 class NeuroAdaPeftLayer(BaseTunerLayer):
-    """What PEFT asks of a layer: adapters that are added, moved, merged and deleted by name.
+    """PEFT's layer interface: adapters that are added, moved, merged and deleted by name.
 
     Attributes
     ----------
     neuroada_delta : DeltaDict
-        By adapter a parameter ``[d_out, k]``, of the config's ``delta_dtype``.
+        Adapter to its parameter ``[d_out, k]``, of the config's ``delta_dtype``.
     neuroada_index : IndexDict
-        By adapter a persistent buffer, int32 ``[d_out, k]``; -1 in a slot without a connection.
+        Adapter to its persistent buffer, int32 ``[d_out, k]``; -1 in a slot without a connection.
     """
 
     adapter_layer_names = ("neuroada_delta",)
@@ -48,14 +48,14 @@ class NeuroAdaPeftLayer(BaseTunerLayer):
         self.neuroada_index = IndexDict(self.in_features)
         self._disable_adapters = False
         self.merged_adapters: list[str] = []
-        # Of each merged adapter, in their order: its index, and the values that W had there.
+        # Per merged adapter, in merge order: its index, and the values that W had there.
         self._originals: list[tuple[Tensor, Tensor]] = []
 
     def update_layer(self, adapter_name: str, config: NeuroAdaPeftConfig, key: str) -> None:
         """Add an adapter: a delta of zeros at the connections that ``config`` chooses.
 
-        Where only loading can follow (``inference_mode``, or ``low_cpu_mem_usage``), nothing is
-        chosen: the adapter has no connections until it is loaded.
+        With ``inference_mode`` or ``low_cpu_mem_usage`` the adapter is loaded next, so nothing is
+        chosen: it has no connections until it is loaded.
         """
         settings = config.neuroada
         shape = (self.out_features, settings.k_of(key))
@@ -80,18 +80,18 @@ class NeuroAdaPeftLayer(BaseTunerLayer):
         self.set_adapter(self.active_adapters, inference_mode=config.inference_mode)
 
     def set_adapter(self, adapter_names: str | list[str], inference_mode: bool = False) -> None:
-        """As PEFT has it; what is kept of x is settled anew, for those that are active."""
+        """PEFT's ``set_adapter``; what is kept of x is then decided for the active adapters."""
         super().set_adapter(adapter_names, inference_mode)
         self.neuroada_index.activate(self.active_adapters)
 
     def join(self, siblings: Siblings) -> None:
-        """Become one of the layers that read the same x; they have to settle afterwards."""
+        """Join the layers that read the same x; the caller has to call ``settle`` afterwards."""
         self.neuroada_index.join(siblings)
 
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
-        """Add deltas into the chosen entries of the base's weight; what these were is kept.
+        """Add deltas to the chosen entries of the base's weight; the old entries are kept.
 
-        Where it raises, no adapter counts as merged that did not before.
+        If it raises, no further adapter counts as merged.
 
         Parameters
         ----------
@@ -105,7 +105,7 @@ class NeuroAdaPeftLayer(BaseTunerLayer):
         ValueError
             With ``safe_merge``, where an entry would be NaN or infinite.
         TypeError
-            If the base's weight cannot be written: it is quantised by a method without a way back.
+            If the base's weight cannot be written: its quantisation does not support merging.
         """
         names = check_adapters_to_merge(self, adapter_names)
         names = [name for name in names if name in self.neuroada_delta]
@@ -115,16 +115,16 @@ class NeuroAdaPeftLayer(BaseTunerLayer):
             self.check_merge(names)
         weight, before = self._writable_weight(), len(self.merged_adapters)
         try:
-            self._fold(weight, names)
+            self._merge_into_weight(weight, names)
             self._write_back(weight)
         except BaseException:
-            self._unfold(weight, before)
+            self._restore_weight(weight, before)
             raise
 
     def unmerge(self) -> None:
-        """Give the base's weight the entries back that it had, bit for bit.
+        """Restore the original entries of the base's weight, bit for bit.
 
-        A quantised weight is quantised anew instead, which rounds as merging did.
+        A quantised weight is quantised again instead, which rounds as merging did.
         """
         if not self.merged:
             warnings.warn("Already unmerged. Nothing to do.", stacklevel=2)
@@ -142,7 +142,7 @@ class NeuroAdaPeftLayer(BaseTunerLayer):
         weight = offloaded.rows(slice(None)).clone() if offloaded else self._writable_weight()
         try:
             for name in names:
-                self._fold(weight, [name])
+                self._merge_into_weight(weight, [name])
                 entries = ops.gather(weight, self.neuroada_index[name])
                 if not bool(entries.isfinite().all()):
                     raise ValueError(
@@ -150,22 +150,22 @@ class NeuroAdaPeftLayer(BaseTunerLayer):
                         "broken"
                     )
         finally:
-            self._unfold(weight, before)
+            self._restore_weight(weight, before)
 
-    def _fold(self, weight: Tensor, names: list[str]) -> None:
+    def _merge_into_weight(self, weight: Tensor, names: list[str]) -> None:
         for name in names:
             index: Tensor = self.neuroada_index[name].clone()
             original = ops.merge_(weight, index, self.neuroada_delta[name].detach())
             self._originals.append((index, original))
             self.merged_adapters.append(name)
 
-    def _unfold(self, weight: Tensor, count: int) -> None:
+    def _restore_weight(self, weight: Tensor, count: int) -> None:
         """Undo all but the first ``count`` merges."""
         self._restore(weight, count)
         self._forget(count)
 
     def _restore(self, weight: Tensor, count: int) -> None:
-        """Write what all but the first ``count`` merges changed, the last one first."""
+        """Restore what all but the first ``count`` merges changed, the last one first."""
         for index, original in reversed(self._originals[count:]):
             ops.unmerge_(weight, index.to(weight.device), original.to(weight))
 
@@ -173,7 +173,7 @@ class NeuroAdaPeftLayer(BaseTunerLayer):
         del self._originals[count:], self.merged_adapters[count:]
 
     def _writable_weight(self) -> Tensor:
-        """W ``[d_out, d_in]``: the base's own storage, or a copy where that is quantised."""
+        """W ``[d_out, d_in]``: the base's own storage, or a dequantised copy of a quantised one."""
         backend = self.quantization_backend
         if backend is not None:
             if not backend.supports_merge:
@@ -203,7 +203,7 @@ class NeuroAdaPeftLayer(BaseTunerLayer):
         return float_weight(base) if backend is None else backend.get_base_weight(base)
 
     def _offloaded(self) -> OffloadedWeight | None:
-        """The base's weight, where accelerate has it elsewhere; PEFT brings it for merging."""
+        """The base's weight if accelerate has offloaded it; PEFT itself loads it for merging."""
         base = self.get_base_layer()
         return None if offloading_hook(base) is None else OffloadedWeight(base)
 
@@ -219,7 +219,7 @@ class NeuroAdaPeftLayer(BaseTunerLayer):
     def _move_adapter_to_device_of_base_layer(
         self, adapter_name: str, device: torch.device | None = None
     ) -> None:
-        """Move an adapter that was loaded; PEFT would cast delta to the base's dtype as well."""
+        """Move a loaded adapter; PEFT's own method would also cast delta to the base's dtype."""
         if adapter_name not in self.neuroada_delta:
             return
         device = self._base_device() if device is None else device
@@ -233,11 +233,11 @@ class NeuroAdaPeftLayer(BaseTunerLayer):
 
 
 class NeuroAdaPeftLinear(nn.Module, NeuroAdaPeftLayer):
-    """The layer that stands where the linear stood.
+    """The layer that replaces a linear.
 
     ``y[t, j] = base(x)[t, j] + sum over active adapters, s of delta[j, s] x[t, index[j, s]]``.
-    Beside a plain ``nn.Linear`` the first adapter and the product are one call; nothing of the
-    weight's size is built, neither forward nor backward.
+    Over a plain ``nn.Linear`` the GEMM and the first adapter are one fused call. Neither forward
+    nor backward allocates a tensor of the weight's size.
     """
 
     def __init__(
@@ -268,7 +268,7 @@ class NeuroAdaPeftLinear(nn.Module, NeuroAdaPeftLayer):
         Raises
         ------
         ValueError
-            If ``adapter_names`` is not one name a row, or comes while adapters are merged.
+            If ``adapter_names`` is not one name per row, or is given while adapters are merged.
         """
         if self.disable_adapters:
             if self.merged:
@@ -333,12 +333,12 @@ class NeuroAdaPeftLinear(nn.Module, NeuroAdaPeftLayer):
 def check_choosable(
     name: str, base: nn.Module, config: NeuroAdaPeftConfig, **quantization: Any
 ) -> None:
-    """Raise where connections go by a weight that is quantised without a way back.
+    """Raise if connections are to be chosen by a quantised weight that cannot be read.
 
     Raises
     ------
     ValueError
-        With the name of the module.
+        In that case, with the name of the module.
     """
     backend = resolve_quantization_backend(base, **quantization)
     by_value = config.selection != "random" and not config.inference_mode
@@ -351,6 +351,6 @@ def check_choosable(
 
 
 def _new_is_meta() -> bool:
-    """Whether new parameters come to lie on the meta device, as under ``low_cpu_mem_usage``."""
+    """Whether new parameters are made on the meta device, as under ``low_cpu_mem_usage``."""
     probe: Tensor = nn.Linear(1, 1, bias=False).weight
     return probe.is_meta

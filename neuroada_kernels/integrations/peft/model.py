@@ -1,4 +1,4 @@
-"""The tuner: which modules get a layer, adapters by row of a batch, and what is checked first."""
+"""The tuner: which modules get a layer, adapters per row of a batch, and what is checked first."""
 
 from __future__ import annotations
 
@@ -35,22 +35,22 @@ from neuroada_kernels.plan import check_index, check_index_form
 from neuroada_kernels.siblings import link
 from neuroada_kernels.targets import check_k_pattern, check_parent, in_layers, layer_number
 
-_ROOT = "base_model.model."  # what PeftModel puts before the names of the model's own modules
+_ROOT = "base_model.model."  # PeftModel's prefix to the names of the model's modules
 
 
 class NeuroAdaModel(BaseTuner):
-    """A model with ``neuroada`` adapters; ``peft.get_peft_model`` makes it.
+    """A model with ``neuroada`` adapters, made by ``peft.get_peft_model``.
 
     Parameters
     ----------
     model : nn.Module
         The model; modules that the config targets are wrapped in place.
     config : NeuroAdaPeftConfig
-        Or a dict of configs by adapter.
+        The adapter's config, or a dict of configs by adapter.
     adapter_name : str
         Name of the adapter.
     low_cpu_mem_usage : bool
-        Leave the adapter on the meta device, to be loaded.
+        Make the adapter on the meta device, to be loaded later.
     """
 
     prefix = PREFIX
@@ -66,7 +66,7 @@ class NeuroAdaModel(BaseTuner):
         return layer_number(key) in ({layers} if isinstance(layers, int) else layers)
 
     def _prepare_model(self, peft_config: NeuroAdaPeftConfig, model: nn.Module) -> None:
-        """Refuse what cannot be adapted, before PEFT has changed anything."""
+        """Reject what cannot be adapted, before PEFT changes anything."""
         named = dict(model.named_modules())
         _expand_all_linear(peft_config, model, named)
         settings = peft_config.neuroada
@@ -93,11 +93,11 @@ class NeuroAdaModel(BaseTuner):
             check_k_pattern(settings, targets)
         if not peft_config.inference_mode:
             _check_unpacked(named)
-        for module in named.values():  # those, too, through which only a gradient passes
+        for module in named.values():  # also where only a gradient passes through
             keep_packing(module)
 
     def inject_adapter(self, model: nn.Module, *args: Any, **kwargs: Any) -> None:
-        """As PEFT has it; then the layers that read the same x keep it, or of it, once."""
+        """PEFT's ``inject_adapter``; then links layers that read the same x to keep it once."""
         super().inject_adapter(model, *args, **kwargs)
         link(adapted_layers(model))
 
@@ -118,29 +118,29 @@ class NeuroAdaModel(BaseTuner):
             target, adapter_name, peft_config, current_key, **get_quantization_kwargs(self.model)
         )
         if adapter_name not in self.active_adapters:
-            layer.requires_grad_(False)  # one that is added later does not train by itself
+            layer.requires_grad_(False)  # an adapter added later stays frozen until it is set
         self._replace_module(parent, target_name, layer, target)
 
     def _replace_module(
         self, parent: nn.Module, child_name: str, new_module: nn.Module, child: nn.Module
     ) -> None:
-        setattr(parent, child_name, new_module)  # whose tensors lie where they should
+        setattr(parent, child_name, new_module)  # no move: its tensors are on their device already
 
     def _cast_adapter_dtype(self, adapter_name: str, autocast_adapter_dtype: bool = True) -> None:
-        """Nothing: the config chooses delta's dtype, float32 if it says nothing."""
+        """Does nothing: the config sets delta's dtype, by default float32."""
 
     def merge_adapter(
         self, adapter_names: list[str] | None = None, safe_merge: bool = False
     ) -> None:
-        """As PEFT has it; with ``safe_merge``, one bad layer leaves all of them as they were."""
+        """PEFT's ``merge_adapter``; with ``safe_merge``, an error leaves all layers unchanged."""
         if safe_merge:
             self._check_merge(adapter_names)
         super().merge_adapter(adapter_names=adapter_names, safe_merge=safe_merge)
 
     def unmerge_adapter(self) -> None:
-        """As PEFT has it, the last layer first: weights that two share unwind as they merged."""
+        """PEFT's ``unmerge_adapter``, last layer first, since two layers may share a weight."""
         for module in reversed(list(self.model.modules())):
-            if isinstance(module, BaseTunerLayer):  # of another method, too, as merging does
+            if isinstance(module, BaseTunerLayer):  # of any method, as in merging
                 with onload_layer(module):
                     module.unmerge()
 
@@ -172,25 +172,25 @@ class NeuroAdaModel(BaseTuner):
         adapter_name: str,
         combination_type: str = "linear",
     ) -> None:
-        """Add the adapter whose deltas are the weighted sum of those of others.
+        """Add an adapter whose deltas are the weighted sum of other adapters' deltas.
 
         Parameters
         ----------
         adapters : sequence of str
-            Adapters that chose the same connections, as adapters of one base and one ``k`` do
-            that chose by magnitude.
+            Adapters with the same connections, such as those of one base with one ``k``,
+            selected by magnitude.
         weights : sequence of float
-            One for each, of any sign.
+            One weight per adapter, of any sign.
         adapter_name : str
-            The new adapter, which is not active and does not train.
+            Name of the new adapter, which is inactive and does not train.
         combination_type : str
-            ``"linear"``.
+            Must be ``"linear"``.
 
         Raises
         ------
         ValueError
-            If an adapter does not exist, or chose other connections than another one; if there is
-            one of the new name; or if an adapter has trained biases or ``modules_to_save``.
+            If an adapter does not exist; if the adapters have different connections; if the new
+            name is taken; or if an adapter has trained biases or ``modules_to_save``.
         """
         if combination_type != "linear":
             raise ValueError(f"combination_type: {combination_type!r}, expected 'linear'")
@@ -201,7 +201,7 @@ class NeuroAdaModel(BaseTuner):
 
     @contextmanager
     def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> Iterator[None]:
-        """While the block runs, layers get the ``adapter_names`` that the model was called with."""
+        """Within the block, layers receive the ``adapter_names`` that the model was called with."""
         names = kwargs.get("adapter_names")
         if names is None:
             yield
@@ -209,7 +209,7 @@ class NeuroAdaModel(BaseTuner):
         self._check_adapter_names(names)
         beams = kwargs.get("num_beams")
         repeated = names
-        if isinstance(beams, int) and beams > 1:  # each row stands there once for every beam
+        if isinstance(beams, int) and beams > 1:  # each row is repeated for every beam
             repeated = [name for name in names for _ in range(beams)]
         encoder = _encoder_of(self.model)
         encoded = set() if encoder is None else set(encoder.modules())
@@ -236,7 +236,7 @@ class NeuroAdaModel(BaseTuner):
     def _remap_adapter_state_dict_for_load(
         cls, model: nn.Module, config: Any, adapter_name: str, state_dict: dict[str, Tensor]
     ) -> dict[str, Tensor]:
-        """As PEFT has it, once every delta is found to come with its index."""
+        """PEFT's remapping, after checking that every delta comes with its index."""
         for key in state_dict:
             if key.endswith(".neuroada_delta"):
                 index = key.removesuffix("delta") + "index"
@@ -251,7 +251,7 @@ class NeuroAdaModel(BaseTuner):
 def _expand_all_linear(
     config: NeuroAdaPeftConfig, model: nn.Module, named: Mapping[str, nn.Module]
 ) -> None:
-    """As PEFT does it, but for the insides of modules that another adapter trains as a whole."""
+    """PEFT's expansion, except inside modules that another adapter trains in full."""
     if config.target_modules == ALL_LINEAR:
         _maybe_include_all_linear_layers(config, model)
         whole = tuple(f"{n}." for n, m in named.items() if isinstance(m, AuxiliaryTrainingWrapper))
@@ -260,7 +260,7 @@ def _expand_all_linear(
 
 
 def _check_unpacked(named: Mapping[str, nn.Module]) -> None:
-    """Refuse to train with weights that give x no gradient any more."""
+    """Raise for weights that no longer give x a gradient."""
     for name, module in named.items():
         state = getattr(getattr(module, "weight", None), "quant_state", None)
         if is_of(module, "bitsandbytes", "Linear4bit") and getattr(
@@ -284,7 +284,7 @@ def adapted_layers(model: nn.Module) -> dict[str, NeuroAdaPeftLayer]:
 def set_connections(
     model: nn.Module, connections: Mapping[str, Tensor], adapter_name: str = "default"
 ) -> None:
-    """Give layers of an adapter connections of one's own choice, and deltas of zero.
+    """Set the connections of an adapter's layers to given ones, and their deltas to zero.
 
     Parameters
     ----------
@@ -294,7 +294,7 @@ def set_connections(
         Module name, as in the base model, to an index as ``neuroada_kernels.select`` returns it:
         int32 ``[d_out, k]``, with the config's ``k``.
     adapter_name : str
-        Which adapter.
+        The adapter.
 
     Raises
     ------
@@ -338,7 +338,7 @@ def _put_names(module: nn.Module, args: Any, kwargs: dict[str, Any], names: Sequ
 
 
 def _encoder_of(model: nn.Module) -> nn.Module | None:
-    """The encoder of an encoder-decoder, which sees each row once, whatever the beams."""
+    """The encoder of an encoder-decoder, whose rows are not repeated for beams."""
     find = getattr(model, "get_encoder", None)
     encoder = find() if callable(find) else None
     return None if encoder is model or not isinstance(encoder, nn.Module) else encoder
