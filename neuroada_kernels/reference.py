@@ -14,7 +14,8 @@ from torch import Tensor
 from neuroada_kernels._dtypes import accumulated_in
 
 
-def _without_autocast(device_type: str) -> AbstractContextManager[object]:
+def without_autocast(device_type: str) -> AbstractContextManager[object]:
+    """A block that computes in the operands' dtypes, whatever surrounds it."""
     has_autocast = torch.amp.is_autocast_available(device_type)
     return torch.autocast(device_type, enabled=False) if has_autocast else nullcontext()
 
@@ -62,7 +63,7 @@ def neuroada_linear(
         Shape ``[..., d_out]``, dtype of ``x``.
     """
     dtype = accumulated_in(x.dtype)
-    with _without_autocast(x.device.type):  # which would round the GEMM to 16 bits
+    with without_autocast(x.device.type):  # which would round the GEMM to 16 bits
         y = x.to(dtype) @ weight.to(dtype).t() + bypass(x, index, delta)
     if bias is not None:
         y = y + bias.to(dtype)

@@ -22,6 +22,7 @@ from neuroada_kernels.nn._planned import PlannedLayer
 from neuroada_kernels.nn._weight import BaseWeight
 from neuroada_kernels.nn.foreign import MODULE, base_weight
 from neuroada_kernels.plan import check_index_form
+from neuroada_kernels.reference import without_autocast
 from neuroada_kernels.selection import row_blocks
 
 
@@ -277,17 +278,19 @@ def _multiplies(base: nn.Module, matrix: Tensor) -> bool:
     True without a test if the base cannot be called with x alone.
     """
     draw = torch.randn(2, matrix.shape[1], generator=torch.Generator().manual_seed(0))
-    x = torch.stack([draw, torch.zeros_like(draw)]).to(matrix.device, matrix.dtype)
-    training = base.training
+    x = torch.cat([draw, torch.zeros_like(draw)]).to(matrix.device, matrix.dtype)
+    modes = [(module, module.training) for module in base.modules()]
     base.eval()  # no dropout
     try:
-        y = base(x)
-        found = (y[0] - y[1]).float()
+        with without_autocast(matrix.device.type):
+            y = base(x)
+            expected = F.linear(x[:2], matrix).float()
+        found = (y[:2] - y[2:]).float()
     except (TypeError, ValueError, IndexError, RuntimeError):
         return True
     finally:
-        base.train(training)
-    expected = F.linear(x[0], matrix).float()
+        for module, training in modes:
+            module.training = training
     return bool((found - expected).norm() <= torch.finfo(matrix.dtype).eps ** 0.5 * expected.norm())
 
 

@@ -200,11 +200,20 @@ class Guided(foreign.Scaled):
 
 def test_a_base_that_does_something_else_with_its_weight_is_not_merged():
     layer = wrap(Halved(D_IN, foreign.D_OUT).train())
+    layer.base.part = torch.nn.Dropout().eval()
     before = state_of(layer)
     with pytest.raises(ValueError, match="base: Halved does not compute x W"):
         layer.merge()
     assert_state(layer, before)
     assert layer.base.training
+    assert not layer.base.part.training
+
+
+def test_a_plain_base_is_merged_under_autocast_as_well():
+    layer = wrap(foreign.Scaled(D_IN, foreign.D_OUT))
+    with torch.autocast("cpu", torch.bfloat16):
+        layer.merge()
+    assert layer.merged
 
 
 def test_a_base_that_takes_more_than_x_is_believed():
