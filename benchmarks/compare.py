@@ -1,9 +1,9 @@
 """The command ``neuroada bench compare OLD.json NEW.json``: is the second file slower?
 
 Rows with samples are compared by their key: candidate, case and dtype of the linear suite, a method
-of the model suite. Every round's time is first divided by the yardstick's in the same round
+of the model suite. Every round's time is first divided by the baseline's in the same round
 (the frozen linear or model; through Trainer, full fine-tuning), so that drift of the machine
-between the files cancels; the yardstick's own time shows the drift and is not judged. Rounds of two
+between the files cancels; the baseline's own time shows the drift and is not judged. Rounds of two
 files are not paired: a ratio is the median over all pairs of one round of each, its spread their
 quartiles.
 """
@@ -31,8 +31,8 @@ from neuroada_kernels.benchmarks.timing import Quartiles, paired_ratio
 MACHINE = ("device", "cpu", "gpu", "threads", "environment")
 #: Settings that have to be equal for rows of one key to be of the same work.
 WORK = ("sizes", "sequence", "batch", "dtype", "k")
-#: The yardstick of a suite, if it is not the frozen model.
-_YARDSTICKS = {"peers-training": "full"}
+#: The baseline of a suite, if it is not the frozen model.
+_BASELINES = {"peers-training": "full"}
 _FROZEN = "frozen"
 
 
@@ -45,7 +45,7 @@ class Change:
     """New over old; above 1 is slower."""
 
     key: str
-    old: float  # medians: relative to the yardstick, or else ms
+    old: float  # medians: relative to the baseline, or else ms
     new: float
     ratio: Quartiles
     judged: bool = True
@@ -72,9 +72,9 @@ def compare(
     if differing and not anyway:
         raise CompareError(f"{'; '.join(differing)}; --anyway compares all the same")
     before, after = _samples(old), _samples(new)
-    yardstick = _yardstick(old)
+    baseline = _baseline(old)
     changes = [
-        _change(key, *_alike(before[key], after[key]), judged=_method(key) != yardstick)
+        _change(key, *_alike(before[key], after[key]), judged=_method(key) != baseline)
         for key in before
         if key in after
     ]
@@ -113,21 +113,21 @@ def _differing(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
 
 @dataclass(frozen=True)
 class _Samples:
-    """Milliseconds of each round, and the yardstick's if they are known."""
+    """Milliseconds of each round, and the baseline's if they are known."""
 
     own: Sequence[float]
-    yardstick: Sequence[float]
+    baseline: Sequence[float]
 
     @property
     def relative(self) -> list[float] | None:
-        if len(self.yardstick) != len(self.own):
+        if len(self.baseline) != len(self.own):
             return None
-        return [time / least for time, least in zip(self.own, self.yardstick, strict=True)]
+        return [time / least for time, least in zip(self.own, self.baseline, strict=True)]
 
 
 def _samples(document: Mapping[str, Any]) -> dict[str, _Samples]:
-    """Samples by key; rows of the yardstick itself have no yardstick."""
-    name = _yardstick(document)
+    """Samples by key; rows of the baseline itself have no baseline."""
+    name = _baseline(document)
     rows = {row["key"]: row for row in document["results"]}
     times = {key: _milliseconds(row) for key, row in rows.items()}
     if document["kind"] == KIND:
@@ -143,14 +143,14 @@ def _samples(document: Mapping[str, Any]) -> dict[str, _Samples]:
 
 
 def _alike(old: _Samples, new: _Samples) -> tuple[Sequence[float], Sequence[float]]:
-    """Both relative to the yardstick if known for both, or else both in milliseconds."""
+    """Both relative to the baseline if known for both, or else both in milliseconds."""
     if old.relative is not None and new.relative is not None:
         return old.relative, new.relative
     return old.own, new.own
 
 
-def _yardstick(document: Mapping[str, Any]) -> str:
-    return _YARDSTICKS.get(document["kind"], _FROZEN)
+def _baseline(document: Mapping[str, Any]) -> str:
+    return _BASELINES.get(document["kind"], _FROZEN)
 
 
 def _method(key: str) -> str:

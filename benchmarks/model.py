@@ -50,7 +50,7 @@ from neuroada_kernels.benchmarks.training_step import (
 )
 
 KIND = "model"
-YARDSTICK = "frozen"
+BASELINE = "frozen"
 #: The world's defaults; `--quick` is for a CPU.
 FULL = World(Sizes(1024, 3584, 4, 8, 2, 4096), 512, 1, 8, torch.float32)
 QUICK = World(Sizes(256, 896, 2, 4, 1, 1024), 256, 1, 8, torch.float32)
@@ -119,12 +119,12 @@ class Suite:
                 self._measure(mode, prepared)
 
     def _groups(self, missing: list[str]) -> list[list[str]]:
-        """Methods that run interleaved, each group with the yardstick; single ones on a GPU."""
+        """Methods that run interleaved, each group with the baseline; single ones on a GPU."""
         if self.world.device != "cpu":
             return [[method] for method in missing]
-        others = [method for method in missing if method != YARDSTICK]
+        others = [method for method in missing if method != BASELINE]
         starts = range(0, max(1, len(others)), TOGETHER)
-        return [[YARDSTICK, *others[start : start + TOGETHER]] for start in starts]
+        return [[BASELINE, *others[start : start + TOGETHER]] for start in starts]
 
     def _prepare(self, mode: str, group: list[str], known: References) -> dict[str, Prepared]:
         prepared = {}
@@ -159,7 +159,7 @@ class Suite:
         for method, found in prepared.items():
             row = {
                 **_about(mode, method),
-                **self._times(mode, samples[method], samples.get(YARDSTICK)),
+                **self._times(mode, samples[method], samples.get(BASELINE)),
                 "trainable": found.trainable,
                 "held_bytes": found.held_bytes,
                 "step_bytes": beside[method],
@@ -171,7 +171,7 @@ class Suite:
             self._add(row)
 
     def _times(self, mode: str, samples: list[float], beside: list[float] | None) -> Row:
-        """``beside``: the yardstick's samples of the same rounds, if it ran in them."""
+        """``beside``: the baseline's samples of the same rounds, if it ran in them."""
         frozen = beside or self._before(mode, len(samples))
         step = Quartiles.of(samples)
         return {
@@ -184,8 +184,8 @@ class Suite:
         }
 
     def _before(self, mode: str, rounds: int) -> list[float] | None:
-        """The yardstick's stored median, ``rounds`` times; None if it was not measured."""
-        row = self.records.rows.get(f"{mode}/{YARDSTICK}", {})
+        """The baseline's stored median, ``rounds`` times; None if it was not measured."""
+        row = self.records.rows.get(f"{mode}/{BASELINE}", {})
         return [row["step_ms"]["median"]] * rounds if "step_ms" in row else None
 
     def _skip(self, mode: str, method: str, reason: str) -> None:
@@ -193,7 +193,7 @@ class Suite:
 
     def _add(self, row: Row) -> None:
         key = f"{row['mode']}/{row['method']}"
-        if key in self.keys:  # the yardstick also runs when not requested
+        if key in self.keys:  # the baseline also runs when not requested
             self.records.once(key, lambda: row)
 
     def _say(self, mode: str, doing: str) -> None:

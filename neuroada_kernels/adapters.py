@@ -30,7 +30,7 @@ from neuroada_kernels.adapter_match import (
     plain_name,
     some,
 )
-from neuroada_kernels.adding import put_in
+from neuroada_kernels.adding import insert_adapter
 from neuroada_kernels.config import NeuroAdaConfig
 from neuroada_kernels.model import (
     AdaptSummary,
@@ -206,7 +206,7 @@ def load_adapter(
     siblings = siblings_of(model)
     if active and config is not None:
         siblings = config.siblings
-    put_in(model, adapter_name, new, added, active=active, siblings=siblings)
+    insert_adapter(model, adapter_name, new, added, active=active, siblings=siblings)
     if active:
         keep_config(model, config)
     if not active or configs_of(model):

@@ -160,7 +160,7 @@ def add_adapter(
                 new[module] = chosen_layer(module, choice, config, layer_type)
                 if any(part.deferred for part in parts_of(new[module])):
                     raise ValueError("weight: is on the meta device, expected values")
-    put_in(model, adapter_name, new, added, active=False, siblings=siblings_of(model))
+    insert_adapter(model, adapter_name, new, added, active=False, siblings=siblings_of(model))
     keep_config_of(model, adapter_name, config)
     return AdaptSummary.of(model, with_stacks(model, targets), adapter_name)
 
@@ -207,11 +207,11 @@ def add_weighted_adapter(
         found = [(layer.holder_of(n), w) for n, w in weight_of if n in layer.adapter_names]
         if found:
             sums[layer] = weighted_sum([Weighted(h.index, h.delta, w) for h, w in found])
-    put_in(model, adapter_name, {}, sums, active=False, siblings=None)
+    insert_adapter(model, adapter_name, {}, sums, active=False, siblings=None)
     keep_config_of(model, adapter_name, None)
 
 
-def put_in(
+def insert_adapter(
     model: nn.Module,
     adapter: str,
     new: Mapping[nn.Module, NamedLayer | NeuroAdaExperts],

@@ -125,7 +125,7 @@ def _header(sections: Sequence[tuple[Source, Section]]) -> str:
     files = f"{len(sections)} results file{'s' * (len(sections) > 1)}"
     return f"""<header><h1>NeuroAda kernels, measured</h1>
 <p class="lead">{files} of <code>neuroada bench</code>, from {escape(_listed(machines))}. Frozen is
-the yardstick throughout: the same model, of which nothing trains.</p></header>"""
+the baseline throughout: the same model, of which nothing trains.</p></header>"""
 
 
 def _listed(names: Sequence[str]) -> str:

@@ -25,8 +25,8 @@ from neuroada_kernels.demo import data
 from neuroada_kernels.demo.training import Schedule, train
 from neuroada_kernels.testing.tolerances import rms_error
 
-#: All times are ratios to it: the frozen model, the yardstick elsewhere, has nothing to train.
-YARDSTICK = "full"
+#: All times are ratios to it: the frozen model, the baseline elsewhere, has nothing to train.
+BASELINE = "full"
 
 
 @dataclass(frozen=True)
@@ -164,7 +164,7 @@ class Peers:
         again.
         """
         rate = min(self.budget.rates)
-        models = {name: self._adapted(name)[0] for name in dict.fromkeys((YARDSTICK, method))}
+        models = {name: self._adapted(name)[0] for name in dict.fromkeys((BASELINE, method))}
         samples: dict[str, list[float]] = {name: [] for name in models}
         for _ in range(self.budget.rounds):
             for name, model in models.items():
@@ -175,9 +175,9 @@ class Peers:
         return {
             "step_ms": asdict(step),
             "samples_ms": samples[method],
-            "full_samples_ms": samples[YARDSTICK],
+            "full_samples_ms": samples[BASELINE],
             "tokens_per_second": tokens / step.median * 1e3,
-            "ratio_to_full": asdict(paired_ratio(samples[method], samples[YARDSTICK])),
+            "ratio_to_full": asdict(paired_ratio(samples[method], samples[BASELINE])),
         }
 
     def _round_trip(self, method: str, model: nn.Module) -> tuple[dict[str, int], float]:
