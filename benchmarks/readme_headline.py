@@ -24,16 +24,21 @@ RESIDENT = "resident"
 
 def table(*sources: Source) -> str:
     """A row for each file; for a GPU the linears of a Llama-3-8B block, summed."""
-    rows = [_of_gpu(s) if s.sessions[-1].get("gpu") else _of_cpu(s) for s in sources]
+    rows = [row for s in sources if (row := _row(s)) is not None]
     content: str = Table("What is left to pay", ("", *DTYPES), rows, words=3).markdown()
     return content
+
+
+def _row(source: Source) -> list[str] | None:
+    """None if the file lacks measurements that the row needs."""
+    return _of_gpu(source) if source.sessions[-1].get("gpu") else _of_cpu(source)
 
 
 def _machine(source: Source) -> str:
     return MACHINES[source.name.removeprefix(f"{RESULTS}/")]
 
 
-def _of_cpu(source: Source) -> list[str]:
+def _of_cpu(source: Source) -> list[str] | None:
     """The range over shapes and k."""
     cells = []
     for dtype in DTYPES:
@@ -42,6 +47,8 @@ def _of_cpu(source: Source) -> list[str]:
             for row in measurements(source.document)
             if row["automatic"] and (row["dtype"], row["case"]["tokens"]) == (dtype, TOKENS)
         ]
+        if not ratios:
+            return None
         cells.append(added(min(ratios), max(ratios)))
     return [f"{_machine(source)}; {TOKENS} tokens", *cells]
 
@@ -56,8 +63,10 @@ def added(least: float, most: float) -> str:
     return f"{low} to {high} % more" if low > 0 else f"up to {high} % more"
 
 
-def _of_gpu(source: Source) -> list[str]:
+def _of_gpu(source: Source) -> list[str] | None:
     found = _block(source.document, "bfloat16")
+    if not found:
+        return None
     ours, resident = (
         " / ".join(f"{100 * (by_k[name] - 1):.0f}" for by_k in found.values())
         for name in ("bypass", RESIDENT)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
@@ -10,15 +12,19 @@ from neuroada_kernels.nn._layer import BypassLayer
 
 def unwrapped(model: nn.Module) -> nn.Module:
     """The model without the wrappers of ``torch.compile`` and DDP."""
+    *_, inside = _with_wrappers(model)
+    return inside
+
+
+def _with_wrappers(model: nn.Module) -> Iterator[nn.Module]:
+    """The model's wrappers, the outermost first, and at last the model itself."""
     if not isinstance(model, nn.Module):
         raise TypeError(f"model: {type(model).__name__}, expected torch.nn.Module")
-    while True:
-        if isinstance(model, DistributedDataParallel):
-            model = model.module
-        elif "_orig_mod" in model._modules:
-            model = model.get_submodule("_orig_mod")
-        else:
-            return model
+    inside: nn.Module | None = model
+    while inside is not None:
+        yield inside
+        replicated = isinstance(inside, DistributedDataParallel)
+        inside = inside._modules.get("module" if replicated else "_orig_mod")
 
 
 def layers_in(model: nn.Module) -> dict[str, BypassLayer]:
@@ -37,7 +43,7 @@ def layers_in(model: nn.Module) -> dict[str, BypassLayer]:
 
 def check_not_replicated(model: nn.Module) -> None:
     """Raise if DDP wraps the model already: it would not average the gradients of new deltas."""
-    if isinstance(model, DistributedDataParallel):
+    if any(isinstance(module, DistributedDataParallel) for module in _with_wrappers(model)):
         raise ValueError(
             "model: is in DistributedDataParallel, which would not average the new deltas' "
             "gradients; expected it adapted before"

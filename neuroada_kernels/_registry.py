@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import threading
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -54,6 +55,7 @@ _backends: dict[str, Backend] = {}
 _order: dict[str, list[Backend]] = {}
 _from_environment: str | None = os.environ.get("NEUROADA_BACKEND") or None
 _named: str | None = _from_environment
+_lock = threading.Lock()
 _blocks: list[list[str | None]] = []  # open use_backend() blocks, the newest last
 
 
@@ -98,14 +100,16 @@ def use_backend(name: str | None) -> Iterator[None]:
     if name is not None:
         _check_named(name)
     block = [name]
-    _blocks.append(block)
-    _named = name
+    with _lock:
+        _blocks.append(block)
+        _named = name
     try:
         yield
     finally:
-        # Another thread may have opened a block since that is still open.
-        del _blocks[next(n for n, other in enumerate(_blocks) if other is block)]
-        _named = _blocks[-1][0] if _blocks else _from_environment
+        with _lock:
+            # Another thread may have opened a block since that is still open.
+            del _blocks[next(n for n, other in enumerate(_blocks) if other is block)]
+            _named = _blocks[-1][0] if _blocks else _from_environment
 
 
 def run(op: str, *args: Any) -> Any:

@@ -12,7 +12,7 @@ from neuroada_kernels._models import layers_in
 from neuroada_kernels.nn._layer import BypassLayer
 from neuroada_kernels.nn.bypass import NeuroAdaBypass, Requantization
 from neuroada_kernels.nn.foreign import base_weight
-from neuroada_kernels.strategies import shared_weights
+from neuroada_kernels.strategies import overlap, readers_of_weights
 
 
 def merge(model: nn.Module) -> None:
@@ -110,10 +110,20 @@ def _warn_of_readers(model: nn.Module, layers: Sequence[tuple[str, BypassLayer]]
     holders = {
         name: layer.base if isinstance(layer, NeuroAdaBypass) else layer for name, layer in layers
     }
-    shared = shared_weights(model, holders.values())
-    for name, holder in holders.items():
-        if holder in shared:
-            warnings.warn(f"{name}: its {shared[holder]}, which changes by merging", stacklevel=3)
+    readers = readers_of_weights(model, holders.values())
+    for name, layer in layers:
+        own = set(layer.modules())
+        weight = holders[name]._parameters.get("weight")
+        places = [
+            reader.name
+            for reader in readers.get(holders[name], [])
+            if reader.module not in own and weight is not None and overlap(reader.tensor, weight)
+        ]
+        if places:
+            warnings.warn(
+                f"{name}: its weight is shared with {', '.join(places)}, which changes by merging",
+                stacklevel=3,
+            )
 
 
 def _active(model: nn.Module) -> list[tuple[str, BypassLayer]]:

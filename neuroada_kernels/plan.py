@@ -88,7 +88,7 @@ def check_index_form(index: Tensor, d_in: int) -> None:
     _check_matrix(index)
     if not 1 <= index.shape[1] <= d_in:
         raise ValueError(
-            f"index: {index.shape[1]} connections a neuron, expected 1 to {d_in}, the inputs"
+            f"index: {index.shape[1]} connections per neuron, expected 1 to {d_in}, the inputs"
         )
     if index.numel() >= 2**31:
         raise ValueError(f"index: {index.numel()} connections, expected fewer than 2^31")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from numbers import Real
 from typing import Protocol
 
 import torch
@@ -168,7 +169,7 @@ def check_arguments(
             )
         if scores.is_meta:
             raise ValueError("scores: is on the meta device, expected values")
-    if isinstance(neuron_fraction, bool) or not isinstance(neuron_fraction, int | float):
+    if isinstance(neuron_fraction, bool) or not isinstance(neuron_fraction, Real):
         raise TypeError(f"neuron_fraction: {neuron_fraction!r}, expected a number")
     if not 0 < neuron_fraction <= 1:
         raise ValueError(f"neuron_fraction: {neuron_fraction}, expected a share in (0, 1]")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterable, Iterator
+from typing import NamedTuple
 
 from torch import Tensor, nn
 
@@ -69,29 +70,60 @@ def resident(model: nn.Module, strategy: str = "resident") -> Iterator[None]:
         set_strategy(model, "bypass")
 
 
+class Reader(NamedTuple):
+    """A module that holds a tensor in the storage of a weight, and the tensor's full name."""
+
+    module: nn.Module
+    name: str
+    tensor: Tensor
+
+
 def shared_weights(model: nn.Module, modules: Iterable[nn.Module]) -> dict[nn.Module, str]:
-    """The ``modules`` whose weight other places of ``model`` read, with those places as text."""
-    readers: dict[int, list[tuple[nn.Module, str]]] = {}
+    """The ``modules`` whose weight's storage other places of ``model`` hold, with their names."""
+    return {
+        module: f"weight is shared with {', '.join(reader.name for reader in readers)}"
+        for module, readers in readers_of_weights(model, modules).items()
+    }
+
+
+def readers_of_weights(
+    model: nn.Module, modules: Iterable[nn.Module]
+) -> dict[nn.Module, list[Reader]]:
+    """The other places of ``model`` that hold the storage of each module's weight, if any."""
+    readers: dict[int, list[Reader]] = {}
     for prefix, module in model.named_modules():
         for kind in (module._parameters, module._buffers):
             for name, tensor in kind.items():
                 if tensor is not None and (address := _address(tensor)):
                     place = f"{prefix}.{name}" if prefix else name
-                    readers.setdefault(address, []).append((module, place))
+                    readers.setdefault(address, []).append(Reader(module, place, tensor))
     shared = {}
     for module in modules:
         weight = module._parameters.get("weight")
         if weight is None:  # parametrized: refused separately, there is no weight to write
             continue
-        own = (module, "weight")
         others = [
-            place
-            for other, place in readers.get(_address(weight), [])
-            if (other, place.rpartition(".")[2]) != own
+            reader
+            for reader in readers.get(_address(weight), [])
+            if (reader.module, reader.name.rpartition(".")[2]) != (module, "weight")
         ]
         if others:
-            shared[module] = f"weight is shared with {', '.join(others)}"
+            shared[module] = others
     return shared
+
+
+def overlap(a: Tensor, b: Tensor) -> bool:
+    """Whether two tensors of one storage have elements in the same range of it."""
+    return all(
+        one.data_ptr() < other.data_ptr() + other.element_size() * _span(other)
+        for one, other in ((a, b), (b, a))
+    )
+
+
+def _span(tensor: Tensor) -> int:
+    """Elements from its first to its last."""
+    steps = zip(tensor.shape, tensor.stride(), strict=True)
+    return 1 + sum((size - 1) * stride for size, stride in steps) if tensor.numel() else 0
 
 
 def _address(tensor: Tensor) -> int:

@@ -207,11 +207,11 @@ def named_kernels(monkeypatch):
     for where, name, kernels in (
         (cuda._compiled, "linear_backward", "bypass alone"),
         (cuda, "_linear_gemm_first", "onto product"),
-        (cuda, "_linear_backward_onto_product", "onto product"),
+        (cuda, "_linear_backward_gemm_first", "onto product"),
         (cuda._compiled, "linear_patched", "patched"),
         (cuda._compiled, "linear_backward_patched", "patched"),
         (cuda._compiled, "linear_bypass_first", "onto bypass"),
-        (cuda._compiled, "linear_backward_onto_bypass", "onto bypass"),
+        (cuda._compiled, "linear_backward_bypass_first", "onto bypass"),
     ):
         monkeypatch.setattr(where, name, lambda *args, kernels=kernels: kernels)
 

@@ -286,6 +286,11 @@ def test_nan_is_found_when_values_have_come():
         nk.select_connections(model)
 
 
+def test_a_share_may_be_any_real_number():
+    share = torch.tensor(0.5, dtype=torch.float32).numpy()[()]
+    assert (nk.NeuroAdaLinear(6, 4, neuron_fraction=share).index >= 0).sum() == 2
+
+
 @pytest.mark.parametrize("device", ["meta", "cpu"])
 def test_scores_with_another_method_are_refused(device):
     options = {"selection": "random", "scores": torch.zeros(4, 6), "device": device}

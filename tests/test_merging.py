@@ -350,6 +350,14 @@ def test_the_command_inspects(tmp_path, adapter, capsys):
     assert "no safetensors file" in capsys.readouterr().err
 
 
+def test_merging_does_not_warn_of_another_part_of_the_same_memory():
+    model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4))
+    both = torch.randn(8, 4)
+    model[0].weight, model[1].weight = (nn.Parameter(part) for part in both.chunk(2))
+    nk.adapt(model, target_modules=["0"])
+    nk.merge(model)  # a warning would be an error
+
+
 def test_merging_warns_of_whoever_reads_the_same_memory():
     model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4))
     model[1].weight = nn.Parameter(model[0].weight.data)

@@ -224,8 +224,8 @@ WRONG = {
     ),
     "int64": (int32([0, 1]).long(), TypeError, "index: dtype torch.int64, expected torch.int32"),
     "vector": (int32([0, 1])[0], ValueError, r"index: shape \[2\], expected \[d_out, k\]"),
-    "too many": (int32([0, 1, 2, 3, -1]), ValueError, "index: 5 connections a neuron"),
-    "none": (torch.empty(3, 0, dtype=torch.int32), ValueError, "index: 0 connections a neuron"),
+    "too many": (int32([0, 1, 2, 3, -1]), ValueError, "index: 5 connections per neuron"),
+    "none": (torch.empty(3, 0, dtype=torch.int32), ValueError, "index: 0 connections per neuron"),
     "too large for int32": (
         int32([0]).expand(2**30, 2),
         ValueError,

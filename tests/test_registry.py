@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -105,6 +106,24 @@ def test_blocks_of_threads_that_overlap_leave_nothing_behind():
     assert _registry._named == "eager"
     third.__exit__(None, None, None)
     assert _registry._named is None
+
+
+def test_threads_open_and_close_blocks_at_once():
+    def work():
+        for _ in range(200):
+            with use_backend("eager"):
+                pass
+
+    interval = sys.getswitchinterval()
+    sys.setswitchinterval(1e-6)
+    try:
+        with ThreadPoolExecutor(8) as pool:
+            for done in [pool.submit(work) for _ in range(8)]:
+                done.result()
+    finally:
+        sys.setswitchinterval(interval)
+    assert _registry._named is None
+    assert len(_registry._blocks) == 1  # the one of these tests
 
 
 def test_unknown_name_lists_the_known_ones():

@@ -106,8 +106,8 @@ class TransposedConfig(_LightColumns):
 
     def splits_per_program(self, splits: int, d_in: int) -> int:
         """How many of the plan's splits, a power of two, fill a block of columns."""
-        columns_a_split = max(1, d_in // splits)
-        return min(splits, triton.next_power_of_2(triton.cdiv(self.block_c, columns_a_split)))
+        columns_per_split = max(1, d_in // splits)
+        return min(splits, triton.next_power_of_2(triton.cdiv(self.block_c, columns_per_split)))
 
 
 @dataclass(frozen=True)
@@ -142,12 +142,12 @@ def padding(tokens: int) -> int:
     return min(max(triton.next_power_of_2(tokens), _MIN_BLOCK_T), _MAX_BLOCK_T)
 
 
-def tokens_a_chunk(bytes_per_token: int) -> int:
+def tokens_per_chunk(bytes_per_token: int) -> int:
     """How many tokens of transposed inputs fit into the workspace, a multiple of every block."""
     return _whole_blocks(WORKSPACE_BYTES, bytes_per_token)
 
 
-def tokens_a_wide_product(width: int) -> int:
+def tokens_per_float32_gemm(width: int) -> int:
     """How many tokens of ``width`` float32 outputs are held at once, a multiple of every block."""
     return _whole_blocks(WIDE_BYTES, 4 * width)
 

@@ -13,8 +13,9 @@
 #include <immintrin.h>
 #endif
 
-// CMakeLists.txt defines NEUROADA_VECTOR_BYTES, _PAIRS and _TILES for each copy. Compiler flags for all sources that
-// enable more, as -march=native may, would compile every copy for the widest instruction set.
+// CMakeLists.txt defines NEUROADA_VECTOR_BYTES, NEUROADA_AVX512_BF16 and NEUROADA_AMX_TILES for each copy. Compiler
+// flags for all sources that enable more, as -march=native may, would compile every copy for the widest instruction
+// set.
 #if (defined(__AVX2__) && !defined(NEUROADA_VECTOR_BYTES)) ||      \
     (defined(__AVX512BF16__) && !defined(NEUROADA_AVX512_BF16)) || \
     (defined(__AMX_BF16__) && !defined(NEUROADA_AMX_TILES))

@@ -251,7 +251,7 @@ struct GatherTasks {
       : blocks(ceil_div(tokens, block)), runs(std::min(blocks, threads)), ranges(1) {
     constexpr int64_t fewest_rows = 64;
     if (blocks > 0 && blocks < threads)
-      ranges = std::min({ceil_div(threads, blocks), rows / fewest_rows + 1, most_ranges});
+      ranges = std::min(std::min(ceil_div(threads, blocks), rows / fewest_rows + 1), most_ranges);
   }
 
   int64_t count() const { return runs * ranges; }

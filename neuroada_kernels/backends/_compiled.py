@@ -122,7 +122,7 @@ def linear_bypass_first(
     return y
 
 
-def linear_backward_onto_bypass(
+def linear_backward_bypass_first(
     grad: Tensor,
     x: Tensor,
     weight: Tensor,

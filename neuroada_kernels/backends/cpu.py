@@ -20,8 +20,8 @@ from neuroada_kernels.backends._dense import has_onednn_gemm
 def _linear(x: Tensor, weight: Tensor, index: Tensor, delta: Tensor, bias: Tensor | None) -> Tensor:
     fewest, most = _fused_tokens(x.dtype)
     # The fused kernel needs unit stride along the rows of W.
-    in_one = fewest <= x.shape[0] <= most and weight.stride(1) == 1
-    if not in_one or (bias is not None and bias.dtype != x.dtype):
+    fused = fewest <= x.shape[0] <= most and weight.stride(1) == 1
+    if not fused or (bias is not None and bias.dtype != x.dtype):
         return _compiled.linear(x, weight, index, delta, bias)
     return _compiled.linear_fused(x, weight, index, delta, bias)
 

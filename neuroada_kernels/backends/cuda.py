@@ -90,9 +90,9 @@ def _linear_backward(
     elif _wants_patched() and not _not_patched(grad, weight):
         run = _compiled.linear_backward_patched
     elif _wants_onto() and not _not_onto(grad, weight):
-        run = _compiled.linear_backward_onto_bypass
+        run = _compiled.linear_backward_bypass_first
     else:
-        run = _linear_backward_onto_product
+        run = _linear_backward_gemm_first
     return run(grad, x, weight, index, delta, plan, output_mask)
 
 
@@ -113,7 +113,7 @@ def _linear_gemm_first(
     return y
 
 
-def _linear_backward_onto_product(
+def _linear_backward_gemm_first(
     grad: Tensor,
     x: Tensor,
     weight: Tensor,

@@ -191,7 +191,7 @@ def _product_first(
 
     By slices of tokens, so that the full float32 product is never held.
     """
-    step = _kernels().configs.tokens_a_wide_product(out.shape[1])
+    step = _kernels().configs.tokens_per_float32_gemm(out.shape[1])
     for first in range(0, out.shape[0], step):
         part = slice(first, first + step)  # the last one includes the padding of inputs_t
         add_bypass(inputs_t[:, part], out[part], wide_product(inputs[part], weight))
@@ -206,7 +206,7 @@ def _prefer_fused(inputs: Tensor, width: int) -> bool:
 
 def _chunks(tokens: int, bytes_per_token: int) -> Iterator[slice]:
     """Slices of tokens whose transposed inputs fit into the workspace."""
-    step = _kernels().configs.tokens_a_chunk(bytes_per_token)
+    step = _kernels().configs.tokens_per_chunk(bytes_per_token)
     for first in range(0, tokens, step):
         yield slice(first, min(first + step, tokens))
 

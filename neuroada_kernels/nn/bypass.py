@@ -7,10 +7,9 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
-from neuroada_kernels import functional, ops
+from neuroada_kernels import functional, ops, reference
 from neuroada_kernels._dtypes import FLOATING
 from neuroada_kernels.nn._activations import check_save_activations
 from neuroada_kernels.nn._bitsandbytes import keep_packing
@@ -221,11 +220,35 @@ class NeuroAdaBypass(NamedLayer, PlannedLayer):
         weight = base_weight(self.base)
         if weight.matrix is None:
             raise ValueError(f"base: {weight.name}, {weight.unmergeable}")
-        if weight.kind == MODULE and not _multiplies(self.base, weight.matrix):
+        if weight.kind == MODULE and not self._adds_in_weight(weight.matrix):
             raise ValueError(
-                f"base: {type(self.base).__name__} does not compute x W^T, expected that to merge: "
-                "in its weight delta would act otherwise than beside it"
+                f"base: {type(self.base).__name__} does not compute x W^T + f(x) by its weight W, "
+                "expected that, or merging would change what the layer computes"
             )
+
+    @torch.no_grad()
+    def _adds_in_weight(self, matrix: Tensor) -> bool:
+        """Whether a large delta, merged for a moment, moves the base's output as the bypass does.
+
+        True without a test if the base cannot be called with x alone.
+        """
+        draw = torch.randn(4, matrix.shape[1], generator=torch.Generator().manual_seed(0))
+        x = draw.to(matrix.device, matrix.dtype)
+        before = _output(self.base, x)
+        if before is None or self.index.is_meta:
+            return True
+        bypass = reference.bypass(x, self.index, torch.ones_like(self.delta)).float()
+        # As large as the output: what 16 bits round is far less.
+        scale = float(before.norm() / bypass.norm().clamp(min=1e-30)) or 1.0
+        original = ops.merge_(matrix, self.index, torch.full_like(self.delta, scale))
+        try:
+            after = _output(self.base, x)
+        finally:
+            ops.unmerge_(matrix, self.index, original)
+        if after is None or after.shape != bypass.shape:
+            return True
+        error = (after - before - scale * bypass).norm()
+        return bool(error <= 2**-4 * (before.norm() + scale * bypass.norm()))
 
     def base_entries(self, index: Tensor) -> Tensor:
         return base_weight(self.base).entries(index)
@@ -272,26 +295,23 @@ class NeuroAdaBypass(NamedLayer, PlannedLayer):
 
 
 @torch.no_grad()
-def _multiplies(base: nn.Module, matrix: Tensor) -> bool:
-    """Whether ``base(x) - base(0)`` is ``x W^T`` for a random x, up to rounding.
+def _output(base: nn.Module, x: Tensor) -> Tensor | None:
+    """``base.forward(x)`` in float32, as in evaluation; None if it does not take x alone.
 
-    True without a test if the base cannot be called with x alone.
+    ``training`` is set instead of calling ``eval()``, which some layers override to merge.
     """
-    draw = torch.randn(2, matrix.shape[1], generator=torch.Generator().manual_seed(0))
-    x = torch.cat([draw, torch.zeros_like(draw)]).to(matrix.device, matrix.dtype)
     modes = [(module, module.training) for module in base.modules()]
-    base.eval()  # no dropout
     try:
-        with without_autocast(matrix.device.type):
-            y = base(x)
-            expected = F.linear(x[:2], matrix).float()
-        found = (y[:2] - y[2:]).float()
-    except (TypeError, ValueError, IndexError, RuntimeError):
-        return True
+        for module, _ in modes:
+            module.training = False
+        with without_autocast(x.device.type):
+            y: Tensor = base.forward(x).float()
+        return y
+    except Exception:
+        return None
     finally:
         for module, training in modes:
             module.training = training
-    return bool((found - expected).norm() <= torch.finfo(matrix.dtype).eps ** 0.5 * expected.norm())
 
 
 def _form_of(value: object) -> str:

@@ -118,7 +118,9 @@ def has_own_forward(module: nn.Module) -> bool:
     """Whether its forward or call is not ``nn.Linear``'s, so that it may compute something else."""
     kind = type(module)
     own = kind.forward is not nn.Linear.forward or kind.__call__ is not nn.Linear.__call__
-    return own or "forward" in vars(module)
+    # accelerate leaves the class's own forward there when it removes its hook.
+    bound = vars(module).get("forward")
+    return own or (bound is not None and getattr(bound, "__func__", None) is not kind.forward)
 
 
 def has_hooks(module: nn.Module) -> bool:

@@ -69,8 +69,8 @@ def _save(
     ctx.save_for_backward(saved, index if kept_index is None else kept_index, delta)
 
 
-def _grad_delta(ctx: Any, grad_output: Tensor) -> Tensor:
-    x, index, delta = ctx.saved_tensors
+def _grad_delta(ctx: Any, grad_output: Tensor, saved: tuple[Tensor, ...]) -> Tensor:
+    x, index, delta = saved
     mask = [False, True]
     grad_delta: Tensor
     if not is_plain_eager(grad_output) or torch.is_grad_enabled():
@@ -114,9 +114,13 @@ class _DeltaGradient(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
         need_y, _, _, need_delta = ctx.needs_input_grad[:4]
-        grad_delta = _grad_delta(ctx, grad_output) if need_delta else None
-        if torch.is_grad_enabled():
-            grad_output = _Once.apply(grad_output, ctx.saved_tensors[2])  # type: ignore[no-untyped-call]
+        differentiable = torch.is_grad_enabled()
+        if not (need_delta or differentiable):
+            return grad_output if need_y else None, None, None, None, None, None
+        saved = ctx.saved_tensors  # unpacked once: checkpointing refuses a second time
+        grad_delta = _grad_delta(ctx, grad_output, saved) if need_delta else None
+        if differentiable:
+            grad_output = _Once.apply(grad_output, saved[2])  # type: ignore[no-untyped-call]
         return grad_output if need_y else None, None, None, grad_delta, None, None
 
 
@@ -155,5 +159,5 @@ class _TracedLinear(torch.autograd.Function):
             grad_x = grad_output @ ctx.weight.to(grad_output.dtype)
         if need_bias:
             grad_bias = grad_output.reshape(-1, grad_output.shape[-1]).sum(0).to(ctx.bias_dtype)
-        grad_delta = _grad_delta(ctx, grad_output) if need_delta else None
+        grad_delta = _grad_delta(ctx, grad_output, ctx.saved_tensors) if need_delta else None
         return grad_x, None, None, grad_delta, grad_bias, None, None

@@ -59,7 +59,7 @@ def test_what_ran_alone_is_compared_by_its_own_time() -> None:
         assert (change.old, change.new, change.ratio.median) == (4, 4, 1)
 
 
-def test_through_trainer_the_yardstick_is_full_fine_tuning() -> None:
+def test_through_trainer_the_baseline_is_full_fine_tuning() -> None:
     def peers(speed):
         rows = [
             {"key": name, "samples_ms": [time * speed], "full_samples_ms": [2 * speed]}

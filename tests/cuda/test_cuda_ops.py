@@ -92,7 +92,7 @@ def test_all_is_added_to_the_product_in_float32_and_rounded_once(case, dtype, mo
     i = make_inputs(case, dtype)
     truth = exact(i)
     y = cuda._linear_gemm_first(i.x, i.weight, i.index, i.delta, i.bias)
-    grad_x, grad_delta = cuda._linear_backward_onto_product(
+    grad_x, grad_delta = cuda._linear_backward_gemm_first(
         i.grad_output, i.x, i.weight, i.index, i.delta, None, [True, True]
     )
     assert rms_error(y, truth.linear) <= tolerance(dtype, case.d_in + case.k)
@@ -286,7 +286,7 @@ def test_a_product_onto_the_bypass_is_the_formula(case, dtype):
     truth, rest = exact(inputs), (inputs.index, inputs.delta)
     y = _compiled.linear_bypass_first(inputs.x, inputs.weight, *rest, inputs.bias)
     assert rms_error(y, truth.linear) <= 2 * tolerance(dtype, case.d_in + case.k)
-    both = _compiled.linear_backward_onto_bypass(
+    both = _compiled.linear_backward_bypass_first(
         inputs.grad_output, inputs.x, inputs.weight, *rest, None, [True, True]
     )
     assert rms_error(both[0], truth.linear_grad_x) <= 2 * tolerance(dtype, case.d_out + case.k)
@@ -328,7 +328,7 @@ def test_a_product_of_nothing_goes_onto_nothing():
     rest = (inputs.weight, inputs.index, inputs.delta)
     assert _compiled.linear_bypass_first(inputs.x, *rest, inputs.bias).shape == (0, 48)
     grad = inputs.grad_output
-    both = _compiled.linear_backward_onto_bypass(grad, inputs.x, *rest, None, [True, True])
+    both = _compiled.linear_backward_bypass_first(grad, inputs.x, *rest, None, [True, True])
     assert both[0].shape == (0, 64)
     assert not both[1].any()
 

@@ -33,10 +33,11 @@ def test_one_process_trains_as_one(check, tmp_path):
     check(tmp_path)
 
 
+@pytest.mark.filterwarnings("ignore:.*script_method:DeprecationWarning")  # torch's own
 def test_what_ddp_holds_already_is_refused():
     model = adapted()
     wrapped = nn.parallel.DistributedDataParallel(model)
-    plain = nn.parallel.DistributedDataParallel(Transformer())
+    plain = torch.compile(nn.parallel.DistributedDataParallel(Transformer()))
     for call in (lambda: nk.adapt(plain, 1), lambda: nk.add_adapter(wrapped, "other", 1)):
         with pytest.raises(ValueError, match="model: is in DistributedDataParallel"):
             call()

@@ -198,9 +198,10 @@ class Guided(foreign.Scaled):
         return super().forward(x) * scale
 
 
-def test_a_base_that_does_something_else_with_its_weight_is_not_merged():
+def test_a_base_that_does_something_else_with_its_weight_is_not_merged(monkeypatch):
     layer = wrap(Halved(D_IN, foreign.D_OUT).train())
     layer.base.part = torch.nn.Dropout().eval()
+    monkeypatch.setattr(Halved, "train", lambda *_: pytest.fail("a check has no effects"))
     before = state_of(layer)
     with pytest.raises(ValueError, match="base: Halved does not compute x W"):
         layer.merge()
@@ -209,11 +210,30 @@ def test_a_base_that_does_something_else_with_its_weight_is_not_merged():
     assert not layer.base.part.training
 
 
-def test_a_plain_base_is_merged_under_autocast_as_well():
-    layer = wrap(foreign.Scaled(D_IN, foreign.D_OUT))
-    with torch.autocast("cpu", torch.bfloat16):
+class Besides(foreign.Scaled):
+    """One that adds something of its own to x W^T, and may take x in one form alone."""
+
+    def __init__(self, d_in, d_out):
+        super().__init__(d_in, d_out)
+        self.bias = torch.nn.Parameter(torch.full((d_out,), 100.0))
+        self.low_rank = torch.nn.Parameter(torch.randn(d_out, d_in) / 8)
+        self.form = 2
+
+    def forward(self, x):
+        assert x.dim() == self.form
+        return F.linear(x, self.weight, self.bias) + torch.relu(F.linear(x, self.low_rank))
+
+
+@pytest.mark.parametrize("form", [2, 3])
+@pytest.mark.parametrize("computed_in", [torch.float32, torch.bfloat16])
+def test_what_a_base_adds_to_its_product_does_not_matter(computed_in, form):
+    layer = wrap(Besides(D_IN, foreign.D_OUT))
+    layer.base.form = form
+    x = torch.randn(5, D_IN) if form == 2 else torch.randn(5, 1, D_IN)
+    expected = layer(x)
+    with torch.autocast("cpu", torch.bfloat16, enabled=computed_in == torch.bfloat16):
         layer.merge()
-    assert layer.merged
+    torch.testing.assert_close(layer(x), expected)
 
 
 def test_a_base_that_takes_more_than_x_is_believed():

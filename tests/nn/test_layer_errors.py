@@ -119,6 +119,12 @@ def test_linear_with_a_forward_of_its_own(layer_type):
     assert linear.weight.requires_grad
 
 
+def test_linear_whose_own_forward_was_put_back(layer_type):
+    linear = nn.Linear(24, 16)
+    linear.forward = linear.forward  # as accelerate does when it removes its hooks
+    assert layer_type.from_linear(linear).weight is linear.weight
+
+
 def test_linear_with_hooks(layer_type):
     linear = nn.Linear(24, 16)
     linear.register_forward_hook(lambda module, args, y: 3 * y)

@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 from torch.autograd import forward_ad
+from torch.utils.checkpoint import checkpoint
 
 from neuroada_kernels import NeuroAdaLinear, ReferenceNeuroAdaLinear, reference
 from neuroada_kernels.testing import CASES, make_inputs, rms_error, tolerance
@@ -218,6 +219,18 @@ def test_a_tangent_of_delta_comes_through_in_forward_mode(strategy, grad):
         y = torch.func.functional_call(layer, {"delta": delta}, x)
         tangent = forward_ad.unpack_dual(y).tangent
     torch.testing.assert_close(tangent, reference.bypass(x, layer.index, along))
+
+
+@pytest.mark.parametrize("of", ["delta", "x"])
+def test_a_graph_of_the_gradient_is_made_under_checkpointing_too(of):
+    layer = NeuroAdaLinear(6, 5, 2, strategy="resident")
+    x = torch.randn(3, 6, requires_grad=True)
+    wanted = layer.delta if of == "delta" else x
+    found, expected = (
+        torch.autograd.grad(run(x).square().sum(), wanted, create_graph=True)[0]
+        for run in (lambda x: checkpoint(layer, x, use_reentrant=False), layer)
+    )
+    assert found.equal(expected)
 
 
 @pytest.mark.parametrize("of", ["delta", "x"])

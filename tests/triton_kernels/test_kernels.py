@@ -288,7 +288,7 @@ def test_chunks_of_tokens_change_nothing(fused, monkeypatch):
     monkeypatch.setenv("NEUROADA_TRITON_FUSED", fused)
     whole = gradients(inputs)
     monkeypatch.setattr(configs, "WORKSPACE_BYTES", 1)
-    assert configs.tokens_a_chunk(case.d_in * 4) == 128
+    assert configs.tokens_per_chunk(case.d_in * 4) == 128
     chunked = gradients(inputs)
     torch.testing.assert_close(chunked, whole)
 
