@@ -162,7 +162,12 @@ WRONG = [
     ("product_onto_fwd", "onto16", lambda t: t[:4], "onto: shape [4, 8], expected [5, 8]"),
     ("product_onto_fwd", "onto16", lambda t: t.float(), "onto: dtype differs from that of x"),
     ("product_onto_fwd", "onto16", lambda t: odd(t), "onto: stride 9, expected a multiple of 8"),
-    ("product_onto_fwd", "onto16", lambda t: t[:1].expand(5, -1), "onto: stride 0, expected no"),
+    (
+        "product_onto_fwd",
+        "onto16",
+        lambda t: t[:1].expand(5, -1),
+        "onto: stride 0 between rows of 8",
+    ),
     (
         "product_onto_fwd",
         "onto16",
