@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
-from neuroada_kernels.nn._layer import BypassLayer
+from neuroada_kernels.nn._named import NamedLayer
 
 
 def unwrapped(model: nn.Module) -> nn.Module:
@@ -27,7 +27,12 @@ def _with_wrappers(model: nn.Module) -> Iterator[nn.Module]:
         inside = inside._modules.get("module" if replicated else "_orig_mod")
 
 
-def layers_in(model: nn.Module) -> dict[str, BypassLayer]:
+def find_layers(model: nn.Module) -> dict[str, NamedLayer]:
+    """The NeuroAda layers of a model by name, including stacks of experts; possibly none."""
+    return {n: m for n, m in unwrapped(model).named_modules() if isinstance(m, NamedLayer)}
+
+
+def layers_in(model: nn.Module) -> dict[str, NamedLayer]:
     """The NeuroAda layers of an adapted model by name, including stacks of experts.
 
     Raises
@@ -35,7 +40,7 @@ def layers_in(model: nn.Module) -> dict[str, BypassLayer]:
     ValueError
         If there is none.
     """
-    layers = {n: m for n, m in unwrapped(model).named_modules() if isinstance(m, BypassLayer)}
+    layers = find_layers(model)
     if not layers:
         raise ValueError("model: has no NeuroAda layer inside, expected an adapted model")
     return layers

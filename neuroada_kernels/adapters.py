@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from neuroada_kernels._dtypes import name_of
-from neuroada_kernels._models import unwrapped
+from neuroada_kernels._models import layers_in, unwrapped
 from neuroada_kernels._sharding import (
     is_managed_by_fsdp,
     is_sharded,
@@ -48,7 +48,6 @@ from neuroada_kernels.named import (
     check_whole,
     configs_of,
     keep_config_of,
-    named_layers,
     names_in,
     siblings_of,
 )
@@ -102,7 +101,7 @@ def save_adapter(
     """
     model = unwrapped(model)
     reshard(model)
-    adapter_name = _name_to_save(named_layers(model), adapter_name)
+    adapter_name = _name_to_save(layers_in(model), adapter_name)
     layers, parameters = _trained(model, adapter_name)
     _check_bases_known(layers)
     for name, layer in layers.items():
@@ -229,7 +228,7 @@ def _name_to_load(model: nn.Module, adapter: Adapter, adapter_name: str | None) 
         name = DEFAULT if adapter_name is None else adapter_name
         check_new_name((), name)
         return name, True
-    layers = named_layers(model)
+    layers = layers_in(model)
     known, active = names_in(layers), active_in(layers)
     name = _name_to_save(layers, None) if adapter_name is None else adapter_name
     if name not in known:

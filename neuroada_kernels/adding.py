@@ -8,7 +8,7 @@ from typing import Any, overload
 import torch
 from torch import Tensor, nn
 
-from neuroada_kernels._models import check_not_replicated, unwrapped
+from neuroada_kernels._models import check_not_replicated, layers_in, unwrapped
 from neuroada_kernels.arguments import check_selection, config_of
 from neuroada_kernels.choices import each_choice
 from neuroada_kernels.combination import Weighted, check_weights, weighted_sum
@@ -32,7 +32,6 @@ from neuroada_kernels.named import (
     check_whole,
     disable_adapter,
     keep_config_of,
-    named_layers,
     settle,
     siblings_of,
 )
@@ -126,7 +125,7 @@ def add_adapter(
     """
     check_not_replicated(model)
     model = unwrapped(model)
-    existing = named_layers(model)
+    existing = layers_in(model)
     check_new_name(adapter_names(model), adapter_name)
     config = config_of(arguments, options, scores, data, loss)
     check_addable(model, existing)
@@ -194,7 +193,7 @@ def add_weighted_adapter(
         If a layer is merged. The model is unchanged then.
     """
     model = unwrapped(model)
-    layers = named_layers(model)
+    layers = layers_in(model)
     check_new_name(adapter_names(model), adapter_name)
     check_addable(model, layers)
     check_bias(model)

@@ -9,14 +9,14 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 from neuroada_kernels import ops, reference
-from neuroada_kernels._dtypes import FLOATING
+from neuroada_kernels._dtypes import FLOATING, NAMES
 
 _AUTOCAST = (torch.float32, torch.bfloat16, torch.float16)
 #: The columns of x that are saved for the backward instead of x, ``[..., columns]`` in the dtype
 #: that the layer computes in, and an index into these columns.
 Kept: TypeAlias = tuple[Tensor, Tensor]
 NOTHING_KEPT = (None, None)
-_WRONG_X = "x: dtype {}, expected float32, float64, bfloat16 or float16"
+_WRONG_X = "x: dtype {}, expected " + NAMES
 
 
 def neuroada_linear(

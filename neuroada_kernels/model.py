@@ -10,7 +10,7 @@ from typing import Any, overload
 import torch
 from torch import Tensor, nn
 
-from neuroada_kernels._models import check_not_replicated, layers_in, unwrapped
+from neuroada_kernels._models import check_not_replicated, find_layers, layers_in, unwrapped
 from neuroada_kernels.arguments import check_selection, config_of
 from neuroada_kernels.choices import each_choice
 from neuroada_kernels.config import ALL_LINEAR, NeuroAdaConfig
@@ -76,7 +76,7 @@ class AdaptSummary:
         """The summary of ``adapter``, by default the active one, of these modules."""
         having = [
             (layer, name)
-            for layer in _layers(model)
+            for layer in find_layers(model).values()
             if (name := adapter or layer.active_adapter) in layer.adapter_names
         ]
         held = [layer.holder_of(name) for layer, name in having]
@@ -289,17 +289,14 @@ def select_connections(model: nn.Module) -> list[str]:
     return waiting
 
 
-def _layers(model: nn.Module) -> Iterator[NamedLayer]:
-    return (module for module in model.modules() if isinstance(module, NamedLayer))
-
-
 def deltas_of(model: nn.Module) -> set[int]:
     """The ids of all deltas, including those of parked adapters."""
-    return {id(delta) for layer in _layers(model) for delta in layer.deltas}
+    return {id(delta) for layer in find_layers(model).values() for delta in layer.deltas}
 
 
 def _check_unnamed(model: nn.Module) -> None:
-    names = {name for layer in _layers(model) for name in layer.adapter_names} - {DEFAULT}
+    layers = find_layers(model).values()
+    names = {name for layer in layers for name in layer.adapter_names} - {DEFAULT}
     if names:
         raise ValueError(f"model: has adapters by name, {sorted(names)}, expected add_adapter")
 

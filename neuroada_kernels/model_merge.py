@@ -27,7 +27,7 @@ def merge(model: nn.Module) -> None:
         If the model has no NeuroAda layer, or one that cannot be merged, with its name: it has no
         connections yet, its adapter is disabled or differs between rows, its base is quantised (see
         :func:`merge_requantized`), or its base has a forward of its own that does not compute
-        ``x W^T``. No further layer is merged then.
+        ``x W^T + f(x)``. No layer is merged then that was not before.
     """
     layers = [(name, layer) for name, layer in _active(model) if not layer.merged]
     for name, layer in layers:
@@ -126,7 +126,7 @@ def _warn_of_readers(model: nn.Module, layers: Sequence[tuple[str, BypassLayer]]
             )
 
 
-def _active(model: nn.Module) -> list[tuple[str, BypassLayer]]:
+def _active(model: nn.Module) -> Sequence[tuple[str, BypassLayer]]:
     """The layers in which the active adapter has connections."""
     active = [(name, layer) for name, layer in layers_in(model).items() if not layer._disabled]
     if not active:

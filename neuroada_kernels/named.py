@@ -11,7 +11,7 @@ from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 
 from torch import nn
 
-from neuroada_kernels._models import unwrapped
+from neuroada_kernels._models import find_layers, layers_in, unwrapped
 from neuroada_kernels._sharding import is_managed_by_fsdp, is_sharded
 from neuroada_kernels.config import NeuroAdaConfig
 from neuroada_kernels.model import keep_config
@@ -30,7 +30,7 @@ def adapter_names(model: nn.Module) -> tuple[str, ...]:
     ValueError
         If the model has no NeuroAda layer.
     """
-    return names_in(named_layers(model))
+    return names_in(layers_in(model))
 
 
 def active_adapter(model: nn.Module) -> str | None:
@@ -41,7 +41,7 @@ def active_adapter(model: nn.Module) -> str | None:
     ValueError
         If the model has no NeuroAda layer.
     """
-    return active_in(named_layers(model))
+    return active_in(layers_in(model))
 
 
 def set_adapter(model: nn.Module, adapter_name: str, *, inference_mode: bool = False) -> None:
@@ -71,7 +71,7 @@ def set_adapter(model: nn.Module, adapter_name: str, *, inference_mode: bool = F
         If a layer is merged. Nothing changes then.
     """
     model = unwrapped(model)
-    layers = named_layers(model)
+    layers = layers_in(model)
     check_name(layers, adapter_name)
     check_unmerged(layers)
     check_whole(model)
@@ -108,7 +108,7 @@ def disable_adapter(model: nn.Module) -> Iterator[None]:
         If a layer is merged.
     """
     model = unwrapped(model)
-    layers = named_layers(model)
+    layers = layers_in(model)
     check_unmerged(layers)
     before = {layer: (layer.active_adapter, layer._rows) for layer in layers.values()}
     flags = {d: d.requires_grad for layer in layers.values() for d in layer.deltas}
@@ -119,7 +119,7 @@ def disable_adapter(model: nn.Module) -> Iterator[None]:
             layer.join_rows()
         yield
     finally:
-        after = _layers_in(model)  # layers may have been added or removed
+        after = find_layers(model)  # layers may have been added or removed
         if after:
             unmerge(model)
         for layer in after.values():
@@ -163,7 +163,7 @@ def rows_of(model: nn.Module, adapter_names: Sequence[str]) -> Iterator[None]:
     RuntimeError
         If a layer is merged, or within another such block.
     """
-    layers = named_layers(model)
+    layers = layers_in(model)
     check_unmerged(layers)
     check_outside_rows(layers)
     check_whole(unwrapped(model))
@@ -202,25 +202,13 @@ def set_requires_grad(
     TypeError, ValueError
         If ``adapter_names`` are no names of adapters, or the model has no NeuroAda layer.
     """
-    layers = named_layers(model)
+    layers = layers_in(model)
     names = _names([adapter_names] if isinstance(adapter_names, str) else adapter_names)
     for name in names:
         check_name(layers, name, "adapter_names")
     for layer in layers.values():
         for name in set(names) & set(layer.adapter_names):
             layer.holder_of(name).delta.requires_grad_(requires_grad)
-
-
-def named_layers(model: nn.Module) -> dict[str, NamedLayer]:
-    """The layers of an adapted model, by the names of their modules."""
-    layers = _layers_in(unwrapped(model))
-    if not layers:
-        raise ValueError("model: has no NeuroAda layer inside, expected an adapted model")
-    return layers
-
-
-def _layers_in(model: nn.Module) -> dict[str, NamedLayer]:
-    return {name: m for name, m in model.named_modules() if isinstance(m, NamedLayer)}
 
 
 def active_in(layers: Mapping[str, NamedLayer]) -> str | None:

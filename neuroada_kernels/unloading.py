@@ -6,7 +6,7 @@ from collections.abc import Mapping
 
 from torch import nn
 
-from neuroada_kernels._models import unwrapped
+from neuroada_kernels._models import layers_in, unwrapped
 from neuroada_kernels.model import parts_of, replace
 from neuroada_kernels.model_merge import merge as merge_layers
 from neuroada_kernels.named import (
@@ -15,7 +15,6 @@ from neuroada_kernels.named import (
     check_unmerged,
     check_whole,
     configs_of,
-    named_layers,
 )
 from neuroada_kernels.nn._base import BypassLinear
 from neuroada_kernels.nn._named import NamedLayer
@@ -38,7 +37,7 @@ def delete_adapter(model: nn.Module, adapter_name: str) -> None:
         :func:`neuroada_kernels.rows_of`. The model is unchanged then.
     """
     model = unwrapped(model)
-    layers = named_layers(model)
+    layers = layers_in(model)
     check_name(layers, adapter_name)
     check_unmerged(layers)
     check_outside_rows(layers)
@@ -94,7 +93,7 @@ def unload(model: nn.Module, *, merge: bool = False) -> nn.Module:
         The model is unchanged then.
     """
     model = unwrapped(model)
-    layers = named_layers(model)
+    layers = layers_in(model)
     check_whole(model)
     check_outside_rows(layers)
     outer = _outer_layers(model)

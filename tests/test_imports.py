@@ -144,7 +144,7 @@ BELOW = {
     },
 }
 LIBRARY = set(BELOW)
-BELOW["distributed"] = {"_sharding", "functional", "nn"}
+BELOW["distributed"] = {"_models", "_sharding", "functional", "nn"}
 BELOW["checkpoint"] = set()
 BELOW["inspection"] = {"_dtypes", "adapter_file"}
 BELOW["merging"] = {"_dtypes", "_files", "adapter_file", "checkpoint", "nn", "ops"}

@@ -8,6 +8,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from neuroada_kernels._dtypes import FLOATING, accumulated_in
 from neuroada_kernels._registry import Implementation
 from neuroada_kernels.backends._dense import add_dense, bias_for_bypass
 from neuroada_kernels.plan import make_plan
@@ -16,12 +17,7 @@ from neuroada_kernels.plan import make_plan
 C = torch.ops.neuroada_C
 
 #: The dtype in which the kernels sum, by the dtype of x; delta has to have it.
-SUMMED_IN = {
-    torch.float32: torch.float32,
-    torch.float64: torch.float64,
-    torch.bfloat16: torch.float32,
-    torch.float16: torch.float32,
-}
+SUMMED_IN = {dtype: accumulated_in(dtype) for dtype in FLOATING}
 
 
 def linear(x: Tensor, weight: Tensor, index: Tensor, delta: Tensor, bias: Tensor | None) -> Tensor:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from neuroada_kernels import _extension
-from neuroada_kernels._dtypes import FLOATING
+from neuroada_kernels._dtypes import FLOATING, NAMES
 from neuroada_kernels._registry import Backend, register
 from neuroada_kernels.backends import _compiled
 from neuroada_kernels.backends._dense import has_onednn_gemm
@@ -90,7 +90,7 @@ def _unsupported(first: Tensor, *rest: object) -> list[str]:
     if not first.is_cpu:
         reasons.append(f"tensors on {first.device.type}, expected CPU")
     if first.dtype not in FLOATING:
-        reasons.append(f"dtype {first.dtype}, expected float32, float64, bfloat16 or float16")
+        reasons.append(f"dtype {first.dtype}, expected {NAMES}")
     return reasons
 
 

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from neuroada_kernels._dtypes import FLOATING
+from neuroada_kernels._dtypes import FLOATING, NAMES
 from neuroada_kernels._registry import Backend, Implementation, register
 from neuroada_kernels.backends._dense import add_dense, bias_for_bypass, wide_product
 from neuroada_kernels.backends._entries import chosen_entries
@@ -243,7 +243,7 @@ def _unsupported(first: Tensor, *rest: object) -> list[str]:
         if capability < _OLDEST:
             reasons.append(f"compute capability {capability}, expected {_OLDEST} or newer")
     if first.dtype not in FLOATING:
-        reasons.append(f"dtype {first.dtype}, expected float32, float64, bfloat16 or float16")
+        reasons.append(f"dtype {first.dtype}, expected {NAMES}")
     return reasons
 
 

@@ -6,8 +6,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from neuroada_kernels._models import layers_in
 from neuroada_kernels._sharding import is_sharded
-from neuroada_kernels.nn._named import NamedLayer
 
 
 def broadcast_adapter(model: nn.Module, group: dist.ProcessGroup | None = None) -> None:
@@ -33,9 +33,7 @@ def broadcast_adapter(model: nn.Module, group: dist.ProcessGroup | None = None) 
         If the model has no NeuroAda layer, if a parameter that trains is sharded already, if
         connections are not chosen yet, or a layer is merged; nothing is sent then.
     """
-    layers = [module for module in model.modules() if isinstance(module, NamedLayer)]
-    if not layers:
-        raise ValueError("model: has no NeuroAda layer, expected an adapted model")
+    layers = layers_in(model).values()
     for layer in layers:
         if layer.deferred or layer.merged:
             state = "merged" if layer.merged else "not chosen yet"

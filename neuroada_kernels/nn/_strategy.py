@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
-from neuroada_kernels._dtypes import FLOATING
+from neuroada_kernels._dtypes import FLOATING, NAMES
 from neuroada_kernels.config import STRATEGIES
 
 
@@ -43,7 +43,7 @@ def why_not_resident(weight: Tensor) -> str | None:
             "quantised or wrapped cannot be patched"
         )
     if weight.dtype not in FLOATING:
-        return f"weight has dtype {weight.dtype}, expected float32, float64, bfloat16 or float16"
+        return f"weight has dtype {weight.dtype}, expected {NAMES}"
     if weight.is_meta:
         return "weight is on the meta device"
     if weight.is_inference():

@@ -21,7 +21,6 @@ from neuroada_kernels.nn._planned import PlannedLayer
 from neuroada_kernels.nn._weight import BaseWeight
 from neuroada_kernels.nn.foreign import MODULE, base_weight
 from neuroada_kernels.plan import check_index_form
-from neuroada_kernels.reference import without_autocast
 from neuroada_kernels.selection import row_blocks
 
 
@@ -235,11 +234,11 @@ class NeuroAdaBypass(NamedLayer, PlannedLayer):
         draw = torch.randn(4, matrix.shape[1], generator=torch.Generator().manual_seed(0))
         x = draw.to(matrix.device, matrix.dtype)
         before = _output(self.base, x)
-        if before is None or self.index.is_meta:
-            return True
         bypass = reference.bypass(x, self.index, torch.ones_like(self.delta)).float()
-        # As large as the output: what 16 bits round is far less.
-        scale = float(before.norm() / bypass.norm().clamp(min=1e-30)) or 1.0
+        if before is None or not bypass.any():
+            return True
+        # A bypass as large as the output, far above rounding errors of 16 bits.
+        scale = float(before.norm() / bypass.norm()) or 1.0
         original = ops.merge_(matrix, self.index, torch.full_like(self.delta, scale))
         try:
             after = _output(self.base, x)
@@ -304,7 +303,7 @@ def _output(base: nn.Module, x: Tensor) -> Tensor | None:
     try:
         for module, _ in modes:
             module.training = False
-        with without_autocast(x.device.type):
+        with reference.without_autocast(x.device.type):
             y: Tensor = base.forward(x).float()
         return y
     except Exception:

@@ -210,6 +210,13 @@ def test_a_base_that_does_something_else_with_its_weight_is_not_merged(monkeypat
     assert not layer.base.part.training
 
 
+def test_a_bypass_without_connections_is_merged_whatever_the_base():
+    index = torch.full((foreign.D_OUT, 1), -1, dtype=torch.int32)
+    layer = nk.NeuroAdaBypass(Halved(D_IN, foreign.D_OUT), index=index)
+    layer.merge()
+    assert layer.merged
+
+
 class Besides(foreign.Scaled):
     """One that adds something of its own to x W^T, and may take x in one form alone."""
 
