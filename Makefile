@@ -18,7 +18,7 @@ CPP_BUILD := build/cmake
 PACKED := csrc neuroada_kernels triton_kernels benchmarks CMakeLists.txt setup.py pyproject.toml MANIFEST.in README.md LICENSE
 SOURCES := $(shell find csrc -type f) CMakeLists.txt setup.py pyproject.toml
 
-.PHONY: demo test bench figures lint format clean dist install test-python test-triton test-cpp test-cuda-host count-instructions fuzz smoke
+.PHONY: demo test bench figures lint format clean dist install test-python test-triton test-cpp test-cuda-host test-aarch64 count-instructions fuzz smoke
 
 demo: install
 	$(BIN)/neuroada demo
@@ -89,6 +89,16 @@ test-cuda-host: install
 	$(BIN)/cmake -G Ninja -S . -B build/threads -DNEUROADA_PYTHON=OFF -DNEUROADA_SANITIZE=thread -DCMAKE_MAKE_PROGRAM=$(CURDIR)/$(BIN)/ninja
 	$(BIN)/cmake --build build/threads --target cuda_tests
 	$(CTEST) --test-dir build/threads --tests-regex '^cuda_'
+
+# The CPU kernels compiled for aarch64, their tests in an emulator: Debian's g++-aarch64-linux-gnu and qemu-user-static.
+AARCH64_CXX ?= aarch64-linux-gnu-g++
+AARCH64_EMULATOR ?= qemu-aarch64-static;-L;/usr/aarch64-linux-gnu
+test-aarch64: install
+	$(BIN)/cmake -G Ninja -S . -B build/aarch64 -DNEUROADA_PYTHON=OFF -DCMAKE_MAKE_PROGRAM=$(CURDIR)/$(BIN)/ninja \
+	  -DCMAKE_SYSTEM_NAME=Linux -DCMAKE_SYSTEM_PROCESSOR=aarch64 -DCMAKE_CXX_COMPILER=$(AARCH64_CXX) \
+	  '-DCMAKE_CROSSCOMPILING_EMULATOR=$(AARCH64_EMULATOR)'
+	$(BIN)/cmake --build build/aarch64 --target cpu_tests
+	$(CTEST) --test-dir build/aarch64 --exclude-regex '^cuda_'
 
 # Compares the instructions of the CPU kernels, by callgrind, with the committed figures; WRITE=1 rewrites them.
 count-instructions: install

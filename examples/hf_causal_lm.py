@@ -49,7 +49,7 @@ def main(argv: list[str] | None = None) -> dict[str, object]:
     nk.load_adapter(served, arguments.out)
     prompt = torch.tensor([tokenizer.encode("The statement ")])
     logits = served(prompt).logits
-    nk.merge(served)  # plain linears, without overhead
+    nk.merge(served)  # no overhead left
     difference = (served(prompt).logits - logits).abs().max().item()
     tokens = served.generate(prompt, max_new_tokens=40, do_sample=False)
     text = tokenizer.decode(tokens[0].tolist())

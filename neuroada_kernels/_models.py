@@ -5,13 +5,13 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from torch import nn
-from torch.nn.parallel import DistributedDataParallel
+from torch.nn.parallel import DataParallel, DistributedDataParallel
 
 from neuroada_kernels.nn._named import NamedLayer
 
 
 def unwrapped(model: nn.Module) -> nn.Module:
-    """The model without the wrappers of ``torch.compile`` and DDP."""
+    """The model without the wrappers of ``torch.compile``, ``DataParallel`` and DDP."""
     *_, inside = _with_wrappers(model)
     return inside
 
@@ -23,7 +23,7 @@ def _with_wrappers(model: nn.Module) -> Iterator[nn.Module]:
     inside: nn.Module | None = model
     while inside is not None:
         yield inside
-        replicated = isinstance(inside, DistributedDataParallel)
+        replicated = isinstance(inside, DataParallel | DistributedDataParallel)
         inside = inside._modules.get("module" if replicated else "_orig_mod")
 
 

@@ -5,15 +5,17 @@ Imports no other module of this package.
 
 from __future__ import annotations
 
+import contextlib
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import is_fake
-from torch.fx.experimental.proxy_tensor import get_proxy_mode
+from torch.fx.experimental.proxy_tensor import disable_proxy_modes_tracing, get_proxy_mode
 
 jit_state: Callable[[], object] = torch._C._get_tracing_state
+_set_jit_state: Callable[[object], None] = torch._C._set_tracing_state  # type: ignore[attr-defined]
 dispatch_modes: Callable[[], int] = torch._C._len_torch_dispatch_stack
 #: Whether calls are traced before autograd, as by ``torch.export``. The dispatch key is included
 #: while any such mode is active, and testing for it runs no Python.
@@ -40,6 +42,22 @@ def is_exported() -> bool:
     if dispatch_modes() == 0 and not is_pre_dispatched():
         return False
     return get_proxy_mode() is not None
+
+
+@contextlib.contextmanager
+def unrecorded() -> Iterator[None]:
+    """Ops in this block run once, on the values there are, and are left out of a trace.
+
+    For what a layer prepares before its forward: ``torch.jit.trace`` and ``make_fx`` would record
+    an allocation, but not what a kernel writes into it by its address.
+    """
+    state = jit_state()
+    _set_jit_state(None)
+    try:
+        with disable_proxy_modes_tracing():
+            yield
+    finally:
+        _set_jit_state(state)
 
 
 def has_no_values(tensor: Tensor) -> bool:

@@ -78,7 +78,7 @@ def find_modules(
         and id(module) not in known
     ]
     if others:
-        raise ValueError(f"model: {some(others)} adapted, which the adapter does not know")
+        raise ValueError(f"model: adapted at {some(others)}, which the adapter does not know")
     return targets
 
 

@@ -123,6 +123,7 @@ def save_adapter(
         write_adapter(adapter, path)
 
 
+@torch.inference_mode(False)
 def load_adapter(
     model: nn.Module,
     path: str | os.PathLike[str],
@@ -133,8 +134,9 @@ def load_adapter(
     """Load a file of :func:`save_adapter` into an adapted model, or into a base, which it adapts.
 
     Everything is checked first; if an error is raised, ``model`` is unchanged. A layer keeps its
-    ``delta`` parameter, so that an optimizer stays valid, unless ``k`` or ``delta_dtype`` differ. A
-    model without NeuroAda layers is adapted and frozen, except for what the adapter trained.
+    ``delta`` parameter, so that an optimizer goes on with it; if ``k`` differs, one that has made
+    steps holds moments of the old shape and has to be made anew. A model without NeuroAda layers is
+    adapted and frozen, except for what the adapter trained.
 
     Under a new ``adapter_name`` the file is added to an adapted model as by :func:`add_adapter`:
     inactive, frozen, and beside the existing adapters.
@@ -296,9 +298,14 @@ def _exchange(layer: BypassLayer, entry: AdaptedModule, undo: ExitStack) -> None
             f"delta: {list(new_delta.shape)} of {name_of(new_delta.dtype)}, expected "
             f"{list(delta.shape)} of {name_of(delta.dtype)}, which FSDP holds"
         )
-    else:
+    elif is_sharded(delta) or delta.is_meta:  # neither can take another tensor's values
         undo.callback(setattr, layer, "delta", delta)
         layer.delta = nn.Parameter(new_delta, delta.requires_grad)
+    else:
+        undo.callback(setattr, delta, "grad", delta.grad)
+        undo.callback(setattr, delta, "data", delta.data)
+        delta.grad = None
+        delta.data = new_delta
     layer.index = new_index
     layer.drop_deferral()
 

@@ -107,9 +107,10 @@ def _changes(
     }
     missing = sorted(wanted.keys() - checkpoint.tensors.keys())
     if missing:
+        others = f", nor {len(missing) - 1} more," if len(missing) > 1 else ","
         raise ValueError(
-            f"base: has no {missing[0]}, nor {len(missing) - 1} more, which the adapter is for; "
-            f"expected names such as {min(checkpoint.tensors, default=None)}"
+            f"base: has no {missing[0]}{others} which the adapter is for; expected names such as "
+            f"{min(checkpoint.tensors, default=None)}; a tied weight is stored under one name only"
         )
     changes = []
     for name, change in wanted.items():

@@ -158,6 +158,7 @@ def adapt(
 ) -> AdaptSummary: ...
 
 
+@torch.inference_mode(False)  # in which tensors would be made that cannot train
 def adapt(
     model: nn.Module,
     *arguments: Any,
@@ -261,6 +262,7 @@ def adapt(
     return AdaptSummary.of(model, with_stacks(model, targets))
 
 
+@torch.inference_mode(False)
 def select_connections(model: nn.Module) -> list[str]:
     """Choose the connections of layers that were adapted on the meta device.
 

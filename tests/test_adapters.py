@@ -94,11 +94,19 @@ def test_an_adapted_model_takes_another_k_and_another_delta_dtype(path, options)
     saved = adapted(**options)
     nk.save_adapter(saved, path)
     model = adapted(k=1)
+    model(inputs()).sum().backward()
+    deltas = {name: layer.delta for name, layer in layers(model).items()}
+    optimizer = torch.optim.AdamW(deltas.values(), lr=0.1)
     nk.load_adapter(model, path)
+    assert all(layer.delta is deltas[name] for name, layer in layers(model).items())
+    assert all(delta.grad is None for delta in deltas.values())
     assert_same_adapter(saved, model)
     assert torch.equal(model(inputs()), saved(inputs()))
     model(inputs()).sum().backward()
-    assert all(layer.delta.grad is not None for layer in layers(model).values())
+    optimizer.step()
+    for name, layer in layers(model).items():
+        assert not torch.equal(layer.delta, layers(saved)[name].delta)
+    assert not torch.equal(model(inputs()), saved(inputs()))
 
 
 def test_an_index_of_other_columns_is_followed_by_forward_and_backward(path):
@@ -211,18 +219,20 @@ def test_the_loaded_tensors_do_not_depend_on_the_file(path):
 
 
 @pytest.mark.filterwarnings("ignore:`torch.jit.script:DeprecationWarning")
-@pytest.mark.parametrize("compiled", ["model", "block"])
-def test_compiled_models_save_and_load_under_plain_names(path, compiled):
-    def compile_of(model: Model) -> nn.Module:
-        if compiled == "model":
+@pytest.mark.parametrize("wrapper", ["compile", "compile a block", "DataParallel"])
+def test_wrapped_models_save_and_load_under_plain_names(path, wrapper):
+    def wrap(model: Model) -> nn.Module:
+        if wrapper == "DataParallel":
+            return nn.DataParallel(model)
+        if wrapper == "compile":
             return torch.compile(model)
         model.blocks[0] = torch.compile(model.blocks[0])
         return model
 
-    nk.save_adapter(compile_of(adapted()), path)
+    nk.save_adapter(wrap(adapted()), path)
     assert sorted(read_adapter(path).modules) == sorted(NAMES)
     other = Model()
-    nk.load_adapter(compile_of(other), path)
+    nk.load_adapter(wrap(other), path)
     found = [m for m in other.modules() if isinstance(m, nk.NeuroAdaLinear)]
     saved = layers(adapted()).values()
     assert all(torch.equal(a.delta, b.delta) for a, b in zip(found, saved, strict=True))

@@ -6,10 +6,20 @@ from pathlib import Path
 
 import pytest
 import torch
-from adapted import TARGETS, Model, Unchanged, adapted, assert_same_adapter, inputs, trained
+from adapted import (
+    TARGETS,
+    Model,
+    Unchanged,
+    adapted,
+    assert_same_adapter,
+    inputs,
+    layers,
+    trained,
+)
 from torch import nn
 
 import neuroada_kernels as nk
+from neuroada_kernels import NeuroAdaLinear
 from neuroada_kernels.model import adapt
 
 
@@ -79,7 +89,7 @@ REFUSED = {
     "a module less": (without_a_block, ValueError, "has no blocks.1.down, blocks.1.up, which"),
     "no linear": (other_kind, TypeError, "blocks.0.up: Identity, expected torch.nn.Linear"),
     "hooks": (hooked, ValueError, "blocks.0.down: has hooks"),
-    "adapted elsewhere too": (more_adapted, ValueError, "head adapted, which the adapter does not"),
+    "adapted elsewhere too": (more_adapted, ValueError, "adapted at head, which the adapter does"),
     "merged": (merged, ValueError, "blocks.0.up: is merged, unmerge first"),
     "one module twice": (twice, ValueError, "one module where the adapter has two"),
     "no values": (lambda: Model().to("meta"), ValueError, "on the meta device"),
@@ -113,6 +123,26 @@ def test_a_mismatch_of_shapes_cannot(path):
     model = wider()
     with Unchanged(model), pytest.raises(ValueError, match=r"shape \[12, 7\], expected \[12, 6\]"):
         nk.load_adapter(model, path, allow_mismatch=True)
+
+
+@pytest.mark.parametrize("k", [2, 3])
+def test_an_interrupted_load_leaves_the_model_as_it_was(path, k, monkeypatch):
+    nk.save_adapter(adapted(k=k), path)
+    model = adapted(seed=1)
+    model(inputs()).sum().backward()
+    last, put = list(layers(model).values())[-1], NeuroAdaLinear.part_of_connections
+
+    def interrupted(layer, *connections):
+        if layer is last:
+            raise KeyboardInterrupt
+        return put(layer, *connections)
+
+    monkeypatch.setattr(NeuroAdaLinear, "part_of_connections", interrupted)
+    gradients = [layer.delta.grad for layer in layers(model).values()]
+    with Unchanged(model), pytest.raises(KeyboardInterrupt):
+        nk.load_adapter(model, path)
+    for layer, gradient in zip(layers(model).values(), gradients, strict=True):
+        assert layer.delta.grad is gradient
 
 
 def test_other_values_beside_the_chosen_connections_do_not_matter(path):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import subprocess
 import sys
 from collections.abc import Callable
@@ -136,6 +137,24 @@ def test_a_trace_follows_delta_and_passes_its_gradient(how, strategy):
         traced = torch.jit.trace(model, (x,), check_trace=False)
     for other in (x, torch.randn(6, 24)):
         torch.testing.assert_close(step(traced, model, other), step(model, model, other))
+        move_deltas(model)
+
+
+@pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning")
+@every_strategy
+@pytest.mark.parametrize("how", ["torch.jit.trace", "make_fx"])
+def test_a_copy_is_traced_before_its_first_forward(how, strategy):
+    """Its plan is made while the trace records, which must not record that."""
+    model, x = copy.deepcopy(small_model(strategy)), torch.randn(6, 24)
+    if how == "make_fx":
+        traced = make_fx(lambda x: model(x))(x)
+        graph = traced.graph
+    else:
+        traced = torch.jit.trace(model, (x,))  # and again, to check the trace
+        graph = traced.inlined_graph
+    assert "empty" not in str(graph)
+    for _ in range(2):
+        torch.testing.assert_close(step(traced, model, x), step(model, model, x))
         move_deltas(model)
 
 

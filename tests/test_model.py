@@ -415,6 +415,21 @@ def test_merging_a_layer_that_stands_in_two_places_does_not_warn():
     assert model[0].merged
 
 
+def test_what_is_adapted_in_inference_mode_trains(tmp_path):
+    models = [LanguageModel() for _ in range(3)]
+    nk.adapt(models[0], k=2)
+    nk.save_adapter(models[0], tmp_path / "adapter.safetensors")
+    with torch.inference_mode():
+        nk.adapt(models[1], k=2)
+        nk.add_adapter(models[1], "other", k=1)
+        nk.load_adapter(models[2], tmp_path / "adapter.safetensors", allow_mismatch=True)
+    for model in models:
+        model(torch.tensor([[1, 2]])).sum().backward()
+        assert all(p.grad is not None for p in model.parameters() if p.requires_grad)
+    nk.set_adapter(models[1], "other")
+    models[1](torch.tensor([[1, 2]])).sum().backward()
+
+
 @pytest.mark.filterwarnings("ignore:.*script_method:DeprecationWarning")  # torch's own
 def test_a_compiled_model_is_adapted_as_itself():
     models = []

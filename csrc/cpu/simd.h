@@ -11,6 +11,8 @@
 
 #if defined(__F16C__) || defined(__AVX512F__)
 #include <immintrin.h>
+#elif defined(__aarch64__)
+#include <arm_neon.h>
 #endif
 
 // CMakeLists.txt defines NEUROADA_VECTOR_BYTES, NEUROADA_AVX512_BF16 and NEUROADA_AMX_TILES for each copy. Compiler
@@ -85,6 +87,10 @@ inline Vec<float> load(const Half* source) {
   return (Vec<float>)_mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(source)));
 #elif defined(__F16C__)
   return (Vec<float>)_mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(source)));
+#elif defined(__aarch64__)
+  float16x4_t halves;
+  std::memcpy(&halves, source, sizeof(halves));
+  return (Vec<float>)vcvt_f32_f16(halves);
 #else
   Vec<float> value;
   for (int lane = 0; lane < kLanes<float>; ++lane) value[lane] = widen(source[lane]);
@@ -124,6 +130,9 @@ inline void store(Half* target, Vec<float> value) {
   _mm256_storeu_si256(reinterpret_cast<__m256i*>(target), _mm512_cvtps_ph((__m512)value, _MM_FROUND_TO_NEAREST_INT));
 #elif defined(__F16C__)
   _mm_storeu_si128(reinterpret_cast<__m128i*>(target), _mm256_cvtps_ph((__m256)value, _MM_FROUND_TO_NEAREST_INT));
+#elif defined(__aarch64__)
+  const float16x4_t halves = vcvt_f16_f32((float32x4_t)value);
+  std::memcpy(target, &halves, sizeof(halves));
 #else
   for (int lane = 0; lane < kLanes<float>; ++lane) narrow(value[lane], target[lane]);
 #endif

@@ -66,7 +66,8 @@ class BypassLinear(BypassLayer):
         Buffer, int32, shape ``[out_features, k]``: distinct columns within a row, -1 in a slot
         without a connection. A selected index is in the order of
         :func:`neuroada_kernels.order_slots`; a given one keeps its order. Checked when it is set or
-        loaded. In-place writes are detected by the next forward that is not compiled.
+        loaded. In-place writes are detected by the next forward that is not compiled, unless
+        through ``index.data``.
     delta : nn.Parameter
         Shape ``[out_features, k]``, zeros at first.
     original : Tensor or None

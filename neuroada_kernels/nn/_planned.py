@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from neuroada_kernels._tracing import unrecorded
 from neuroada_kernels.nn._layer import BypassLayer
 from neuroada_kernels.plan import Planned, checksum, is_plan_of, is_wrapped, make_plan
 
@@ -36,8 +37,20 @@ class PlannedLayer(BypassLayer):
             # An inference tensor cannot be saved for a backward.
             with torch.inference_mode(False), torch.no_grad():
                 plan, self._planned = self._plan_of(self.index), Planned(self.index)
+                if self._is_held(plan):  # a trace knows the tensor that was there when it began
+                    plan = self.plan
         self.register_buffer("plan", plan, persistent=False)
         self._plan_checksum = checksum(plan)
+
+    def _is_held(self, plan: Tensor) -> bool:
+        """Whether the layer has the same plan already, as a copied or moved layer may."""
+        held = self._buffers.get("plan")
+        return (
+            held is not None
+            and not held.is_inference()
+            and held.device == plan.device
+            and torch.equal(held, plan)
+        )
 
     def _plan_of(self, index: Tensor) -> Tensor:
         return make_plan(index, self.in_features)
@@ -113,7 +126,7 @@ class PlannedLayer(BypassLayer):
         """Plan again if ``index``, the layer's own, is not the one that was planned."""
         # A replica's index and plan are copies of the layer's.
         if not self._planned.is_still(index) and not self._is_replica:
-            with self._siblings.lock:  # only one of several threads plans
+            with self._siblings.lock, unrecorded():  # only one of several threads plans
                 if not self._planned.is_still(self.index):
                     self._replan()
 

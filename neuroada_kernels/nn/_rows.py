@@ -53,7 +53,8 @@ class BatchRows:
         total = sum(self.counts)
         if x.dim() < 2 or len(x) != total:
             raise ValueError(
-                f"adapter_names: {total} for x of shape {list(x.shape)}, expected one a row"
+                f"adapter_names: {total} for x of shape {list(x.shape)}, expected one a row of "
+                "dimension 0"
             )
 
     def map(self, forward: Callable[..., Tensor], *tensors: Tensor) -> Tensor:

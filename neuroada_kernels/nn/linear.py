@@ -7,6 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from neuroada_kernels import functional, ops
+from neuroada_kernels._tracing import unrecorded
 from neuroada_kernels.nn._base import BypassLinear
 from neuroada_kernels.nn._named import NamedLayer
 from neuroada_kernels.nn._planned import PlannedLayer
@@ -30,7 +31,7 @@ class NeuroAdaLinear(NamedLayer, PlannedLayer, ResidentLinear):
             if not self._planned.is_still(index):
                 self._follow_index(index)
             if self._strategy == "resident" and buffers["base_values"] is None:
-                with self._siblings.lock:
+                with self._siblings.lock, unrecorded():
                     self._resume()
         self._check_shapes()
         if buffers["base_values"] is not None:

@@ -40,7 +40,8 @@ struct alignas(1024) Shared {
 void a_box_is_swizzled_and_padded_with_zeros() {
   const Matrix<BFloat16> matrix = numbered(21, 40, 8);
   const auto map = cuda::make_tensor_map("test", DType::bf16, matrix.data(), 21, 40, matrix.stride(), 16, 64);
-  for (const auto& [row, column] : {std::pair{0, 0}, std::pair{10, 32}, std::pair{-3, -5}}) {
+  for (const auto& corner : {std::pair{0, 0}, std::pair{10, 32}, std::pair{-3, -5}}) {
+    const auto row = corner.first, column = corner.second;  // Clang before 16 cannot capture structured bindings
     host_cuda::launch({1, 1}, 32, sizeof(Shared), [&] {
       Shared& shared = cuda::shared_as<Shared>();
       if (threadIdx.x == 0) {
