@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 
 from torch import nn
 from torch.nn.parallel import DataParallel, DistributedDataParallel
@@ -46,10 +46,19 @@ def layers_in(model: nn.Module) -> dict[str, NamedLayer]:
     return layers
 
 
-def check_not_replicated(model: nn.Module) -> None:
+def check_not_replicated(model: nn.Module, why: str = "expected it adapted before") -> None:
     """Raise if DDP wraps the model already: it would not average the gradients of new deltas."""
     if any(isinstance(module, DistributedDataParallel) for module in _with_wrappers(model)):
         raise ValueError(
             "model: is in DistributedDataParallel, which would not average the new deltas' "
-            "gradients; expected it adapted before"
+            f"gradients; {why}"
         )
+
+
+def check_trains_in_ddp(model: nn.Module, deltas: Iterable[nn.Parameter]) -> None:
+    """Raise if DDP wraps the model and one of ``deltas``, which are to train, was frozen.
+
+    DDP averages the gradients of the parameters that trained when it was made.
+    """
+    if not all(delta.requires_grad for delta in deltas):
+        check_not_replicated(model, "expected them to train when it is wrapped")

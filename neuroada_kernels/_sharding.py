@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
 
 import torch.distributed as dist
 from torch import Tensor, nn
 
+if TYPE_CHECKING:
+    from torch.distributed.device_mesh import DeviceMesh
+
 
 def is_sharded(tensor: Tensor | None) -> bool:
     """Whether ``tensor`` is a DTensor, of which this process may hold only a shard."""
-    return hasattr(tensor, "full_tensor")
+    module = sys.modules.get("torch.distributed.tensor")  # there is none before its import
+    return module is not None and isinstance(tensor, module.DTensor)
 
 
 def local(tensor: Tensor) -> Tensor:
@@ -44,26 +50,39 @@ def reshard(model: nn.Module) -> None:
                 module.reshard()
 
 
-def on_first_rank(action: Callable[[], None]) -> None:
-    """Run ``action`` on rank 0 while the other ranks wait; if it raises, all ranks raise.
+def mesh_of(model: nn.Module) -> DeviceMesh | None:
+    """The processes over which the model's parameters are sharded, None if they are whole.
+
+    A stage of a pipeline has a part of all processes. If tensor parallelism and FSDP shard
+    different parameters, the mesh with more dimensions includes the other.
+    """
+    sharded: list[Any] = [p for p in model.parameters() if is_sharded(p)]
+    return max((p.device_mesh for p in sharded), key=lambda mesh: mesh.ndim, default=None)
+
+
+def on_first_rank(action: Callable[[], None], mesh: DeviceMesh) -> None:
+    """Run ``action`` on the first rank of ``mesh`` while its other ranks wait.
 
     Raises
     ------
+    Exception
+        What ``action`` raised, on the first rank.
     RuntimeError
-        On the other ranks, with the message of rank 0's error.
+        On the other ranks, with that error's message.
     """
     error: Exception | None = None
-    if dist.get_rank() == 0:
+    if not any(mesh.get_coordinate() or ()):
         try:
             action()
         except Exception as caught:
             error = caught
     words = [None if error is None else f"{type(error).__name__}: {error}"]
-    dist.broadcast_object_list(words, src=0)
+    for dim in range(mesh.ndim):
+        dist.broadcast_object_list(words, group=mesh.get_group(dim), group_src=0)
     if error is not None:
         raise error
     if words[0] is not None:
-        raise RuntimeError(f"rank 0 raised {words[0]}")
+        raise RuntimeError(f"rank {int(mesh.mesh.flatten()[0])} raised {words[0]}")
 
 
 def is_managed_by_fsdp(module: nn.Module) -> bool:

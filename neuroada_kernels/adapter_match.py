@@ -14,7 +14,7 @@ from neuroada_kernels.nn._named import NamedLayer
 from neuroada_kernels.nn.bypass import NeuroAdaBypass
 from neuroada_kernels.nn.experts import STACKS, NeuroAdaExperts, is_experts
 from neuroada_kernels.nn.foreign import missing_library
-from neuroada_kernels.targets import check_target, errors_name
+from neuroada_kernels.targets import check_target, errors_name, plain_name
 
 
 def new_experts(model: nn.Module, adapter: Adapter) -> dict[nn.Module, NeuroAdaExperts]:
@@ -149,11 +149,6 @@ def parameters_of(model: nn.Module, *, once: bool) -> dict[str, nn.Parameter]:
                 name = outside + name.removeprefix(inside)
         found[plain_name(name)] = parameter
     return found
-
-
-def plain_name(name: str) -> str:
-    """A module's name without the parts that compiling a submodule adds to it."""
-    return ".".join(part for part in name.split(".") if part != "_orig_mod")
 
 
 def some(words: list[str], separator: str = ", ") -> str:

@@ -10,10 +10,11 @@ import torch
 from torch import Tensor, nn
 
 from neuroada_kernels._dtypes import name_of
-from neuroada_kernels._models import layers_in, unwrapped
+from neuroada_kernels._models import check_not_replicated, layers_in, unwrapped
 from neuroada_kernels._sharding import (
     is_managed_by_fsdp,
     is_sharded,
+    mesh_of,
     on_first_rank,
     reshard,
     split_as,
@@ -27,7 +28,6 @@ from neuroada_kernels.adapter_match import (
     find_parameters,
     new_experts,
     parameters_of,
-    plain_name,
     some,
 )
 from neuroada_kernels.adding import insert_adapter
@@ -56,7 +56,7 @@ from neuroada_kernels.nn._named import DEFAULT, NamedLayer
 from neuroada_kernels.nn.experts import NeuroAdaExperts
 from neuroada_kernels.nn.linear import NeuroAdaLinear
 from neuroada_kernels.plan import check_index
-from neuroada_kernels.targets import errors_name
+from neuroada_kernels.targets import errors_name, plain_name
 
 
 def save_adapter(
@@ -73,8 +73,8 @@ def save_adapter(
     interrupted save leaves the old file intact.
 
     If the model is sharded, by ``fully_shard`` or the styles of
-    :mod:`neuroada_kernels.distributed`, every process has to call this: the shards are
-    all-gathered, and rank 0 writes the file.
+    :mod:`neuroada_kernels.distributed`, every process that has a shard has to call this: the shards
+    are all-gathered, and the first of these processes writes the file.
 
     Parameters
     ----------
@@ -97,7 +97,7 @@ def save_adapter(
         yet, or an index was written in place and is not valid; or if merged layers share a weight,
         so that the base's values are unknown.
     RuntimeError
-        In the other processes, if rank 0 could not write.
+        In the other processes, if the first could not write.
     """
     model = unwrapped(model)
     reshard(model)
@@ -117,10 +117,11 @@ def save_adapter(
     modules = {name: _adapted_module(layer, adapter_name) for name, layer in layers.items()}
     as_json = None if config is None else config.to_dict()
     adapter = Adapter(modules, parameters, as_json)
-    if any(is_sharded(parameter) for parameter in model.parameters()):
-        on_first_rank(lambda: write_adapter(adapter, path))
-    else:
+    mesh = mesh_of(model)
+    if mesh is None:
         write_adapter(adapter, path)
+    else:
+        on_first_rank(lambda: write_adapter(adapter, path), mesh)
 
 
 @torch.inference_mode(False)
@@ -173,7 +174,7 @@ def load_adapter(
         the model has other adapters, and the file has parameters that all adapters share or biases
         of the base train.
     """
-    model = unwrapped(model)
+    whole_model, model = model, unwrapped(model)
     reshard(model)
     adapter = read_adapter(path)
     config = None if adapter.config is None else NeuroAdaConfig.from_dict(adapter.config)
@@ -181,6 +182,8 @@ def load_adapter(
     fresh = not any(isinstance(module, NamedLayer) for module in model.modules())
     experts = new_experts(model, adapter)
     targets = find_modules(model, adapter, experts, adapter_name)
+    if not _keeps_parameters(adapter, targets, adapter_name):
+        check_not_replicated(whole_model)
     parameters = find_parameters(model, adapter)
     check_bases(adapter, targets, parameters, allow_mismatch=allow_mismatch)
     new: dict[nn.Module, NamedLayer | NeuroAdaExperts] = dict(experts)
@@ -262,6 +265,19 @@ def _trained(
         if parameter.requires_grad and id(parameter) not in deltas
     }
     return layers, parameters
+
+
+def _keeps_parameters(
+    adapter: Adapter, targets: Mapping[str, nn.Module], adapter_name: str
+) -> bool:
+    """Whether every module has a delta of the form that the file's has."""
+    for name, module in targets.items():
+        if not isinstance(module, NamedLayer) or adapter_name not in module.adapter_names:
+            return False
+        held, new = module.holder_of(adapter_name).delta, adapter.modules[name].delta
+        if held.shape != new.shape or held.dtype != new.dtype:
+            return False
+    return True
 
 
 def _adapted(module: nn.Module, entry: AdaptedModule, config: NeuroAdaConfig | None) -> NamedLayer:

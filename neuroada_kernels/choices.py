@@ -15,7 +15,7 @@ from neuroada_kernels.gradient import Loss, each_gradient
 from neuroada_kernels.nn._deferred import Deferred
 from neuroada_kernels.nn.experts import STACKS, NeuroAdaExperts, is_experts
 from neuroada_kernels.nn.foreign import base_weight
-from neuroada_kernels.targets import errors_name, is_foreign
+from neuroada_kernels.targets import errors_name, is_foreign, plain_name
 
 
 def each_choice(
@@ -39,7 +39,7 @@ def each_choice(
 
     def choice(name: str, its_scores: Tensor | None) -> Deferred:
         method = config.selection if its_scores is None else "scores"
-        drawn = generator or config.generator_of(name)
+        drawn = generator or config.generator_of(plain_name(name))
         return Deferred(config.k_of(name), method, its_scores, drawn, config.neuron_fraction)
 
     if data is not None and loss is not None:

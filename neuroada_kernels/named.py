@@ -11,7 +11,12 @@ from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 
 from torch import nn
 
-from neuroada_kernels._models import find_layers, layers_in, unwrapped
+from neuroada_kernels._models import (
+    check_trains_in_ddp,
+    find_layers,
+    layers_in,
+    unwrapped,
+)
 from neuroada_kernels._sharding import is_managed_by_fsdp, is_sharded
 from neuroada_kernels.config import NeuroAdaConfig
 from neuroada_kernels.model import keep_config
@@ -65,15 +70,18 @@ def set_adapter(model: nn.Module, adapter_name: str, *, inference_mode: bool = F
     TypeError
         If ``adapter_name`` is no name. :func:`add_weighted_adapter` combines several adapters.
     ValueError
-        If there is no such adapter, or no NeuroAda layer; if the model is sharded over processes;
-        or if an index was written in place and is not valid.
+        If there is no such adapter, or no NeuroAda layer; if the model is sharded over processes,
+        or in DDP since before the adapter trained; or if an index was written in place and is not
+        valid.
     RuntimeError
         If a layer is merged. Nothing changes then.
     """
-    model = unwrapped(model)
     layers = layers_in(model)
     check_name(layers, adapter_name)
     check_unmerged(layers)
+    if not inference_mode:
+        check_trains_in_ddp(model, _deltas_of(layers, [adapter_name]))
+    model = unwrapped(model)
     check_whole(model)
     with contextlib.ExitStack() as undo:
         for name, layer in layers.items():
@@ -200,15 +208,29 @@ def set_requires_grad(
     Raises
     ------
     TypeError, ValueError
-        If ``adapter_names`` are no names of adapters, or the model has no NeuroAda layer.
+        If ``adapter_names`` are no names of adapters, the model has no NeuroAda layer, or DDP
+        wraps it and would not average the gradients.
     """
     layers = layers_in(model)
     names = _names([adapter_names] if isinstance(adapter_names, str) else adapter_names)
     for name in names:
         check_name(layers, name, "adapter_names")
-    for layer in layers.values():
-        for name in set(names) & set(layer.adapter_names):
-            layer.holder_of(name).delta.requires_grad_(requires_grad)
+    deltas = _deltas_of(layers, names)
+    if requires_grad:
+        check_trains_in_ddp(model, deltas)
+    for delta in deltas:
+        delta.requires_grad_(requires_grad)
+
+
+def _deltas_of(
+    layers: Mapping[str, NamedLayer], adapter_names: Collection[str]
+) -> list[nn.Parameter]:
+    return [
+        layer.holder_of(name).delta
+        for layer in layers.values()
+        for name in layer.adapter_names
+        if name in adapter_names
+    ]
 
 
 def active_in(layers: Mapping[str, NamedLayer]) -> str | None:

@@ -23,6 +23,13 @@ from neuroada_kernels.replacing import check_hooks
 _OURS = (BypassLayer, NeuroAdaExperts)
 #: PEFT's replacements: adapter layers, and wrappers that train a full copy of a module.
 _OF_PEFT = ("BaseTunerLayer", "AuxiliaryTrainingWrapper")
+#: What torch.compile and checkpoint_wrapper name the module that they wrap.
+_WRAPPERS = ("_orig_mod", "_checkpoint_wrapped_module")
+
+
+def plain_name(name: str) -> str:
+    """A module's name without the parts that wrappers of submodules add to it."""
+    return ".".join(part for part in name.split(".") if part not in _WRAPPERS)
 
 
 def find_targets(

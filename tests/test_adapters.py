@@ -10,6 +10,7 @@ import torch
 from adapted import NAMES, TARGETS, Model, adapted, assert_same_adapter, inputs, layers, trained
 from safetensors import safe_open
 from torch import nn
+from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
 
 import neuroada_kernels as nk
 from neuroada_kernels.adapter_file import read_adapter
@@ -219,14 +220,17 @@ def test_the_loaded_tensors_do_not_depend_on_the_file(path):
 
 
 @pytest.mark.filterwarnings("ignore:`torch.jit.script:DeprecationWarning")
-@pytest.mark.parametrize("wrapper", ["compile", "compile a block", "DataParallel"])
+@pytest.mark.parametrize(
+    "wrapper", ["compile", "compile a block", "DataParallel", "checkpoint a block"]
+)
 def test_wrapped_models_save_and_load_under_plain_names(path, wrapper):
     def wrap(model: Model) -> nn.Module:
         if wrapper == "DataParallel":
             return nn.DataParallel(model)
         if wrapper == "compile":
             return torch.compile(model)
-        model.blocks[0] = torch.compile(model.blocks[0])
+        wrap_block = torch.compile if wrapper == "compile a block" else checkpoint_wrapper
+        model.blocks[0] = wrap_block(model.blocks[0])
         return model
 
     nk.save_adapter(wrap(adapted()), path)
@@ -236,6 +240,17 @@ def test_wrapped_models_save_and_load_under_plain_names(path, wrapper):
     found = [m for m in other.modules() if isinstance(m, nk.NeuroAdaLinear)]
     saved = layers(adapted()).values()
     assert all(torch.equal(a.delta, b.delta) for a, b in zip(found, saved, strict=True))
+
+
+@pytest.mark.filterwarnings("ignore:`torch.jit.script:DeprecationWarning")
+@pytest.mark.parametrize("wrap", [checkpoint_wrapper, torch.compile])
+def test_wrapping_a_block_does_not_change_random_choices(wrap):
+    plain, wrapped = Model(), Model()
+    wrapped.blocks[0] = wrap(wrapped.blocks[0])
+    for model in (plain, wrapped):
+        nk.adapt(model, 2, TARGETS, selection="random")
+    for a, b in zip(layers(plain).values(), layers(wrapped).values(), strict=True):
+        assert torch.equal(a.index, b.index)
 
 
 @pytest.mark.filterwarnings("ignore")

@@ -104,6 +104,23 @@ def test_connections_are_chosen_when_values_have_come(how, options):
     assert_as_if_at_once(model, **options)
 
 
+@pytest.mark.parametrize("how", ["assigned", "copied", "moved twice"])
+def test_a_state_dict_completed_by_the_models_own_is_no_choice(how):
+    """As torch completes it in set_model_state_dict, for keys that the base lacks."""
+    model = empty()
+    if how != "assigned":
+        model.to_empty(device="cpu")
+    if how == "moved twice":
+        model._apply(lambda tensor: torch.full_like(tensor, 1))  # what to_empty may find there
+    state = {**model.state_dict(), **Model().state_dict()}
+    loaded = model.load_state_dict(state, assign=how == "assigned")
+    assert not loaded.missing_keys
+    assert not loaded.unexpected_keys
+    assert all(model.get_submodule(name).deferred for name in NAMES)
+    assert nk.select_connections(model) == []
+    assert_as_if_at_once(model)
+
+
 @pytest.mark.parametrize("options", OPTIONS, ids=str)
 def test_shards_may_come_one_after_the_other_in_any_order(options):
     model = empty(**options)

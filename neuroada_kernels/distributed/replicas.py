@@ -6,7 +6,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from neuroada_kernels._models import layers_in
+from neuroada_kernels._models import find_layers, layers_in
 from neuroada_kernels._sharding import is_sharded
 
 
@@ -31,14 +31,16 @@ def broadcast_adapter(model: nn.Module, group: dist.ProcessGroup | None = None) 
     ------
     ValueError
         If the model has no NeuroAda layer, if a parameter that trains is sharded already, if
-        connections are not chosen yet, or a layer is merged; nothing is sent then.
+        connections are not chosen yet, or a layer is merged; nothing is sent then. In every
+        process, if they have not the same layers and adapters of the same k.
     """
     layers = layers_in(model).values()
     for layer in layers:
         if layer.deferred or layer.merged:
             state = "merged" if layer.merged else "not chosen yet"
             raise ValueError(f"model: has connections that are {state}, expected to train them")
-    trained = _trained(model)
+    trained = list(_trained(model).values())
+    _check_alike(model, group)
     for layer in layers:
         for adapter in layer.adapter_names:
             held = layer.holder_of(adapter)
@@ -66,7 +68,7 @@ def replicate_trained(
     Parameters
     ----------
     model : nn.Module
-        The adapted model, on its device, not yet sharded.
+        The adapted model, not yet sharded. Its deltas may be on the meta device.
     group : ProcessGroup, optional
         The data-parallel processes; by default all.
 
@@ -77,23 +79,54 @@ def replicate_trained(
     Raises
     ------
     ValueError
-        If nothing trains, or a trained parameter is sharded already.
+        If nothing trains, if a trained parameter is sharded already, or if one other than a delta
+        is on the meta device.
     """
-    trained = _trained(model)
-    averaging = _Averaging(trained, group)
-    for parameter in trained:
-        parameter.register_post_accumulate_grad_hook(averaging.on_gradient)
-    return set(trained)
+    trained, layers = _trained(model), list(find_layers(model).values())
+    deltas = {id(delta) for layer in layers for delta in layer.deltas}
+    for name, parameter in trained.items():
+        if parameter.is_meta and id(parameter) not in deltas:
+            # Torch replaces it by another parameter when it gets values, without telling.
+            raise ValueError(f"{name}: is on the meta device, expected values, as it trains")
+    averaging = _Averaging(list(trained.values()), group)
+    for layer in layers:
+        layer.averaging = averaging
+    return set(trained.values())
 
 
-def _trained(model: nn.Module) -> list[nn.Parameter]:
+def _check_alike(model: nn.Module, group: dist.ProcessGroup | None) -> None:
+    """Raise in every process if their models' tensors differ in what a broadcast needs."""
+    own = {
+        f"{name}.{adapter}": (str(held.delta.dtype), tuple(held.delta.shape))
+        for name, layer in find_layers(model).items()
+        for adapter in layer.adapter_names
+        for held in [layer.holder_of(adapter)]
+    }
+    own |= {name: (str(p.dtype), tuple(p.shape)) for name, p in _trained(model).items()}
+    all_own: list[dict[str, tuple[str, tuple[int, ...]]]]
+    all_own = [{}] * dist.get_world_size(group)
+    dist.all_gather_object(all_own, own, group=group)
+    first = all_own[0]
+    for rank, other in enumerate(all_own):
+        for name in sorted(first.keys() | other.keys()):
+            if first.get(name) != other.get(name):
+                forms = [
+                    f"{o[name][1]} of {o[name][0]}" if name in o else "none" for o in (first, other)
+                ]
+                raise ValueError(
+                    f"{name}: {forms[0]} on rank 0 and {forms[1]} on rank {rank}, expected models "
+                    "that are adapted identically"
+                )
+
+
+def _trained(model: nn.Module) -> dict[str, nn.Parameter]:
     trained = {n: p for n, p in model.named_parameters() if p.requires_grad}
     if not trained:
         raise ValueError("model: has no parameter that trains, expected an adapted model")
     for name, parameter in trained.items():
         if is_sharded(parameter):
             raise ValueError(f"{name}: is sharded already, expected a whole parameter")
-    return list(trained.values())
+    return trained
 
 
 class _Averaging:
@@ -108,6 +141,23 @@ class _Averaging:
     def __init__(self, parameters: list[nn.Parameter], group: dist.ProcessGroup | None) -> None:
         self._parameters, self._group = parameters, group
         self._backward: int | None = None  # id of the one that averages at its end
+        for parameter in parameters:
+            parameter.register_post_accumulate_grad_hook(self.on_gradient)
+
+    def replace(self, old: nn.Parameter, new: nn.Parameter) -> None:
+        """Average the gradient of ``new`` instead; a sharded one is left to what shards it."""
+        for i, parameter in enumerate(self._parameters):
+            if parameter is old:
+                if is_sharded(new):
+                    del self._parameters[i]
+                else:
+                    self._parameters[i] = new
+                    new.register_post_accumulate_grad_hook(self.on_gradient)
+                return
+
+    def __reduce__(self) -> tuple[type[None], tuple[()]]:
+        """Copies and pickles become None: the parameters of a copied model have no hooks."""
+        return type(None), ()
 
     def on_gradient(self, _: Tensor) -> None:
         backward: int = torch._C._current_graph_task_id()

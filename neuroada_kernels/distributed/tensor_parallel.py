@@ -266,6 +266,8 @@ def _check_layer(layer: BypassLinear, mesh: DeviceMesh) -> None:
         raise ValueError(f"module: has adapters by name, {names}, expected none but the default")
     if layer.strategy == "resident":
         raise ValueError(refusal("weight is to be split"))
+    if layer.averaging is not None:
+        raise ValueError("delta: replicate_trained averages it, expected one that is to be split")
     if layer.deferred or layer.merged:
         state = "merged" if layer.merged else "not chosen yet"
         raise ValueError(f"index: connections are {state}, expected to train them")

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from neuroada_kernels._sharding import whole
-from neuroada_kernels.plan import order_slots, order_slots_
+from neuroada_kernels.plan import count_connections, order_slots, order_slots_
 from neuroada_kernels.selection import (
     Rows,
     check_arguments,
@@ -17,6 +18,9 @@ from neuroada_kernels.selection import (
     select,
     select_rows,
 )
+
+CHOSEN = ("index", "delta")  # what a layer has only once its connections are chosen
+_UNCHOSEN = -2  # fills an index before that; no column
 
 
 @dataclass(frozen=True)
@@ -55,3 +59,77 @@ class Deferred:
     def connections(self, d_out: int) -> int:
         """The number of connections that will be chosen."""
         return drawn_count(d_out, self.neuron_fraction) * self.k
+
+
+class DeferringLayer(nn.Module):
+    """The part of a layer that chooses its connections once the weight has values."""
+
+    index: Tensor
+    delta: nn.Parameter
+    in_features: int
+    out_features: int
+    strategy_reason: str | None = None
+    _deferred: Deferred | None = None  # while index and delta wait for the weight's values
+
+    @property
+    def connections(self) -> int:
+        """The number of connections that the layer has, or will have."""
+        if self._deferred is not None:
+            return self._deferred.connections(self.out_features)
+        return count_connections(self.index, self.in_features)
+
+    def select_connections(self, reason: str | None = None) -> bool:
+        """Make the deferred selection; returns False if the weight still has no values."""
+        return True
+
+    @property
+    def deferred(self) -> bool:
+        """Whether the connections are still to be chosen."""
+        return self._deferred is not None
+
+    def drop_deferral(self) -> None:
+        """Cancel the deferred selection, since index and delta were loaded.
+
+        The strategy stays ``"bypass"``, with the reason in ``strategy_reason``: only
+        :func:`neuroada_kernels.set_strategy` can tell which other modules read the weight.
+        """
+        if self._deferred is None:  # write no attribute, which would cause recompilation
+            return
+        if self._deferred.strategy != "bypass":
+            self.strategy_reason = "its connections were loaded; set_strategy takes it up"
+        self._deferred = None
+
+    def _defer(self, choice: Deferred) -> None:
+        """Defer the choice if the index has no values."""
+        if self.index.is_meta:
+            self._deferred = choice
+
+    def check_selected(self) -> None:
+        """Raise if the connections are not chosen yet."""
+        if self._deferred is not None:
+            raise RuntimeError(
+                "index: not chosen yet, since weight was on the meta device; "
+                "neuroada_kernels.select_connections(model) chooses once it has values"
+            )
+
+    def _mark_unchosen(self) -> None:
+        """Give the index of a layer that still waits for its weight a value that is no choice.
+
+        ``to_empty`` leaves arbitrary values, which a state dict of the model would pass on.
+        """
+        if self._deferred is not None and not self.index.is_meta:
+            with torch.no_grad():
+                self.index.fill_(_UNCHOSEN)
+                self.delta.zero_()
+
+    def _without_unchosen(self, state_dict: dict[str, Any], prefix: str) -> dict[str, Any]:
+        """``state_dict`` without the index and delta of a layer that had not chosen them.
+
+        Torch's ``set_model_state_dict`` completes a base's state with the model's own.
+        """
+        index = state_dict.get(prefix + "index")
+        if self._deferred is None or index is None:
+            return state_dict
+        if not index.is_meta and not bool((index == _UNCHOSEN).all()):
+            return state_dict
+        return {k: v for k, v in state_dict.items() if k.removeprefix(prefix) not in CHOSEN}

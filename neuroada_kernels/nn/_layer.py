@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -12,12 +12,12 @@ from torch import Tensor, nn
 from neuroada_kernels._dtypes import FLOATING, NAMES, name_of
 from neuroada_kernels._sharding import is_managed_by_fsdp, is_sharded, local, split_as, whole
 from neuroada_kernels.nn._activations import ActivationSaver
-from neuroada_kernels.nn._deferred import Deferred
+from neuroada_kernels.nn._deferred import CHOSEN, DeferringLayer
 from neuroada_kernels.nn._offloaded import check_present
 from neuroada_kernels.nn._own import OwnTensors
 from neuroada_kernels.nn._rows import BatchRows
 from neuroada_kernels.nn._strategy import check_known, refusal
-from neuroada_kernels.plan import check_index, check_index_form, count_connections
+from neuroada_kernels.plan import check_index, check_index_form
 from neuroada_kernels.selection import Rows
 
 
@@ -27,6 +27,13 @@ class BaseForm(NamedTuple):
     kind: str | None
     dtype: torch.dtype
     device: torch.device
+
+
+class Averaging(Protocol):
+    """Averages the gradients of trained parameters over processes."""
+
+    def replace(self, old: nn.Parameter, new: nn.Parameter) -> None:
+        """Average the gradient of ``new`` from now on instead of that of ``old``."""
 
 
 def uncast(fn: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
@@ -39,7 +46,7 @@ def uncast(fn: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
     return move
 
 
-class BypassLayer(ActivationSaver, OwnTensors):
+class BypassLayer(ActivationSaver, OwnTensors, DeferringLayer):
     """k bypass connections per neuron beside a frozen weight, of the layer or of its base."""
 
     in_features: int
@@ -48,14 +55,13 @@ class BypassLayer(ActivationSaver, OwnTensors):
     delta: nn.Parameter
     original: Tensor | None
     merged_index: Tensor | None
-    strategy_reason: str | None = None
     _strategy = "bypass"
     _loading = False  # loading a state dict that was checked as a whole
-    _deferred: Deferred | None = None  # while index and delta wait for the weight's values
     _weight_name = "weight"  # its key in a state dict
     _disabled = False  # no active adapter: the layer computes its base alone
     _rows: BatchRows | None = None  # while the rows of a batch use different adapters
     _plan_facts: tuple[str, ...] = ()  # attributes that belong to the plan of an index
+    averaging: Averaging | None = None  # that of replicate_trained
 
     def _check_connections(self, index: Tensor, delta_dtype: torch.dtype) -> None:
         """Raise unless these are valid for :meth:`_hold_connections`."""
@@ -78,34 +84,6 @@ class BypassLayer(ActivationSaver, OwnTensors):
     def k(self) -> int:
         """Connections per neuron."""
         return self.index.shape[1]
-
-    @property
-    def connections(self) -> int:
-        """The number of connections that the layer has, or will have."""
-        if self._deferred is not None:
-            return self._deferred.connections(self.out_features)
-        return count_connections(self.index, self.in_features)
-
-    def select_connections(self, reason: str | None = None) -> bool:
-        """Make the deferred selection; returns False if the weight still has no values."""
-        return True
-
-    @property
-    def deferred(self) -> bool:
-        """Whether the connections are still to be chosen."""
-        return self._deferred is not None
-
-    def drop_deferral(self) -> None:
-        """Cancel the deferred selection, since index and delta were loaded.
-
-        The strategy stays ``"bypass"``, with the reason in ``strategy_reason``: only
-        :func:`neuroada_kernels.set_strategy` can tell which other modules read the weight.
-        """
-        if self._deferred is None:  # write no attribute, which would cause recompilation
-            return
-        if self._deferred.strategy != "bypass":
-            self.strategy_reason = "its connections were loaded; set_strategy takes it up"
-        self._deferred = None
 
     @property
     def merged(self) -> bool:
@@ -216,19 +194,6 @@ class BypassLayer(ActivationSaver, OwnTensors):
 
         return back
 
-    def _defer(self, choice: Deferred) -> None:
-        """Defer the choice if the index has no values."""
-        if self.index.is_meta:
-            self._deferred = choice
-
-    def check_selected(self) -> None:
-        """Raise if the connections are not chosen yet."""
-        if self._deferred is not None:
-            raise RuntimeError(
-                "index: not chosen yet, since weight was on the meta device; "
-                "neuroada_kernels.select_connections(model) chooses once it has values"
-            )
-
     def base_entries(self, index: Tensor) -> Tensor:
         """``W[j, index[j, s]]`` without the bypass of a resident layer; any value in an empty slot.
 
@@ -320,7 +285,8 @@ class BypassLayer(ActivationSaver, OwnTensors):
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
         """Move everything, but cast neither ``delta``, whose dtype the user chose, nor an index."""
         keeper, order = nn.Module(), list(self._buffers)
-        keeper.register_parameter("delta", self._parameters.pop("delta"))
+        delta = self._parameters.pop("delta")
+        keeper.register_parameter("delta", delta)
         names = ("index", "merged_index", "plan", "columns", "kept_index")
         kept = [name for name in names if name in self._buffers]
         for name in kept:
@@ -330,11 +296,24 @@ class BypassLayer(ActivationSaver, OwnTensors):
             super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         finally:
             self._parameters["delta"] = keeper._parameters["delta"]
+            self._follow_delta(delta)
             self._buffers.update(keeper._buffers)
             for name in order:  # AveragedModel pairs buffers with a copy's by order
                 self._buffers[name] = self._buffers.pop(name)
             self._share_columns()
+            self._mark_unchosen()
         return self
+
+    def _follow_delta(self, old: nn.Parameter | None) -> None:
+        """Have the gradient of a parameter that replaces ``old`` averaged as that one's was."""
+        new = self._parameters.get("delta")
+        if self.averaging is not None and old is not None and new is not None and new is not old:
+            self.averaging.replace(old, new)
+
+    def register_parameter(self, name: str, param: nn.Parameter | None) -> None:
+        old = self._parameters.get("delta")
+        super().register_parameter(name, param)
+        self._follow_delta(old)
 
     def _load_from_state_dict(
         self,
@@ -347,6 +326,8 @@ class BypassLayer(ActivationSaver, OwnTensors):
         error_msgs: list[str],
     ) -> None:
         """Check everything first, then load, with the merged state as it was saved."""
+        given = state_dict
+        state_dict = self._without_unchosen(given, prefix)
         names = (self._weight_name, "bias", "index", "delta", "original")
         incoming = {n: state_dict[prefix + n] for n in names if prefix + n in state_dict}
         try:
@@ -372,6 +353,8 @@ class BypassLayer(ActivationSaver, OwnTensors):
             )
         finally:
             del self._loading
+        if state_dict is not given:
+            missing_keys[:] = [k for k in missing_keys if k.removeprefix(prefix) not in CHOSEN]
         if {"index", "delta"} <= incoming.keys() and not self.index.is_meta:
             self.drop_deferral()
         if "original" in incoming:

@@ -53,8 +53,8 @@ class OwnTensors(nn.Module):
         reason = self._why_own(name)
         if reason is not None:
             raise ValueError(
-                f"{name}: would be deleted, or computed by a parametrization, a norm or pruning; "
-                f"expected {reason}"
+                f"{name}: would be deleted, or computed by a parametrization, a norm, pruning, "
+                f"FSDP1 or DDP over a device_mesh; expected {reason}"
             )
 
     def __delattr__(self, name: str) -> None:

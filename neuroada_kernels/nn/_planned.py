@@ -150,7 +150,7 @@ class PlannedLayer(BypassLayer):
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
         super()._load_from_state_dict(state_dict, prefix, *args)
-        if prefix + "index" in state_dict:
+        if prefix + "index" in state_dict and self._deferred is None:
             self._plan_checksum = None  # the old plan is not checked any more
             self._follow_index(self.index)
             self._resume()  # a compiled forward cannot

@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 from pathlib import Path
 
+import pytest
 import torch
 import torch.distributed as dist
 from foreign import make
@@ -78,6 +79,10 @@ def choices_agree() -> None:
     assert torch.equal(model.head.index, mine) == (rank == 0)
     assert not model.head.delta.any()
     assert_same_everywhere(model.head.bias)
+    model = adapted(k=4 + (rank == 1))
+    shapes = r"head.*delta: \(\d+, 4\) of torch.float64 on rank 0 and \(\d+, 5\) of .* on rank 1"
+    with pytest.raises(ValueError, match=shapes.replace("head.*delta", r"blocks\.0\..*")):
+        broadcast_adapter(model)
     resident_follows()
     other_layers_agree()
     parked_adapters_agree()

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+import small_transformer
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
@@ -27,6 +28,7 @@ from processes import (
 from small_transformer import batch
 from torch import nn
 from torch.distributed.checkpoint import state_dict as dcp_state
+from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 
@@ -63,6 +65,58 @@ def fsdp(folder: Path) -> None:
     if dist.get_world_size() == 2:
         assert_saved_and_loaded(model, folder, sharded(adapted(bias="all")))
     foreign_bases(folder)
+    assert_trains_once_it_has_values(sharded(on_meta()), set())
+    if dist.get_world_size() == 4:
+        stages_are_saved(folder)
+
+
+def on_meta() -> nn.Module:
+    """The model of ``adapted()``, before its weights have values."""
+    with torch.device("meta"):
+        model = small_transformer.Transformer().to(torch.float64)
+    nk.adapt(model, k=4, delta_dtype=torch.float64)
+    return model
+
+
+def assert_trains_once_it_has_values(model: nn.Module, whole: set[nn.Parameter]) -> None:
+    """The base's values come from rank 0 by torch's own means, which pass on what else is there."""
+    assert all(p.is_meta for p in model.parameters())
+    assert {isinstance(p, DTensor) for p in whole} <= {False}
+    torch.manual_seed(0)
+    base = small_transformer.Transformer().to(torch.float64).state_dict()
+    options = dcp_state.StateDictOptions(
+        full_state_dict=True, broadcast_from_rank0=True, strict=False
+    )
+    model.to_empty(device="cpu")
+    dcp_state.set_model_state_dict(model, base if dist.get_rank() == 0 else {}, options=options)
+    for layer in layers(model).values():
+        assert layer.deferred
+    assert nk.select_connections(model) == []
+    for name, layer in layers(adapted()).items():
+        assert torch.equal(layers(model)[name].index, layer.index)
+    assert_same_curve(train_shared(model), train(adapted()))
+
+
+def stages_are_saved(folder: Path) -> None:
+    """Each stage of a pipeline by its own processes, and one of them alone too."""
+    mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("stage", "shard"))
+    stage = mesh["stage"].get_local_rank()
+    model = adapted(seed=stage, selection="random")
+    single = adapted(seed=stage, selection="random")
+    with torch.no_grad():
+        for layer in (*layers(model).values(), *layers(single).values()):
+            layer.delta += 1 + stage
+    sharded(model, mesh=mesh["shard"])
+    for saved in ((0, 1), (1,)):
+        path = folder / f"{len(saved)}-{stage}.safetensors"
+        if stage in saved:
+            nk.save_adapter(model, path)
+            loaded = adapted()
+            nk.load_adapter(loaded, path)
+            assert_same_adapter(loaded, single, 0)
+            with pytest.raises((ValueError, RuntimeError), match="folder"):
+                nk.save_adapter(model, folder)
+        dist.barrier()
 
 
 def checkpoint(model: nn.Module, optimizer: torch.optim.Optimizer, folder: Path) -> Path:
@@ -144,6 +198,9 @@ def fsdp_replicated(folder: Path) -> None:
             assert_same_everywhere(layer.delta)
         model.reshard()
         assert all(isinstance(p, DTensor) != p.requires_grad for p in model.parameters())
+    model = on_meta()
+    whole = replicate_trained(model)
+    assert_trains_once_it_has_values(sharded(model, ignored_params=whole), whole)
     gradients_accumulate()
     gradients_are_averaged_whatever_happened()
 

@@ -8,14 +8,17 @@ import pytest
 import torch
 import torch.distributed as dist
 from processes import (
+    ROWS,
     adapted,
     assert_same_adapter,
     assert_same_curve,
     assert_saved_and_loaded,
     connections,
     layers,
+    loss_of,
     train,
 )
+from small_transformer import batch
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
@@ -50,6 +53,18 @@ def tensor_parallel(folder: Path) -> None:
     if dist.get_world_size() == 2:
         assert_saved_and_loaded(model, folder, parallel(adapted(bias="all", selection="random")))
         another_k(folder)
+        compiled_as_eager(model)
+
+
+def compiled_as_eager(model: nn.Module) -> None:
+    deltas = [layer.delta for layer in layers(model).values()]
+    steps = []
+    for call in (model, torch.compile(model, backend="aot_eager")):
+        model.zero_grad()
+        loss = loss_of(call, batch(0, ROWS))
+        loss.backward()
+        steps.append((loss.detach(), *(delta.grad.full_tensor() for delta in deltas)))
+    torch.testing.assert_close(*steps)
 
 
 def another_k(folder: Path) -> None:

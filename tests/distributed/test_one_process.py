@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+
 import pytest
 import torch
 from fully_sharded import fsdp, fsdp_replicated, sharded
@@ -42,6 +44,44 @@ def test_what_ddp_holds_already_is_refused():
         with pytest.raises(ValueError, match="model: is in DistributedDataParallel"):
             call()
     assert nk.adapter_names(model) == ("default",)
+
+
+@pytest.mark.filterwarnings("ignore:.*script_method:DeprecationWarning")  # torch's own
+def test_what_ddp_would_not_average_is_refused(tmp_path):
+    paths = {k: tmp_path / f"{k}.safetensors" for k in (4, 2)}
+    for k, path in paths.items():
+        nk.save_adapter(adapted(k=k), path)
+    model = adapted()
+    nk.add_adapter(model, "other", 4)
+    wrapped = nn.parallel.DistributedDataParallel(model)
+    nk.load_adapter(wrapped, paths[4])
+    nk.set_adapter(wrapped, "default")
+    for call in (
+        lambda: nk.load_adapter(wrapped, paths[2]),
+        lambda: nk.load_adapter(wrapped, paths[4], adapter_name="third"),
+        lambda: nk.set_adapter(wrapped, "other"),
+        lambda: nk.set_requires_grad(wrapped, "other"),
+        lambda: nk.load_adapter(nn.parallel.DistributedDataParallel(Transformer()), paths[4]),
+    ):
+        with pytest.raises(ValueError, match="model: is in DistributedDataParallel"):
+            call()
+    assert nk.adapter_names(model) == ("default", "other")
+    assert [layer.active_adapter for layer in layers(model).values()] == ["default"] * 9
+    nk.set_adapter(wrapped, "other", inference_mode=True)
+
+
+def test_averaged_deltas_are_not_split():
+    model = adapted()
+    replicate_trained(model)
+    assert copy.deepcopy(model).head.averaging is None
+    with pytest.raises(ValueError, match="delta: replicate_trained averages it"):
+        parallel(model)
+
+
+def test_what_trains_beside_deltas_needs_values_to_be_averaged():
+    model = adapted(bias="all").to("meta")
+    with pytest.raises(ValueError, match="bias: is on the meta device, expected values"):
+        replicate_trained(model)
 
 
 def test_no_buffer_has_16_bits_which_nccl_does_not_take():
