@@ -2,12 +2,15 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
+# For programs that run in other folders.
+ABSOLUTE_BIN := $(if $(filter /%,$(VENV)),,$(CURDIR)/)$(BIN)
 # torch is installed first and pinned: a looser range may download gigabytes of CUDA.
 TORCH ?= torch==2.13.0
 # Processes that run the tests; 0 for a single one, which a debugger can use.
 WORKERS ?= 2
 CTEST := $(BIN)/ctest --parallel $(or $(filter-out 0,$(WORKERS)),1) --output-on-failure
 BUILD ?= $(or $(NEUROADA_BUILD),auto)
+$(if $(filter auto cpu cuda none,$(BUILD)),,$(error BUILD: '$(BUILD)', expected one of auto, cpu, cuda, none))
 # With BUILD=cuda nvcc comes from PyPI, pinned, about 100 MB; `NVCC=` uses the one on the PATH.
 NVCC ?= nvidia-cuda-nvcc==13.0.88 nvidia-nvvm==13.0.88 nvidia-cuda-crt==13.0.88 nvidia-cuda-cccl==13.0.85 nvidia-cuda-runtime==13.0.96
 # CUTLASS as well. Only its headers are used, so the dependencies of its Python part are not installed.
@@ -18,7 +21,19 @@ CPP_BUILD := build/cmake
 PACKED := csrc neuroada_kernels triton_kernels benchmarks CMakeLists.txt setup.py pyproject.toml MANIFEST.in README.md LICENSE
 SOURCES := $(shell find csrc -type f) CMakeLists.txt setup.py pyproject.toml
 
-.PHONY: demo test bench figures lint format clean dist install test-python test-triton test-cpp test-cuda-host test-aarch64 count-instructions fuzz smoke
+FORMATTED = $(shell find csrc tests -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
+
+.PHONY: help demo test bench figures lint format clean dist install settings test-python test-triton test-cpp \
+  test-cuda-host test-aarch64 count-instructions fuzz smoke
+
+help:
+	@echo 'make demo      trains, adapts and merges a small model'
+	@echo 'make test      all tests'
+	@echo 'make bench     the benchmark of single layers'
+	@echo 'make install   the package and its tools in $(VENV); BUILD=auto, cpu, cuda or none'
+	@echo 'make lint      the linters; make format formats'
+	@echo 'make dist      sdist and wheel'
+	@echo 'CONTRIBUTING.md lists the others.'
 
 demo: install
 	$(BIN)/neuroada demo
@@ -32,14 +47,22 @@ bench: install
 figures: install
 	$(BIN)/python -m neuroada_kernels.benchmarks.readme
 
-install: $(VENV)/installed-$(BUILD)
+install: settings $(VENV)/installed-$(BUILD)
+
+# A given PYTHON or TORCH is refused where the environment was made with another one.
+GIVEN := $(foreach name,PYTHON TORCH,$(if $(filter-out file,$(origin $(name))),'$(name)=$($(name))'))
+settings:
+	@for given in $(GIVEN); do \
+	  test ! -s $(VENV)/torch || grep -qxF "$$given" $(VENV)/torch || { \
+	  echo "$$given: $(VENV) was made with $$(paste -sd' ' $(VENV)/torch); expected that, or make clean before"; \
+	  exit 1; }; done
 
 $(VENV)/torch:
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10) and "Python 3.10 or newer is needed")'
 	$(PYTHON) -m venv $(VENV)
 	rm -rf $(CPP_BUILD)
 	$(BIN)/python -m pip install --quiet "$(TORCH)"
-	touch $@
+	printf 'PYTHON=%s\nTORCH=%s\n' '$(PYTHON)' '$(TORCH)' > $@
 
 $(VENV)/nvcc: $(VENV)/torch
 	$(if $(NVCC),$(BIN)/python -m pip install --quiet $(NVCC))
@@ -53,7 +76,7 @@ $(VENV)/cutlass: $(VENV)/torch
 $(VENV)/installed-$(BUILD): $(VENV)/torch $(if $(filter cuda,$(BUILD)),$(VENV)/nvcc $(VENV)/cutlass) $(SOURCES)
 	rm -f $(VENV)/installed-* neuroada_kernels/*.so
 	$(BIN)/python -m pip install --quiet 'setuptools>=77' wheel 'pybind11>=2.13' 'cmake>=3.22' ninja
-	PATH="$(CURDIR)/$(BIN):$$PATH" NEUROADA_BUILD=$(BUILD) $(BIN)/python -m pip install --quiet --no-build-isolation --editable '.[dev]'
+	PATH="$(ABSOLUTE_BIN):$$PATH" NEUROADA_BUILD=$(BUILD) $(BIN)/python -m pip install --quiet --no-build-isolation --editable '.[dev]'
 	touch $@
 
 # The kernels in Triton's interpreter, in a separate process, where it replaces the compiler entirely.
@@ -65,28 +88,28 @@ test-triton: install
 # The CUDA backend on the CPU: its kernels and their torch glue, as ops on CPU tensors.
 HOST_CUDA := build/host_cuda/tests/cuda/libneuroada_host_cuda.so
 $(HOST_CUDA): $(VENV)/installed-$(BUILD) $(wildcard tests/cpp/*.h tests/cuda/*)
-	$(BIN)/cmake -G Ninja -S . -B build/host_cuda -DPython_EXECUTABLE=$(CURDIR)/$(BIN)/python -DCMAKE_MAKE_PROGRAM=$(CURDIR)/$(BIN)/ninja
+	$(BIN)/cmake -G Ninja -S . -B build/host_cuda "-DPython_EXECUTABLE=$(ABSOLUTE_BIN)/python" "-DCMAKE_MAKE_PROGRAM=$(ABSOLUTE_BIN)/ninja"
 	$(BIN)/cmake --build build/host_cuda --target neuroada_host_cuda
 	touch $@
 
 test-python: install $(HOST_CUDA)
-	NEUROADA_HOST_CUDA_LIBRARY=$(CURDIR)/$(HOST_CUDA) $(BIN)/python -m pytest -n $(WORKERS) --cov --cov-report=term-missing:skip-covered --cov-fail-under=90
+	NEUROADA_HOST_CUDA_LIBRARY="$(CURDIR)/$(HOST_CUDA)" $(BIN)/python -m pytest -n $(WORKERS) --cov --cov-report=term-missing:skip-covered --cov-fail-under=90
 
 test-cpp: install
-	$(BIN)/cmake -G Ninja -S . -B $(CPP_BUILD) -DNEUROADA_PYTHON=OFF -DNEUROADA_TESTS=ON -DCMAKE_MAKE_PROGRAM=$(CURDIR)/$(BIN)/ninja
+	$(BIN)/cmake -G Ninja -S . -B $(CPP_BUILD) -DNEUROADA_PYTHON=OFF -DNEUROADA_TESTS=ON "-DCMAKE_MAKE_PROGRAM=$(ABSOLUTE_BIN)/ninja"
 	$(BIN)/cmake --build $(CPP_BUILD)
 	$(CTEST) --test-dir $(CPP_BUILD)
 
 # The C++ tests, including those of the CUDA kernels, and the fuzzer, under AddressSanitizer and
 # UndefinedBehaviorSanitizer.
 fuzz: install
-	$(BIN)/cmake -G Ninja -S . -B build/sanitized -DNEUROADA_PYTHON=OFF -DNEUROADA_SANITIZE=address,undefined -DCMAKE_MAKE_PROGRAM=$(CURDIR)/$(BIN)/ninja
+	$(BIN)/cmake -G Ninja -S . -B build/sanitized -DNEUROADA_PYTHON=OFF -DNEUROADA_SANITIZE=address,undefined "-DCMAKE_MAKE_PROGRAM=$(ABSOLUTE_BIN)/ninja"
 	$(BIN)/cmake --build build/sanitized
 	$(CTEST) --test-dir build/sanitized
 
 # The CUDA kernels on the CPU under ThreadSanitizer: a missing barrier is a data race there.
 test-cuda-host: install
-	$(BIN)/cmake -G Ninja -S . -B build/threads -DNEUROADA_PYTHON=OFF -DNEUROADA_SANITIZE=thread -DCMAKE_MAKE_PROGRAM=$(CURDIR)/$(BIN)/ninja
+	$(BIN)/cmake -G Ninja -S . -B build/threads -DNEUROADA_PYTHON=OFF -DNEUROADA_SANITIZE=thread "-DCMAKE_MAKE_PROGRAM=$(ABSOLUTE_BIN)/ninja"
 	$(BIN)/cmake --build build/threads --target cuda_tests
 	$(CTEST) --test-dir build/threads --tests-regex '^cuda_'
 
@@ -94,7 +117,7 @@ test-cuda-host: install
 AARCH64_CXX ?= aarch64-linux-gnu-g++
 AARCH64_EMULATOR ?= qemu-aarch64-static;-L;/usr/aarch64-linux-gnu
 test-aarch64: install
-	$(BIN)/cmake -G Ninja -S . -B build/aarch64 -DNEUROADA_PYTHON=OFF -DCMAKE_MAKE_PROGRAM=$(CURDIR)/$(BIN)/ninja \
+	$(BIN)/cmake -G Ninja -S . -B build/aarch64 -DNEUROADA_PYTHON=OFF "-DCMAKE_MAKE_PROGRAM=$(ABSOLUTE_BIN)/ninja" \
 	  -DCMAKE_SYSTEM_NAME=Linux -DCMAKE_SYSTEM_PROCESSOR=aarch64 -DCMAKE_CXX_COMPILER=$(AARCH64_CXX) \
 	  '-DCMAKE_CROSSCOMPILING_EMULATOR=$(AARCH64_EMULATOR)'
 	$(BIN)/cmake --build build/aarch64 --target cpu_tests
@@ -102,7 +125,7 @@ test-aarch64: install
 
 # Compares the instructions of the CPU kernels, by callgrind, with the committed figures; WRITE=1 rewrites them.
 count-instructions: install
-	$(BIN)/cmake -G Ninja -S . -B $(CPP_BUILD) -DNEUROADA_PYTHON=OFF -DNEUROADA_TESTS=ON -DCMAKE_MAKE_PROGRAM=$(CURDIR)/$(BIN)/ninja
+	$(BIN)/cmake -G Ninja -S . -B $(CPP_BUILD) -DNEUROADA_PYTHON=OFF -DNEUROADA_TESTS=ON "-DCMAKE_MAKE_PROGRAM=$(ABSOLUTE_BIN)/ninja"
 	$(BIN)/cmake --build $(CPP_BUILD) --target count_instructions
 	$(BIN)/python tests/cpp/count_instructions.py $(CPP_BUILD)/tests/cpp/count_instructions $(if $(WRITE),--write)
 
@@ -110,17 +133,17 @@ lint: install
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
-	$(BIN)/clang-format --dry-run --Werror $$(git ls-files '*.cpp' '*.h' '*.cu' '*.cuh')
+	$(BIN)/clang-format --dry-run --Werror $(FORMATTED)
 
 format: install
-	$(BIN)/ruff check --fix .
+	$(BIN)/ruff check --fix-only .
 	$(BIN)/ruff format .
-	$(BIN)/clang-format -i $$(git ls-files '*.cpp' '*.h' '*.cu' '*.cuh')
+	$(BIN)/clang-format -i $(FORMATTED)
 
 # Both from this tree and its objects. Files that setuptools kept from an older tree would go into the wheel.
 dist: install
 	rm -rf dist build/lib* build/bdist* *.egg-info/SOURCES.txt
-	PATH="$(CURDIR)/$(BIN):$$PATH" NEUROADA_BUILD=$(BUILD) $(BIN)/python -m build --sdist --wheel --no-isolation --outdir dist
+	PATH="$(ABSOLUTE_BIN):$$PATH" NEUROADA_BUILD=$(BUILD) $(BIN)/python -m build --sdist --wheel --no-isolation --outdir dist
 
 # Installs the wheel into an empty environment, then a pure-Python one over it. The latter is built from the sdist,
 # which must have all sources and suffice for CMake.
@@ -130,7 +153,7 @@ smoke: dist
 	mkdir -p $(UNPACKED) && tar -xzf dist/*.tar.gz -C $(UNPACKED) --strip-components=1
 	for file in $$(find $(PACKED) -type f ! -name '*.pyc' ! -name '*.so'); do \
 	  test -f $(UNPACKED)/$$file || { echo "the sdist lacks $$file"; exit 1; }; done
-	$(BIN)/cmake -G Ninja -S $(UNPACKED) -B $(UNPACKED)/build -DNEUROADA_PYTHON=OFF -DCMAKE_MAKE_PROGRAM=$(CURDIR)/$(BIN)/ninja
+	$(BIN)/cmake -G Ninja -S $(UNPACKED) -B $(UNPACKED)/build -DNEUROADA_PYTHON=OFF "-DCMAKE_MAKE_PROGRAM=$(ABSOLUTE_BIN)/ninja"
 	$(PYTHON) -m venv build/empty
 	build/empty/bin/python -m pip install --quiet "$(TORCH)"
 	build/empty/bin/python -m pip install --quiet dist/*.whl

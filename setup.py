@@ -17,13 +17,14 @@ from pathlib import Path
 
 from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
+from setuptools.command.editable_wheel import editable_wheel
 
 ROOT = Path(__file__).parent.resolve()
 MODES = ("auto", "cpu", "cuda", "none")
 
 
 def build_mode() -> str:
-    mode = os.environ.get("NEUROADA_BUILD", "auto").lower()
+    mode = os.environ.get("NEUROADA_BUILD", "").lower() or "auto"
     if mode not in MODES:
         sys.exit(f"NEUROADA_BUILD: {mode!r}, expected one of {', '.join(MODES)}")
     return mode
@@ -44,7 +45,9 @@ class CMakeBuild(build_ext):
         super().run()
 
     def cmake(self) -> None:
-        cmake = shutil.which("cmake") or sys.exit("cmake is not found: pip install cmake ninja")
+        for tool in ("cmake", "ninja"):
+            if shutil.which(tool) is None:
+                sys.exit(f"{tool} is not found: pip install cmake ninja")
         mode = build_mode()
         options = {
             "CMAKE_BUILD_TYPE": "Debug" if self.debug else "Release",
@@ -55,12 +58,19 @@ class CMakeBuild(build_ext):
             "NEUROADA_TESTS": "OFF",
         }
         settings = [f"-D{name}={value}" for name, value in options.items()]
-        jobs = os.environ.get("MAX_JOBS", str(os.cpu_count() or 1))
+        jobs = os.environ.get("MAX_JOBS", str(len(os.sched_getaffinity(0))))
         build = self.cmake_build()
         # The cache may name files that are gone: pip's temporary ninja, a checkout that was moved.
         (Path(build) / "CMakeCache.txt").unlink(missing_ok=True)
-        subprocess.run([cmake, "-G", "Ninja", "-S", str(ROOT), "-B", build, *settings], check=True)
-        subprocess.run([cmake, "--build", build, "--parallel", jobs], check=True)
+        for step in (
+            ["-G", "Ninja", "-S", str(ROOT), "-B", build, *settings],
+            ["--build", build, "--parallel", jobs],
+        ):
+            if subprocess.run(["cmake", *step]).returncode:
+                sys.exit(
+                    "the compiled parts cannot be built, see above; NEUROADA_BUILD=none installs "
+                    "the package without them"
+                )
 
     def cmake_build(self) -> str:
         # Objects stay here for the next install, a wheel and the C++ tests. Two builds must not
@@ -79,6 +89,17 @@ class CMakeBuild(build_ext):
         return super().get_ext_filename(fullname)
 
 
+class EditableWheel(editable_wheel):
+    """Leaves no compiled parts of an earlier build in the source tree of a pure-Python install."""
+
+    def run(self) -> None:
+        if build_mode() == "none":
+            for part in ("_C.*.so", "libneuroada.so"):
+                for old in (ROOT / "neuroada_kernels").glob(part):
+                    old.unlink()
+        super().run()
+
+
 def extensions() -> list[Extension]:
     if build_mode() == "none":
         return []
@@ -87,4 +108,7 @@ def extensions() -> list[Extension]:
     return [Extension(f"neuroada_kernels.{part}", sources=[]) for part in ("_C", "libneuroada")]
 
 
-setup(ext_modules=extensions(), cmdclass={"build_ext": CMakeBuild})
+setup(
+    ext_modules=extensions(),
+    cmdclass={"build_ext": CMakeBuild, "editable_wheel": EditableWheel},
+)

@@ -322,9 +322,7 @@ def _rows(
 def _require_matplotlib(options: argparse.Namespace, parser: argparse.ArgumentParser) -> None:
     for option in ("png", "html"):
         if getattr(options, option) is not None and find_spec("matplotlib") is None:
-            parser.error(
-                f"--{option}: matplotlib is missing, pip install 'neuroada-kernels[bench]'"
-            )
+            parser.error(f"--{option}: matplotlib is missing, install the extra 'bench'")
 
 
 if __name__ == "__main__":

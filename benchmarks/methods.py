@@ -77,7 +77,7 @@ def why_not(name: str) -> str | None:
     """Why a method cannot be run here, or None."""
     if METHODS[name].source == PEFT or name == "neuroada-peft":
         if find_spec("peft") is None:
-            return "peft is missing: pip install 'neuroada-kernels[peft]'"
+            return "peft is missing: install the extra 'peft'"
         import peft
 
         if name == "peft-supertuning" and not hasattr(peft, "SupertuningConfig"):

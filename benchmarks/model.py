@@ -286,7 +286,7 @@ def _world(options: argparse.Namespace, parser: argparse.ArgumentParser) -> Worl
     if on_gpu and not torch.cuda.is_available():
         parser.error("--device cuda: no GPU is visible")
     if find_spec("transformers") is None:
-        parser.error("transformers is missing: pip install 'neuroada-kernels[peft]'")
+        parser.error("transformers is missing: install the extra 'peft'")
     world = QUICK if options.quick else ON_GPU if on_gpu else FULL
     given = {name: value for name, value in vars(options).items() if value is not None}
     sizes = {name: given[name] for name in asdict(world.sizes) if name in given}

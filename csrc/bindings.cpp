@@ -9,7 +9,7 @@
 #include <vector>
 
 #include "cpu/cpu_features.h"
-#include "cpu/kernels.h"
+#include "cpu/isa.h"
 #include "neuroada/planner.h"
 
 namespace py = pybind11;
@@ -84,7 +84,7 @@ std::vector<std::string> cpu_features() {
   if (neuroada::cpu::has_avx2()) features.push_back("avx2");
   if (neuroada::cpu::has_avx512()) features.push_back("avx512");
   if (neuroada::cpu::has_avx512_bf16()) features.push_back("avx512_bf16");
-  if (neuroada::cpu::kernels_for("amx_bf16") != nullptr) features.push_back("amx_bf16");  // depends on the compiler
+  if (neuroada::cpu::isa_runs("amx_bf16")) features.push_back("amx_bf16");  // depends on the compiler
 #if defined(__aarch64__)
   features.push_back("neon");
 #endif
@@ -99,7 +99,7 @@ PYBIND11_MODULE(_C, m) {
   m.def("cpu_features", &cpu_features, "The instruction sets with kernels that this processor runs.");
   m.def("cpu_vendor", &neuroada::cpu::vendor, "\"intel\", \"amd\", or \"\" for any other.");
   m.def(
-      "cpu_isa", [] { return std::string(neuroada::cpu::kernels().isa); },
+      "cpu_isa", [] { return std::string(neuroada::cpu::chosen_isa()); },
       "The instruction set whose kernels run; raises where NEUROADA_CPU_ISA names one that cannot.");
   m.def("check_index", &check_index, "The number of connections and an error text, empty if valid.", py::arg("index"),
         py::arg("d_out"), py::arg("k"), py::arg("d_in"));

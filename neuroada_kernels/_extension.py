@@ -10,6 +10,7 @@ from __future__ import annotations
 import functools
 import importlib
 import os
+from importlib.machinery import EXTENSION_SUFFIXES
 from pathlib import Path
 from types import ModuleType
 
@@ -33,8 +34,14 @@ def _is_disabled() -> bool:
 def _load_module() -> tuple[ModuleType | None, str | None]:
     if _is_disabled():
         return None, "NEUROADA_DISABLE_EXTENSION is set"
-    if not list(_PACKAGE.glob("_C.*")):
+    found = {path.name for path in _PACKAGE.glob("_C.*")}
+    if not found:
         return None, _PURE
+    if found.isdisjoint(f"_C{suffix}" for suffix in EXTENSION_SUFFIXES):
+        return (
+            None,
+            f"{min(found)} is for another Python or machine, expected _C{EXTENSION_SUFFIXES[0]}",
+        )
     try:
         return importlib.import_module("neuroada_kernels._C"), None
     except Exception as error:

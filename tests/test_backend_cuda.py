@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import os
+import re
 import subprocess
 import sys
-from types import SimpleNamespace
+from pathlib import Path
+from types import FunctionType, SimpleNamespace
 
 import pytest
 import torch
 
 from neuroada_kernels import _extension, _registry, info, plan
-from neuroada_kernels.backends import cuda
+from neuroada_kernels.backends import _compiled, cuda
 
+CSRC = Path(__file__).parents[1] / "csrc"
 CALL = """
 import torch, neuroada_kernels as nk
 layer = nk.NeuroAdaLinear(8, 6, 2)
@@ -381,3 +384,24 @@ def test_named_it_says_why_and_unnamed_it_is_not_missed():
     named = run(NEUROADA_BACKEND="cuda")
     assert named.returncode != 0
     assert f"BackendError: backend 'cuda' cannot run here: {reason}" in named.stderr
+
+
+def test_every_op_that_both_devices_serve_has_a_kernel_on_both():
+    """An op in ``_compiled.implementations`` is asked of CUDA as well, on machines that have it."""
+
+    def called(function: FunctionType, seen: set[FunctionType]) -> set[str]:
+        names = set(function.__code__.co_names)
+        others = {f for n in names if isinstance(f := getattr(_compiled, n, None), FunctionType)}
+        new = others - seen
+        return names.union(*(called(f, seen | new) for f in new))
+
+    def registered(device: str) -> set[str]:
+        text = (CSRC / device / "ops.cpp").read_text()
+        return set(re.findall(r'm\.impl\("(\w+)"', text))
+
+    schemas = set(re.findall(r'"(\w+)\(', (CSRC / "include/neuroada/schemas.h").read_text()))
+    assert registered("cuda") | registered("cpu") <= schemas
+    served = _compiled.implementations(lambda: None, lambda: None, lambda *_: [])
+    kernels = set().union(*(called(op.run, set()) for op in served.values())) & schemas
+    assert {"bypass_fwd", "sddmm", "patch"} <= kernels
+    assert kernels <= registered("cpu") & registered("cuda")

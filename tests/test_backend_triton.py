@@ -36,7 +36,7 @@ def run(before: str = "", **environment: str) -> subprocess.CompletedProcess:
 
 @pytest.mark.parametrize(
     ("before", "remedy"),
-    [(NO_TRITON, "pip install 'neuroada-kernels[triton]'"), ("", "set TRITON_INTERPRET=1")],
+    [(NO_TRITON, "install the extra 'triton'"), ("", "set TRITON_INTERPRET=1")],
     ids=["not_installed", "no_gpu"],
 )
 def test_named_it_says_how_to_get_it_and_unnamed_it_is_not_missed(before, remedy):

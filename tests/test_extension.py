@@ -134,6 +134,15 @@ def test_broken_files_keep_their_load_errors(make_copy, content):
     assert "column 9 in row 0 is out of range" in facts["refused"]
 
 
+def test_a_module_of_another_python_says_so(make_copy):
+    directory = make_copy(**{"_C.cpython-27-x86_64-linux-gnu.so": b"", LIBRARY: GARBAGE})
+    facts = probe(directory, PYTHONPATH=str(directory))
+    expected = (
+        f"_C.cpython-27-x86_64-linux-gnu.so is for another Python or machine, expected {MODULE}"
+    )
+    assert facts["module"] == expected
+
+
 def test_one_broken_file_does_not_take_the_other_along(make_copy):
     if _extension.module_error or _extension.library_error:
         pytest.skip(f"not built: {_extension.module_error or _extension.library_error}")

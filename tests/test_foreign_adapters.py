@@ -158,8 +158,8 @@ def test_a_library_that_is_missing_is_named(path, monkeypatch):
     other = Mixed(("plain",))
     other.layers["nf4"] = other.layers["plain"]
     monkeypatch.setattr("neuroada_kernels.nn.foreign.find_spec", lambda name: None)
-    assert info.facts()["other_bases"]["torchao"].startswith("not installed: pip install")
-    words = r"bitsandbytes is not installed: pip install 'neuroada-kernels\[quantized\]'"
+    assert info.facts()["other_bases"]["torchao"].startswith("not installed: install")
+    words = r"bitsandbytes is not installed: install the extra 'quantized'"
     with pytest.raises(ValueError, match=f"expected bitsandbytes nf4, {words}"):
         nk.load_adapter(other, path)
 

@@ -21,7 +21,7 @@ def main(argv: list[str] | None = None) -> int:
     add("-o", "--output", type=Path, required=True, metavar="HTML", help="the page to be written")
     options = parser.parse_args(argv)
     if find_spec("matplotlib") is None:
-        parser.error("matplotlib is missing, pip install 'neuroada-kernels[bench]'")
+        parser.error("matplotlib is missing, install the extra 'bench'")
     if not options.output.parent.is_dir():
         parser.error(f"--output: {options.output.parent} is no directory")
     try:

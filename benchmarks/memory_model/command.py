@@ -89,9 +89,9 @@ def _parser() -> argparse.ArgumentParser:
 def _require(options: argparse.Namespace, parser: argparse.ArgumentParser) -> None:
     """Reject early what would fail after minutes."""
     if find_spec("transformers") is None:
-        parser.error("transformers is missing, pip install 'neuroada-kernels[peft]'")
+        parser.error("transformers is missing, install the extra 'peft'")
     if options.html is not None and find_spec("matplotlib") is None:
-        parser.error("--html: matplotlib is missing, pip install 'neuroada-kernels[bench]'")
+        parser.error("--html: matplotlib is missing, install the extra 'bench'")
 
 
 def _run(records: Records, work: list[Work], console: Console) -> None:

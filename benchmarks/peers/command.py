@@ -64,7 +64,7 @@ def main(argv: list[str] | None = None) -> int:
     options = parser.parse_args(argv)
     for package in ("transformers", "accelerate"):
         if find_spec(package) is None:
-            parser.error(f"{package} is missing: pip install 'neuroada-kernels[peft]' accelerate")
+            parser.error(f"{package} is missing: install the extra 'peft'")
     budget = QUICK if options.quick else FULL
     budget = replace(budget, steps=options.steps or budget.steps)
     methods = options.methods or list(METHODS)

@@ -76,7 +76,7 @@ def _require(options: argparse.Namespace, parser: argparse.ArgumentParser) -> No
     needed = ["scipy", "sklearn", *(["matplotlib"] if options.html is not None else [])]
     for package in needed:
         if find_spec(package) is None:
-            parser.error(f"{package} is missing, pip install 'neuroada-kernels[bench]'")
+            parser.error(f"{package} is missing, install the extra 'bench'")
 
 
 def _run(suite: Suite, console: Console) -> None:

@@ -28,7 +28,7 @@ OF_PEFT = ("lora", "shira")
 def why_not(variant: Variant) -> str | None:
     """Why a variant cannot be run here, or None."""
     if variant.method in OF_PEFT and find_spec("peft") is None:
-        return "peft is missing: pip install 'neuroada-kernels[peft]'"
+        return "peft is missing: install the extra 'peft'"
     return None
 
 

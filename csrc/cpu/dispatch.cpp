@@ -1,11 +1,7 @@
-// Selects the instruction set whose copy of the kernels runs: the widest that was built and that this
-// processor supports, or a lower one that NEUROADA_CPU_ISA names.
-#include <cstdlib>
+// The copies of the kernels, one for each instruction set that was built; isa.h says which one runs.
 #include <cstring>
-#include <stdexcept>
-#include <string>
 
-#include "cpu_features.h"
+#include "isa.h"
 #include "kernels.h"
 
 #define NEUROADA_ISA generic
@@ -75,47 +71,28 @@ constexpr Kernels kernels_with_tiles() {
 }
 #endif
 
-struct Candidate {
-  Kernels kernels;
-  bool (*runs_here)();
-};
-
-const Candidate kCandidates[] = {
+const Kernels kCopies[] = {
 #ifdef NEUROADA_AMX
-    {kernels_with_tiles(), &has_amx_bf16},
+    kernels_with_tiles(),
 #endif
 #ifdef NEUROADA_X86
-    {kernels_with_pairs(), &has_avx512_bf16},
-    {NEUROADA_KERNELS(avx512), &has_avx512},
-    {NEUROADA_KERNELS(avx2), &has_avx2},
+    kernels_with_pairs(),      NEUROADA_KERNELS(avx512), NEUROADA_KERNELS(avx2),
 #endif
-    {NEUROADA_KERNELS(generic), [] { return true; }},
+    NEUROADA_KERNELS(generic),
 };
-
-const Kernels& choose() {
-  const char* named = std::getenv("NEUROADA_CPU_ISA");
-  if (named != nullptr && *named != '\0') {
-    if (const Kernels* kernels = kernels_for(named)) return *kernels;
-    throw std::invalid_argument(std::string("NEUROADA_CPU_ISA: '") + named +
-                                "' was not built or does not run here; neuroada info lists what does");
-  }
-  for (const Candidate& candidate : kCandidates) {
-    if (candidate.runs_here()) return candidate.kernels;
-  }
-  return kCandidates[0].kernels;  // not reached: the generic one runs everywhere
-}
 
 }  // namespace
 
 const Kernels* kernels_for(const char* isa) {
-  for (const Candidate& candidate : kCandidates) {
-    if (std::strcmp(candidate.kernels.isa, isa) == 0 && candidate.runs_here()) return &candidate.kernels;
+  if (!isa_runs(isa)) return nullptr;
+  for (const Kernels& kernels : kCopies) {
+    if (std::strcmp(kernels.isa, isa) == 0) return &kernels;
   }
   return nullptr;
 }
 
 const Kernels& kernels() {
-  static const Kernels& chosen = choose();
+  static const Kernels& chosen = *kernels_for(chosen_isa());
   return chosen;
 }
 

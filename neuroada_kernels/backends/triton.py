@@ -33,7 +33,7 @@ def _interpreted() -> bool:
 @functools.cache
 def _unavailable() -> str | None:
     if importlib.util.find_spec("triton") is None:
-        return "Triton is not installed: pip install 'neuroada-kernels[triton]'"
+        return "Triton is not installed: install the extra 'triton'"
     if _interpreted() or torch.cuda.is_available():
         return None
     return (

@@ -79,4 +79,4 @@ def _write_figure(results: Results, path: Path, console: Console) -> None:
     try:
         write_figure(results, path)
     except ImportError:
-        console.print("No figure: matplotlib is missing (pip install 'neuroada-kernels[bench]').")
+        console.print("No figure: matplotlib is missing (install the extra 'bench').")

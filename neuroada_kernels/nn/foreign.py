@@ -133,7 +133,7 @@ def missing_library(kind: str) -> str | None:
     library = kind.partition(" ")[0]
     if library not in EXTRAS or find_spec(library) is not None:
         return None
-    return f"{library} is not installed: pip install 'neuroada-kernels[{EXTRAS[library]}]'"
+    return f"{library} is not installed: install the extra '{EXTRAS[library]}'"
 
 
 def _library(module: nn.Module) -> Callable[[nn.Module], BaseWeight] | None:

@@ -36,4 +36,4 @@ def test_what_is_missing_is_said(library, monkeypatch, capsys):
     )
     assert quantized.main([*TINY, "--methods", "qlora-r8"]) == 1
     text = "".join(capsys.readouterr())
-    assert f"{library} is not installed: pip install 'neuroada-kernels[" in text
+    assert f"{library} is not installed: install the extra '" in text

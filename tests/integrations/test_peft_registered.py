@@ -88,7 +88,7 @@ import neuroada_kernels.integrations.peft
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=200)
     assert done.stderr.strip().endswith(
         "ImportError: neuroada_kernels.integrations.peft needs PEFT, and there is no peft: "
-        "pip install 'neuroada-kernels[peft]'"
+        "install the extra 'peft'"
     )
 
 

@@ -9,7 +9,7 @@ try:
 except ModuleNotFoundError as error:
     raise ImportError(
         f"neuroada_kernels.integrations.peft needs PEFT, and there is no {error.name}: "
-        "pip install 'neuroada-kernels[peft]'"
+        "install the extra 'peft'"
     ) from error
 
 try:
