@@ -9,8 +9,8 @@ TORCH ?= torch==2.13.0
 # Processes that run the tests; 0 for a single one, which a debugger can use.
 WORKERS ?= 2
 CTEST := $(BIN)/ctest --parallel $(or $(filter-out 0,$(WORKERS)),1) --output-on-failure
-BUILD ?= $(or $(NEUROADA_BUILD),auto)
-$(if $(filter auto cpu cuda none,$(BUILD)),,$(error BUILD: '$(BUILD)', expected one of auto, cpu, cuda, none))
+BUILD ?= $(or $(shell echo '$(NEUROADA_BUILD)' | tr A-Z a-z),auto)
+$(if $(filter 1-0,$(words $(BUILD))-$(words $(filter-out auto cpu cuda none,$(BUILD)))),,$(error BUILD: '$(BUILD)', expected one of auto, cpu, cuda, none))
 # With BUILD=cuda nvcc comes from PyPI, pinned, about 100 MB; `NVCC=` uses the one on the PATH.
 NVCC ?= nvidia-cuda-nvcc==13.0.88 nvidia-nvvm==13.0.88 nvidia-cuda-crt==13.0.88 nvidia-cuda-cccl==13.0.85 nvidia-cuda-runtime==13.0.96
 # CUTLASS as well. Only its headers are used, so the dependencies of its Python part are not installed.

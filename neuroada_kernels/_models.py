@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
+from weakref import WeakKeyDictionary
 
 from torch import nn
 from torch.nn.parallel import DataParallel, DistributedDataParallel
@@ -55,10 +56,32 @@ def check_not_replicated(model: nn.Module, why: str = "expected it adapted befor
         )
 
 
-def check_trains_in_ddp(model: nn.Module, deltas: Iterable[nn.Parameter]) -> None:
-    """Raise if DDP wraps the model and one of ``deltas``, which are to train, was frozen.
+#: The ids of the parameters that trained when a DDP wrapper was first seen; it keeps them alive.
+_in_ddp: WeakKeyDictionary[nn.Module, frozenset[int]] = WeakKeyDictionary()
 
-    DDP averages the gradients of the parameters that trained when it was made.
+
+def check_averaged(model: nn.Module, parameters: Iterable[nn.Parameter]) -> None:
+    """Raise if DDP wraps the model and does not average the gradients of these ``parameters``.
+
+    It averages those of the parameters that trained when it was made. So every function that
+    changes what trains calls this before, with what is to train.
     """
-    if not all(delta.requires_grad for delta in deltas):
-        check_not_replicated(model, "expected them to train when it is wrapped")
+    for wrapper in _with_wrappers(model):
+        if isinstance(wrapper, DistributedDataParallel):
+            if wrapper not in _in_ddp:
+                trained = (id(p) for p in wrapper.parameters() if p.requires_grad)
+                _in_ddp[wrapper] = frozenset(trained)
+            if not _in_ddp[wrapper].issuperset(map(id, parameters)):
+                check_not_replicated(model, "expected them to train when it is wrapped")
+
+
+def average_too(layers: Iterable[NamedLayer], parameters: Iterable[nn.Parameter]) -> None:
+    """Have ``replicate_trained`` average what trains from now on, if it was called."""
+    layers = list(layers)
+    averaging = next((layer.averaging for layer in layers if layer.averaging is not None), None)
+    if averaging is None:
+        return
+    for layer in layers:
+        layer.averaging = averaging
+    for parameter in parameters:
+        averaging.include(parameter)

@@ -53,8 +53,8 @@ def reshard(model: nn.Module) -> None:
 def mesh_of(model: nn.Module) -> DeviceMesh | None:
     """The processes over which the model's parameters are sharded, None if they are whole.
 
-    A stage of a pipeline has a part of all processes. If tensor parallelism and FSDP shard
-    different parameters, the mesh with more dimensions includes the other.
+    A stage of a pipeline has a part of all processes. If parameters have several meshes, the one
+    with the most dimensions, of which the others usually are parts.
     """
     sharded: list[Any] = [p for p in model.parameters() if is_sharded(p)]
     return max((p.device_mesh for p in sharded), key=lambda mesh: mesh.ndim, default=None)

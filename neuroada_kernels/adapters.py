@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import warnings
 from collections.abc import Mapping
 from contextlib import ExitStack
 
@@ -10,7 +11,14 @@ import torch
 from torch import Tensor, nn
 
 from neuroada_kernels._dtypes import name_of
-from neuroada_kernels._models import check_not_replicated, layers_in, unwrapped
+from neuroada_kernels._models import (
+    average_too,
+    check_averaged,
+    check_not_replicated,
+    find_layers,
+    layers_in,
+    unwrapped,
+)
 from neuroada_kernels._sharding import (
     is_managed_by_fsdp,
     is_sharded,
@@ -53,6 +61,7 @@ from neuroada_kernels.named import (
 )
 from neuroada_kernels.nn._layer import BypassLayer
 from neuroada_kernels.nn._named import DEFAULT, NamedLayer
+from neuroada_kernels.nn._own import savable
 from neuroada_kernels.nn.experts import NeuroAdaExperts
 from neuroada_kernels.nn.linear import NeuroAdaLinear
 from neuroada_kernels.plan import check_index
@@ -124,7 +133,6 @@ def save_adapter(
         on_first_rank(lambda: write_adapter(adapter, path), mesh)
 
 
-@torch.inference_mode(False)
 def load_adapter(
     model: nn.Module,
     path: str | os.PathLike[str],
@@ -135,8 +143,8 @@ def load_adapter(
     """Load a file of :func:`save_adapter` into an adapted model, or into a base, which it adapts.
 
     Everything is checked first; if an error is raised, ``model`` is unchanged. A layer keeps its
-    ``delta`` parameter, so that an optimizer goes on with it; if ``k`` differs, one that has made
-    steps holds moments of the old shape and has to be made anew. A model without NeuroAda layers is
+    ``delta`` parameter, so that an optimizer stays valid, unless ``k`` or the dtype differ: a delta
+    that trains is another parameter then, which a warning says. A model without NeuroAda layers is
     adapted and frozen, except for what the adapter trained.
 
     Under a new ``adapter_name`` the file is added to an adapted model as by :func:`add_adapter`:
@@ -182,13 +190,15 @@ def load_adapter(
     fresh = not any(isinstance(module, NamedLayer) for module in model.modules())
     experts = new_experts(model, adapter)
     targets = find_modules(model, adapter, experts, adapter_name)
-    if not _keeps_parameters(adapter, targets, adapter_name):
-        check_not_replicated(whole_model)
     parameters = find_parameters(model, adapter)
+    if experts or not _keeps_parameters(adapter, targets, adapter_name):
+        check_not_replicated(whole_model)
+    check_averaged(whole_model, parameters.values())
     check_bases(adapter, targets, parameters, allow_mismatch=allow_mismatch)
     new: dict[nn.Module, NamedLayer | NeuroAdaExperts] = dict(experts)
     replaced = {part for layer in new.values() for part in parts_of(layer)}
     added: dict[NamedLayer, tuple[Tensor, Tensor]] = {}
+    trained = {name: delta for name, delta in _deltas(targets).items() if delta.requires_grad}
     with grad_flags_kept_on_error(model), torch.no_grad(), ExitStack() as undo:
         for name, module in targets.items():
             entry = adapter.modules[name]
@@ -207,6 +217,7 @@ def load_adapter(
             parameter.copy_(split_as(adapter.parameters[name], parameter))
             parameter.requires_grad_()
         undo.pop_all()
+    average_too(find_layers(model).values(), parameters.values())
     siblings = siblings_of(model)
     if active and config is not None:
         siblings = config.siblings
@@ -215,7 +226,20 @@ def load_adapter(
         keep_config(model, config)
     if not active or configs_of(model):
         keep_config_of(model, adapter_name, config)
+    renewed = [n for n, d in _deltas(targets).items() if n in trained and d is not trained[n]]
+    if renewed:
+        warnings.warn(
+            f"delta: of another k or dtype, so that {some(renewed)} have new parameters; an "
+            "optimizer that was made before does not train them",
+            stacklevel=2,
+        )
     return AdaptSummary.of(model, tuple(targets), adapter_name)
+
+
+def _deltas(targets: Mapping[str, nn.Module]) -> dict[str, nn.Parameter]:
+    """The active deltas of those that are layers, as far as they have values."""
+    layers = {n: m for n, m in targets.items() if isinstance(m, NamedLayer)}
+    return {name: layer.delta for name, layer in layers.items() if not layer.delta.is_meta}
 
 
 def _name_to_save(layers: Mapping[str, NamedLayer], adapter_name: str | None) -> str:
@@ -309,19 +333,16 @@ def _exchange(layer: BypassLayer, entry: AdaptedModule, undo: ExitStack) -> None
     ):
         undo.callback(delta.copy_, delta.clone())
         delta.copy_(new_delta)
-    elif is_managed_by_fsdp(layer):
+    elif is_managed_by_fsdp(layer) and is_sharded(delta):
         raise ValueError(
             f"delta: {list(new_delta.shape)} of {name_of(new_delta.dtype)}, expected "
             f"{list(delta.shape)} of {name_of(delta.dtype)}, which FSDP holds"
         )
-    elif is_sharded(delta) or delta.is_meta:  # neither can take another tensor's values
-        undo.callback(setattr, layer, "delta", delta)
-        layer.delta = nn.Parameter(new_delta, delta.requires_grad)
     else:
-        undo.callback(setattr, delta, "grad", delta.grad)
-        undo.callback(setattr, delta, "data", delta.data)
-        delta.grad = None
-        delta.data = new_delta
+        # Not the same parameter with other data: the state of an optimizer that has made steps
+        # would have the old form, and torch's fused kernels write beyond it.
+        undo.callback(setattr, layer, "delta", delta)
+        layer.delta = nn.Parameter(savable(new_delta), delta.requires_grad)
     layer.index = new_index
     layer.drop_deferral()
 

@@ -77,7 +77,6 @@ def add_adapter(
 ) -> AdaptSummary: ...
 
 
-@torch.inference_mode(False)
 def add_adapter(
     model: nn.Module,
     adapter_name: str,
@@ -165,7 +164,6 @@ def add_adapter(
     return AdaptSummary.of(model, with_stacks(model, targets), adapter_name)
 
 
-@torch.inference_mode(False)
 def add_weighted_adapter(
     model: nn.Module, adapters: Sequence[str], weights: Sequence[float], adapter_name: str
 ) -> None:

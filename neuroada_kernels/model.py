@@ -158,7 +158,6 @@ def adapt(
 ) -> AdaptSummary: ...
 
 
-@torch.inference_mode(False)  # in which tensors would be made that cannot train
 def adapt(
     model: nn.Module,
     *arguments: Any,
@@ -262,7 +261,6 @@ def adapt(
     return AdaptSummary.of(model, with_stacks(model, targets))
 
 
-@torch.inference_mode(False)
 def select_connections(model: nn.Module) -> list[str]:
     """Choose the connections of layers that were adapted on the meta device.
 
@@ -400,5 +398,6 @@ def grad_flags_kept_on_error(model: nn.Module) -> Iterator[None]:
         yield
     except BaseException:
         for parameter, flag in flags:
-            parameter.requires_grad_(flag)
+            if parameter.requires_grad != flag:
+                parameter.requires_grad_(flag)
         raise

@@ -12,7 +12,8 @@ from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from torch import nn
 
 from neuroada_kernels._models import (
-    check_trains_in_ddp,
+    average_too,
+    check_averaged,
     find_layers,
     layers_in,
     unwrapped,
@@ -79,8 +80,8 @@ def set_adapter(model: nn.Module, adapter_name: str, *, inference_mode: bool = F
     layers = layers_in(model)
     check_name(layers, adapter_name)
     check_unmerged(layers)
-    if not inference_mode:
-        check_trains_in_ddp(model, _deltas_of(layers, [adapter_name]))
+    deltas = [] if inference_mode else _deltas_of(layers, [adapter_name])
+    check_averaged(model, deltas)
     model = unwrapped(model)
     check_whole(model)
     with contextlib.ExitStack() as undo:
@@ -92,8 +93,9 @@ def set_adapter(model: nn.Module, adapter_name: str, *, inference_mode: bool = F
     for layer in layers.values():
         for delta in layer.deltas:
             delta.requires_grad_(False)
-        if layer.active_adapter is not None and not inference_mode:
-            layer.delta.requires_grad_()
+    for delta in deltas:
+        delta.requires_grad_()
+    average_too(layers.values(), deltas)
     settle(layers.values())
     if adapter_name in (configs := configs_of(model)):
         keep_config(model, configs[adapter_name])
@@ -216,10 +218,10 @@ def set_requires_grad(
     for name in names:
         check_name(layers, name, "adapter_names")
     deltas = _deltas_of(layers, names)
-    if requires_grad:
-        check_trains_in_ddp(model, deltas)
+    check_averaged(model, deltas if requires_grad else ())
     for delta in deltas:
         delta.requires_grad_(requires_grad)
+    average_too(layers.values(), deltas if requires_grad else ())
 
 
 def _deltas_of(

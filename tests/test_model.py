@@ -430,6 +430,20 @@ def test_what_is_adapted_in_inference_mode_trains(tmp_path):
     models[1](torch.tensor([[1, 2]])).sum().backward()
 
 
+def test_a_model_made_in_inference_mode_is_adapted_and_loaded(tmp_path):
+    file = tmp_path / "adapter.safetensors"
+    with torch.inference_mode():
+        model, other = (nn.Sequential(nn.Linear(6, 4)) for _ in range(2))
+        nk.adapt(model, k=2, bias="all")
+        nk.save_adapter(model, file)
+        nk.load_adapter(other, file, allow_mismatch=True)
+        nk.load_adapter(other, file, allow_mismatch=True)
+        assert other[0].delta.requires_grad
+        assert other[0].bias.requires_grad
+        with pytest.raises(ValueError, match="was made under inference_mode"):
+            nk.adapt(nn.Sequential(nn.Linear(6, 4)), k=2, strategy="resident")
+
+
 @pytest.mark.filterwarnings("ignore:.*script_method:DeprecationWarning")  # torch's own
 def test_a_compiled_model_is_adapted_as_itself():
     models = []

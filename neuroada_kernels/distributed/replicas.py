@@ -40,6 +40,8 @@ def broadcast_adapter(model: nn.Module, group: dist.ProcessGroup | None = None) 
             state = "merged" if layer.merged else "not chosen yet"
             raise ValueError(f"model: has connections that are {state}, expected to train them")
     trained = list(_trained(model).values())
+    if dist.get_world_size(group) < 0:  # not of this group
+        return
     _check_alike(model, group)
     for layer in layers:
         for adapter in layer.adapter_names:
@@ -79,11 +81,11 @@ def replicate_trained(
     Raises
     ------
     ValueError
-        If nothing trains, if a trained parameter is sharded already, or if one other than a delta
-        is on the meta device.
+        If nothing trains, if a trained parameter is sharded already, or if one other than an active
+        adapter's delta is on the meta device.
     """
     trained, layers = _trained(model), list(find_layers(model).values())
-    deltas = {id(delta) for layer in layers for delta in layer.deltas}
+    deltas = {id(layer.delta) for layer in layers}
     for name, parameter in trained.items():
         if parameter.is_meta and id(parameter) not in deltas:
             # Torch replaces it by another parameter when it gets values, without telling.
@@ -114,8 +116,8 @@ def _check_alike(model: nn.Module, group: dist.ProcessGroup | None) -> None:
                     f"{o[name][1]} of {o[name][0]}" if name in o else "none" for o in (first, other)
                 ]
                 raise ValueError(
-                    f"{name}: {forms[0]} on rank 0 and {forms[1]} on rank {rank}, expected models "
-                    "that are adapted identically"
+                    f"{name}: {forms[0]} on the first rank and {forms[1]} on rank {rank} of the "
+                    "group, expected models that are adapted identically"
                 )
 
 
@@ -139,9 +141,16 @@ class _Averaging:
     """
 
     def __init__(self, parameters: list[nn.Parameter], group: dist.ProcessGroup | None) -> None:
-        self._parameters, self._group = parameters, group
+        self._parameters: list[nn.Parameter] = []
+        self._group = group
         self._backward: int | None = None  # id of the one that averages at its end
         for parameter in parameters:
+            self.include(parameter)
+
+    def include(self, parameter: nn.Parameter) -> None:
+        """Average its gradient too, unless FSDP shards it, which then does so itself."""
+        if not is_sharded(parameter) and all(known is not parameter for known in self._parameters):
+            self._parameters.append(parameter)
             parameter.register_post_accumulate_grad_hook(self.on_gradient)
 
     def replace(self, old: nn.Parameter, new: nn.Parameter) -> None:

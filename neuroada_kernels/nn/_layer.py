@@ -14,7 +14,7 @@ from neuroada_kernels._sharding import is_managed_by_fsdp, is_sharded, local, sp
 from neuroada_kernels.nn._activations import ActivationSaver
 from neuroada_kernels.nn._deferred import CHOSEN, DeferringLayer
 from neuroada_kernels.nn._offloaded import check_present
-from neuroada_kernels.nn._own import OwnTensors
+from neuroada_kernels.nn._own import OwnTensors, savable
 from neuroada_kernels.nn._rows import BatchRows
 from neuroada_kernels.nn._strategy import check_known, refusal
 from neuroada_kernels.plan import check_index, check_index_form
@@ -34,6 +34,9 @@ class Averaging(Protocol):
 
     def replace(self, old: nn.Parameter, new: nn.Parameter) -> None:
         """Average the gradient of ``new`` from now on instead of that of ``old``."""
+
+    def include(self, parameter: nn.Parameter) -> None:
+        """Average the gradient of ``parameter`` too."""
 
 
 def uncast(fn: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
@@ -71,8 +74,9 @@ class BypassLayer(ActivationSaver, OwnTensors, DeferringLayer):
             self._check_index(index)
 
     def _hold_connections(self, index: Tensor, delta_dtype: torch.dtype) -> None:
-        self.register_buffer("index", index.contiguous())
-        self.delta = nn.Parameter(torch.zeros(index.shape, dtype=delta_dtype, device=index.device))
+        self.register_buffer("index", savable(index.contiguous()))
+        zeros = torch.zeros(index.shape, dtype=delta_dtype, device=index.device)
+        self.delta = nn.Parameter(savable(zeros))
         self.register_buffer("original", None)
         # The index by which W was changed, merged or resident, in case index is written meanwhile.
         self.register_buffer("merged_index", None, persistent=False)
@@ -279,7 +283,7 @@ class BypassLayer(ActivationSaver, OwnTensors, DeferringLayer):
                 self._check_index_device(value)
             if self.merged and not self._loading:
                 raise RuntimeError("index: cannot change while merged, unmerge first")
-            value = value.contiguous()
+            value = savable(value.contiguous())
         super().__setattr__(name, value)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 #: Suffixes that prune and the old weight_norm append to the name of a parameter that they move.
@@ -18,6 +19,14 @@ _PUT_AWAY = ("_orig", "_v")
 def wrong_shape(name: str, tensor: Tensor, expected: Sequence[int]) -> ValueError:
     """The error for a tensor of another shape than the layer's."""
     return ValueError(f"{name}: shape {list(tensor.shape)}, expected {list(expected)}")
+
+
+def savable(tensor: Tensor) -> Tensor:
+    """``tensor``, or a copy if it was made under ``inference_mode``: autograd saves no such one."""
+    if not tensor.is_inference():
+        return tensor
+    with torch.inference_mode(False):
+        return tensor.clone()
 
 
 class OwnTensors(nn.Module):

@@ -80,7 +80,9 @@ def choices_agree() -> None:
     assert not model.head.delta.any()
     assert_same_everywhere(model.head.bias)
     model = adapted(k=4 + (rank == 1))
-    shapes = r"head.*delta: \(\d+, 4\) of torch.float64 on rank 0 and \(\d+, 5\) of .* on rank 1"
+    shapes = (
+        r"head.*delta: \(\d+, 4\) of torch.float64 on the first rank and \(\d+, 5\) of .* on rank 1"
+    )
     with pytest.raises(ValueError, match=shapes.replace("head.*delta", r"blocks\.0\..*")):
         broadcast_adapter(model)
     resident_follows()

@@ -67,7 +67,46 @@ def test_what_ddp_would_not_average_is_refused(tmp_path):
             call()
     assert nk.adapter_names(model) == ("default", "other")
     assert [layer.active_adapter for layer in layers(model).values()] == ["default"] * 9
-    nk.set_adapter(wrapped, "other", inference_mode=True)
+    nk.set_adapter(wrapped, "other", inference_mode=True)  # for an evaluation
+    nk.set_adapter(wrapped, "default")
+    nk.set_requires_grad(wrapped, "default", False)
+    nk.set_requires_grad(wrapped, "default")
+
+
+@pytest.mark.filterwarnings("ignore:.*script_method:DeprecationWarning")  # torch's own
+def test_what_trained_when_ddp_was_made_may_train_in_turn(tmp_path):
+    model = adapted()
+    nk.add_adapter(model, "other", 4)
+    nk.set_requires_grad(model, ["default", "other"])
+    wrapped = nn.parallel.DistributedDataParallel(model, find_unused_parameters=True)
+    for name in ("other", "default", "other"):
+        nk.set_adapter(wrapped, name)
+        assert all(layer.delta.requires_grad for layer in layers(model).values())
+
+
+@pytest.mark.filterwarnings("ignore:.*script_method:DeprecationWarning")  # torch's own
+def test_biases_and_experts_of_a_file_are_refused_in_ddp_too(tmp_path):
+    nk.save_adapter(adapted(bias="all"), tmp_path / "biases")
+    wrapped = nn.parallel.DistributedDataParallel(adapted())
+    with pytest.raises(ValueError, match="model: is in DistributedDataParallel"):
+        nk.load_adapter(wrapped, tmp_path / "biases")
+    assert not wrapped.module.head.bias.requires_grad
+
+
+def test_what_trains_later_is_averaged_too(tmp_path):
+    nk.save_adapter(adapted(bias="all"), tmp_path / "biases")
+    model = adapted()
+    replicate_trained(model)
+    nk.load_adapter(model, tmp_path / "biases")
+    averaged = model.head.averaging._parameters
+    assert {id(p) for p in averaged} == {id(p) for p in model.parameters() if p.requires_grad}
+    model = adapted()
+    nk.add_adapter(model, "other", 4)
+    replicate_trained(model)
+    nk.set_adapter(model, "other")
+    averaged = {id(p) for p in model.head.averaging._parameters}
+    assert {id(layer.delta) for layer in layers(model).values()} <= averaged
+    assert model.head.delta._post_accumulate_grad_hooks
 
 
 def test_averaged_deltas_are_not_split():
