@@ -38,9 +38,9 @@ from neuroada_kernels.benchmarks.linear_results import HOST_COST, KIND, Results,
 from neuroada_kernels.benchmarks.measurement import Measurement
 from neuroada_kernels.benchmarks.memory import measure_memory
 from neuroada_kernels.benchmarks.options import (
+    add_output,
     add_outputs,
     command_line,
-    output_file,
     positive,
     progress_bar,
     threads,
@@ -227,7 +227,7 @@ def _parser() -> argparse.ArgumentParser:
         help=f"leave out a candidate that is wrong or fails, and exit {FAILED}; default: stop",
     )
     add_outputs(parser)
-    add("--png", type=output_file, metavar="FILE", help="write a bar chart (needs matplotlib)")
+    add_output(parser, "--png", "write a bar chart (needs matplotlib)")
     add("--memory", action="store_true", help="alias of neuroada bench memory --block")
     add("--host-cost", action="store_true", help="also the microseconds of a call at T = 1")
     add("--assert-bars", action="store_true", help="exit 1 where a bar is missed")
@@ -259,7 +259,7 @@ def _complete(options: argparse.Namespace, parser: argparse.ArgumentParser) -> N
         filters=options.cases,
     )
     if not options.cases:
-        parser.error("--cases: none has such a name")
+        parser.error("--cases, --shapes, --k: no such case, or k larger than its d_in")
     options.candidates = _candidates(options.candidates, options.peers)
 
 

@@ -30,6 +30,7 @@ from typing import Any
 import torch
 from rich.console import Console
 
+from neuroada_kernels import available_backends
 from neuroada_kernels.benchmarks.allocations import loaded_for_good
 from neuroada_kernels.benchmarks.llama import Sizes
 from neuroada_kernels.benchmarks.method_checks import WrongMethodError
@@ -292,9 +293,28 @@ def _world(options: argparse.Namespace, parser: argparse.ArgumentParser) -> Worl
     sizes = {name: given[name] for name in asdict(world.sizes) if name in given}
     rest = {name: given[name] for name in ("k", "sequence", "batch", "backend") if name in given}
     dtype = getattr(torch, given["dtype"]) if "dtype" in given else world.dtype
-    return replace(
+    world = replace(
         world, sizes=replace(world.sizes, **sizes), dtype=dtype, device=options.device, **rest
     )
+    if (wrong := _wrong(world)) is not None:
+        parser.error(wrong)
+    return world
+
+
+def _wrong(world: World) -> str | None:
+    """Why a model of these sizes cannot be built or adapted, None if it can."""
+    sizes, least = world.sizes, min(world.sizes.hidden, world.sizes.intermediate)
+    if sizes.hidden % (2 * sizes.heads):
+        return f"--hidden: {sizes.hidden}, expected a multiple of two times {sizes.heads} heads"
+    if sizes.heads % sizes.kv_heads:
+        return f"--heads: {sizes.heads}, expected a multiple of {sizes.kv_heads}, the kv heads"
+    if world.k > least:
+        return f"--k: {world.k}, expected at most {least}, the inputs of the narrowest linear"
+    backends = available_backends()
+    if world.backend is not None and backends.get(world.backend, "is unknown") is not None:
+        reason = backends.get(world.backend, f"expected one of {', '.join(backends)}")
+        return f"--backend {world.backend}: {reason}"
+    return None
 
 
 def _asked(options: argparse.Namespace) -> dict[str, list[str]]:

@@ -30,11 +30,35 @@ def output_file(text: str) -> Path:
     return path
 
 
+class OutputFile(argparse.Action):
+    """A file that is written; no two options may name the same one."""
+
+    def __call__(
+        self,
+        parser: argparse.ArgumentParser,
+        namespace: argparse.Namespace,
+        value: object,
+        option_string: str | None = None,
+    ) -> None:
+        assert isinstance(value, Path)
+        for other in parser._actions:
+            taken = getattr(namespace, other.dest, None)
+            if not isinstance(other, OutputFile) or other is self or taken is None:
+                continue
+            if taken.resolve() == value.resolve():
+                parser.error(f"{option_string}: {value}, which --{other.dest} names too")
+        setattr(namespace, self.dest, value)
+
+
+def add_output(parser: argparse.ArgumentParser, name: str, words: str) -> None:
+    """An option for a file that is written."""
+    parser.add_argument(name, type=output_file, action=OutputFile, metavar="FILE", help=words)
+
+
 def add_outputs(parser: argparse.ArgumentParser) -> None:
     """``--json`` and ``--html``, as every suite has them."""
-    add = parser.add_argument
-    add("--json", type=output_file, metavar="FILE", help="every row; those that FILE has stay")
-    add("--html", type=output_file, metavar="FILE", help="write a page (needs matplotlib)")
+    add_output(parser, "--json", "every row; those that FILE has stay")
+    add_output(parser, "--html", "write a page (needs matplotlib)")
 
 
 def command_line(suite: str, argv: Sequence[str] | None) -> str:

@@ -21,10 +21,14 @@ def replacing(path: str | os.PathLike[str]) -> Iterator[Path]:
     ------
     ValueError
         If ``path`` is a folder.
+    FileNotFoundError
+        If its folder is none.
     """
     target = Path(os.path.realpath(path))
     if target.is_dir():
         raise ValueError(f"path: {path} is a folder, expected a file")
+    if not target.parent.is_dir():
+        raise FileNotFoundError(f"path: {target.parent} is no folder, expected one for {path}")
     temporary = beside(target)
     os.close(os.open(temporary, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o666))
     try:

@@ -8,7 +8,8 @@ import json
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from numbers import Integral, Real
+from typing import Any, TypeGuard
 
 import torch
 
@@ -88,7 +89,7 @@ class NeuroAdaConfig:
     k_pattern: Mapping[str, int] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        _check_k("k", self.k)
+        self._set("k", _checked_k("k", self.k))
         self._set("target_modules", _names("target_modules", self.target_modules))
         if self.exclude_modules is not None:
             self._set("exclude_modules", _names("exclude_modules", self.exclude_modules))
@@ -97,6 +98,8 @@ class NeuroAdaConfig:
             raise TypeError(f"neuron_fraction: {self.neuron_fraction!r}, expected a number")
         if not 0 < self.neuron_fraction <= 1:
             raise ValueError(f"neuron_fraction: {self.neuron_fraction}, expected a share in (0, 1]")
+        if not isinstance(self.neuron_fraction, int | float):
+            self._set("neuron_fraction", float(self.neuron_fraction))
         _check_choice("bias", self.bias, BIASES)
         self._set("delta_dtype", _dtype_name(self.delta_dtype))
         _check_choice("strategy", self.strategy, STRATEGIES)
@@ -109,18 +112,19 @@ class NeuroAdaConfig:
             layers = (self.layers,) if isinstance(self.layers, int) else tuple(self.layers)
             if not layers or not all(_is_integer(n) and n >= 0 for n in layers):
                 raise ValueError(f"layers: {self.layers!r}, expected numbers of layers")
-            self._set("layers", layers)
+            self._set("layers", tuple(map(int, layers)))
         if not _is_integer(self.seed) or not 0 <= self.seed < 2**63:
             raise ValueError(f"seed: {self.seed!r}, expected an integer from 0 to 2^63 - 1")
+        self._set("seed", int(self.seed))
         if not isinstance(self.k_pattern, Mapping):
             raise TypeError(f"k_pattern: {self.k_pattern!r}, expected k by name")
-        for name, k in self.k_pattern.items():
+        for name in self.k_pattern:
             if not isinstance(name, str):
                 raise TypeError(f"k_pattern: {name!r}, expected a name or a regular expression")
             _names("k_pattern", name)
             _names("k_pattern", _ending_in(name))
-            _check_k(f"k_pattern[{name!r}]", k)
-        self._set("k_pattern", dict(self.k_pattern))
+        checked = {n: _checked_k(f"k_pattern[{n!r}]", k) for n, k in self.k_pattern.items()}
+        self._set("k_pattern", checked)
 
     def __hash__(self) -> int:
         return hash(self.to_json())
@@ -232,11 +236,12 @@ def _check_choice(argument: str, value: object, choices: tuple[str, ...]) -> Non
         raise ValueError(f"{argument}: {value!r}, expected one of {list(choices)}")
 
 
-def _check_k(argument: str, k: object) -> None:
+def _checked_k(argument: str, k: object) -> int:
     if not _is_integer(k):
         raise TypeError(f"{argument}: {k!r}, expected an integer")
-    if k < 1:  # type: ignore[operator]
+    if k < 1:
         raise ValueError(f"{argument}: {k}, expected at least 1")
+    return int(k)
 
 
 def _dtype_name(dtype: object) -> str:
@@ -246,9 +251,10 @@ def _dtype_name(dtype: object) -> str:
     return name_of(found)
 
 
-def _is_integer(value: object) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool)
+def _is_integer(value: object) -> TypeGuard[int]:
+    """Also NumPy's; not a bool."""
+    return isinstance(value, Integral) and not isinstance(value, bool)
 
 
 def _is_number(value: object) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool)
+    return isinstance(value, Real) and not isinstance(value, bool)

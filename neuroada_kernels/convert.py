@@ -151,8 +151,8 @@ def _in_rows(entries: _Entries, d_out: int, d_in: int) -> tuple[Tensor, Tensor]:
             f"positions: {int(counts[other])} in row {other} but {k} in row "
             f"{int(counts.argmax())}, expected as many in each row, or none"
         )
-    index = torch.full((d_out, k), -1, dtype=torch.int32)
-    delta = torch.zeros(d_out, k, dtype=values.dtype)
+    index = torch.full((d_out, k), -1, dtype=torch.int32, device="cpu")
+    delta = torch.zeros(d_out, k, dtype=values.dtype, device=values.device)
     index[counts > 0] = flat.remainder(d_in).int().view(-1, k)
     delta[counts > 0] = values[order].view(-1, k)
     return index, delta

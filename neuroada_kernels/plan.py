@@ -139,7 +139,7 @@ def make_plan(index: Tensor, d_in: int, *, ordered: bool = True) -> Tensor:
     _check_readable(index)
     if index.device.type == "cpu" and _extension.module is not None:
         live = count_connections(index, d_in)
-        plan = torch.empty(plan_size(d_in, live), dtype=torch.int32)
+        plan = torch.empty(plan_size(d_in, live), dtype=torch.int32, device="cpu")
         _extension.module.plan_index(_buffer(index), *index.shape, d_in, _buffer(plan))
         return plan
     columns = index.flatten().long()

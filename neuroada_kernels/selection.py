@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from numbers import Real
+from numbers import Integral, Real
 from typing import Protocol
 
 import torch
@@ -101,6 +101,7 @@ def select_rows(
     """:func:`select` for a weight that is read a few rows at a time."""
     method = method_for(method, scores)
     check_arguments(weight.shape, k, method, scores, neuron_fraction)
+    k = int(k)
     index = _compiled(weight, k, method, scores)
     if index is None:
         index = _by_blocks(weight, k, _scorer(weight, method, scores, generator))
@@ -177,7 +178,7 @@ def check_arguments(
 
 def check_k(k: int, d_in: int) -> None:
     """Raise unless ``k`` is an integer from 1 to ``d_in``."""
-    if not isinstance(k, int) or isinstance(k, bool):
+    if not isinstance(k, Integral) or isinstance(k, bool):
         raise TypeError(f"k: {k!r}, expected an integer")
     if not 1 <= k <= d_in:
         raise ValueError(f"k: {k}, expected 1 to {d_in}, the inputs of the weight")

@@ -32,6 +32,15 @@ def test_product_and_bias_join_before_the_rounding(dtype, known, bias, tokens, m
     assert ((result.double() - exact).abs() <= half_a_place + 1e-5).all()
 
 
+@pytest.mark.parametrize("dtype", SIXTEEN)
+def test_a_bias_may_have_any_stride(dtype):
+    dtype = SIXTEEN[dtype]
+    y, x, weight = (torch.randn(s).to(dtype) for s in ((5, 6), (5, 8), (8, 6)))
+    for bias in (torch.randn(12).to(dtype)[::2], torch.ones(1).to(dtype).expand(6)):
+        found = _dense.add_dense(y.clone(), x, weight, bias)
+        assert found.equal(_dense.add_dense(y.clone(), x, weight, bias.clone()))
+
+
 @pytest.mark.parametrize("sizes", [(5, 33, 7), (0, 33, 7), (5, 0, 7), (5, 33, 0)], ids=str)
 @pytest.mark.parametrize("dtype", SIXTEEN)
 def test_a_wide_product_is_not_rounded_to_its_operands(dtype, sizes):

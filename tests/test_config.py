@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import copy
+import json
 import pickle
 
+import numpy as np
 import pytest
 import torch
 
@@ -153,3 +155,16 @@ def test_an_unknown_key_is_refused():
         NeuroAdaConfig.from_dict([])
     with pytest.raises(ValueError, match="Expecting value"):
         NeuroAdaConfig.from_json("no JSON")
+
+
+def test_numbers_of_numpy_are_numbers():
+    config = NeuroAdaConfig(
+        k=np.int64(2),
+        k_pattern={"up": np.int32(3)},
+        layers=[np.int64(1)],
+        seed=np.int64(4),
+        neuron_fraction=np.float32(0.5),
+    )
+    plain = NeuroAdaConfig(k=2, k_pattern={"up": 3}, layers=[1], seed=4, neuron_fraction=0.5)
+    assert config == plain
+    assert NeuroAdaConfig.from_dict(json.loads(config.to_json())) == plain

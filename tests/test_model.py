@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+
 import pytest
 import torch
 from torch import nn
@@ -428,6 +430,37 @@ def test_what_is_adapted_in_inference_mode_trains(tmp_path):
         assert all(p.grad is not None for p in model.parameters() if p.requires_grad)
     nk.set_adapter(models[1], "other")
     models[1](torch.tensor([[1, 2]])).sum().backward()
+
+
+def test_the_default_device_is_not_that_of_a_model_on_the_cpu(tmp_path):
+    model, file = nn.Sequential(nn.Linear(6, 4), Product(4, 4)), tmp_path / "adapter.safetensors"
+    x = torch.randn(3, 6)
+    with torch.device("meta"):
+        nk.adapt(model, k=2, target_modules=["0", "1"])
+        model(x).square().sum().backward()
+        with torch.no_grad():
+            for layer in model:
+                layer.delta += 1
+        nk.save_adapter(model, file)
+        nk.load_adapter(copy.deepcopy(model), file)
+        y = model(x)
+        for strategy in ("resident", "bypass"):
+            nk.set_strategy(model[0], strategy)
+            torch.testing.assert_close(model(x), y)
+        nk.merge(model)
+        torch.testing.assert_close(model(x), y)
+
+
+class Product(nn.Module):
+    """A base with a forward of its own."""
+
+    def __init__(self, d_in: int, d_out: int) -> None:
+        super().__init__()
+        self.in_features, self.out_features = d_in, d_out
+        self.weight = nn.Parameter(torch.randn(d_out, d_in))
+
+    def forward(self, x):
+        return x @ self.weight.t()
 
 
 def test_a_model_made_in_inference_mode_is_adapted_and_loaded(tmp_path):

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import math
 
+import numpy as np
 import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from neuroada_kernels import _extension, select, selection
+from neuroada_kernels import NeuroAdaLinear, _extension, select, selection
 
 DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.float16]
 
@@ -295,3 +296,8 @@ def test_nothing_of_the_weights_size_is_allocated(monkeypatch, dtype, method):
         select(weight, 2, method, scores, generator())
     # The widest value of a block is the key that breaks ties, an int64.
     assert 0 < largest.bytes <= 8 * block < weight.nbytes / 4
+
+
+def test_k_may_be_a_number_of_numpy():
+    assert select(W, np.int64(2)).equal(select(W, 2))
+    assert NeuroAdaLinear(6, 4, np.int64(2)).k == 2

@@ -24,6 +24,8 @@ def main(argv: list[str] | None = None) -> int:
         parser.error("matplotlib is missing, install the extra 'bench'")
     if not options.output.parent.is_dir():
         parser.error(f"--output: {options.output.parent} is no directory")
+    if options.output.resolve() in {path.resolve() for path in options.results}:
+        parser.error(f"--output: {options.output} is one of the results, expected another file")
     try:
         left_out = write_html(_read(options.results), options.output)
     except ReportError as error:

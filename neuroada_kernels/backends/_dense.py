@@ -126,6 +126,7 @@ def _add_dense_wide(y: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None) -
 
 def _add_dense_with_bias(y: Tensor, x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     """GEMM, bias and bypass in oneDNN's float32 accumulator, by blocks of tokens."""
+    bias = bias.contiguous()  # oneDNN's op ignores its stride
     tokens = max(1, _BLOCK_BYTES // max(1, y.shape[1] * y.element_size()))
     fused = torch.ops.mkldnn._linear_pointwise.binary
     if y.shape[0] <= tokens:

@@ -41,7 +41,10 @@ def main(argv: list[str] | None = None) -> int:
     except (ModuleNotFoundError, ValueError) as error:
         console.print(f"This Python came without its library's text: {error}", style="bold red")
         return 1
-    arguments.output.mkdir(parents=True, exist_ok=True)
+    try:
+        arguments.output.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        parser.error(f"--output: {error}")
     with threads(arguments.threads):
         results = _run(settings, *texts, console)
         write_json(results, arguments.output / "demo.json")

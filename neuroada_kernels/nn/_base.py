@@ -208,6 +208,8 @@ class BypassLinear(BypassLayer):
 
     def forward(self, x: Tensor) -> Tensor:
         """``y [..., out_features]`` of ``x [..., in_features]``."""
+        if not isinstance(x, Tensor):
+            raise TypeError(f"x: {type(x).__name__}, expected a tensor")
         if not x.dim() or x.shape[-1] != self.in_features:
             raise ValueError(f"x: shape {list(x.shape)}, expected [..., {self.in_features}]")
         if self._deferred is not None and not self.weight.is_meta:

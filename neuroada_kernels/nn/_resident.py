@@ -32,7 +32,7 @@ from neuroada_kernels._tracing import is_exported
 from neuroada_kernels.nn._base import BypassLinear
 from neuroada_kernels.nn._own import wrong_shape
 from neuroada_kernels.nn._strategy import refusal, why_not_resident
-from neuroada_kernels.ops._library import PLAIN_TYPES
+from neuroada_kernels.ops._library import PLAIN_TYPES, why_not_served
 
 #: The layers that are or were resident, including copies.
 _layers: weakref.WeakSet[ResidentLinear] = weakref.WeakSet()
@@ -120,7 +120,7 @@ class ResidentLinear(BypassLinear):
             held = other.base_values is not None and other.weight.data_ptr() == address
             if held and other._buffers is not self._buffers:  # not a shallow copy
                 return "another adapter is resident in this weight"
-        return None
+        return why_not_served("patch_", self.weight)
 
     def _enter_resident(self) -> None:
         if self.base_values is not None or self.merged or self._disabled:

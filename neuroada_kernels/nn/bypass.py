@@ -138,6 +138,8 @@ class NeuroAdaBypass(NamedLayer, PlannedLayer):
 
     def forward(self, x: Tensor, *args: Any, **options: Any) -> Tensor:
         """``y [..., out_features]`` of ``x [..., in_features]``; the base gets all arguments."""
+        if not isinstance(x, Tensor):
+            raise TypeError(f"x: {type(x).__name__}, expected a tensor")
         if not x.dim() or x.shape[-1] != self.in_features:
             raise ValueError(f"x: shape {list(x.shape)}, expected [..., {self.in_features}]")
         if "_hf_hook" in self.__dict__:
@@ -231,7 +233,8 @@ class NeuroAdaBypass(NamedLayer, PlannedLayer):
 
         True without a test if the base cannot be called with x alone.
         """
-        draw = torch.randn(4, matrix.shape[1], generator=torch.Generator().manual_seed(0))
+        generator = torch.Generator().manual_seed(0)
+        draw = torch.randn(4, matrix.shape[1], generator=generator, device="cpu")
         x = draw.to(matrix.device, matrix.dtype)
         before = _output(self.base, x)
         bypass = reference.bypass(x, self.index, torch.ones_like(self.delta)).float()

@@ -28,6 +28,15 @@ def define(schema: str, implementation: Callable[..., Any], fake: Callable[..., 
     torch.library.register_fake(f"neuroada::{name}", fake, lib=LIBRARY)
 
 
+def why_not_served(op: str, *args: Any) -> str | None:
+    """Why no backend serves this call of an op, or None if one does."""
+    try:
+        _registry.serving(op, *args)
+    except _registry.BackendError as error:
+        return str(error)
+    return None
+
+
 def reverse_mode_only(implementation: Callable[..., _Result]) -> Callable[..., _Result]:
     """``implementation``, but raising in forward mode, where torch would silently drop the tangent.
 

@@ -243,11 +243,13 @@ def test_an_unknown_suite_is_refused_by_name(capsys) -> None:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--cases", "nothing"], "--cases: none has such a name"),
+        (["--cases", "nothing"], "--k: no such case"),
         (["--candidates", "qlora"], "invalid choice: 'qlora'"),
         (["--k", "0"], "0, expected at least 1"),
         (["--shapes", "llama-4"], "'llama-4', expected D_INxD_OUT or one of llama-3-8b"),
+        (["--shapes", "64x96", "--k", "65"], "no such case, or k larger than its d_in"),
         (["--json", "/nowhere/bench.json"], "/nowhere is no directory"),
+        (["--json", "one", "--html", "./one"], "--html: one, which --json names too"),
         (["--assert-bars", "--rounds", "8"], "--rounds: 8, expected at least 9"),
     ],
 )

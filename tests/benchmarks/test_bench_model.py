@@ -218,6 +218,21 @@ def test_a_method_whose_package_is_missing_says_so(monkeypatch):
     assert methods.why_not("neuroada") is None
 
 
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--k", "1000"], "--k: 1000, expected at most 32, the inputs of the narrowest linear"),
+        (["--hidden", "30"], "--hidden: 30, expected a multiple of two times 4 heads"),
+        (["--kv-heads", "3"], "--heads: 4, expected a multiple of 3, the kv heads"),
+        (["--backend", "foo"], "--backend foo: expected one of "),
+    ],
+)
+def test_sizes_that_cannot_be_are_refused_at_once(options, message, capsys):
+    with pytest.raises(SystemExit):
+        model.main([*TINY, *options])
+    assert message in capsys.readouterr().err
+
+
 @pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU is visible")
 def test_without_a_gpu_or_transformers_it_stops_at_once(monkeypatch, capsys):
     with pytest.raises(SystemExit):

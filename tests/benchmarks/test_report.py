@@ -106,6 +106,15 @@ def test_what_cannot_be_read_is_an_error(content, message, tmp_path, capsys):
     assert not (tmp_path / "report.html").exists()
 
 
+def test_the_page_does_not_replace_its_own_results(tmp_path, capsys):
+    results = tmp_path / "results.json"
+    results.write_text("{}")
+    with pytest.raises(SystemExit):
+        cli.main(["report", "-o", str(tmp_path / "." / "results.json"), str(results)])
+    assert "results.json is one of the results, expected another file" in capsys.readouterr().err
+    assert results.read_text() == "{}"
+
+
 def test_a_sweep_shows_its_fits_bars_and_what_was_not_timed():
     section = linear.section(Source("linear.json", "linear", LINEAR))
     shown = "".join(section.blocks)

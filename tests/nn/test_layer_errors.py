@@ -131,3 +131,9 @@ def test_linear_with_hooks(layer_type):
     with pytest.raises(ValueError, match="linear: has hooks, which the layer would lose"):
         layer_type.from_linear(linear)
     assert linear.weight.requires_grad
+
+
+@pytest.mark.parametrize("x", [[1.0] * 24, None], ids=str)
+def test_x_is_no_tensor(layer_type, x):
+    with pytest.raises(TypeError, match=f"x: {type(x).__name__}, expected a tensor"):
+        layer_type(24, 16)(x)

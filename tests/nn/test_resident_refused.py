@@ -102,6 +102,17 @@ def test_auto_leaves_it_at_bypass_and_says_why(refused):
     assert layer.strategy == "bypass"
 
 
+@pytest.mark.skipif(nk.available_backends()["cpu"] is not None, reason="not built")
+def test_a_weight_that_the_named_backend_does_not_patch_stays_at_bypass():
+    linear = with_weight(nn.Parameter(torch.randn(24, 16).t()))
+    with nk.use_backend("cpu"):
+        layer = NeuroAdaLinear.from_linear(linear, index=INDEX, strategy="auto")
+        assert layer.strategy == "bypass"
+        assert "expected 1" in layer.strategy_reason
+        with pytest.raises(ValueError, match=r"'resident' is refused: no backend serves .*patch_"):
+            layer.strategy = "resident"
+
+
 def test_auto_is_resident_where_nothing_is_against_it():
     layer = NeuroAdaLinear(24, 16, 3, strategy="auto")
     assert layer.strategy == "resident"
