@@ -29,7 +29,12 @@ def new_experts(model: nn.Module, adapter: Adapter) -> dict[nn.Module, NeuroAdaE
                 )
             with errors_name(name):
                 index = {
-                    stack: torch.zeros(module.get_parameter(stack)[:, :, 0].numel(), 1).int()
+                    stack: torch.zeros(
+                        module.get_parameter(stack)[:, :, 0].numel(),
+                        1,
+                        dtype=torch.int32,
+                        device="cpu",
+                    )
                     for stack in STACKS
                 }
                 flags = [(p, p.requires_grad) for p in module.parameters()]

@@ -17,6 +17,7 @@ from neuroada_kernels._models import (
     check_not_replicated,
     find_layers,
     layers_in,
+    outside_inference_mode,
     unwrapped,
 )
 from neuroada_kernels._sharding import (
@@ -40,10 +41,9 @@ from neuroada_kernels.adapter_match import (
 )
 from neuroada_kernels.adding import insert_adapter
 from neuroada_kernels.config import NeuroAdaConfig
+from neuroada_kernels.freezing import deltas_of, grad_flags_kept_on_error
 from neuroada_kernels.model import (
     AdaptSummary,
-    deltas_of,
-    grad_flags_kept_on_error,
     keep_config,
     layer_over,
     parts_of,
@@ -133,6 +133,7 @@ def save_adapter(
         on_first_rank(lambda: write_adapter(adapter, path), mesh)
 
 
+@outside_inference_mode
 def load_adapter(
     model: nn.Module,
     path: str | os.PathLike[str],
@@ -143,9 +144,9 @@ def load_adapter(
     """Load a file of :func:`save_adapter` into an adapted model, or into a base, which it adapts.
 
     Everything is checked first; if an error is raised, ``model`` is unchanged. A layer keeps its
-    ``delta`` parameter, so that an optimizer stays valid, unless ``k`` or the dtype differ: a delta
-    that trains is another parameter then, which a warning says. A model without NeuroAda layers is
-    adapted and frozen, except for what the adapter trained.
+    ``delta`` parameter, so that an optimizer stays valid, unless ``k`` or the dtype differ: it is
+    another parameter then, which a warning says. A model without NeuroAda layers is adapted and
+    frozen, except for what the adapter trained.
 
     Under a new ``adapter_name`` the file is added to an adapted model as by :func:`add_adapter`:
     inactive, frozen, and beside the existing adapters.
@@ -198,7 +199,7 @@ def load_adapter(
     new: dict[nn.Module, NamedLayer | NeuroAdaExperts] = dict(experts)
     replaced = {part for layer in new.values() for part in parts_of(layer)}
     added: dict[NamedLayer, tuple[Tensor, Tensor]] = {}
-    trained = {name: delta for name, delta in _deltas(targets).items() if delta.requires_grad}
+    renewed = []
     with grad_flags_kept_on_error(model), torch.no_grad(), ExitStack() as undo:
         for name, module in targets.items():
             entry = adapter.modules[name]
@@ -206,7 +207,10 @@ def load_adapter(
                 if not isinstance(module, NamedLayer):
                     new[module] = _adapted(module, entry, config)
                 elif module in replaced or adapter_name in module.adapter_names:
+                    known = module.delta
                     _exchange(module, entry, undo)
+                    if module.delta is not known and not (known.is_meta or module in replaced):
+                        renewed.append(name)
                 else:
                     check_index(entry.index, module.in_features)
                     added[module] = module.part_of_connections(entry.index, entry.delta)
@@ -217,29 +221,22 @@ def load_adapter(
             parameter.copy_(split_as(adapter.parameters[name], parameter))
             parameter.requires_grad_()
         undo.pop_all()
-    average_too(find_layers(model).values(), parameters.values())
     siblings = siblings_of(model)
     if active and config is not None:
         siblings = config.siblings
     insert_adapter(model, adapter_name, new, added, active=active, siblings=siblings)
+    average_too(find_layers(model).values(), parameters.values())
     if active:
         keep_config(model, config)
     if not active or configs_of(model):
         keep_config_of(model, adapter_name, config)
-    renewed = [n for n, d in _deltas(targets).items() if n in trained and d is not trained[n]]
     if renewed:
         warnings.warn(
-            f"delta: of another k or dtype, so that {some(renewed)} have new parameters; an "
-            "optimizer that was made before does not train them",
-            stacklevel=2,
+            f"delta: new parameters in {some(renewed)}, of another k or dtype; an optimizer that "
+            "was made before does not train them",
+            stacklevel=3,  # outside_inference_mode is in between
         )
     return AdaptSummary.of(model, tuple(targets), adapter_name)
-
-
-def _deltas(targets: Mapping[str, nn.Module]) -> dict[str, nn.Parameter]:
-    """The active deltas of those that are layers, as far as they have values."""
-    layers = {n: m for n, m in targets.items() if isinstance(m, NamedLayer)}
-    return {name: layer.delta for name, layer in layers.items() if not layer.delta.is_meta}
 
 
 def _name_to_save(layers: Mapping[str, NamedLayer], adapter_name: str | None) -> str:

@@ -8,16 +8,21 @@ from typing import Any, overload
 import torch
 from torch import Tensor, nn
 
-from neuroada_kernels._models import check_not_replicated, layers_in, unwrapped
+from neuroada_kernels._models import (
+    check_not_replicated,
+    layers_in,
+    outside_inference_mode,
+    unwrapped,
+)
 from neuroada_kernels.arguments import check_selection, config_of
 from neuroada_kernels.choices import each_choice
 from neuroada_kernels.combination import Weighted, check_weights, weighted_sum
 from neuroada_kernels.config import ALL_LINEAR, NeuroAdaConfig
+from neuroada_kernels.freezing import grad_flags_kept_on_error
 from neuroada_kernels.gradient import SCORE_BYTES, Loss
 from neuroada_kernels.model import (
     AdaptSummary,
     chosen_layer,
-    grad_flags_kept_on_error,
     once,
     parts_of,
     replace,
@@ -77,6 +82,7 @@ def add_adapter(
 ) -> AdaptSummary: ...
 
 
+@outside_inference_mode
 def add_adapter(
     model: nn.Module,
     adapter_name: str,
@@ -164,6 +170,7 @@ def add_adapter(
     return AdaptSummary.of(model, with_stacks(model, targets), adapter_name)
 
 
+@outside_inference_mode
 def add_weighted_adapter(
     model: nn.Module, adapters: Sequence[str], weights: Sequence[float], adapter_name: str
 ) -> None:

@@ -98,8 +98,7 @@ class NeuroAdaConfig:
             raise TypeError(f"neuron_fraction: {self.neuron_fraction!r}, expected a number")
         if not 0 < self.neuron_fraction <= 1:
             raise ValueError(f"neuron_fraction: {self.neuron_fraction}, expected a share in (0, 1]")
-        if not isinstance(self.neuron_fraction, int | float):
-            self._set("neuron_fraction", float(self.neuron_fraction))
+        self._set("neuron_fraction", float(self.neuron_fraction))
         _check_choice("bias", self.bias, BIASES)
         self._set("delta_dtype", _dtype_name(self.delta_dtype))
         _check_choice("strategy", self.strategy, STRATEGIES)
@@ -107,9 +106,9 @@ class NeuroAdaConfig:
         if self.siblings is not None:
             self._set("siblings", _groups("siblings", self.siblings))
         if self.layers is not None:
-            if not isinstance(self.layers, int | Sequence):
+            if not isinstance(self.layers, Integral | Sequence):
                 raise TypeError(f"layers: {self.layers!r}, expected numbers of layers")
-            layers = (self.layers,) if isinstance(self.layers, int) else tuple(self.layers)
+            layers = tuple(self.layers) if isinstance(self.layers, Sequence) else (self.layers,)
             if not layers or not all(_is_integer(n) and n >= 0 for n in layers):
                 raise ValueError(f"layers: {self.layers!r}, expected numbers of layers")
             self._set("layers", tuple(map(int, layers)))

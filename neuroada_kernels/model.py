@@ -2,18 +2,29 @@
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, overload
 
 import torch
 from torch import Tensor, nn
 
-from neuroada_kernels._models import check_not_replicated, find_layers, layers_in, unwrapped
+from neuroada_kernels._models import (
+    check_not_replicated,
+    find_layers,
+    layers_in,
+    outside_inference_mode,
+    unwrapped,
+)
 from neuroada_kernels.arguments import check_selection, config_of
 from neuroada_kernels.choices import each_choice
 from neuroada_kernels.config import ALL_LINEAR, NeuroAdaConfig
+from neuroada_kernels.freezing import (
+    check_biases_train,
+    deltas_of,
+    freeze,
+    grad_flags_kept_on_error,
+)
 from neuroada_kernels.gradient import SCORE_BYTES, Loss
 from neuroada_kernels.nn._base import BypassLinear
 from neuroada_kernels.nn._bitsandbytes import elements, packing_kept
@@ -30,7 +41,6 @@ from neuroada_kernels.targets import (
     errors_name,
     find_targets,
     is_foreign,
-    modules_of_peft,
 )
 
 
@@ -158,6 +168,7 @@ def adapt(
 ) -> AdaptSummary: ...
 
 
+@outside_inference_mode
 def adapt(
     model: nn.Module,
     *arguments: Any,
@@ -226,6 +237,8 @@ def adapt(
     targets = find_targets(model, config)
     check_selection(config, targets, scores)
     check_siblings(targets, config.siblings)
+    if config.bias == "all":
+        check_biases_train(model)
     modules = once(targets)
     shared = {} if config.strategy == "bypass" else shared_weights(model, modules.values())
     layers: dict[nn.Module, NamedLayer | NeuroAdaExperts] = {}
@@ -256,11 +269,12 @@ def adapt(
     for module, layer in layers.items():
         for part in parts_of(layer):
             part._set_strategy(config.strategy, shared.get(module))
-    _freeze(model, config)
+    freeze(model, config)
     keep_config(model, config)
     return AdaptSummary.of(model, with_stacks(model, targets))
 
 
+@outside_inference_mode
 def select_connections(model: nn.Module) -> list[str]:
     """Choose the connections of layers that were adapted on the meta device.
 
@@ -287,11 +301,6 @@ def select_connections(model: nn.Module) -> list[str]:
             if not layer.select_connections(shared.get(layer)):
                 waiting.append(name)
     return waiting
-
-
-def deltas_of(model: nn.Module) -> set[int]:
-    """The ids of all deltas, including those of parked adapters."""
-    return {id(delta) for layer in find_layers(model).values() for delta in layer.deltas}
 
 
 def _check_unnamed(model: nn.Module) -> None:
@@ -375,29 +384,3 @@ def layer_over(
 def keep_config(model: nn.Module, config: NeuroAdaConfig | None) -> None:
     """Store the config as ``model.neuroada_config``, which copies of the model inherit."""
     vars(model)["neuroada_config"] = config
-
-
-def _freeze(model: nn.Module, config: NeuroAdaConfig) -> None:
-    """Freeze all parameters except deltas, PEFT's, and biases if the config trains them."""
-    kept = deltas_of(model) | {
-        id(parameter)
-        for module in modules_of_peft(model)
-        for parameter in module.parameters(recurse=False)
-    }
-    for name, parameter in model.named_parameters():
-        if id(parameter) not in kept:
-            is_bias = name.rpartition(".")[2].endswith("bias")
-            parameter.requires_grad_(config.bias == "all" and is_bias)
-
-
-@contextlib.contextmanager
-def grad_flags_kept_on_error(model: nn.Module) -> Iterator[None]:
-    """If the block raises, restore the ``requires_grad`` flag of every parameter."""
-    flags = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
-    try:
-        yield
-    except BaseException:
-        for parameter, flag in flags:
-            if parameter.requires_grad != flag:
-                parameter.requires_grad_(flag)
-        raise

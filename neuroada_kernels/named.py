@@ -18,7 +18,7 @@ from neuroada_kernels._models import (
     layers_in,
     unwrapped,
 )
-from neuroada_kernels._sharding import is_managed_by_fsdp, is_sharded
+from neuroada_kernels._sharding import is_managed_by_fsdp, is_sharded, reshard
 from neuroada_kernels.config import NeuroAdaConfig
 from neuroada_kernels.model import keep_config
 from neuroada_kernels.model_merge import unmerge
@@ -95,7 +95,7 @@ def set_adapter(model: nn.Module, adapter_name: str, *, inference_mode: bool = F
             delta.requires_grad_(False)
     for delta in deltas:
         delta.requires_grad_()
-    average_too(layers.values(), deltas)
+    average_too(layers.values())
     settle(layers.values())
     if adapter_name in (configs := configs_of(model)):
         keep_config(model, configs[adapter_name])
@@ -213,6 +213,7 @@ def set_requires_grad(
         If ``adapter_names`` are no names of adapters, the model has no NeuroAda layer, or DDP
         wraps it and would not average the gradients.
     """
+    reshard(unwrapped(model))
     layers = layers_in(model)
     names = _names([adapter_names] if isinstance(adapter_names, str) else adapter_names)
     for name in names:
@@ -221,7 +222,7 @@ def set_requires_grad(
     check_averaged(model, deltas if requires_grad else ())
     for delta in deltas:
         delta.requires_grad_(requires_grad)
-    average_too(layers.values(), deltas if requires_grad else ())
+    average_too(layers.values())
 
 
 def _deltas_of(

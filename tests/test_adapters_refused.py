@@ -232,3 +232,8 @@ def test_merged_layers_over_one_weight_cannot_be_saved(path):
     with pytest.raises(ValueError, match="1: is merged and shares its weight with 0"):
         nk.save_adapter(model, path)
     assert path.read_bytes() == before
+
+
+def test_a_folder_that_is_not_there_is_named(tmp_path):
+    with pytest.raises(FileNotFoundError, match="nowhere is no folder, expected one for"):
+        nk.save_adapter(adapted(), tmp_path / "nowhere" / "adapter.safetensors")

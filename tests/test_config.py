@@ -167,4 +167,6 @@ def test_numbers_of_numpy_are_numbers():
     )
     plain = NeuroAdaConfig(k=2, k_pattern={"up": 3}, layers=[1], seed=4, neuron_fraction=0.5)
     assert config == plain
+    assert hash(NeuroAdaConfig(neuron_fraction=1)) == hash(NeuroAdaConfig())
+    assert NeuroAdaConfig(layers=np.int64(1)).layers == (1,)
     assert NeuroAdaConfig.from_dict(json.loads(config.to_json())) == plain

@@ -32,6 +32,7 @@ def trained(kinds=KINDS, **options):
     return model
 
 
+@pytest.mark.filterwarnings("ignore:delta. new parameters")
 @pytest.mark.parametrize("into", ["the base", "an adapted model"])
 def test_what_was_saved_loads_over_every_kind_of_base(path, into):
     model = trained(bias="all")

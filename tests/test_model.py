@@ -432,6 +432,34 @@ def test_what_is_adapted_in_inference_mode_trains(tmp_path):
     models[1](torch.tensor([[1, 2]])).sum().backward()
 
 
+def test_connections_are_chosen_by_gradient_and_late_in_inference_mode():
+    def loss(model, batch):
+        return model(batch).square().sum()
+
+    data = [torch.randn(5, 6)]
+    plain, by_gradient = (nn.Sequential(nn.Linear(6, 4)) for _ in range(2))
+    by_gradient.load_state_dict(plain.state_dict())
+    with torch.device("meta"):
+        late = nn.Sequential(nn.Linear(6, 4))
+    nk.adapt(late, k=2)
+    late.to_empty(device="cpu").load_state_dict(plain.state_dict(), strict=False)
+    with torch.inference_mode():
+        nk.adapt(by_gradient, k=2, selection="gradient", data=data, loss=loss)
+        assert nk.select_connections(late) == []
+    nk.adapt(plain, k=2, selection="gradient", data=data, loss=loss)
+    assert plain[0].index.equal(by_gradient[0].index)
+    for model in (by_gradient, late):
+        model(data[0]).sum().backward()
+
+
+def test_biases_made_in_inference_mode_are_refused_before_anything_changes():
+    with torch.inference_mode():
+        model = nn.Sequential(nn.Linear(6, 4))
+    with pytest.raises(ValueError, match=r"0\.bias: was made under inference_mode"):
+        nk.adapt(model, k=2, bias="all")
+    assert type(model[0]) is nn.Linear
+
+
 def test_the_default_device_is_not_that_of_a_model_on_the_cpu(tmp_path):
     model, file = nn.Sequential(nn.Linear(6, 4), Product(4, 4)), tmp_path / "adapter.safetensors"
     x = torch.randn(3, 6)

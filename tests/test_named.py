@@ -290,7 +290,7 @@ def test_a_file_takes_the_place_of_the_active_adapter_alone(tmp_path):
         assert_same(step(model, inputs()), step(alone(name), inputs()))
 
 
-@pytest.mark.filterwarnings("ignore:delta. of another k")
+@pytest.mark.filterwarnings("ignore:delta. new parameters")
 def test_a_file_may_bring_the_active_adapter_into_layers_that_lack_it(tmp_path):
     nk.save_adapter(alone("default"), tmp_path / "file")
     model = Model()

@@ -301,3 +301,4 @@ def test_nothing_of_the_weights_size_is_allocated(monkeypatch, dtype, method):
 def test_k_may_be_a_number_of_numpy():
     assert select(W, np.int64(2)).equal(select(W, 2))
     assert NeuroAdaLinear(6, 4, np.int64(2)).k == 2
+    assert NeuroAdaLinear(8, 100, np.uint8(3), device="meta").connections == 300

@@ -90,9 +90,10 @@ def replicate_trained(
         if parameter.is_meta and id(parameter) not in deltas:
             # Torch replaces it by another parameter when it gets values, without telling.
             raise ValueError(f"{name}: is on the meta device, expected values, as it trains")
-    averaging = _Averaging(list(trained.values()), group)
-    for layer in layers:
-        layer.averaging = averaging
+    if dist.get_world_size(group) > 0:  # else not of this group
+        averaging = _Averaging(list(trained.values()), group)
+        for layer in layers:
+            layer.averaging = averaging
     return set(trained.values())
 
 

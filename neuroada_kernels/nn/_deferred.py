@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from numbers import Integral
 from typing import Any
 
 import torch
@@ -33,6 +34,10 @@ class Deferred:
     generator: torch.Generator | None
     neuron_fraction: float
     strategy: str = "bypass"
+
+    def __post_init__(self) -> None:
+        if isinstance(self.k, Integral):  # also NumPy's, which may overflow; others are refused
+            object.__setattr__(self, "k", int(self.k) if type(self.k) is not bool else self.k)
 
     @property
     def _how(self) -> tuple[int, str, Tensor | None, torch.Generator | None]:

@@ -103,8 +103,8 @@ def test_the_command_writes_what_it_shows(tmp_path, monkeypatch, capsys):
     [
         (["quality", "--tasks", "nothing"], "tasks: ['nothing'], expected of ['text', "),
         (["quality", "--seeds", "0"], "0, expected at least 1"),
-        (["--cases", "nothing"], "--cases: none has such a name"),
-        (["linear", "--cases", "nothing"], "--cases: none has such a name"),
+        (["--cases", "nothing"], "--k: no such case"),
+        (["linear", "--cases", "nothing"], "--k: no such case"),
     ],
 )
 def test_bench_runs_the_suite_that_is_named_and_linear_by_default(arguments, message, capsys):

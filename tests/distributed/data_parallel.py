@@ -25,7 +25,7 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 import neuroada_kernels as nk
-from neuroada_kernels.distributed import broadcast_adapter
+from neuroada_kernels.distributed import broadcast_adapter, replicate_trained
 from neuroada_kernels.nn.experts import StackedLinear
 
 #: Without broadcasts of buffers. Torch has two names for it, and warns of the older one.
@@ -79,6 +79,11 @@ def choices_agree() -> None:
     assert torch.equal(model.head.index, mine) == (rank == 0)
     assert not model.head.delta.any()
     assert_same_everywhere(model.head.bias)
+    first = dist.new_group([0])
+    model = adapted()
+    broadcast_adapter(model, first)  # of others, which are not of the group, nothing happens
+    replicate_trained(model, first)
+    assert (model.head.averaging is None) == (rank > 0)
     model = adapted(k=4 + (rank == 1))
     shapes = (
         r"head.*delta: \(\d+, 4\) of torch.float64 on the first rank and \(\d+, 5\) of .* on rank 1"

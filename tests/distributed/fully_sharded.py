@@ -201,8 +201,26 @@ def fsdp_replicated(folder: Path) -> None:
     model = on_meta()
     whole = replicate_trained(model)
     assert_trains_once_it_has_values(sharded(model, ignored_params=whole), whole)
+    if dist.get_world_size() == 2:
+        another_k(folder)
     gradients_accumulate()
     gradients_are_averaged_whatever_happened()
+
+
+def another_k(folder: Path) -> None:
+    """FSDP does not hold a replicated delta, which may be replaced, and is averaged still."""
+    path, single = folder / "another.safetensors", adapted(k=6)
+    if dist.get_rank() == 0:
+        nk.save_adapter(single, path)
+    dist.barrier()
+    model = adapted()
+    sharded(model, ignored_params=replicate_trained(model))
+    with pytest.warns(UserWarning, match="delta: new parameters in"):
+        nk.load_adapter(model, path)
+    loss_of(model, own_rows(0)).backward()
+    loss_of(single, batch(0, ROWS)).backward()
+    for name, layer in layers(model).items():
+        torch.testing.assert_close(layer.delta.grad, layers(single)[name].delta.grad)
 
 
 def gradients_accumulate() -> None:

@@ -93,6 +93,19 @@ def test_biases_and_experts_of_a_file_are_refused_in_ddp_too(tmp_path):
     assert not wrapped.module.head.bias.requires_grad
 
 
+@pytest.mark.filterwarnings("ignore:.*script_method:DeprecationWarning")  # torch's own
+def test_what_ddp_averages_is_asked_of_ddp():
+    """Whatever the flags have become since."""
+    model = adapted()
+    nk.add_adapter(model, "other", 4)
+    wrapped = nn.parallel.DistributedDataParallel(model)
+    nk.set_adapter(model, "other")  # the model inside, which is not known to be in DDP
+    with pytest.raises(ValueError, match="model: is in DistributedDataParallel"):
+        nk.set_adapter(wrapped, "other")
+    wrapped.requires_grad_(False)
+    nk.set_adapter(wrapped, "default")
+
+
 def test_what_trains_later_is_averaged_too(tmp_path):
     nk.save_adapter(adapted(bias="all"), tmp_path / "biases")
     model = adapted()
@@ -107,6 +120,40 @@ def test_what_trains_later_is_averaged_too(tmp_path):
     averaged = {id(p) for p in model.head.averaging._parameters}
     assert {id(layer.delta) for layer in layers(model).values()} <= averaged
     assert model.head.delta._post_accumulate_grad_hooks
+    model = adapted()
+    nk.add_adapter(model, "other", 4)
+    replicate_trained(model)
+    nk.set_requires_grad(model, "other")
+    averaged = {id(p) for p in model.head.averaging._parameters}
+    assert averaged == {id(d) for layer in layers(model).values() for d in layer.deltas}
+
+
+def test_layers_that_a_file_brings_are_averaged_too(tmp_path):
+    nk.save_adapter(adapted(), tmp_path / "file")
+    model = adapted(target_modules=["head"])
+    replicate_trained(model)
+    nk.load_adapter(model, tmp_path / "file")
+    averaged = {id(p) for p in model.head.averaging._parameters}
+    assert averaged == {id(layer.delta) for layer in layers(model).values()}
+
+
+def test_deltas_that_are_averaged_each_in_a_group_stay_so():
+    model = nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8))
+    nk.adapt(model, k=2)
+    for layer in model:
+        replicate_trained(layer)
+    first, second = (layer.averaging for layer in model)
+    nk.set_requires_grad(model, "default")
+    assert (model[0].averaging, model[1].averaging) == (first, second)
+    assert [len(averaging._parameters) for averaging in (first, second)] == [1, 1]
+
+
+def test_a_parked_delta_needs_values_to_be_averaged():
+    model = adapted()
+    nk.add_adapter(model, "other", 4)
+    nk.set_requires_grad(model, "other")
+    with pytest.raises(ValueError, match=r"other.*delta: is on the meta device, expected values"):
+        replicate_trained(model.to("meta"))
 
 
 def test_averaged_deltas_are_not_split():

@@ -200,6 +200,7 @@ def train(model, steps=5):
     return regression(model, x, model(x).detach() + 1, steps, lr=0.02)
 
 
+@pytest.mark.filterwarnings("ignore:delta. new parameters")
 @pytest.mark.parametrize("into", ["the base", "an adapted model"])
 def test_a_model_is_adapted_by_name_trained_and_saved(tmp_path, into):
     model, path = Mixture(), tmp_path / "adapter.safetensors"
