@@ -36,8 +36,8 @@ class Deferred:
     strategy: str = "bypass"
 
     def __post_init__(self) -> None:
-        if isinstance(self.k, Integral):  # also NumPy's, which may overflow; others are refused
-            object.__setattr__(self, "k", int(self.k) if type(self.k) is not bool else self.k)
+        if isinstance(self.k, Integral) and not isinstance(self.k, bool):
+            object.__setattr__(self, "k", int(self.k))  # NumPy's may overflow
 
     @property
     def _how(self) -> tuple[int, str, Tensor | None, torch.Generator | None]:
