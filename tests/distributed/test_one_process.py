@@ -85,7 +85,7 @@ def test_what_trained_when_ddp_was_made_may_train_in_turn(tmp_path):
 
 
 @pytest.mark.filterwarnings("ignore:.*script_method:DeprecationWarning")  # torch's own
-def test_biases_and_experts_of_a_file_are_refused_in_ddp_too(tmp_path):
+def test_biases_of_a_file_are_refused_in_ddp_too(tmp_path):
     nk.save_adapter(adapted(bias="all"), tmp_path / "biases")
     wrapped = nn.parallel.DistributedDataParallel(adapted())
     with pytest.raises(ValueError, match="model: is in DistributedDataParallel"):

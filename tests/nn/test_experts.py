@@ -323,3 +323,20 @@ def test_no_tokens_at_all():
     assert y.shape == (0, D)
     y.sum().backward()
     assert x.grad.shape == (0, D)
+
+
+@pytest.mark.filterwarnings("ignore:.*script_method:DeprecationWarning")  # torch's own
+def test_experts_of_a_file_are_refused_in_ddp(tmp_path):
+    """Their deltas would be new, and not averaged."""
+    saved = Mixture()
+    nk.adapt(saved, 1, ["experts"])
+    nk.save_adapter(saved, tmp_path / "adapter.safetensors")
+    dist = torch.distributed
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    try:
+        wrapped = nn.parallel.DistributedDataParallel(Mixture())
+        with pytest.raises(ValueError, match="model: is in DistributedDataParallel"):
+            nk.load_adapter(wrapped, tmp_path / "adapter.safetensors")
+    finally:
+        dist.destroy_process_group()
+    assert type(wrapped.module.experts) is Experts
