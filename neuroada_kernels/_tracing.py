@@ -54,8 +54,7 @@ def unrecorded() -> Iterator[None]:
     state = jit_state()
     _set_jit_state(None)
     try:
-        # Torch's own functions too, of which a trace before dispatch records set_grad_enabled.
-        with disable_proxy_modes_tracing(), torch._C.DisableTorchFunction():
+        with disable_proxy_modes_tracing():
             yield
     finally:
         _set_jit_state(state)

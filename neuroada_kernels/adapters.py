@@ -61,7 +61,6 @@ from neuroada_kernels.named import (
 )
 from neuroada_kernels.nn._layer import BypassLayer
 from neuroada_kernels.nn._named import DEFAULT, NamedLayer
-from neuroada_kernels.nn._own import savable
 from neuroada_kernels.nn.experts import NeuroAdaExperts
 from neuroada_kernels.nn.linear import NeuroAdaLinear
 from neuroada_kernels.plan import check_index
@@ -339,7 +338,7 @@ def _exchange(layer: BypassLayer, entry: AdaptedModule, undo: ExitStack) -> None
         # Not the same parameter with other data: the state of an optimizer that has made steps
         # would have the old form, and torch's fused kernels write beyond it.
         undo.callback(setattr, layer, "delta", delta)
-        layer.delta = nn.Parameter(savable(new_delta), delta.requires_grad)
+        layer.delta = nn.Parameter(new_delta, delta.requires_grad)
     layer.index = new_index
     layer.drop_deferral()
 

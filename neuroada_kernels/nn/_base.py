@@ -14,7 +14,7 @@ from neuroada_kernels.nn._activations import check_save_activations
 from neuroada_kernels.nn._deferred import Deferred
 from neuroada_kernels.nn._layer import BaseForm, BypassLayer
 from neuroada_kernels.nn._offloaded import check_trains
-from neuroada_kernels.nn._own import savable, wrong_shape
+from neuroada_kernels.nn._own import wrong_shape
 from neuroada_kernels.nn._strategy import check_strategy, why_not_resident
 from neuroada_kernels.nn._weight import entries_of
 from neuroada_kernels.nn.foreign import has_hooks, has_own_forward, is_library
@@ -200,7 +200,7 @@ class BypassLinear(BypassLayer):
         with torch.no_grad():
             if self.delta.is_meta:
                 delta = torch.empty_like(self.delta, device=index.device)
-                self.delta = nn.Parameter(savable(delta), self.delta.requires_grad)
+                self.delta = nn.Parameter(delta, self.delta.requires_grad)
             self.delta.zero_()
         self.index = index
         self._set_strategy(deferred.strategy, reason)

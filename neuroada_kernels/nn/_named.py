@@ -14,7 +14,6 @@ from torch import Tensor, nn
 
 from neuroada_kernels.nn._deferred import Deferred
 from neuroada_kernels.nn._layer import BypassLayer, uncast
-from neuroada_kernels.nn._own import savable
 from neuroada_kernels.nn._rows import BatchRows
 from neuroada_kernels.plan import Planned, check_index, count_connections
 
@@ -48,9 +47,9 @@ class ParkedAdapter(nn.Module):
     ) -> None:
         super().__init__()
         self.in_features = in_features
-        self.register_buffer("index", None if index is None else savable(index))
+        self.register_buffer("index", index)
         self.register_buffer("plan", None, persistent=False)
-        frozen = None if delta is None else nn.Parameter(savable(delta), requires_grad=False)
+        frozen = None if delta is None else nn.Parameter(delta, requires_grad=False)
         self.register_parameter("delta", frozen)
         self._facts: dict[str, Any] = {}  # the layer's attributes about the plan
 
